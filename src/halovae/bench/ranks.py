@@ -1,0 +1,110 @@
+"""Rank processes that stay: started once, then given one function after the other.
+
+For measurements and tests, which call many functions on the same ranks. One decode is started by `halovae.launch`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from halovae.launch import RankError
+
+Result = TypeVar("Result")
+
+
+class Ranks:
+    """A group of processes with torchrun's environment, which meet at the first collective call.
+
+    Args:
+        size: how many ranks.
+        threads: CPU threads of each.
+    """
+
+    def __init__(self, size: int, threads: int = 1) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self._lines: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, threads, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._lines.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Result], *args: Any) -> list[Result]:
+        """Call `function(*args)` on all ranks at once; both must be picklable.
+
+        Returns:
+            What it returned, by rank.
+
+        Raises:
+            RankError: it failed on a rank, whose traceback is the message; the group has been ended.
+        """
+        for line in self._lines:
+            line.send((function, args))
+        results: dict[int, Result] = {}
+        while len(results) < len(self._lines):
+            waiting = [line for rank, line in enumerate(self._lines) if rank not in results]
+            ready = wait(waiting)
+            for rank in [rank for rank, line in enumerate(self._lines) if line in ready]:
+                try:
+                    failed, answer = self._lines[rank].recv()
+                except EOFError:
+                    failed, answer = True, f"the process ended with exit code {self._exit_code(rank)}"
+                if failed:
+                    self.close()
+                    raise RankError(f"rank {rank} failed, and all ranks were ended:\n{answer}")
+                results[rank] = answer
+        return [results[rank] for rank in range(len(self._lines))]
+
+    def _exit_code(self, rank: int) -> int | None:
+        self._processes[rank].join(5)
+        return self._processes[rank].exitcode
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(rank: int, size: int, port: int, threads: int, line: Connection) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            function, args = line.recv()
+        except (EOFError, KeyboardInterrupt):
+            break
+        try:
+            line.send((False, function(*args)))
+        except Exception:
+            line.send((True, traceback.format_exc()))
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,88 @@
+"""What subcommands share: option types, and errors shown as one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import NoReturn, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+
+from halovae.launch import RankError
+
+Parsed = TypeVar("Parsed")
+# Progress and remarks go to standard error, so that standard output holds results alone.
+console = Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    """What the decoder computes in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+
+
+def fail(message: object, status: int) -> NoReturn:
+    """End with a message on standard error; under torchrun rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(f"[bold red]Error:[/] {_escaped(str(message))}", highlight=False, soft_wrap=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Bad input ends with status 2, a failed rank with 1, Ctrl-C with 130; the rest are bugs and keep their trace."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        fail(error, 2)
+    except RankError as error:
+        fail(error, 1)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was written", 130)
+
+
+def parsed(option: str, text: str, parse: Callable[[str], Parsed]) -> Parsed:
+    """`parse(text)`, with the option named if it cannot be parsed."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: {error}") from error
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` in pixels.
+
+    Raises:
+        ValueError: anything else.
+    """
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ValueError("expected WIDTHxHEIGHT in pixels, such as 1280x720")
+    return int(width), int(height)
+
+
+def parse_chunk(text: str) -> int | str:
+    """A number of latent frames, or `all`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text == "all":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError("expected a number of latent frames >= 1, or 'all'")
+    return int(text)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,37 @@
+"""`halovae`: the subcommands together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from halovae import __version__
+from halovae.cli import decode, demo, encode, inspect
+
+app = typer.Typer(
+    name="halovae",
+    help="Decode the latents of diffusion models into pictures and video, on many devices at once, exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"halovae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (decode.decode, encode.encode, inspect.inspect, demo.demo):
+    app.command()(command)

@@ -1,0 +1,265 @@
+"""The loop: chunks of latent frames through the decoder of each rank, and the frames gathered as they get finished."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from halovae import platform
+from halovae.geometry import Grid, Shard
+from halovae.mesh import Mesh, mesh_for, world_size
+from halovae.models import load as checkpoints
+from halovae.models.wan import WanConfig, WanDecoder
+from halovae.tile import Cache, Context, Tile
+
+Gather = Literal["rank0", "all", "none"]
+Chunk = int | Literal["all"]
+HaloDepth = int | Mapping[str, int]
+
+
+class Decoder:
+    """Decodes latents to frames, on one device or on a grid of ranks, with the same result.
+
+    A decoder holds weights and nothing else: several decodes may run at once. On a grid of several ranks, every rank
+    makes the same calls with the same latents.
+    """
+
+    def __init__(self, model: WanDecoder) -> None:
+        self.model = model
+
+    @property
+    def config(self) -> WanConfig:
+        """The model's sizes."""
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, in which the decoder computes."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        grid: Grid | None = None,
+        chunk: Chunk = 1,
+        gather: Gather = "rank0",
+        dtype: torch.dtype | None = None,
+        halo_depth: HaloDepth = 1,
+        denormalize: bool = False,
+        mesh: Mesh | None = None,
+    ) -> Tensor | None:
+        """Decode latents to all their frames at once; see `stream` for the arguments and for what is raised.
+
+        Returns:
+            `[B, 3, T', H', W']` as `stream` yields it, over all frames. None on the ranks that receive nothing. With
+            gather="none", this rank's shard.
+        """
+        pieces = self.stream(
+            latents, grid=grid, chunk=chunk, gather=gather, dtype=dtype,
+            halo_depth=halo_depth, denormalize=denormalize, mesh=mesh,
+        )  # fmt: skip
+        frames, done, out = self.config.frames(latents.shape[2]), 0, None
+        for piece in pieces:
+            if piece is None:
+                continue
+            if piece.shape[2] == frames:
+                return piece
+            if out is None:
+                out = piece.new_empty(*piece.shape[:2], frames, *piece.shape[3:])
+            out[:, :, done : done + piece.shape[2]] = piece
+            done += piece.shape[2]
+        return out
+
+    def stream(
+        self,
+        latents: Tensor,
+        *,
+        grid: Grid | None = None,
+        chunk: Chunk = 1,
+        gather: Gather = "rank0",
+        dtype: torch.dtype | None = None,
+        halo_depth: HaloDepth = 1,
+        denormalize: bool = False,
+        mesh: Mesh | None = None,
+    ) -> Iterator[Tensor | None]:
+        """Decode latents chunk by chunk, and yield each chunk's frames as soon as they are final.
+
+        Args:
+            latents: `[B, C, T, H, W]`, floating point, the same on all ranks; T = 1 is an image.
+            grid: how the ranks share the latents; None lays all ranks of the world along the rows.
+            chunk: how many latent frames go through the decoder at once, after the first one, which goes alone;
+                "all" for the rest in one. Memory grows with it.
+            gather: who receives frames: "rank0", "all" ranks, or "none": each rank keeps its own shard.
+            dtype: None for the model's dtype, another floating dtype, or uint8 for pictures in 0..255.
+            halo_depth: how many convolutions one halo exchange lasts, 1 or more: for all blocks, or by the names in
+                `config.blocks` (1 where not named). Deeper halos mean fewer messages and more rows computed twice.
+                No halo gets deeper than the smallest shard.
+            denormalize: multiply by the config's latents_std and add latents_mean first. Off, as in diffusers, where
+                the pipeline does it.
+            mesh: a mesh to use instead of the one that all decodes with this grid share.
+
+        Yields:
+            `[B, 3, T', H', W']` on the ranks that receive frames, None on the others: one frame for the first latent
+            frame, `config.temporal_factor` for each later one. [-1, 1] in a floating dtype, 0..255 in uint8.
+
+        Raises:
+            ValueError: latents of another shape than the model's, more ranks than rows or cols, a grid that does not
+                match the world, or an argument out of range.
+            TypeError: latents or `dtype` of a kind that cannot be decoded.
+            RuntimeError: another rank refused its arguments, or was given other ones.
+
+        Warns:
+            RuntimeWarning: the latents hold NaN or infinite values; the decode goes on.
+        """
+        if mesh is None:
+            mesh = mesh_for(grid or Grid(rows=world_size()), self.device)
+        error, depths = None, {"": 1}
+        try:
+            if grid not in (None, mesh.grid):
+                raise ValueError(f"grid {grid} is not the grid of the given mesh, {mesh.grid}: leave one of them out")
+            check_latents(self.config, latents.shape, latents.dtype, mesh.grid)
+            depths = self._depths(halo_depth)
+            _check_choice("gather", gather, get_args(Gather))
+            if chunk != "all" and not (isinstance(chunk, int) and chunk >= 1):
+                raise ValueError(f"chunk={chunk!r}: expected a number of latent frames >= 1, or 'all'")
+            if dtype is not None and not dtype.is_floating_point and dtype != torch.uint8:
+                raise TypeError(f"dtype={dtype}: expected a floating dtype or torch.uint8")
+        except (ValueError, TypeError) as refused:
+            error = refused
+        request = f"{list(latents.shape)}, chunk {chunk}, gather {gather}, dtype {dtype}, depths {depths}, {self.dtype}"
+        mesh.agree(request, error)
+        _warn_unless_finite(latents)
+        return self._chunks(latents, mesh, chunk, gather, dtype or self.dtype, depths, denormalize)
+
+    def _depths(self, halo_depth: HaloDepth) -> dict[str, int]:
+        depths = {"": 1, **({"": halo_depth} if isinstance(halo_depth, int) else halo_depth)}
+        for block, depth in depths.items():
+            if block:
+                _check_choice("halo_depth", block, self.config.blocks)
+            if not (isinstance(depth, int) and depth >= 1):
+                raise ValueError(f"halo_depth={halo_depth!r}: a depth must be an integer >= 1")
+        return depths
+
+    @torch.inference_mode()
+    def _chunks(
+        self,
+        latents: Tensor,
+        mesh: Mesh,
+        chunk: Chunk,
+        gather: Gather,
+        dtype: torch.dtype,
+        depths: dict[str, int],
+        denormalize: bool,
+    ) -> Iterator[Tensor | None]:
+        batch, _, length, height, width = latents.shape
+        shards = mesh.grid.shards(batch, height, width)
+        pictures = [shard.scaled(self.config.spatial_factor) for shard in shards]
+        cache, start = Cache(), 0
+        while start < length:
+            stop = 1 if start == 0 else length if chunk == "all" else min(start + chunk, length)
+            context = Context(mesh, cache, start == 0, shards, depths)
+            with mesh.in_use():
+                tile = self._tile(latents[:, :, start:stop], shards[mesh.rank], context, denormalize)
+                own = _converted(self.model(tile, context), dtype)
+                frames = (
+                    own if gather == "none" else self._gathered(own, latents.shape, pictures, mesh, gather == "all")
+                )
+            yield frames
+            start = stop
+
+    def _tile(self, latents: Tensor, shard: Shard, context: Context, denormalize: bool) -> Tile:
+        """This rank's part of the latents, its first halo cut from them as well: every rank was given all of them."""
+        halo = context.block("conv_in").widest(scale=1)
+        rows, cols = shard.rows.grown(halo.top, halo.bottom), shard.cols.grown(halo.left, halo.right)
+        data = latents[shard.batch.slice, :, :, rows.slice, cols.slice].to(self.device, self.dtype)
+        return Tile(self.model.denormalized(data) if denormalize else data, halo)
+
+    def _gathered(
+        self, own: Tensor, latents: torch.Size, pictures: list[Shard], mesh: Mesh, everyone: bool
+    ) -> Tensor | None:
+        if mesh.grid.size == 1:
+            return own
+        out = None
+        if everyone or mesh.rank == 0:
+            factor = self.config.spatial_factor
+            out = own.new_empty(latents[0], *own.shape[1:3], latents[3] * factor, latents[4] * factor)
+        mesh.gather_frames(own.contiguous(), pictures, out, everyone)
+        return out
+
+
+def load(
+    source: str | Path | nn.Module,
+    *,
+    subfolder: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Decoder:
+    """Make a decoder from a diffusers VAE, a directory in diffusers layout, or a hub id.
+
+    Args:
+        source: a live `AutoencoderKLWan` or `AutoencoderKLQwenImage`, whose parameters are shared, not copied; a folder
+            with `config.json` and `.safetensors` files, or a pipeline's folder with such a one as `vae/`; or a hub id.
+        subfolder: where in the folder or the repository the VAE is; None tries the top and `vae/`.
+        dtype: what weights that come from files are converted to.
+        device: where weights that come from files go; None for this process's accelerator, or the CPU without one.
+
+    Raises:
+        halovae.CheckpointError: an unsupported class, damaged files, missing or unexpected weights (named).
+    """
+    if isinstance(source, nn.Module):
+        return Decoder(checkpoints.from_module(source))
+    folder = checkpoints.find_folder(source, subfolder)
+    target = platform.default_device() if device is None else torch.device(device)
+    return Decoder(checkpoints.from_directory(folder, dtype, target))
+
+
+def check_latents(config: WanConfig, shape: Sequence[int], dtype: torch.dtype, grid: Grid) -> None:
+    """Check that latents of this shape and dtype can be decoded by this model on this grid.
+
+    Raises:
+        ValueError: what is wrong with the shape, or which grids are possible.
+        TypeError: the dtype is not floating point.
+    """
+    expected = f"[B, {config.z_dim}, T, H, W] for {config.family}"
+    if len(shape) != 5:
+        raise ValueError(f"latents of shape {list(shape)} have {len(shape)} dims; expected 5: {expected}")
+    if shape[1] != config.z_dim:
+        raise ValueError(f"latents of shape {list(shape)} have {shape[1]} channels; expected {expected}")
+    if min(shape) < 1:
+        raise ValueError(f"latents of shape {list(shape)} are empty; expected {expected}, each at least 1")
+    if not dtype.is_floating_point:
+        raise TypeError(f"latents of dtype {dtype}; expected a floating dtype, such as torch.float32 or torch.bfloat16")
+    grid.shards(shape[0], shape[3], shape[4])
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")
+
+
+def _warn_unless_finite(latents: Tensor) -> None:
+    bad = int((~torch.isfinite(latents)).sum())
+    if bad:
+        warnings.warn(
+            f"latents hold {bad} NaN or infinite values among {latents.numel()}; the frames they touch will be broken",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _converted(frames: Tensor, dtype: torch.dtype) -> Tensor:
+    """Frames in [-1, 1] as `dtype`, before anybody has to carry them: uint8 is a quarter of fp32."""
+    if dtype != torch.uint8:
+        return frames.to(dtype)
+    return frames.float().add_(1).mul_(127.5).round_().to(torch.uint8)

@@ -1,0 +1,94 @@
+"""A drop-in for a diffusers pipeline's VAE: `vae.decode` goes through halovae, everything else stays as it is."""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from halovae.decode import Chunk, Decoder, Gather, HaloDepth
+from halovae.geometry import Grid
+from halovae.models.load import from_module
+
+
+def parallelize(
+    pipe_or_vae: Any,
+    *,
+    grid: Grid | None = None,
+    chunk: Chunk = 1,
+    gather: Gather = "all",
+    halo_depth: HaloDepth = 1,
+) -> Any:
+    """Make a diffusers pipeline, or its VAE, decode through halovae on all ranks of the world.
+
+    Run it under torchrun, one process per device; every rank calls the pipeline with the same arguments and seed.
+    `vae.decode(z).sample` keeps its meaning: same shape, dtype and device, `return_dict` included. `encode`, `config`
+    and the weights, which are shared, stay untouched. Calling it again replaces the settings.
+
+    Args:
+        pipe_or_vae: a pipeline with a `vae`, or an `AutoencoderKLWan` or `AutoencoderKLQwenImage`.
+        grid: how ranks share a latent; None lays all of them along the rows.
+        chunk: latent frames per pass, see `Decoder.stream`.
+        gather: "all" gives every rank the frames. "rank0" saves the other ranks the memory: they get black frames of
+            the right shape, which take none.
+        halo_depth: see `Decoder.stream`.
+
+    Returns:
+        `pipe_or_vae` itself.
+
+    Raises:
+        TypeError: the argument has no VAE.
+        ValueError: the VAE's class is not supported, or `gather` is neither "all" nor "rank0".
+    """
+    from diffusers.models.autoencoders.vae import DecoderOutput
+    from diffusers.utils.accelerate_utils import apply_forward_hook
+
+    if gather not in ("all", "rank0"):
+        raise ValueError(f"gather={gather!r}: a pipeline needs whole frames, expected 'all' or 'rank0'")
+    vae = _vae_of(pipe_or_vae)
+    decoder = Decoder(from_module(vae))
+
+    @functools.wraps(type(vae).decode)
+    def decode(self: nn.Module, z: Tensor, return_dict: bool = True) -> Any:
+        if getattr(self, "use_tiling", False) or getattr(self, "use_slicing", False):
+            warnings.warn(
+                "tiling and slicing are not needed with halovae, and ignored: the ranks share the memory",
+                UserWarning,
+                stacklevel=3,
+            )
+        sample = decoder.decode(z, grid=grid, chunk=chunk, gather=gather, halo_depth=halo_depth)
+        if sample is None:
+            sample = _black(decoder, z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    # The hook moves an offloaded VAE to its device first, as around diffusers' own decode.
+    vae.decode = types.MethodType(apply_forward_hook(decode), vae)
+    return pipe_or_vae
+
+
+def restore(pipe_or_vae: Any) -> Any:
+    """Undo `parallelize`: the VAE decodes through diffusers again. Does nothing to one that does already.
+
+    Raises:
+        TypeError: the argument has no VAE.
+    """
+    vars(_vae_of(pipe_or_vae)).pop("decode", None)
+    return pipe_or_vae
+
+
+def _vae_of(pipe_or_vae: Any) -> Any:
+    vae = getattr(pipe_or_vae, "vae", pipe_or_vae)
+    if not isinstance(vae, nn.Module):
+        raise TypeError(f"expected a diffusers pipeline with a vae, or a VAE; got {type(pipe_or_vae).__name__}")
+    return vae
+
+
+def _black(decoder: Decoder, z: Tensor) -> Tensor:
+    """Black frames of the shape that the decode of `z` has: one number, seen from everywhere."""
+    config = decoder.config
+    height, width = (extent * config.spatial_factor for extent in z.shape[3:])
+    shape = (z.shape[0], config.picture_channels, config.frames(z.shape[2]), height, width)
+    return z.new_full((), -1, dtype=decoder.dtype).expand(shape)

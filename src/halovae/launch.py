@@ -1,0 +1,89 @@
+"""Start ranks on this host with torch's elastic launcher, or join those that torchrun has started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from halovae import platform
+from halovae.mesh import world_size
+
+
+class RankError(RuntimeError):
+    """A rank failed, and the others were ended. The message holds the failing rank's traceback or signal."""
+
+
+def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run `function(*args)` on `ranks` ranks.
+
+    One rank runs in this process. Several are new processes; `function` and `args` must be picklable. Under torchrun
+    this process is a rank already: the function runs here, and `ranks` must be the world's size.
+
+    Returns:
+        What the function returned, by rank; under torchrun, for this rank alone.
+
+    Raises:
+        ValueError: `ranks` is not the size of the world that torchrun started.
+        RankError: a rank failed; the others have been ended.
+        KeyboardInterrupt: the user interrupted; all ranks have been ended.
+    """
+    if under_torchrun():
+        if ranks != world_size():
+            raise ValueError(f"{ranks} ranks asked for, but torchrun has started {world_size()}: leave the number out")
+        return [_in_world(function, *args)]
+    if ranks == 1:
+        return [function(*args)]
+    os.environ.setdefault("OMP_NUM_THREADS", str(platform.threads_per_rank(ranks)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are shown once, by us
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        results = elastic_launch(config, _rank_main)(function, *args)
+    except SignalException as stopped:
+        raise KeyboardInterrupt from stopped
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode == -signal.SIGINT:
+            raise KeyboardInterrupt from failed
+        reason = failure.message
+        if isinstance(reason, dict):
+            reason = reason.get("extraInfo", {}).get("py_callstack") or reason.get("message", str(reason))
+        raise RankError(f"rank {rank} failed, and all ranks were ended:\n{str(reason).rstrip()}") from failed
+    return [results[rank] for rank in range(ranks)]
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or another launcher that sets its environment, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@record
+def _rank_main(function: Callable[..., Any], *args: Any) -> Any:
+    # Ctrl-C reaches every process of the terminal; the launcher is the one to report it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return _in_world(function, *args)
+
+
+def _in_world(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

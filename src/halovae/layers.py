@@ -1,0 +1,222 @@
+"""Layers that work on tiles. Each knows halos and caches; none knows a model.
+
+Parameters have the names and shapes of diffusers' layers, so that a checkpoint's tensors can be shared as they are.
+All activations are `[B, C, T, H, W]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halovae.tile import Context, Halo, Tile
+
+# How many past frames a causal convolution of three taps sees.
+PAST = 2
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the channels, then scale by `gamma` (`[C, 1, 1, 1]` or `[C, 1, 1]`).
+
+    As in Wan's VAE this is `x / max(|x|, 1e-12) * sqrt(C) * gamma`, computed in fp32 at least and rounded once.
+    """
+
+    def __init__(self, channels: int, spatial_dims: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * spatial_dims))
+
+    def frame(self, x: Tensor) -> Tensor:
+        """Normalize one frame `[B, C, H, W]`; the result is fp32 at least."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
+        return (x * (x.shape[1] ** 0.5 / length)).mul_(self.gamma.view(-1, 1, 1))
+
+
+class CausalConv3d(nn.Module):
+    """A convolution that sees the past two frames and, in space, a ring of one cell.
+
+    It is called in two steps, so that what it is made from can be let go before the result is there: `window` lays out
+    all that the convolution sees, and passes over memory once to do so; calling the layer convolves it.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, channels, PAST + 1, 3, 3))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+
+    def window(self, tile: Tile, context: Context, norm: RMSNorm | None = None) -> Tile:
+        """`tile`, or `silu(norm(tile))`, behind its past two frames (zeros for the first), with at least one ghost row
+        and col on each side: the neighbours', or zeros where the picture ends.
+        """
+        tile = context.refreshed(tile)
+        edges = context.edges()
+        halo = Halo(*(width + edge for width, edge in zip(tile.halo, edges, strict=True)))
+        batch, channels, frames, height, width = tile.data.shape
+        top, bottom, left, right = edges
+        data = tile.data.new_empty(batch, channels, PAST + frames, top + height + bottom, left + width + right)
+        data[:, :, :PAST] = 0 if context.first else context.cache.frames[self]
+        present = data[:, :, PAST:]
+        for border in (
+            present[..., :top, :],
+            present[..., top + height :, :],
+            present[..., :left],
+            present[..., left + width :],
+        ):
+            border.zero_()
+        inside = present[..., top : top + height, left : left + width]
+        if norm is None:
+            inside.copy_(tile.data)
+        else:
+            for target, frame in zip(inside.unbind(2), tile.data.unbind(2), strict=True):
+                target.copy_(F.silu(norm.frame(frame), inplace=True))
+        context.cache.keep(self, data[:, :, -PAST:])
+        return Tile(data, halo, tile.scale)
+
+    def forward(self, window: Tile, context: Context) -> Tile:
+        """Convolve a window; the result has one ghost row and col less on each side."""
+        if context.first:
+            # Nothing lies in the past: of the three temporal taps only the last one meets data.
+            data = F.conv2d(window.data[:, :, -1], self.weight[:, :, -1], self.bias).unsqueeze(2)
+        else:
+            data = F.conv3d(window.data, self.weight, self.bias)
+        return Tile(data, Halo(*(width - 1 for width in window.halo)), window.scale)
+
+
+class PointwiseConv(nn.Module):
+    """A convolution of one cell: needs neither halo nor past. `kernel_dims` is 3 or 2, as the checkpoint has it."""
+
+    def __init__(self, channels: int, out_channels: int, kernel_dims: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, channels, *[1] * kernel_dims))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolve = F.conv3d if self.weight.ndim == 5 else F.conv2d
+        return convolve(x, self.weight, self.bias)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, causal convolution, twice, beside a shortcut."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(channels)
+        self.conv1 = CausalConv3d(channels, out_channels)
+        self.norm2 = RMSNorm(out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        self.conv_shortcut = PointwiseConv(channels, out_channels) if channels != out_channels else None
+
+    def forward(self, tile: Tile, context: Context) -> Tile:
+        if context.depth > 2:  # ghosts that outlast this block must go through the shortcut too
+            tile = context.refreshed(tile)
+        window = self.conv1.window(tile, context, self.norm1)
+        inner = context.refreshed(self.conv1(window, context))
+        del window
+        window = self.conv2.window(inner, context, self.norm2)
+        del inner
+        inner = self.conv2(window, context)
+        del window
+        shortcut = tile.cropped(tile.halo.within(inner.halo))
+        if self.conv_shortcut is not None:
+            shortcut = replace(shortcut, data=self.conv_shortcut(shortcut.data))
+        return inner.plus(shortcut)
+
+
+class PlaneAttention(nn.Module):
+    """Single-head attention of every cell of a frame to all cells of that frame, exact on a sharded plane.
+
+    Each rank keeps its own queries and gathers everybody's keys and values.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, spatial_dims=2)
+        self.to_qkv = PointwiseConv(channels, 3 * channels, kernel_dims=2)
+        self.proj = PointwiseConv(channels, channels, kernel_dims=2)
+
+    def forward(self, tile: Tile, context: Context) -> Tile:
+        """Attend; the result has no halo."""
+        tile = tile.cropped(Halo())
+        batch, channels, frames, height, width = tile.data.shape
+        normed = torch.cat([self.norm.frame(frame).to(frame.dtype) for frame in tile.data.unbind(2)])
+        tokens = self.to_qkv(normed).flatten(2).transpose(1, 2)
+        query, key_value = tokens.split((channels, 2 * channels), dim=-1)
+        key, value = context.gathered_tokens(key_value, tile.scale).chunk(2, dim=-1)
+        attended = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)).squeeze(1)
+        planes = self.proj(attended.transpose(1, 2).reshape(frames * batch, channels, height, width))
+        return Tile(planes.unflatten(0, (frames, batch)).movedim(0, 2), Halo(), tile.scale).plus(tile)
+
+
+class CausalTimeConv(nn.Module):
+    """The temporal half of an upsampling by two in time: a causal convolution of three taps onto twice the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2 * channels, channels, PAST + 1, 1, 1))
+        self.bias = nn.Parameter(torch.empty(2 * channels))
+
+    def forward(self, x: Tensor, context: Context) -> list[Tensor]:
+        """`[B, C, T, H, W]` to 2T frames `[B, C, H, W]`; the very first frame is not doubled, and leaves no past."""
+        if context.first:
+            context.cache.keep(self, x.new_zeros(()).expand(*x.shape[:2], PAST, *x.shape[3:]))
+            return list(x.unbind(2))
+        x = torch.cat([context.cache.frames[self], x], dim=2)
+        context.cache.keep(self, x[:, :, -PAST:])
+        doubled = F.conv3d(x, self.weight, self.bias)
+        return [half for frame in doubled.unbind(2) for half in frame.chunk(2, dim=1)]
+
+
+class Upsample(nn.Module):
+    """Twice the rows and cols (nearest), then a 3x3 convolution; with `temporal`, twice the frames first."""
+
+    def __init__(self, channels: int, out_channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.time_conv = CausalTimeConv(channels) if temporal else None
+        self.weight = nn.Parameter(torch.empty(out_channels, channels, 3, 3))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+
+    def forward(self, tile: Tile, context: Context) -> Tile:
+        """Upsample; a halo of h becomes one of 2h - 1, so that ghosts travel at the low resolution."""
+        tile = context.refreshed(tile)
+        frames = self.time_conv(tile.data, context) if self.time_conv is not None else tile.data.unbind(2)
+        # The convolution pads all around with zeros. On inner sides that spoils one ghost row or col, which is cut.
+        halo = tile.halo.scaled(2)
+        spoiled = Halo(*(1 - edge for edge in context.edges()))
+        kept = Halo(*(width - cut for width, cut in zip(halo, spoiled, strict=True)))
+        planes = [self._plane(frame, halo, kept, tile.scale * 2) for frame in frames]
+        return Tile(torch.stack(planes, dim=2), kept, tile.scale * 2)
+
+    def _plane(self, frame: Tensor, halo: Halo, kept: Halo, scale: int) -> Tensor:
+        larger = F.interpolate(frame, scale_factor=2, mode="nearest-exact")
+        return Tile(F.conv2d(larger, self.weight, self.bias, padding=1), halo, scale).cropped(kept).data
+
+
+class DuplicateUpsample(nn.Module):
+    """Wan2.2's shortcut around an up block: every cell repeated over 2x2 cells, and over two frames if `temporal`.
+
+    Output channel o at offset (t, h, w) within the repeat takes input channel (o * factor + offset) // repeats, where
+    factor is the size of the repeat and repeats = out_channels * factor / channels (DupUp3D in diffusers).
+    """
+
+    def __init__(self, channels: int, out_channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.repeat = (2 if temporal else 1, 2, 2)
+        self.repeats = out_channels * self.repeat[0] * 4 // channels
+
+    def forward(self, tile: Tile, context: Context) -> Tile:
+        data = tile.data.repeat_interleave(self.repeats, dim=1).unflatten(1, (self.out_channels, *self.repeat))
+        data = data.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        if context.first:  # the first frame stands for one frame, not two
+            data = data[:, :, self.repeat[0] - 1 :]
+        return Tile(data, tile.halo.scaled(2), tile.scale * 2)
+
+
+def unpatchify(tile: Tile, size: int) -> Tile:
+    """Lay channels `[C * size * size]` out as `size` x `size` cells; in a patch, the cols vary slowest."""
+    data = tile.data.unflatten(1, (-1, size, size))  # [B, C, across, down, T, H, W]
+    data = data.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
+    return Tile(data, tile.halo.scaled(size), tile.scale * size)

@@ -1,0 +1,208 @@
+"""Ranks: a `DeviceMesh` over (batch, rows, cols), halo exchange along it, gathers, and errors that end every rank."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from halovae import platform
+from halovae.geometry import Grid, Shard
+
+Axis = Literal["rows", "cols"]
+
+
+def world_size() -> int:
+    """How many ranks there are: of the process group, else of the torchrun that started this process, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_world(device: torch.device) -> None:
+    """Join the process group that torchrun's environment describes, unless this process is in one already."""
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group(platform.backend(device))
+
+
+class Mesh:
+    """This process's place on a grid of ranks, and its lines to the others.
+
+    Making a mesh of several ranks is a collective call: all ranks make it, in the same order. A mesh serves one decode
+    at a time in each thread; threads that decode at once each need a mesh of their own, made in one order on all ranks.
+
+    Args:
+        grid: the extents of the mesh; `grid.size` must equal the world's size, or be 1: each rank then stands alone.
+        device: where the exchanged tensors live.
+
+    Raises:
+        ValueError: the grid does not match the world.
+    """
+
+    def __init__(self, grid: Grid, device: torch.device) -> None:
+        world = world_size()
+        if grid.size not in (1, world):
+            raise ValueError(
+                f"grid {grid} needs {grid.size} ranks, but the world has {world}: choose a grid of {world}, "
+                f"such as {world}x1, or start {grid.size} ranks (torchrun --nproc-per-node {grid.size})"
+            )
+        self.grid = grid
+        self.device = device
+        if grid.size > 1:
+            join_world(device)
+        self.rank = dist.get_rank() if grid.size > 1 else 0
+        self.item, self.row, self.col = grid.coordinates(self.rank)
+        self._user: int | None = None
+        if grid.size > 1:
+            extents = (grid.batch, grid.rows, grid.cols)
+            self.axes = init_device_mesh(device.type, extents, mesh_dim_names=("batch", "rows", "cols"))
+            planes = init_device_mesh(
+                device.type, (grid.batch, grid.rows * grid.cols), mesh_dim_names=("batch", "plane")
+            )
+            self._plane = planes.get_group("plane")
+
+    def neighbours(self, axis: Axis) -> tuple[int | None, int | None]:
+        """The ranks before and after this one along `axis`; None at the border of the picture."""
+        position, extent, step = (
+            (self.row, self.grid.rows, self.grid.cols) if axis == "rows" else (self.col, self.grid.cols, 1)
+        )
+        before = self.rank - step if position > 0 else None
+        after = self.rank + step if position < extent - 1 else None
+        return before, after
+
+    def extend(self, own: Tensor, axis: Axis, depth: int) -> Tensor:
+        """Put the neighbours' `depth` nearest rows (or cols) around `own`; nothing is added at the picture's border.
+
+        Args:
+            own: `[B, C, T, H, W]`, at least `depth` rows (or cols) on every rank.
+            axis: "rows" exchanges along H, "cols" along W.
+            depth: how many rows (or cols) to send to and receive from each neighbour.
+
+        Returns:
+            `own` with its ghosts: H (or W) grows by `depth` for each neighbour.
+        """
+        dim = own.ndim - 2 if axis == "rows" else own.ndim - 1
+        before, after = self.neighbours(axis)
+        sent = {
+            before: own.narrow(dim, 0, depth),
+            after: own.narrow(dim, own.shape[dim] - depth, depth),
+        }
+        group = self.axes.get_group(axis)
+        received = {peer: torch.empty_like(rows, memory_format=torch.contiguous_format) for peer, rows in sent.items()}
+        operations = []
+        for peer in (before, after):
+            if peer is not None:
+                operations.append(dist.P2POp(dist.isend, sent[peer].contiguous(), peer, group))
+                operations.append(dist.P2POp(dist.irecv, received[peer], peer, group))
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        parts = [received[before]] if before is not None else []
+        parts.append(own)
+        if after is not None:
+            parts.append(received[after])
+        return torch.cat(parts, dim)
+
+    def _collect(self, own: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
+        """Every rank's flat `own`, whose lengths may differ, in the order of `group`'s ranks (None: the world's)."""
+        padded = own.new_empty(max(sizes))
+        padded[: own.numel()] = own.flatten()
+        everyone = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(everyone, padded, group)
+        return [flat[:size] for flat, size in zip(everyone, sizes, strict=True)]
+
+    def gather_tokens(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """All tokens of the plane: the ranks' `own` `[N, tokens, C]` in turn; `counts` are their tokens."""
+        if len(counts) == 1:
+            return own
+        items, _, channels = own.shape
+        parts = self._collect(own, [items * count * channels for count in counts], self._plane)
+        views = [part.view(items, count, channels) for part, count in zip(parts, counts, strict=True)]
+        return torch.cat(views, dim=1)
+
+    def gather_frames(self, own: Tensor, shards: Sequence[Shard], out: Tensor | None, everyone: bool) -> None:
+        """Lay the ranks' frames into the full picture.
+
+        Args:
+            own: this rank's frames `[B, C, T, H, W]`, contiguous.
+            shards: every rank's shard at the scale of the frames.
+            out: the full frames to fill; None on a rank that receives nothing.
+            everyone: True fills `out` on every rank, False on rank 0 only.
+        """
+        channels, frames = own.shape[1:3]
+        shapes = [shard.shape(channels, frames) for shard in shards]
+        if everyone and self.grid.size > 1:
+            sizes = [torch.Size(shape).numel() for shape in shapes]
+            parts = self._collect(own, sizes, None)
+            pictures = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        elif self.rank == 0:
+            pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
+            arrivals = [dist.P2POp(dist.irecv, picture, peer) for peer, picture in enumerate(pictures) if peer > 0]
+            for work in dist.batch_isend_irecv(arrivals) if arrivals else ():
+                work.wait()
+        else:
+            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, own, 0)]):
+                work.wait()
+        if out is not None:
+            for shard, picture in zip(shards, pictures, strict=True):
+                out[shard.index] = picture
+
+    def agree(self, request: str, error: Exception | None) -> None:
+        """Make sure that all ranks are about to decode the same thing, and that none of them has refused.
+
+        Args:
+            request: what this rank is about to do.
+            error: why this rank cannot; it is raised here, and named on the other ranks.
+
+        Raises:
+            RuntimeError: another rank refused, or means to decode something else.
+        """
+        if self.grid.size > 1:
+            everyone: list[tuple[str, str]] = [("", "")] * self.grid.size
+            dist.all_gather_object(everyone, (request, "" if error is None else f"{type(error).__name__}: {error}"))
+            refusals = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(everyone) if reason]
+            if error is None and refusals:
+                raise RuntimeError("this rank could decode, but others cannot; " + "; ".join(refusals))
+            if error is None and len({wish for wish, _ in everyone}) > 1:
+                wishes = "; ".join(f"rank {rank}: {wish}" for rank, (wish, _) in enumerate(everyone))
+                raise RuntimeError(f"all ranks must ask for the same decode, but they differ: {wishes}")
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold the mesh for one chunk.
+
+        Raises:
+            RuntimeError: another thread holds it; their messages would mix.
+        """
+        me = threading.get_ident()
+        if self.grid.size > 1 and self._user not in (None, me):
+            raise RuntimeError(
+                "two threads decode over one mesh at once, and their messages would mix: "
+                "make a Mesh for each, in the same order on all ranks, and pass it as mesh="
+            )
+        self._user = me
+        try:
+            yield
+        finally:
+            self._user = None
+
+
+_meshes: dict[tuple[Grid, torch.device, object], Mesh] = {}
+
+
+def mesh_for(grid: Grid, device: torch.device) -> Mesh:
+    """The mesh that decodes share when they name only a grid: made once per process, grid, device and process group.
+
+    Raises:
+        ValueError: the grid does not match the world.
+    """
+    key = (grid, device, dist.group.WORLD if dist.is_initialized() else None)
+    if key not in _meshes:
+        _meshes[key] = Mesh(grid, device)
+    return _meshes[key]

@@ -1,0 +1,1 @@
+"""One file per VAE family, and `load`, which builds them from checkpoints and live modules."""

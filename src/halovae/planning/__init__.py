@@ -1,0 +1,1 @@
+"""What a decode needs, and how to split it."""

@@ -35,3 +35,6 @@ def main(
 
 for command in (decode.decode, encode.encode, inspect.inspect, demo.demo):
     app.command()(command)
+
+if __name__ == "__main__":
+    app()

@@ -28,8 +28,8 @@ def photographs(names: Sequence[str]) -> list[Tensor]:
         pixels = torch.from_numpy(getattr(data, name)()).float() / 127.5 - 1
         photo = pixels[..., :3].permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
         shorter = min(photo.shape[-2:])
-        if shorter > 512:  # a photograph's finest detail is noise at the sizes that clips are cut at
-            photo = F.interpolate(photo[None], scale_factor=512 / shorter, mode="area")[0]
+        if shorter > 384:  # a photograph's finest detail is noise at the sizes that clips are cut at
+            photo = F.interpolate(photo[None], scale_factor=384 / shorter, mode="area")[0]
         photos.append(photo.contiguous())
     return photos
 
@@ -61,8 +61,8 @@ def _look(photo: Tensor, x: Tensor, y: Tensor, angle: Tensor, extent: Tensor, he
 
 
 def _camera(photo: Tensor, frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    # One output pixel covers 1 to 2.5 source pixels; speeds are a few output pixels per frame.
-    zoom = _path(1.0, 2.5, frames, 0.04, generator)
+    # One output pixel covers 0.6 to 1.3 source pixels; speeds are a few output pixels per frame.
+    zoom = _path(0.6, 1.3, frames, 0.02, generator)
     return _look(
         photo,
         _path(-0.7, 0.7, frames, 0.02, generator),

@@ -1,0 +1,219 @@
+"""The commands as users type them: one rank in this process, several as real ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import latents, reference, vae
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from halovae import latents as latents_file
+from halovae import media
+from halovae.cli.main import app
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models `wan` and `qwen`, and latents: raw and scaled video, an image, a batch, NaN."""
+    root = tmp_path_factory.mktemp("models")
+    vae("wan2.1").save_pretrained(root / "wan")
+    vae("qwen-image").save_pretrained(root / "qwen")
+    z = latents("wan2.1", frames=2, height=4, width=6)
+    latents_file.save(root / "video.safetensors", z, "wan2.1", scaled=False, fps=12)
+    latents_file.save(root / "scaled.safetensors", z, "wan2.1", scaled=True, fps=12)
+    latents_file.save(root / "image.safetensors", z[:, :, :1], "wan2.1", scaled=False, fps=1)
+    latents_file.save(root / "batch.safetensors", torch.cat([z, -z]), "wan2.1", scaled=False, fps=12)
+    return root
+
+
+def halovae(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def decode(folder: Path, name: str, output: Path, *options: object) -> Result:
+    return halovae("decode", folder / f"{name}.safetensors", "--model", folder / "wan", "-o", output, *options)
+
+
+def shell(*words: object, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m"]
+    if ranks is not None:
+        start += ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"]
+    command = [*start, "halovae.cli.main", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def pictures(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+
+
+def as_pictures(frames: torch.Tensor) -> np.ndarray:
+    return ((frames[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+
+
+def test_frames_are_those_of_diffusers(folder: Path, tmp_path: Path) -> None:
+    done = decode(folder, "video", tmp_path / "frames")
+    assert done.exit_code == 0, done.output
+    z = latents_file.read(folder / "video.safetensors")
+    found, wanted = pictures(tmp_path / "frames"), as_pictures(reference("wan2.1", z))
+    assert found.shape == (5, 32, 48, 3)
+    assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
+    assert "5 frames by 1 rank" in done.output
+
+
+@pytest.mark.parametrize("grid", ["2x1", "1x2"])
+def test_ranks_of_its_own(folder: Path, tmp_path: Path, grid: str) -> None:
+    words = ["decode", folder / "video.safetensors", "--model", folder / "wan", "-o"]
+    alone = shell(*words, tmp_path / "alone")
+    done = shell(*words, tmp_path / "frames", "--num-gpus", 2, "--grid", grid)
+    assert alone.returncode == done.returncode == 0, done.stderr
+    assert np.abs(pictures(tmp_path / "frames").astype(int) - pictures(tmp_path / "alone")).max() <= 1
+    assert f"5 frames by 2 ranks ({grid})" in done.stderr
+
+
+def test_under_torchrun_its_world_is_used(folder: Path, tmp_path: Path) -> None:
+    words = ["decode", folder / "video.safetensors", "--model", folder / "wan", "-o", tmp_path / "clip.mp4"]
+    done = shell(*words, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "by 2 ranks (2x1)" in done.stderr
+    assert media.read_clip(tmp_path / "clip.mp4")[0].shape == (3, 5, 32, 48)
+    wrong = shell(*words, "--num-gpus", 3, ranks=2)
+    assert wrong.returncode != 0
+    assert "torchrun has started 2" in wrong.stderr
+
+
+def test_a_video_has_the_files_frame_rate_and_is_replaced_by_a_second_run(folder: Path, tmp_path: Path) -> None:
+    for options, rate in (([], 12), (["--fps", 24], 24)):
+        done = decode(folder, "video", tmp_path / "clip.mp4", *options)
+        assert done.exit_code == 0, done.output
+        frames, fps = media.read_clip(tmp_path / "clip.mp4")
+        assert frames.shape == (3, 5, 32, 48)
+        assert fps == rate
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+
+
+def test_a_folder_of_frames_is_replaced_by_a_second_run(folder: Path, tmp_path: Path) -> None:
+    assert decode(folder, "video", tmp_path / "frames").exit_code == 0
+    assert decode(folder, "image", tmp_path / "frames").exit_code == 0
+    assert os.listdir(tmp_path / "frames") == ["frame_00000.png"]
+
+
+def test_an_image_and_a_batch(folder: Path, tmp_path: Path) -> None:
+    assert decode(folder, "image", tmp_path / "picture.png").exit_code == 0
+    assert Image.open(tmp_path / "picture.png").size == (48, 32)
+    assert decode(folder, "batch", tmp_path / "clip.mp4").exit_code == 0
+    assert sorted(os.listdir(tmp_path)) == ["clip-0.mp4", "clip-1.mp4", "picture.png"]
+
+
+def test_scaled_latents_are_denormalized_as_the_file_or_the_user_says(folder: Path, tmp_path: Path) -> None:
+    for name, options in (("scaled", []), ("video", ["--scaled"]), ("scaled", ["--raw"])):
+        assert decode(folder, name, tmp_path / f"{name}{len(options)}{options[:1]}", *options).exit_code == 0
+    by_file, by_user, raw = (
+        pictures(tmp_path / name) for name in ("scaled0[]", "video1['--scaled']", "scaled1['--raw']")
+    )
+    assert np.array_equal(by_file, by_user)
+    assert not np.array_equal(by_file, raw)
+
+
+def test_dtype_and_chunk(folder: Path, tmp_path: Path) -> None:
+    assert decode(folder, "video", tmp_path / "a", "--dtype", "bf16", "--chunk", "all").exit_code == 0
+    assert decode(folder, "video", tmp_path / "b").exit_code == 0
+    difference = np.abs(pictures(tmp_path / "a").astype(int) - pictures(tmp_path / "b"))
+    assert 0 < difference.max() < 40
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "options", "message"),
+    [
+        ("video", "clip.avi", [], "expected a name that ends in .mp4 or .png"),
+        ("video", "one.png", [], "one .png cannot hold 5 frames"),
+        ("video", "nowhere/clip.mp4", [], "there is no folder"),
+        ("video", "clip.mp4", ["--grid", "2x1", "--num-gpus", 3], "--grid 2x1 needs 2 ranks, but --num-gpus is 3"),
+        ("video", "clip.mp4", ["--grid", "2by1"], "write ROWSxCOLS"),
+        ("video", "clip.mp4", ["--num-gpus", 5], "at most 4 ranks fit"),
+        ("video", "clip.mp4", ["--chunk", "0"], "--chunk 0: expected a number of latent frames"),
+        ("missing", "clip.mp4", [], "cannot be read as safetensors"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    folder: Path, tmp_path: Path, name: str, output: str, options: list[object], message: str
+) -> None:
+    done = decode(folder, name, tmp_path / output, *options)
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", " ")
+    assert "Traceback" not in done.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unwritable_output_is_found_before_decoding(folder: Path) -> None:
+    done = decode(folder, "video", Path("/proc/clip.mp4"))
+    assert done.exit_code == 2
+    assert "cannot be written" in done.output
+
+
+def test_a_folder_of_other_files_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    done = decode(folder, "video", tmp_path / "mine")
+    assert done.exit_code == 2
+    assert "notes.txt" in done.output
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_latents_of_another_family_are_refused(folder: Path, tmp_path: Path) -> None:
+    words = ("decode", folder / "video.safetensors", "--model", folder / "qwen", "-o", tmp_path / "clip.mp4")
+    done = halovae(*words)
+    assert done.exit_code == 2
+    assert "holds latents of wan2.1" in done.output
+    assert "qwen-image model" in done.output.replace("\n", " ")
+
+
+def test_encode_cuts_and_scales_to_what_the_model_takes(folder: Path, tmp_path: Path) -> None:
+    sink = media.Sink(tmp_path / "clip.mp4", 10)
+    ramp = torch.linspace(0, 255, 42 * 54).view(1, 1, 42, 54).expand(3, 7, 42, 54)
+    sink.write(ramp.to(torch.uint8))
+    sink.close(whole=True)
+    output = tmp_path / "latents.safetensors"
+    done = halovae("encode", tmp_path / "clip.mp4", "--model", folder / "wan", "-o", output)
+    assert done.exit_code == 0, done.output
+    assert "taking 5 frames of 48x40 from 7 of 54x42" in done.output
+    header = latents_file.read_header(output)
+    assert header.shape == (1, 16, 2, 5, 6)
+    assert (header.family, header.scaled, header.fps) == ("wan2.1", False, 10)
+    scaled = halovae("encode", tmp_path / "clip.mp4", "--model", folder / "wan", "-o", output, "--size", "32x16")
+    assert scaled.exit_code == 0, scaled.output
+    assert latents_file.read_header(output).shape == (1, 16, 2, 2, 4)
+    wrong = halovae("encode", tmp_path / "clip.mp4", "--model", folder / "wan", "-o", output, "--size", "30x16")
+    assert wrong.exit_code == 2
+    assert "multiples of 8" in wrong.output
+    assert latents_file.read_header(output).shape == (1, 16, 2, 2, 4)
+
+
+def test_encode_refuses_what_is_no_clip(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_text("no video")
+    done = halovae("encode", tmp_path / "clip.mp4", "--model", folder / "wan", "-o", tmp_path / "z.safetensors")
+    assert done.exit_code == 2
+    assert "cannot be read as a video or a picture" in done.output.replace("\n", " ")
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+
+
+def test_inspect_tells_family_and_needs(folder: Path) -> None:
+    done = halovae("inspect", folder / "wan", "--size", "64x48", "--frames", 9, "--grid", "2x1")
+    assert done.exit_code == 0, done.output
+    for text in ("wan2.1", "8x in space, 4x in time", "[1, 16, 3, 6, 8]", "grid 2x1", "TFLOP", "MiB"):
+        assert text in done.output
+    wrong = halovae("inspect", folder / "wan", "--size", "65x48")
+    assert wrong.exit_code == 2
+    assert "multiples of 8" in wrong.output
+
+
+def test_help_and_version() -> None:
+    overview = halovae("--help")
+    for command in ("decode", "encode", "inspect", "demo"):
+        assert command in overview.output
+        assert halovae(command, "--help").exit_code == 0
+    assert halovae("--version").output.startswith("halovae 0.")

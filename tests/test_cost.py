@@ -1,0 +1,34 @@
+"""The walk through the decoder without data, against real decodes."""
+
+import pytest
+import torch
+from models import FAMILIES, latents, vae
+from torch.utils.flop_counter import FlopCounterMode
+
+import halovae
+from halovae import Grid
+from halovae.planning.cost import estimate
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("frames", "chunk"), [(1, 1), (2, 1), (6, 1), (5, 2)])
+def test_flops_are_those_of_a_real_decode(family: str, frames: int, chunk: int) -> None:
+    decoder, z = halovae.load(vae(family)), latents(family, frames=frames)
+    with FlopCounterMode(display=False) as counter:
+        decoder.decode(z, chunk=chunk)
+    assert estimate(decoder.config, z.shape, torch.float32, chunk=chunk).flops == counter.get_total_flops()
+
+
+def test_weights_and_caches_are_counted_in_bytes() -> None:
+    decoder = halovae.load(vae("wan2.1"))
+    cost = estimate(decoder.config, (1, 16, 3, 6, 6), torch.bfloat16)
+    assert cost.weights == 2 * sum(parameter.numel() for parameter in decoder.model.parameters())
+    assert 0 < cost.caches < cost.peak
+
+
+def test_peak_and_caches_fall_with_the_ranks() -> None:
+    config = halovae.load(vae("wan2.1")).config
+    alone, shared = (estimate(config, (1, 16, 3, 32, 32), torch.float32, Grid(rows=rows)) for rows in (1, 4))
+    assert shared.caches <= 0.3 * alone.caches
+    assert shared.peak <= 0.35 * alone.peak
+    assert shared.weights == alone.weights

@@ -1,0 +1,204 @@
+"""Pipelines of diffusers that decode through halovae on two ranks: same frames, same manners."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import FAMILIES, WIDTH, latents
+from pipelines import embeddings, make_qwen_image, make_wan, qwen_image_edit, wan_image_to_video
+from torch import Tensor
+
+import halovae
+from halovae import Grid
+from halovae.bench.models import random_vae
+from halovae.bench.ranks import Ranks
+
+BOUND = 1e-4
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipelines")
+    make_wan(root / "wan")
+    make_qwen_image(root / "qwen")
+    return {"wan": root / "wan", "qwen": root / "qwen"}
+
+
+def generate(pipe: Any, **options: Any) -> np.ndarray:
+    """A pipeline's frames as numpy, quiet and seeded."""
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np", **options)
+    return np.asarray(output.frames if hasattr(output, "frames") else output.images)
+
+
+def both_ways(pipe: Any, **options: Any) -> tuple[float, list[int], np.ndarray]:
+    """On each rank: the largest difference that halovae makes, the shape, and the frames."""
+    halovae.restore(pipe)
+    wanted = generate(pipe, **options)
+    frames = generate(halovae.parallelize(pipe, grid=Grid(rows=2)), **options)
+    assert np.isfinite(wanted).all()
+    assert wanted.std() > 1e-3
+    return float(np.abs(frames - wanted).max()), list(frames.shape), frames
+
+
+def wan_text_to_video(folder: Path) -> Any:
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(folder)
+    return both_ways(pipe, prompt="a cat", negative_prompt="", height=64, width=48, num_frames=9)
+
+
+def qwen_text_to_image(folder: Path) -> Any:
+    from diffusers import QwenImagePipeline
+
+    pipe = QwenImagePipeline.from_pretrained(folder)
+    return both_ways(pipe, prompt="a cat", height=64, width=96)
+
+
+def wan_from_an_image() -> Any:
+    image = torch.rand(3, 64, 48, generator=torch.Generator().manual_seed(1))
+    prompts = {"prompt_embeds": embeddings(), "negative_prompt_embeds": embeddings(seed=1)}
+    return both_ways(wan_image_to_video(), image=image, height=64, width=48, num_frames=5, **prompts)
+
+
+def qwen_edit() -> Any:
+    from PIL import Image
+
+    image = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
+    mask = torch.ones(1, 12, dtype=torch.long)
+    return both_ways(
+        qwen_image_edit(), image=image, height=96, width=64, prompt_embeds=embeddings(), prompt_embeds_mask=mask
+    )
+
+
+def check(results: list[Any], shape: list[int]) -> None:
+    for difference, found, frames in results:
+        assert difference <= BOUND
+        assert found == shape
+        assert np.array_equal(frames, results[0][2])
+
+
+def test_wan_text_to_video(ranks: Callable[[int], Ranks], folders: dict[str, Path]) -> None:
+    check(ranks(2).run(wan_text_to_video, folders["wan"]), [1, 9, 64, 48, 3])
+
+
+def test_wan_image_to_video(ranks: Callable[[int], Ranks]) -> None:
+    check(ranks(2).run(wan_from_an_image), [1, 5, 64, 48, 3])
+
+
+def test_qwen_image(ranks: Callable[[int], Ranks], folders: dict[str, Path]) -> None:
+    check(ranks(2).run(qwen_text_to_image, folders["qwen"]), [1, 64, 96, 3])
+
+
+def test_qwen_image_edit(ranks: Callable[[int], Ranks]) -> None:
+    check(ranks(2).run(qwen_edit), [1, 96, 64, 3])
+
+
+@pytest.mark.parametrize(
+    ("script", "model", "output", "options"),
+    [
+        ("wan_text_to_video.py", "wan", "clip.mp4", ["--size", "48x64", "--frames", "9"]),
+        ("qwen_image.py", "qwen", "picture.png", ["--size", "96x64"]),
+    ],
+)
+def test_examples_run_under_torchrun(
+    folders: dict[str, Path], tmp_path: Path, script: str, model: str, output: str, options: list[str]
+) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLES / script)),
+        *("--model", str(folders[model]), "--prompt", "a cat", "--steps", "2", "--dtype", "float32"),
+        *("--compare", "-o", str(tmp_path / output), *options),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / output).stat().st_size > 0
+    difference = float(done.stdout.split("largest difference to diffusers:")[1].split()[0])
+    assert difference <= BOUND
+
+
+def manners(family: str, z: Tensor) -> dict[str, Any]:
+    """On each rank: what `vae.decode` gives in its several forms, before, during and after."""
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    vae = random_vae(family, WIDTH)
+    with torch.no_grad():
+        wanted = vae.decode(z).sample
+        clip = wanted[:, :, :1].contiguous()
+        encoded = vae.encode(clip).latent_dist.mode()
+        config = dict(vae.config)
+        assert halovae.parallelize(vae, gather="rank0") is vae
+        halovae.parallelize(vae)  # again, with other settings
+        whole, (plain,) = vae.decode(z), vae.decode(z, return_dict=False)
+        assert isinstance(whole, DecoderOutput)
+        assert dict(vae.config) == config
+        assert torch.equal(vae.encode(clip).latent_dist.mode(), encoded)
+        halovae.parallelize(vae, gather="rank0", grid=Grid(cols=2))
+        lean = vae.decode(z).sample
+        halovae.restore(vae)
+        restored = vae.decode(z).sample
+        halovae.restore(vae)
+    return {"wanted": wanted, "whole": whole.sample, "plain": plain, "lean": lean, "restored": restored}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_keeps_its_manners(ranks: Callable[[int], Ranks], family: str) -> None:
+    first, second = ranks(2).run(manners, family, latents(family))
+    for seen in (first, second):
+        for name in ("whole", "plain", "restored"):
+            assert seen[name].dtype == seen["wanted"].dtype
+            assert (seen[name] - seen["wanted"]).abs().max() <= BOUND
+    assert (first["lean"] - first["wanted"]).abs().max() <= BOUND
+    assert second["lean"].shape == second["wanted"].shape
+    assert (second["lean"] == -1).all()
+
+
+def test_frames_for_the_ranks_that_get_none_take_no_memory() -> None:
+    from halovae.integrations.diffusers import _black
+
+    z = latents("wan2.1")
+    frames = _black(halovae.load(random_vae("wan2.1", WIDTH)), z)
+    assert frames.untyped_storage().nbytes() == 4
+
+
+def test_dtype_of_the_sample_is_the_models() -> None:
+    vae = halovae.parallelize(random_vae("wan2.1", WIDTH).bfloat16())
+    assert vae.decode(latents("wan2.1").bfloat16()).sample.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("switch", ["enable_tiling", "enable_slicing"])
+def test_tiling_and_slicing_are_ignored_with_a_warning(switch: str) -> None:
+    vae = random_vae("wan2.1", WIDTH)
+    z = latents("wan2.1", frames=1, height=40, width=4, batch=2)
+    with torch.no_grad():
+        wanted = vae.decode(z).sample
+    getattr(vae, switch)()
+    halovae.parallelize(vae)
+    with pytest.warns(UserWarning, match="not needed with halovae"):
+        frames = vae.decode(z).sample
+    assert (frames - wanted).abs().max() <= BOUND
+
+
+@pytest.mark.parametrize("thing", [object(), "wan", None])
+def test_what_has_no_vae_is_refused(thing: Any) -> None:
+    with pytest.raises(TypeError, match="expected a diffusers pipeline with a vae"):
+        halovae.parallelize(thing)
+    with pytest.raises(TypeError, match="expected a diffusers pipeline with a vae"):
+        halovae.restore(thing)
+
+
+def test_a_vae_of_another_class_is_refused() -> None:
+    from diffusers import AutoencoderTiny
+
+    with pytest.raises(halovae.CheckpointError, match="AutoencoderTiny.*not supported"):
+        halovae.parallelize(AutoencoderTiny())
+
+
+def test_a_pipeline_needs_whole_frames() -> None:
+    with pytest.raises(ValueError, match="gather='none'"):
+        halovae.parallelize(random_vae("wan2.1", WIDTH), gather="none")

@@ -1,0 +1,129 @@
+"""What happens when something breaks in the middle: all ranks end, the reason is shown, nothing is half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import latents, vae
+
+import halovae
+from halovae import Grid
+from halovae import latents as latents_file
+from halovae.launch import RankError, launch
+
+LIMIT_S = 10
+
+
+def fails_on_rank_1() -> None:
+    """Ends rank 1 in the middle of a decode that rank 0 cannot finish alone."""
+    decoder = halovae.load(vae("wan2.1"))
+    for count, _ in enumerate(decoder.stream(latents("wan2.1", frames=8), grid=Grid(rows=2))):
+        if count == 2 and torch.distributed.get_rank() == 1:
+            raise ArithmeticError("made to fail after three chunks")
+
+
+def test_a_failing_ranks_traceback_is_shown() -> None:
+    with pytest.raises(RankError) as caught:
+        launch(2, fails_on_rank_1)
+    message = str(caught.value)
+    assert message.startswith("rank 1 failed")
+    assert "in fails_on_rank_1" in message
+    assert "ArithmeticError: made to fail after three chunks" in message
+
+
+def rank_of_world() -> tuple[int, int]:
+    decoder = halovae.load(vae("wan2.1"))
+    decoder.decode(latents("wan2.1", frames=1))
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def test_launch_returns_what_each_rank_returned() -> None:
+    assert launch(2, rank_of_world) == [(0, 2), (1, 2)]
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> list[str]:
+    """A decode command that takes far longer than any test waits."""
+    vae("wan2.1").save_pretrained(tmp_path / "vae")
+    long = latents("wan2.1", frames=2000, height=8, width=8)
+    latents_file.save(tmp_path / "long.safetensors", long, "wan2.1", scaled=False, fps=16)
+    return [
+        *(sys.executable, "-m", "halovae.cli.main", "decode", str(tmp_path / "long.safetensors")),
+        *("--model", str(tmp_path / "vae"), "--num-gpus", "2", "-o", str(tmp_path / "out.mp4")),
+    ]
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of the started ranks, once both of them decode."""
+    for _ in range(600):
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                command = (entry / "cmdline").read_bytes()
+            except (OSError, IndexError):
+                continue
+            if int(fields[1]) == process.pid and b"spawn_main" in command:
+                found.append(int(entry.name))
+        if len(found) == 2 and list(Path(process.args[-1]).parent.glob(".*.partial")):  # type: ignore[index,arg-type]
+            return sorted(found)
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.1)
+    raise AssertionError("the ranks did not start")
+
+
+def started(command: list[str]) -> tuple[subprocess.Popen[str], list[int]]:
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    ranks = ranks_of(process)
+    time.sleep(1)
+    return process, ranks
+
+
+def ended(process: subprocess.Popen[str], ranks: list[int], folder: Path) -> str:
+    """What the command said; it and its ranks must be gone in time, and nothing written."""
+    try:
+        _, said = process.communicate(timeout=LIMIT_S)
+        assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert sorted(path.name for path in folder.iterdir()) == ["long.safetensors", "vae"]
+    return said
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_all(endless: list[str], tmp_path: Path, victim: int) -> None:
+    process, ranks = started(endless)
+    os.kill(ranks[victim], signal.SIGKILL)
+    said = ended(process, ranks, tmp_path)
+    assert process.returncode == 1
+    assert "failed, and all ranks were ended" in said
+    assert "Signal 9 (SIGKILL)" in said or "Connection" in said
+
+
+def test_ctrl_c_ends_all_and_leaves_nothing(endless: list[str], tmp_path: Path) -> None:
+    process, ranks = started(endless)
+    os.killpg(process.pid, signal.SIGINT)
+    said = ended(process, ranks, tmp_path)
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in said
+    assert "Traceback" not in said
+
+
+def test_ctrl_c_on_one_rank(endless: list[str], tmp_path: Path) -> None:
+    command = [word if word != "2" else "1" for word in endless]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(600):
+        if list(tmp_path.glob(".*.partial")):
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    said = ended(process, [], tmp_path)
+    assert process.returncode == 130
+    assert "Traceback" not in said

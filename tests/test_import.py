@@ -1,0 +1,14 @@
+"""What `import halovae` brings along, and what it must not."""
+
+import subprocess
+import sys
+
+
+def test_import_is_lean() -> None:
+    script = (
+        "import sys, halovae; halovae.load, halovae.parallelize, halovae.Grid;"
+        "print([name for name in ('diffusers', 'transformers', 'fastapi', 'av', 'matplotlib', 'skimage')"
+        " if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,158 @@
+"""Checkpoints in diffusers layout, whole and broken, and live modules."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, latents, reference, vae
+from safetensors.torch import load_file, save_file
+
+import halovae
+from halovae.models import load as checkpoints
+
+WEIGHTS = checkpoints.WEIGHTS
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    vae("wan2.1").save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def change(folder: Path, **changes: Any) -> None:
+    """Rewrite the weights: a tensor replaces or adds one, None drops it."""
+    state = load_file(folder / WEIGHTS)
+    for key, tensor in changes.items():
+        name = key.replace("__", ".")
+        if tensor is None:
+            del state[name]
+        else:
+            state[name] = tensor
+    save_file(state, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_decodes_as_the_module_it_was_saved_from(tmp_path: Path, family: str) -> None:
+    vae(family).save_pretrained(tmp_path)
+    decoder = halovae.load(tmp_path, device="cpu")
+    assert decoder.config.family == family
+    frames = decoder.decode(latents(family))
+    assert frames is not None
+    assert (frames - reference(family, latents(family))).abs().max() <= 1e-4
+
+
+def test_a_live_modules_weights_are_shared() -> None:
+    decoder = halovae.load(vae("wan2.2-5b"))
+    theirs = {parameter.data_ptr() for parameter in vae("wan2.2-5b").parameters()}
+    assert {parameter.data_ptr() for parameter in decoder.model.parameters()} <= theirs
+
+
+def test_weights_follow_a_module_that_is_converted_later() -> None:
+    from halovae.bench.models import random_vae
+
+    module = random_vae("wan2.1", 8)
+    decoder = halovae.load(module)
+    module.bfloat16()
+    assert decoder.dtype == torch.bfloat16
+
+
+def test_a_pipelines_folder_is_searched_for_its_vae(folder: Path) -> None:
+    assert halovae.load(folder.parent).config.family == "wan2.1"
+    assert halovae.load(folder.parent, subfolder="vae").config.family == "wan2.1"
+    with pytest.raises(halovae.CheckpointError, match="no config.json"):
+        halovae.load(folder.parent, subfolder="unet")
+
+
+def test_only_the_decoders_half_is_read(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    save_file({key: tensor for key, tensor in state.items() if not key.startswith("encoder.")}, folder / WEIGHTS)
+    decoder = halovae.load(folder, dtype=torch.bfloat16)
+    assert decoder.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in decoder.model.parameters())
+
+
+def test_an_index_of_several_files_is_followed(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    names = sorted(state)
+    parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({key: state[key] for key in keys}, folder / file)
+    (folder / WEIGHTS).unlink()
+    weight_map = {key: file for file, keys in parts.items() for key in keys}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert halovae.load(folder).config.family == "wan2.1"
+
+
+def test_a_hub_id_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        return str(folder.parent)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert halovae.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").config.family == "wan2.1"
+    ((repo, patterns),) = asked
+    assert repo == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert "vae/config.json" in patterns
+
+
+def test_a_name_that_is_neither_a_folder_nor_a_hub_id() -> None:
+    with pytest.raises(halovae.CheckpointError, match="not a directory here"):
+        halovae.load("no/such/model/anywhere")
+
+
+def test_missing_unexpected_and_misshapen_weights_are_named(folder: Path) -> None:
+    change(
+        folder,
+        decoder__conv_in__weight=None,
+        decoder__conv_in__scale=torch.ones(1),
+        decoder__conv_out__bias=torch.ones(7),
+    )
+    with pytest.raises(halovae.CheckpointError) as caught:
+        halovae.load(folder)
+    message = str(caught.value)
+    assert "missing: decoder.conv_in.weight" in message
+    assert "unexpected: decoder.conv_in.scale" in message
+    assert "wrong shape: decoder.conv_out.bias is [7], not [3]" in message
+
+
+def test_an_unknown_class_lists_the_known_ones(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderOobleck"}))
+    with pytest.raises(halovae.CheckpointError, match="AutoencoderOobleck.*AutoencoderKLQwenImage, AutoencoderKLWan"):
+        halovae.load(folder)
+    with pytest.raises(halovae.CheckpointError, match="Linear"):
+        halovae.load(torch.nn.Linear(1, 1))
+
+
+def test_a_truncated_file_is_named(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(halovae.CheckpointError, match=f"{WEIGHTS}: cannot be read as safetensors, is it complete"):
+        halovae.load(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_a_broken_config_is_named(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(halovae.CheckpointError, match="config.json"):
+        halovae.load(folder)
+
+
+def test_a_config_that_lacks_a_field_names_it(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["z_dim"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(halovae.CheckpointError, match="z_dim"):
+        halovae.load(folder)
+
+
+def test_a_folder_without_weights_says_what_was_expected(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(halovae.CheckpointError, match="found none"):
+        halovae.load(folder)

@@ -139,6 +139,7 @@ def report(console: Console, contestants: list[Contestant], title: str) -> None:
             f"{above / statistics.median(single.above):.2f}",
             f"{error:.1e}",
         )
+    console.width = max(console.width, 150)
     console.print(table)
 
 

@@ -78,10 +78,12 @@ def main() -> None:
         for depth in DEPTHS:
             for chunk in CHUNKS:
                 frames = groups[Grid.parse(grid).size].run(decode, *arguments, grid, depth, chunk)[0]
+                single = singles[chunk]
                 assert frames is not None
+                assert single is not None
                 error = (frames.float() - reference).abs().max().item()
                 broken += error > bound
-                marks = f"{'!' if error > bound else ''}{'=' if torch.equal(frames, singles[chunk]) else ''}"
+                marks = f"{'!' if error > bound else ''}{'=' if torch.equal(frames, single) else ''}"
                 cells.append(f"{error:.1e} {marks}")
         table.add_row(family, dtype, "x".join(map(str, size[1:])), grid, f"{theirs:.1e}", *cells)
     for group in groups.values():

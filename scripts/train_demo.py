@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,22 +43,41 @@ def evaluate(vae: AutoencoderKLWan, frames: int = 17, height: int = 128, width: 
     return scores
 
 
-def train(steps: int, batch: int, size: int, seed: int, rate: float) -> AutoencoderKLWan:
-    """Train on single frames for an eighth of the steps, then on clips of three latent frames, the least in which a
-    causal convolution of three taps sees three frames. Returns the average of the weights over the last steps."""
-    torch.manual_seed(seed)
-    vae = AutoencoderKLWan(**CONFIG)
-    with torch.no_grad():  # start with little posterior noise: the first steps would otherwise learn from noise alone
-        vae.quant_conv.bias[CONFIG["z_dim"] :].fill_(-6.0)
+@dataclass(frozen=True)
+class Stage:
+    """One run of the optimizer: `steps` of `clips` clips of `frames` frames, `size` pixels square.
+
+    The learning rate rises to `rate` over 100 steps and falls along a cosine to 2 % of it. The first `images` steps are
+    on single frames, six times as many.
+    """
+
+    steps: int
+    clips: int
+    frames: int
+    size: int
+    rate: float
+    images: int = 0
+
+
+# Space first, then motion over three latent frames, the least in which a causal convolution of three taps sees three;
+# then long clips, because the convolutions together see much further back than that.
+STAGES = (
+    Stage(steps=3200, clips=2, frames=9, size=64, rate=2e-3, images=400),
+    Stage(steps=400, clips=1, frames=33, size=48, rate=1e-3),
+)
+
+
+def train(vae: AutoencoderKLWan, stage: Stage, photos: list[Tensor], seed: int) -> AutoencoderKLWan:
+    """Train in place, and return the average of the weights over the last steps."""
     averaged = copy.deepcopy(vae).requires_grad_(False)
-    photos = photographs(TRAINING)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-4)
     begin = time.monotonic()
-    for step in range(steps):
-        warm, cosine = min(1.0, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = rate * warm * (0.02 + 0.98 * cosine)
-        frames, count = (1, 6 * batch) if step < steps // 8 else (9, batch)
-        clips = torch.stack([make_clip(photos, frames, size, size, seed + step * 1000 + i) for i in range(count)])
+    for step in range(stage.steps):
+        warm, cosine = min(1.0, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+        optimizer.param_groups[0]["lr"] = stage.rate * warm * (0.02 + 0.98 * cosine)
+        frames, count = (1, 6 * stage.clips) if step < stage.images else (stage.frames, stage.clips)
+        seeds = range(seed + step * 1000, seed + step * 1000 + count)
+        clips = torch.stack([make_clip(photos, frames, stage.size, stage.size, one) for one in seeds])
         posterior = vae.encode(clips).latent_dist
         decoded = vae.decode(posterior.sample()).sample
         loss = F.mse_loss(decoded, clips) * 4 + F.l1_loss(decoded, clips) * 0.5 + 1e-6 * posterior.kl().mean()
@@ -70,19 +90,18 @@ def train(steps: int, batch: int, size: int, seed: int, rate: float) -> Autoenco
             for slow, fast in zip(averaged.parameters(), vae.parameters(), strict=True):
                 slow.lerp_(fast, 1 - decay)
         if (step + 1) % 100 == 0:
-            held_out = evaluate(averaged, frames=9, height=64, width=64)
+            held_out = evaluate(averaged, frames=stage.frames, height=64, width=64)
             print(
-                f"step {step + 1} of {steps}, {(time.monotonic() - begin) / 60:.1f} min: "
+                f"step {step + 1} of {stage.steps}, {(time.monotonic() - begin) / 60:.1f} min: "
                 f"batch {psnr(decoded.detach(), clips):.2f} dB, held-out {sum(held_out) / len(held_out):.2f} dB",
                 flush=True,
             )
-    return averaged
+    return averaged.requires_grad_(True)
 
 
 @torch.inference_mode()
-def with_latent_statistics(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+def record_latent_statistics(vae: AutoencoderKLWan, photos: list[Tensor]) -> None:
     """Record the latents' mean and standard deviation per channel in the config, as Wan's checkpoints do."""
-    photos = photographs(TRAINING)
     clips = torch.stack([make_clip(photos, 9, 64, 64, seed) for seed in range(64)])
     latents = vae.encode(clips).latent_dist.mode().transpose(0, 1).flatten(1)
     rounded = {
@@ -90,25 +109,32 @@ def with_latent_statistics(vae: AutoencoderKLWan) -> AutoencoderKLWan:
         "latents_std": [round(v, 4) for v in latents.std(1).tolist()],
     }
     vae.register_to_config(**rounded)
-    return vae
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write in diffusers layout")
-    parser.add_argument("--steps", type=int, default=3200, help="training steps (default 3200)")
-    parser.add_argument("--batch", type=int, default=2, help="clips of nine frames per step (default 2)")
-    parser.add_argument("--size", type=int, default=64, help="clip height and width in pixels (default 64)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the clips (default 0)")
+    parser.add_argument("--resume", type=Path, help="folder with the model as it was after the first stage")
     args = parser.parse_args()
-    begin = time.monotonic()
-    vae = train(args.steps, args.batch, args.size, args.seed, args.rate)
+    begin, photos = time.monotonic(), photographs(TRAINING)
+    torch.manual_seed(args.seed)
+    if args.resume is None:
+        vae = AutoencoderKLWan(**CONFIG)
+        with (
+            torch.no_grad()
+        ):  # start with little posterior noise: the first steps would otherwise learn from noise alone
+            vae.quant_conv.bias[CONFIG["z_dim"] :].fill_(-6.0)
+    else:
+        vae = AutoencoderKLWan.from_pretrained(args.resume, torch_dtype=torch.float32).train()
+    for stage in STAGES if args.resume is None else STAGES[1:]:
+        vae = train(vae, stage, photos, args.seed)
+        record_latent_statistics(vae, photos)
+        copy.deepcopy(vae).half().save_pretrained(args.out)
     minutes = round((time.monotonic() - begin) / 60, 1)
-    with_latent_statistics(vae).half().save_pretrained(args.out)
     scores = evaluate(AutoencoderKLWan.from_pretrained(args.out, torch_dtype=torch.float32))
     report = {"held_out_psnr_db": [round(s, 2) for s in scores], "mean_psnr_db": round(sum(scores) / len(scores), 2)}
-    report |= {"steps": args.steps, "minutes": minutes, "seed": args.seed, "torch": torch.__version__}
+    report |= {"minutes": minutes, "seed": args.seed, "torch": torch.__version__}
     (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
 

@@ -110,11 +110,13 @@ def test_an_image_and_a_batch(folder: Path, tmp_path: Path) -> None:
 
 
 def test_scaled_latents_are_denormalized_as_the_file_or_the_user_says(folder: Path, tmp_path: Path) -> None:
-    for name, options in (("scaled", []), ("video", ["--scaled"]), ("scaled", ["--raw"])):
-        assert decode(folder, name, tmp_path / f"{name}{len(options)}{options[:1]}", *options).exit_code == 0
-    by_file, by_user, raw = (
-        pictures(tmp_path / name) for name in ("scaled0[]", "video1['--scaled']", "scaled1['--raw']")
-    )
+    for output, name, options in (
+        ("by_file", "scaled", []),
+        ("by_user", "video", ["--scaled"]),
+        ("raw", "scaled", ["--raw"]),
+    ):
+        assert decode(folder, name, tmp_path / output, *options).exit_code == 0
+    by_file, by_user, raw = (pictures(tmp_path / output) for output in ("by_file", "by_user", "raw"))
     assert np.array_equal(by_file, by_user)
     assert not np.array_equal(by_file, raw)
 

@@ -80,21 +80,22 @@ def traffic(depth: int, frames: int) -> list[tuple[int, int]]:
     """Messages and bytes that this rank sends for halos, chunk by chunk of one latent frame."""
     decoder = halovae.load(vae("wan2.1"))
     sent: list[tuple[int, int]] = []
-    original: Any = dist.batch_isend_irecv
+    original = dist.batch_isend_irecv
 
     def counting(operations: list[Any]) -> Any:
         halos = [op.tensor for op in operations if op.op is dist.isend]
         sent[-1] = (sent[-1][0] + len(halos), sent[-1][1] + sum(t.numel() * t.element_size() for t in halos))
         return original(operations)
 
-    dist.batch_isend_irecv = counting
+    module: Any = dist
+    module.batch_isend_irecv = counting
     try:
         sent.append((0, 0))
         stream = decoder.stream(latents("wan2.1", frames, 16, 4), grid=Grid(rows=2), halo_depth=depth, gather="none")
         for _ in stream:
             sent.append((0, 0))
     finally:
-        dist.batch_isend_irecv = original
+        module.batch_isend_irecv = original
     return sent[:-1]
 
 

@@ -172,9 +172,7 @@ class Decoder:
             with mesh.in_use():
                 tile = self._tile(latents[:, :, start:stop], shards[mesh.rank], context, denormalize)
                 own = _converted(self.model(tile, context), dtype)
-                frames = (
-                    own if gather == "none" else self._gathered(own, latents.shape, pictures, mesh, gather == "all")
-                )
+                frames = self._gathered(own, latents.shape, pictures, mesh, gather)
             yield frames
             start = stop
 
@@ -186,11 +184,12 @@ class Decoder:
         return Tile(self.model.denormalized(data) if denormalize else data, halo)
 
     def _gathered(
-        self, own: Tensor, latents: torch.Size, pictures: list[Shard], mesh: Mesh, everyone: bool
+        self, own: Tensor, latents: torch.Size, pictures: list[Shard], mesh: Mesh, gather: Gather
     ) -> Tensor | None:
-        if mesh.grid.size == 1:
+        """What this rank receives of the frames of all ranks."""
+        if gather == "none" or mesh.grid.size == 1:
             return own
-        out = None
+        out, everyone = None, gather == "all"
         if everyone or mesh.rank == 0:
             factor = self.config.spatial_factor
             out = own.new_empty(latents[0], *own.shape[1:3], latents[3] * factor, latents[4] * factor)

@@ -13,6 +13,7 @@ import argparse
 import sys
 from typing import Any
 
+import diffusers
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -34,6 +35,7 @@ _vaes: dict[tuple[str, int, str], Any] = {}
 def vae_of(family: str, width: int, dtype: str) -> Any:
     """The model, made once in each process."""
     key = (family, width, dtype)
+    diffusers.utils.logging.set_verbosity_error()  # it warns of every conversion to bf16
     if key not in _vaes:
         _vaes[key] = random_vae(family, width).to(DTYPES[dtype])
     return _vaes[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,8 @@ class Mesh:
                 device.type, (grid.batch, grid.rows * grid.cols), mesh_dim_names=("batch", "plane")
             )
             self._plane = planes.get_group("plane")
+            # A group of its own, so that two meshes' messages do not meet in the default one.
+            self._world = dist.new_group()
 
     def neighbours(self, axis: Axis) -> tuple[int | None, int | None]:
         """The ranks before and after this one along `axis`; None at the border of the picture."""
@@ -88,27 +91,20 @@ class Mesh:
         """
         dim = own.ndim - 2 if axis == "rows" else own.ndim - 1
         before, after = self.neighbours(axis)
-        sent = {
-            before: own.narrow(dim, 0, depth),
-            after: own.narrow(dim, own.shape[dim] - depth, depth),
-        }
-        group = self.axes.get_group(axis)
-        received = {peer: torch.empty_like(rows, memory_format=torch.contiguous_format) for peer, rows in sent.items()}
-        operations = []
+        nearest = {before: own.narrow(dim, 0, depth), after: own.narrow(dim, own.shape[dim] - depth, depth)}
+        group, operations = self.axes.get_group(axis), []
+        ghosts: dict[int | None, Tensor] = {}
         for peer in (before, after):
             if peer is not None:
-                operations.append(dist.P2POp(dist.isend, sent[peer].contiguous(), peer, group))
-                operations.append(dist.P2POp(dist.irecv, received[peer], peer, group))
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-        parts = [received[before]] if before is not None else []
-        parts.append(own)
-        if after is not None:
-            parts.append(received[after])
-        return torch.cat(parts, dim)
+                ghosts[peer] = torch.empty_like(nearest[peer], memory_format=torch.contiguous_format)
+                operations.append(dist.P2POp(dist.isend, nearest[peer].contiguous(), peer, group))
+                operations.append(dist.P2POp(dist.irecv, ghosts[peer], peer, group))
+        _exchange(operations)
+        parts = [ghosts.get(before), own, ghosts.get(after)]
+        return torch.cat([part for part in parts if part is not None], dim)
 
-    def _collect(self, own: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
-        """Every rank's flat `own`, whose lengths may differ, in the order of `group`'s ranks (None: the world's)."""
+    def _collect(self, own: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+        """Every rank's flat `own`, whose lengths may differ, in the order of `group`'s ranks."""
         padded = own.new_empty(max(sizes))
         padded[: own.numel()] = own.flatten()
         everyone = [torch.empty_like(padded) for _ in sizes]
@@ -125,7 +121,7 @@ class Mesh:
         return torch.cat(views, dim=1)
 
     def gather_frames(self, own: Tensor, shards: Sequence[Shard], out: Tensor | None, everyone: bool) -> None:
-        """Lay the ranks' frames into the full picture.
+        """Lay the frames of several ranks into the full picture.
 
         Args:
             own: this rank's frames `[B, C, T, H, W]`, contiguous.
@@ -135,18 +131,15 @@ class Mesh:
         """
         channels, frames = own.shape[1:3]
         shapes = [shard.shape(channels, frames) for shard in shards]
-        if everyone and self.grid.size > 1:
-            sizes = [torch.Size(shape).numel() for shape in shapes]
-            parts = self._collect(own, sizes, None)
+        if everyone:
+            parts = self._collect(own, [math.prod(shape) for shape in shapes], self._world)
             pictures = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         elif self.rank == 0:
             pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
-            arrivals = [dist.P2POp(dist.irecv, picture, peer) for peer, picture in enumerate(pictures) if peer > 0]
-            for work in dist.batch_isend_irecv(arrivals) if arrivals else ():
-                work.wait()
+            others = enumerate(pictures[1:], start=1)
+            _exchange([dist.P2POp(dist.irecv, picture, peer, self._world) for peer, picture in others])
         else:
-            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, own, 0)]):
-                work.wait()
+            _exchange([dist.P2POp(dist.isend, own, 0, self._world)])
         if out is not None:
             for shard, picture in zip(shards, pictures, strict=True):
                 out[shard.index] = picture
@@ -163,7 +156,8 @@ class Mesh:
         """
         if self.grid.size > 1:
             everyone: list[tuple[str, str]] = [("", "")] * self.grid.size
-            dist.all_gather_object(everyone, (request, "" if error is None else f"{type(error).__name__}: {error}"))
+            reason = "" if error is None else f"{type(error).__name__}: {error}"
+            dist.all_gather_object(everyone, (request, reason), self._world)
             refusals = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(everyone) if reason]
             if error is None and refusals:
                 raise RuntimeError("this rank could decode, but others cannot; " + "; ".join(refusals))
@@ -191,6 +185,11 @@ class Mesh:
             yield
         finally:
             self._user = None
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
 
 
 _meshes: dict[tuple[Grid, torch.device, object], Mesh] = {}

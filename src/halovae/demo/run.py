@@ -23,7 +23,6 @@ MODEL = Path(str(files("halovae.demo"))) / "vae"
 FRAMES, HEIGHT, WIDTH, FPS, SEED = 33, 192, 256, 12.0, 10_000_008
 # diffusers' tiles of 96 pixels that overlap by 24: several tiles each way at this size, as 256 would be at 720p.
 TILE, STRIDE = 96, 72
-REPEATS = 3
 AMPLIFIED = 10
 
 
@@ -34,7 +33,7 @@ class Shown:
     Attributes:
         name: what it is.
         frames: `[3, T, H, W]` in [-1, 1].
-        seconds: median over the repeats, after one run to warm up.
+        seconds: of one decode, after a decode of the first two latent frames to warm up.
         peaks: bytes above the resting process at the highest point, by rank.
     """
 
@@ -113,14 +112,11 @@ def _with_tiles(path: Path) -> tuple[Tensor | None, float, int]:
 
 def _measured(decode: Callable[[Tensor], Tensor | None], path: Path) -> tuple[Tensor | None, float, int]:
     latents = latents_file.read(path)
-    memory = platform.PeakMemory(latents.device)
-    times = []
     with torch.inference_mode():
-        for _ in range(1 + REPEATS):
-            begin = time.perf_counter()
-            frames = decode(latents)
-            times.append(time.perf_counter() - begin)
-    return None if frames is None else frames[0], sorted(times[1:])[REPEATS // 2], memory.above_resting
+        decode(latents[:, :, :2])
+        memory, begin = platform.PeakMemory(latents.device), time.perf_counter()
+        frames = decode(latents)
+    return None if frames is None else frames[0], time.perf_counter() - begin, memory.above_resting
 
 
 def _draw(path: Path, clip: Tensor, shown: list[Shown]) -> None:

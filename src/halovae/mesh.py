@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from halovae import platform
 from halovae.geometry import Grid, Shard
@@ -60,14 +60,14 @@ class Mesh:
         self.item, self.row, self.col = grid.coordinates(self.rank)
         self._user: int | None = None
         if grid.size > 1:
-            extents = (grid.batch, grid.rows, grid.cols)
-            self.axes = init_device_mesh(device.type, extents, mesh_dim_names=("batch", "rows", "cols"))
-            planes = init_device_mesh(
-                device.type, (grid.batch, grid.rows * grid.cols), mesh_dim_names=("batch", "plane")
-            )
-            self._plane = planes.get_group("plane")
-            # A group of its own, so that two meshes' messages do not meet in the default one.
-            self._world = dist.new_group()
+            # Groups of its own, so that the messages of two meshes cannot meet: init_device_mesh would put an axis of
+            # all ranks on the default group.
+            ranks = torch.arange(grid.size).view(grid.batch, grid.rows, grid.cols)
+            lines = [_group_of(ranks.movedim(dim, -1).flatten(0, 1)) for dim in range(3)]
+            names = ("batch", "rows", "cols")
+            self.axes = DeviceMesh.from_group(lines, device.type, mesh=ranks, mesh_dim_names=names)
+            self._plane = _group_of(ranks.flatten(1))
+            self._world = _group_of(ranks.view(1, -1))
 
     def neighbours(self, axis: Axis) -> tuple[int | None, int | None]:
         """The ranks before and after this one along `axis`; None at the border of the picture."""
@@ -185,6 +185,13 @@ class Mesh:
             yield
         finally:
             self._user = None
+
+
+def _group_of(lines: Tensor) -> dist.ProcessGroup:
+    """The group of this rank's line, all lines `[lines, ranks]` being made into groups by all ranks at once."""
+    group, _ = dist.new_subgroups_by_enumeration(lines.tolist())
+    assert group is not None
+    return group
 
 
 def _exchange(operations: list[dist.P2POp]) -> None:

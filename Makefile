@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench format
+.PHONY: demo test lint bench format
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "halovae needs Python 3.10 or newer"; exit 1; }
@@ -22,9 +22,6 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m 'not slow'
-
-test-slow: .venv/.installed
 	$(BIN)/pytest
 
 bench: .venv/.installed

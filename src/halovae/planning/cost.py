@@ -64,7 +64,7 @@ def estimate(
     with FakeTensorMode(), torch.inference_mode():
         model.load_state_dict({name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}, assign=True)
         mesh, cache = _WalkedMesh(grid, rank), Cache()
-        flops, live = [], _LiveBytes()
+        flops, live = [], LiveBytes()
         starts = [0, *range(1, walked, chunk)]
         for start in starts:
             frames = 1 if start == 0 else min(chunk, walked - start)
@@ -110,7 +110,7 @@ class _WalkedMesh(Mesh):
         return own if len(counts) == 1 else own.new_empty(own.shape[0], sum(counts), own.shape[2])
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made under it, while they live, and their peak."""
 
     def __init__(self) -> None:

@@ -3,7 +3,8 @@
     python benchmarks/decode.py --vs diffusers --ranks 1 2
 
 All contestants hold the same true-size model on seeded random weights, each rank in a process and on threads of its
-own, and take turns (A B A B ...). Times are those of the slowest rank. Peak memory is a process's peak resident set.
+own, and take turns (A B A B ...). Times are those of the slowest rank. Peak memory is a process's peak resident
+set; "above resting" is above the same process with the weights loaded and nothing decoded yet.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from halovae import load, platform
+from halovae import load
 from halovae.bench.models import FAMILIES, random_vae
 from halovae.bench.ranks import Ranks
 from halovae.decode import Decoder
+from halovae.memory import MemoryMeter
+from halovae.platform import RANK_ENVIRONMENT, Platform
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU = Platform(torch.device("cpu"))
 _held: dict[str, Any] = {}
 
 
@@ -37,6 +41,8 @@ def hold_diffusers(folder: Path, family: str, dtype: torch.dtype) -> None:
 
     vae = getattr(diffusers, FAMILIES[family][0]).from_pretrained(folder, torch_dtype=dtype)
     vae.encoder = vae.quant_conv = None
+    for parameter in vae.parameters():  # weights mapped from a file are not in memory before they are used
+        parameter.data = parameter.data.clone()
     _hold(lambda latents: vae.decode(latents).sample)
 
 
@@ -48,19 +54,20 @@ def hold_halovae(folder: Path, family: str, dtype: torch.dtype) -> None:
 
 def _hold(decode: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
     # Resting is what this process holds before its first decode: later, the allocator keeps some of what was freed.
-    _held.update(decode=decode, resting=platform.PeakMemory(torch.device("cpu")).resting)
+    _held.update(decode=decode, resting=MemoryMeter(CPU).resting)
 
 
 def decode_once(latents: torch.Tensor, keep: bool) -> tuple[float, int, int, torch.Tensor | None]:
     """Seconds, peak resident set, its part above the resting process, and, if kept, the frames."""
     if dist.is_initialized():
         dist.barrier()
-    memory = platform.PeakMemory(latents.device)
+    memory = MemoryMeter(CPU)
     begin = time.perf_counter()
     with torch.inference_mode():
         frames = _held["decode"](latents)
     seconds = time.perf_counter() - begin
-    return seconds, memory.peak, memory.peak - _held["resting"], frames if keep else None
+    peak = memory.read().peak_reserved
+    return seconds, peak, peak - _held["resting"], frames if keep else None
 
 
 @dataclass
@@ -100,7 +107,8 @@ def main() -> None:
         entries += [(f"halovae, {count} rank{'s'[: count - 1]}", count, hold_halovae) for count in args.ranks]
         contestants = []
         for name, count, hold in entries:
-            contestant = Contestant(name, Ranks(count, args.threads))
+            environment = {} if hold is hold_diffusers else RANK_ENVIRONMENT  # diffusers as its users run it
+            contestant = Contestant(name, Ranks(count, args.threads, environment))
             contestant.group.run(hold, Path(temporary), args.model, DTYPES[args.dtype])
             contestant.group.run(decode_once, crop, False)  # what is only done the first time
             contestants.append(contestant)
@@ -119,11 +127,11 @@ def report(console: Console, contestants: list[Contestant], title: str) -> None:
     table = Table(title=title, title_justify="left")
     for column in (
         "decode", "median (s)", "all (s)", "speed / diffusers", "speed / 1st halovae",
-        "peak (MiB)", "above resting (MiB)", "above resting / diffusers", "above resting / 1st halovae", "max error",
+        "peak (MiB)", "/ 1st halovae", "above resting (MiB)", "/ diffusers", "/ 1st halovae", "max error",
     ):  # fmt: skip
         table.add_column(column)
     for one in contestants:
-        seconds, above = statistics.median(one.seconds), statistics.median(one.above)
+        seconds, above, peak = (statistics.median(values) for values in (one.seconds, one.above, one.peaks))
         assert one.frames is not None
         assert reference.frames is not None
         error = (one.frames.float() - reference.frames.float()).abs().max().item()
@@ -133,7 +141,8 @@ def report(console: Console, contestants: list[Contestant], title: str) -> None:
             " ".join(f"{s:.2f}" for s in one.seconds),
             f"{statistics.median(reference.seconds) / seconds:.2f}x",
             f"{statistics.median(single.seconds) / seconds:.2f}x",
-            f"{statistics.median(one.peaks) / 2**20:,.0f}",
+            f"{peak / 2**20:,.0f}",
+            f"{peak / statistics.median(single.peaks):.2f}",
             f"{above / 2**20:,.0f}",
             f"{above / statistics.median(reference.above):.2f}",
             f"{above / statistics.median(single.above):.2f}",

@@ -16,9 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from halovae import load, media, platform
+from halovae import load, media
 from halovae.bench.ranks import Ranks
 from halovae.demo.run import MODEL
+from halovae.memory import MemoryMeter
+from halovae.platform import Platform
 
 
 def peak(frames: int, stream: bool) -> int:
@@ -30,7 +32,7 @@ def peak(frames: int, stream: bool) -> int:
         warm = media.Sink(Path(folder) / "warm.mp4", 16)
         warm.write(torch.zeros(3, 40, 192, 256, dtype=torch.uint8))  # the encoder's look-ahead is full
         warm.close(whole=True)
-        memory = platform.PeakMemory(decoder.device)
+        memory = MemoryMeter(Platform(decoder.device))
         if stream:
             sink = media.Sink(Path(folder) / "clip.mp4", 16)
             for piece in decoder.stream(latents, dtype=torch.uint8):
@@ -39,7 +41,7 @@ def peak(frames: int, stream: bool) -> int:
             sink.close(whole=True)
         else:
             decoder.decode(latents)
-        return memory.above_resting
+        return memory.read().above_resting
 
 
 def main() -> None:

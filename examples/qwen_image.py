@@ -16,7 +16,8 @@ from diffusers import QwenImagePipeline
 from PIL import Image
 
 import halovae
-from halovae import media, mesh, platform
+from halovae import lines, media
+from halovae.platform import Platform
 
 
 def main() -> None:
@@ -32,8 +33,8 @@ def main() -> None:
     media.check_output(args.output, 1)
     width, height = map(int, args.size.split("x"))
 
-    device = platform.default_device()
-    mesh.join_world(device)
+    device = Platform.default().device
+    lines.join_world(device)
     pipe = QwenImagePipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(device)
 
     def generate() -> Any:
@@ -45,7 +46,7 @@ def main() -> None:
     wanted = generate() if args.compare else None
     halovae.parallelize(pipe, gather="rank0")
     picture = generate()
-    if mesh.world_size() == 1 or dist.get_rank() == 0:
+    if lines.world_size() == 1 or dist.get_rank() == 0:
         Image.fromarray((picture * 255).round().astype(np.uint8)).save(args.output)
         print(f"wrote {args.output}")
         if wanted is not None:

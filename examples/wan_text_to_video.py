@@ -16,7 +16,8 @@ import torch.distributed as dist
 from diffusers import WanPipeline
 
 import halovae
-from halovae import media, mesh, platform
+from halovae import lines, media
+from halovae.platform import Platform
 
 
 def main() -> None:
@@ -33,8 +34,8 @@ def main() -> None:
     media.check_output(args.output, args.frames)
     width, height = map(int, args.size.split("x"))
 
-    device = platform.default_device()
-    mesh.join_world(device)
+    device = Platform.default().device
+    lines.join_world(device)
     pipe = WanPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(device)
     pipe.vae.to(torch.float32)
 
@@ -47,7 +48,7 @@ def main() -> None:
     wanted = generate() if args.compare else None
     halovae.parallelize(pipe, gather="rank0")
     frames = generate()
-    if mesh.world_size() == 1 or dist.get_rank() == 0:
+    if lines.world_size() == 1 or dist.get_rank() == 0:
         sink = media.Sink(args.output, fps=16)
         sink.write(torch.from_numpy(frames * 255).round().to(torch.uint8).permute(3, 0, 1, 2))
         sink.close(whole=True)

@@ -89,7 +89,7 @@ def test_more_ranks_than_rows_is_refused_by_all(ranks: Callable[[int], Ranks]) -
 def one_bad_rank(z: Tensor) -> str:
     import torch.distributed as dist
 
-    from halovae.mesh import join_world
+    from halovae.lines import join_world
 
     join_world(torch.device("cpu"))
     return message_of(z[:, :5] if dist.get_rank() == 1 else z)
@@ -105,7 +105,7 @@ def test_one_ranks_bad_latents_are_an_error_on_all(ranks: Callable[[int], Ranks]
 def different_requests(z: Tensor) -> str:
     import torch.distributed as dist
 
-    from halovae.mesh import join_world
+    from halovae.lines import join_world
 
     join_world(torch.device("cpu"))
     return message_of(z, chunk=1 + dist.get_rank())

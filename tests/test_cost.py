@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import halovae
 from halovae import Grid
-from halovae.planning.cost import LiveBytes, estimate
+from halovae.memory import LiveBytes
+from halovae.planning.cost import estimate
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,8 @@ from torch import Tensor
 import halovae
 from halovae import Grid, Mesh
 from halovae.bench.ranks import Ranks
-from halovae.decode import Chunk, HaloDepth
+from halovae.decode import HaloDepth
+from halovae.stream import Chunk
 
 BOUND = 1e-4
 
@@ -71,14 +72,15 @@ def test_one_row_per_rank_equals_diffusers(ranks: Callable[[int], Ranks]) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_is_no_further_from_fp32_than_diffusers(ranks: Callable[[int], Ranks], family: str) -> None:
-    z = latents(family, height=10, width=8)
+    z = latents(family, height=10, width=8, batch=4)  # the largest error of few pixels is a matter of luck
     wanted = reference(family, z)
-    theirs = off(_diffusers_bf16(family, z).float(), wanted)
+    theirs = _diffusers_bf16(family, z).float()
     single, sharded = _bf16(family, z, "1x1"), ranks(2).run(_bf16, family, z, "2x1")[0]
     for frames in (single, sharded):
         assert frames is not None
         assert frames.dtype == torch.bfloat16
-        assert off(frames.float(), wanted) <= 1.1 * theirs
+        assert off(frames.float(), wanted) <= 1.1 * off(theirs, wanted)
+        assert (frames.float() - wanted).square().mean() <= (theirs - wanted).square().mean()
 
 
 def _diffusers_bf16(family: str, z: Tensor) -> Tensor:
@@ -207,12 +209,12 @@ def test_a_mesh_refuses_a_second_thread() -> None:
 
     def intrude() -> None:
         try:
-            with mesh.in_use():
+            with mesh.in_use(mesh.traffic):
                 pass
         except RuntimeError as error:
             seen.append(str(error))
 
-    with mesh.in_use():
+    with mesh.in_use(mesh.traffic):
         thread = threading.Thread(target=intrude)
         thread.start()
         thread.join()

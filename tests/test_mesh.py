@@ -11,9 +11,9 @@ from torch import Tensor
 
 import halovae
 from halovae.bench.ranks import Ranks
-from halovae.geometry import Grid
+from halovae.geometry import Grid, Halo
 from halovae.mesh import Mesh, mesh_for
-from halovae.tile import Cache, Context, Halo, Tile
+from halovae.tile import Cache, Context, Tile
 
 CPU = torch.device("cpu")
 FULL = torch.arange(2 * 3 * 2 * 9 * 11, dtype=torch.float32).view(2, 3, 2, 9, 11)

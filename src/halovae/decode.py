@@ -1,36 +1,36 @@
-"""The loop: chunks of latent frames through the decoder of each rank, and the frames gathered as they get finished."""
+"""A decoder of latents: what a decode may be asked for, checked, and where decoders come from."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from halovae import platform
-from halovae.geometry import Grid, Shard
-from halovae.mesh import Mesh, mesh_for, world_size
+from halovae.geometry import Grid
+from halovae.lines import world_size
+from halovae.mesh import Mesh, mesh_for
 from halovae.models import load as checkpoints
 from halovae.models.wan import WanConfig, WanDecoder
-from halovae.tile import Cache, Context, Tile
+from halovae.platform import Platform
+from halovae.stream import Chunk, FrameStream, Gather, Request
 
-Gather = Literal["rank0", "all", "none"]
-Chunk = int | Literal["all"]
 HaloDepth = int | Mapping[str, int]
 
 
 class Decoder:
     """Decodes latents to frames, on one device or on a grid of ranks, with the same result.
 
-    A decoder holds weights and nothing else: several decodes may run at once. On a grid of several ranks, every rank
-    makes the same calls with the same latents.
+    A decoder holds weights and no state of a decode: several decodes may run at once. On a grid of
+    several ranks, every rank makes the same calls with the same latents.
     """
 
     def __init__(self, model: WanDecoder) -> None:
         self.model = model
+        self._used: set[str] = set()  # what has been decoded before, for the reports
 
     @property
     def config(self) -> WanConfig:
@@ -65,21 +65,10 @@ class Decoder:
             `[B, 3, T', H', W']` as `stream` yields it, over all frames. None on the ranks that receive nothing. With
             gather="none", this rank's shard.
         """
-        pieces = self.stream(
+        return self.stream(
             latents, grid=grid, chunk=chunk, gather=gather, dtype=dtype,
             halo_depth=halo_depth, denormalize=denormalize, mesh=mesh,
-        )  # fmt: skip
-        frames, done, out = self.config.frames(latents.shape[2]), 0, None
-        for piece in pieces:
-            if piece is None:
-                continue
-            if piece.shape[2] == frames:
-                return piece
-            if out is None:
-                out = piece.new_empty(*piece.shape[:2], frames, *piece.shape[3:])
-            out[:, :, done : done + piece.shape[2]] = piece
-            done += piece.shape[2]
-        return out
+        ).join()  # fmt: skip
 
     def stream(
         self,
@@ -92,7 +81,7 @@ class Decoder:
         halo_depth: HaloDepth = 1,
         denormalize: bool = False,
         mesh: Mesh | None = None,
-    ) -> Iterator[Tensor | None]:
+    ) -> FrameStream:
         """Decode latents chunk by chunk, and yield each chunk's frames as soon as they are final.
 
         Args:
@@ -137,10 +126,14 @@ class Decoder:
                 raise TypeError(f"dtype={dtype}: expected a floating dtype or torch.uint8")
         except (ValueError, TypeError) as refused:
             error = refused
-        request = f"{list(latents.shape)}, chunk {chunk}, gather {gather}, dtype {dtype}, depths {depths}, {self.dtype}"
-        mesh.agree(request, error)
+        asked = f"{list(latents.shape)}, chunk {chunk}, gather {gather}, dtype {dtype}, depths {depths}, {self.dtype}"
+        mesh.agree(asked, error)
         _warn_unless_finite(latents)
-        return self._chunks(latents, mesh, chunk, gather, dtype or self.dtype, depths, denormalize)
+        key = f"{mesh.grid}: {asked}"
+        first_use = key not in self._used
+        self._used.add(key)
+        request = Request(chunk, gather, dtype or self.dtype, depths, denormalize)
+        return FrameStream(self.model, latents, mesh, request, first_use)
 
     def _depths(self, halo_depth: HaloDepth) -> dict[str, int]:
         depths = {"": 1, **({"": halo_depth} if isinstance(halo_depth, int) else halo_depth)}
@@ -150,51 +143,6 @@ class Decoder:
             if not (isinstance(depth, int) and depth >= 1):
                 raise ValueError(f"halo_depth={halo_depth!r}: a depth must be an integer >= 1")
         return depths
-
-    @torch.inference_mode()
-    def _chunks(
-        self,
-        latents: Tensor,
-        mesh: Mesh,
-        chunk: Chunk,
-        gather: Gather,
-        dtype: torch.dtype,
-        depths: dict[str, int],
-        denormalize: bool,
-    ) -> Iterator[Tensor | None]:
-        batch, _, length, height, width = latents.shape
-        shards = mesh.grid.shards(batch, height, width)
-        pictures = [shard.scaled(self.config.spatial_factor) for shard in shards]
-        cache, start = Cache(), 0
-        while start < length:
-            stop = 1 if start == 0 else length if chunk == "all" else min(start + chunk, length)
-            context = Context(mesh, cache, start == 0, shards, depths)
-            with mesh.in_use():
-                tile = self._tile(latents[:, :, start:stop], shards[mesh.rank], context, denormalize)
-                own = _converted(self.model(tile, context), dtype)
-                frames = self._gathered(own, latents.shape, pictures, mesh, gather)
-            yield frames
-            start = stop
-
-    def _tile(self, latents: Tensor, shard: Shard, context: Context, denormalize: bool) -> Tile:
-        """This rank's part of the latents, its first halo cut from them as well: every rank was given all of them."""
-        halo = context.block("conv_in").widest(scale=1)
-        rows, cols = shard.rows.grown(halo.top, halo.bottom), shard.cols.grown(halo.left, halo.right)
-        data = latents[shard.batch.slice, :, :, rows.slice, cols.slice].to(self.device, self.dtype)
-        return Tile(self.model.denormalized(data) if denormalize else data, halo)
-
-    def _gathered(
-        self, own: Tensor, latents: torch.Size, pictures: list[Shard], mesh: Mesh, gather: Gather
-    ) -> Tensor | None:
-        """What this rank receives of the frames of all ranks."""
-        if gather == "none" or mesh.grid.size == 1:
-            return own
-        out, everyone = None, gather == "all"
-        if everyone or mesh.rank == 0:
-            factor = self.config.spatial_factor
-            out = own.new_empty(latents[0], *own.shape[1:3], latents[3] * factor, latents[4] * factor)
-        mesh.gather_frames(own.contiguous(), pictures, out, everyone)
-        return out
 
 
 def load(
@@ -219,7 +167,7 @@ def load(
     if isinstance(source, nn.Module):
         return Decoder(checkpoints.from_module(source))
     folder = checkpoints.find_folder(source, subfolder)
-    target = platform.default_device() if device is None else torch.device(device)
+    target = Platform.default().device if device is None else torch.device(device)
     return Decoder(checkpoints.from_directory(folder, dtype, target))
 
 
@@ -255,10 +203,3 @@ def _warn_unless_finite(latents: Tensor) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
-
-
-def _converted(frames: Tensor, dtype: torch.dtype) -> Tensor:
-    """Frames in [-1, 1] as `dtype`, before anybody has to carry them: uint8 is a quarter of fp32."""
-    if dtype != torch.uint8:
-        return frames.to(dtype)
-    return frames.float().add_(1).mul_(127.5).round_().to(torch.uint8)

@@ -14,12 +14,22 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from halovae import platform
-from halovae.mesh import world_size
+from halovae.lines import world_size
+from halovae.platform import RANK_ENVIRONMENT, threads_per_rank
 
 
 class RankError(RuntimeError):
-    """A rank failed, and the others were ended. The message holds the failing rank's traceback or signal."""
+    """A rank failed, and the others were ended. The message holds the failing rank's traceback or signal.
+
+    Attributes:
+        cause: the exception that ended the rank, where it is known.
+        killed: whether the system ended it (SIGKILL), as it does when the host's memory runs out.
+    """
+
+    def __init__(self, message: str, cause: Exception | None = None, killed: bool = False) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.killed = killed
 
 
 def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -42,7 +52,8 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         return [_in_world(function, *args)]
     if ranks == 1:
         return [function(*args)]
-    os.environ.setdefault("OMP_NUM_THREADS", str(platform.threads_per_rank(ranks)))
+    for name, value in {"OMP_NUM_THREADS": str(threads_per_rank(ranks)), **RANK_ENVIRONMENT}.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are shown once, by us
     config = LaunchConfig(
         min_nodes=1,

@@ -6,13 +6,16 @@ All activations are `[B, C, T, H, W]`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import chain, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halovae.tile import Context, Halo, Tile
+from halovae.geometry import Halo
+from halovae.tile import Context, Tile, inside
 
 # How many past frames a causal convolution of three taps sees.
 PAST = 2
@@ -51,29 +54,26 @@ class CausalConv3d(nn.Module):
         """`tile`, or `silu(norm(tile))`, behind its past two frames (zeros for the first), with at least one ghost row
         and col on each side: the neighbours', or zeros where the picture ends.
         """
-        tile = context.refreshed(tile)
+        usable, missing = context.usable(tile)
         edges = context.edges()
-        halo = Halo(*(width + edge for width, edge in zip(tile.halo, edges, strict=True)))
-        batch, channels, frames, height, width = tile.data.shape
-        top, bottom, left, right = edges
-        data = tile.data.new_empty(batch, channels, PAST + frames, top + height + bottom, left + width + right)
+        data = context.empty(usable.data, missing.plus(edges), PAST)
         data[:, :, :PAST] = 0 if context.first else context.cache.frames[self]
         present = data[:, :, PAST:]
+        bottom, right = present.shape[-2] - edges.bottom, present.shape[-1] - edges.right
         for border in (
-            present[..., :top, :],
-            present[..., top + height :, :],
-            present[..., :left],
-            present[..., left + width :],
-        ):
+            present[..., : edges.top, :], present[..., bottom:, :], present[..., : edges.left], present[..., right:],
+        ):  # fmt: skip
             border.zero_()
-        inside = present[..., top : top + height, left : left + width]
+        picture = inside(present, edges)
+        own = inside(picture, missing)
         if norm is None:
-            inside.copy_(tile.data)
+            own.copy_(usable.data)
         else:
-            for target, frame in zip(inside.unbind(2), tile.data.unbind(2), strict=True):
+            for target, frame in zip(own.unbind(2), usable.data.unbind(2), strict=True):
                 target.copy_(F.silu(norm.frame(frame), inplace=True))
+        context.mesh.refresh(picture, missing)
         context.cache.keep(self, data[:, :, -PAST:])
-        return Tile(data, halo, tile.scale)
+        return Tile(data, usable.halo.plus(missing).plus(edges), tile.scale)
 
     def forward(self, window: Tile, context: Context) -> Tile:
         """Convolve a window; the result has one ghost row and col less on each side."""
@@ -113,7 +113,7 @@ class ResidualBlock(nn.Module):
         if context.depth > 2:  # ghosts that outlast this block must go through the shortcut too
             tile = context.refreshed(tile)
         window = self.conv1.window(tile, context, self.norm1)
-        inner = context.refreshed(self.conv1(window, context))
+        inner = self.conv1(window, context)
         del window
         window = self.conv2.window(inner, context, self.norm2)
         del inner
@@ -184,35 +184,62 @@ class Upsample(nn.Module):
         frames = self.time_conv(tile.data, context) if self.time_conv is not None else tile.data.unbind(2)
         # The convolution pads all around with zeros. On inner sides that spoils one ghost row or col, which is cut.
         halo = tile.halo.scaled(2)
-        spoiled = Halo(*(1 - edge for edge in context.edges()))
-        kept = Halo(*(width - cut for width, cut in zip(halo, spoiled, strict=True)))
-        planes = [self._plane(frame, halo, kept, tile.scale * 2) for frame in frames]
-        return Tile(torch.stack(planes, dim=2), kept, tile.scale * 2)
+        spoiled = Halo(1, 1, 1, 1).beyond(context.edges())
+        planes = (self._plane(frame, spoiled) for frame in frames)
+        first = next(planes)
+        data = context.empty(first.unsqueeze(2).expand(-1, -1, len(frames), -1, -1), Halo())
+        for target, plane in zip(data.unbind(2), chain([first], planes), strict=True):
+            target.copy_(plane)
+        return Tile(data, halo.beyond(spoiled), tile.scale * 2)
 
-    def _plane(self, frame: Tensor, halo: Halo, kept: Halo, scale: int) -> Tensor:
+    def _plane(self, frame: Tensor, spoiled: Halo) -> Tensor:
         larger = F.interpolate(frame, scale_factor=2, mode="nearest-exact")
-        return Tile(F.conv2d(larger, self.weight, self.bias, padding=1), halo, scale).cropped(kept).data
+        return inside(F.conv2d(larger, self.weight, self.bias, padding=1), spoiled)
 
 
-class DuplicateUpsample(nn.Module):
+class DuplicateShortcut(nn.Module):
     """Wan2.2's shortcut around an up block: every cell repeated over 2x2 cells, and over two frames if `temporal`.
 
     Output channel o at offset (t, h, w) within the repeat takes input channel (o * factor + offset) // repeats, where
     factor is the size of the repeat and repeats = out_channels * factor / channels (DupUp3D in diffusers).
+
+    Raises:
+        ValueError: `channels` is not a multiple of `out_channels`.
     """
 
     def __init__(self, channels: int, out_channels: int, temporal: bool) -> None:
         super().__init__()
-        self.out_channels = out_channels
+        if channels % out_channels:
+            raise ValueError(f"an up block from {channels} to {out_channels} channels: expected a multiple")
+        self.step = channels // out_channels
         self.repeat = (2 if temporal else 1, 2, 2)
-        self.repeats = out_channels * self.repeat[0] * 4 // channels
 
-    def forward(self, tile: Tile, context: Context) -> Tile:
-        data = tile.data.repeat_interleave(self.repeats, dim=1).unflatten(1, (self.out_channels, *self.repeat))
-        data = data.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        if context.first:  # the first frame stands for one frame, not two
-            data = data[:, :, self.repeat[0] - 1 :]
-        return Tile(data, tile.halo.scaled(2), tile.scale * 2)
+    def add_to(self, total: Tile, tile: Tile, context: Context) -> Tile:
+        """Add the repeated `tile` to the block's result in place, cut to the halo that both carry."""
+        halo = total.halo.within(tile.halo.scaled(2))
+        total = total.cropped(halo)
+        # An odd halo leaves half of a source cell's rows or cols outside.
+        source = tile.cropped(Halo(*((width + 1) // 2 for width in halo))).data
+        height, width = total.data.shape[-2:]
+        repeats = math.prod(self.repeat) // self.step
+        for offset, (time, row, col) in enumerate(product(*map(range, self.repeat))):
+            frames = slice(time, None, self.repeat[0])
+            if context.first:  # the first frame stands for one frame, the last of its repeats
+                if time < self.repeat[0] - 1:
+                    continue
+                frames = slice(None)
+            rows, from_rows = _every_other(height, row - halo.top % 2)
+            cols, from_cols = _every_other(width, col - halo.left % 2)
+            channels = slice(offset // repeats, None, self.step)
+            total.data[:, :, frames, rows, cols].add_(source[:, channels, :, from_rows, from_cols])
+        return total
+
+
+def _every_other(length: int, start: int) -> tuple[slice, slice]:
+    """Every second of `length` indices from `start`, and which source cells they repeat; -1 skips the first one."""
+    skipped = int(start < 0)
+    start += 2 * skipped
+    return slice(start, None, 2), slice(skipped, skipped + (length - start + 1) // 2)
 
 
 def unpatchify(tile: Tile, size: int) -> Tile:

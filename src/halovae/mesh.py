@@ -1,34 +1,37 @@
-"""Ranks: a `DeviceMesh` over (batch, rows, cols), halo exchange along it, gathers, and errors that end every rank."""
+"""This process's place among the ranks: halos, gathers, and errors that end every rank."""
 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from halovae import platform
-from halovae.geometry import Grid, Shard
-
-Axis = Literal["rows", "cols"]
+from halovae.geometry import Grid, Halo, Shard
+from halovae.lines import Axis, Lines, ProcessLines, Scope, world_size
+from halovae.platform import Platform, Stopwatch
 
 
-def world_size() -> int:
-    """How many ranks there are: of the process group, else of the torchrun that started this process, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+class Traffic:
+    """What a rank sends, and how long it waits for what others send.
 
+    Attributes:
+        messages: how many it sent; a gather counts as one to each other rank.
+        bytes: their size.
+        waiting: the time for halos, and for other ranks' keys and values.
+    """
 
-def join_world(device: torch.device) -> None:
-    """Join the process group that torchrun's environment describes, unless this process is in one already."""
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group(platform.backend(device))
+    def __init__(self, platform: Platform) -> None:
+        self.messages = self.bytes = 0
+        self.waiting = Stopwatch(platform)
+
+    def sent(self, tensor: Tensor, times: int = 1) -> None:
+        self.messages += times
+        self.bytes += times * tensor.numel() * tensor.element_size()
 
 
 class Mesh:
@@ -38,36 +41,29 @@ class Mesh:
     at a time in each thread; threads that decode at once each need a mesh of their own, made in one order on all ranks.
 
     Args:
-        grid: the extents of the mesh; `grid.size` must equal the world's size, or be 1: each rank then stands alone.
+        grid: the extents of the mesh; without `lines`, `grid.size` must equal the world's size, or be 1: each rank
+            then stands alone.
         device: where the exchanged tensors live.
+        lines: how the ranks reach each other; None for the processes of this world.
 
     Raises:
         ValueError: the grid does not match the world.
     """
 
-    def __init__(self, grid: Grid, device: torch.device) -> None:
+    def __init__(self, grid: Grid, device: torch.device, lines: Lines | None = None) -> None:
         world = world_size()
-        if grid.size not in (1, world):
+        if lines is None and grid.size not in (1, world):
             raise ValueError(
                 f"grid {grid} needs {grid.size} ranks, but the world has {world}: choose a grid of {world}, "
                 f"such as {world}x1, or start {grid.size} ranks (torchrun --nproc-per-node {grid.size})"
             )
         self.grid = grid
-        self.device = device
-        if grid.size > 1:
-            join_world(device)
-        self.rank = dist.get_rank() if grid.size > 1 else 0
+        self.platform = Platform(device)
+        self.traffic = Traffic(self.platform)
+        self.lines = lines or (ProcessLines(grid, device) if grid.size > 1 else Lines())
+        self.rank = self.lines.rank
         self.item, self.row, self.col = grid.coordinates(self.rank)
         self._user: int | None = None
-        if grid.size > 1:
-            # Groups of its own, so that the messages of two meshes cannot meet: init_device_mesh would put an axis of
-            # all ranks on the default group.
-            ranks = torch.arange(grid.size).view(grid.batch, grid.rows, grid.cols)
-            lines = [_group_of(ranks.movedim(dim, -1).flatten(0, 1)) for dim in range(3)]
-            names = ("batch", "rows", "cols")
-            self.axes = DeviceMesh.from_group(lines, device.type, mesh=ranks, mesh_dim_names=names)
-            self._plane = _group_of(ranks.flatten(1))
-            self._world = _group_of(ranks.view(1, -1))
 
     def neighbours(self, axis: Axis) -> tuple[int | None, int | None]:
         """The ranks before and after this one along `axis`; None at the border of the picture."""
@@ -78,37 +74,50 @@ class Mesh:
         after = self.rank + step if position < extent - 1 else None
         return before, after
 
-    def extend(self, own: Tensor, axis: Axis, depth: int) -> Tensor:
-        """Put the neighbours' `depth` nearest rows (or cols) around `own`; nothing is added at the picture's border.
+    def refresh(self, data: Tensor, halo: Halo) -> None:
+        """Fill the ghosts of `data` in place with the neighbours' nearest rows and cols.
+
+        Along the rows first, then along the cols with the ghost rows among them, which brings the corners.
 
         Args:
-            own: `[B, C, T, H, W]`, at least `depth` rows (or cols) on every rank.
-            axis: "rows" exchanges along H, "cols" along W.
-            depth: how many rows (or cols) to send to and receive from each neighbour.
-
-        Returns:
-            `own` with its ghosts: H (or W) grows by `depth` for each neighbour.
+            data: `[B, C, T, top + H + bottom, left + W + right]`, its own part filled.
+            halo: the ghosts' widths: 0 where this rank has no neighbour, else the same on all ranks along that axis,
+                and no more than any of them owns.
         """
-        dim = own.ndim - 2 if axis == "rows" else own.ndim - 1
-        before, after = self.neighbours(axis)
-        nearest = {before: own.narrow(dim, 0, depth), after: own.narrow(dim, own.shape[dim] - depth, depth)}
-        group, operations = self.axes.get_group(axis), []
-        ghosts: dict[int | None, Tensor] = {}
-        for peer in (before, after):
-            if peer is not None:
-                ghosts[peer] = torch.empty_like(nearest[peer], memory_format=torch.contiguous_format)
-                operations.append(dist.P2POp(dist.isend, nearest[peer].contiguous(), peer, group))
-                operations.append(dist.P2POp(dist.irecv, ghosts[peer], peer, group))
-        _exchange(operations)
-        parts = [ghosts.get(before), own, ghosts.get(after)]
-        return torch.cat([part for part in parts if part is not None], dim)
+        if halo.top or halo.bottom:
+            own_cols = data[..., halo.left : data.shape[-1] - halo.right]
+            self._swap("rows", own_cols, data.ndim - 2, halo.top, halo.bottom)
+        if halo.left or halo.right:
+            self._swap("cols", data, data.ndim - 1, halo.left, halo.right)
 
-    def _collect(self, own: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-        """Every rank's flat `own`, whose lengths may differ, in the order of `group`'s ranks."""
+    def _swap(self, axis: Axis, data: Tensor, dim: int, before: int, after: int) -> None:
+        end = data.shape[dim]
+        sides = [
+            (peer, data.narrow(dim, nearest, width), data.narrow(dim, ghost, width))
+            for peer, width, nearest, ghost in zip(
+                self.neighbours(axis), (before, after), (before, end - 2 * after), (0, end - after), strict=True
+            )
+            if peer is not None
+        ]
+        sends = [(peer, _flat(torch.empty_like(nearest).copy_(nearest))) for peer, nearest, _ in sides]
+        received = [torch.empty_like(ghosts) for _, _, ghosts in sides]
+        receives = [(peer, _flat(dense)) for (peer, _, _), dense in zip(sides, received, strict=True)]
+        with self.traffic.waiting.running():
+            self._exchange(axis, sends, receives)
+        for (_, _, ghosts), dense in zip(sides, received, strict=True):
+            ghosts.copy_(dense)
+
+    def _exchange(self, scope: Scope, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
+        for _, tensor in sends:
+            self.traffic.sent(tensor)
+        self.lines.exchange(scope, sends, receives)
+
+    def _collect(self, own: Tensor, sizes: Sequence[int], scope: Scope) -> list[Tensor]:
+        """Every rank's flat `own`, whose lengths may differ, in the order of the scope's ranks."""
         padded = own.new_empty(max(sizes))
         padded[: own.numel()] = own.flatten()
-        everyone = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(everyone, padded, group)
+        self.traffic.sent(padded, len(sizes) - 1)
+        everyone = self.lines.all_gather(scope, padded, len(sizes))
         return [flat[:size] for flat, size in zip(everyone, sizes, strict=True)]
 
     def gather_tokens(self, own: Tensor, counts: Sequence[int]) -> Tensor:
@@ -116,7 +125,8 @@ class Mesh:
         if len(counts) == 1:
             return own
         items, _, channels = own.shape
-        parts = self._collect(own, [items * count * channels for count in counts], self._plane)
+        with self.traffic.waiting.running():
+            parts = self._collect(own, [items * count * channels for count in counts], "plane")
         views = [part.view(items, count, channels) for part, count in zip(parts, counts, strict=True)]
         return torch.cat(views, dim=1)
 
@@ -132,14 +142,14 @@ class Mesh:
         channels, frames = own.shape[1:3]
         shapes = [shard.shape(channels, frames) for shard in shards]
         if everyone:
-            parts = self._collect(own, [math.prod(shape) for shape in shapes], self._world)
+            parts = self._collect(own, [math.prod(shape) for shape in shapes], "world")
             pictures = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         elif self.rank == 0:
             pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
-            others = enumerate(pictures[1:], start=1)
-            _exchange([dist.P2POp(dist.irecv, picture, peer, self._world) for peer, picture in others])
+            receives = [(peer, picture.flatten()) for peer, picture in enumerate(pictures[1:], start=1)]
+            self._exchange("world", [], receives)
         else:
-            _exchange([dist.P2POp(dist.isend, own, 0, self._world)])
+            self._exchange("world", [(0, own.flatten())], [])
         if out is not None:
             for shard, picture in zip(shards, pictures, strict=True):
                 out[shard.index] = picture
@@ -154,22 +164,20 @@ class Mesh:
         Raises:
             RuntimeError: another rank refused, or means to decode something else.
         """
-        if self.grid.size > 1:
-            everyone: list[tuple[str, str]] = [("", "")] * self.grid.size
-            reason = "" if error is None else f"{type(error).__name__}: {error}"
-            dist.all_gather_object(everyone, (request, reason), self._world)
-            refusals = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(everyone) if reason]
-            if error is None and refusals:
-                raise RuntimeError("this rank could decode, but others cannot; " + "; ".join(refusals))
-            if error is None and len({wish for wish, _ in everyone}) > 1:
-                wishes = "; ".join(f"rank {rank}: {wish}" for rank, (wish, _) in enumerate(everyone))
-                raise RuntimeError(f"all ranks must ask for the same decode, but they differ: {wishes}")
+        reason = "" if error is None else f"{type(error).__name__}: {error}"
+        everyone = self.lines.all_values((request, reason))
         if error is not None:
             raise error
+        refusals = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(everyone) if reason]
+        if refusals:
+            raise RuntimeError("this rank could decode, but others cannot; " + "; ".join(refusals))
+        if len({wish for wish, _ in everyone}) > 1:
+            wishes = "; ".join(f"rank {rank}: {wish}" for rank, (wish, _) in enumerate(everyone))
+            raise RuntimeError(f"all ranks must ask for the same decode, but they differ: {wishes}")
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Hold the mesh for one chunk.
+    def in_use(self, traffic: Traffic) -> Iterator[None]:
+        """Hold the mesh for one chunk, and count what it sends in `traffic`.
 
         Raises:
             RuntimeError: another thread holds it; their messages would mix.
@@ -180,23 +188,16 @@ class Mesh:
                 "two threads decode over one mesh at once, and their messages would mix: "
                 "make a Mesh for each, in the same order on all ranks, and pass it as mesh="
             )
-        self._user = me
+        self._user, self.traffic = me, traffic
         try:
             yield
         finally:
             self._user = None
 
 
-def _group_of(lines: Tensor) -> dist.ProcessGroup:
-    """The group of this rank's line, all lines `[lines, ranks]` being made into groups by all ranks at once."""
-    group, _ = dist.new_subgroups_by_enumeration(lines.tolist())
-    assert group is not None
-    return group
-
-
-def _exchange(operations: list[dist.P2POp]) -> None:
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
+def _flat(dense: Tensor) -> Tensor:
+    """The memory of a tensor without gaps as it lies there, whatever the order of its dims: backends want it so."""
+    return dense.as_strided((dense.numel(),), (1,))
 
 
 _meshes: dict[tuple[Grid, torch.device, object], Mesh] = {}

@@ -1,30 +1,157 @@
-"""The device under us: which one, its collective backend, and how much memory a stretch of work took."""
+"""The device under us: cpu, cuda, npu (torch_npu, HCCL) or xpu. What differs between them is here and nowhere else."""
 
 from __future__ import annotations
 
 import os
-import resource
-from pathlib import Path
+import platform as host
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+ACCELERATORS = ("cuda", "npu", "xpu")
+
+# What a rank process on the CPU is started with. glibc keeps freed memory below a threshold that grows to 32 MiB, which
+# is where feature maps lie; a fixed one gives maps back at once (mallopt(3)). Huge pages then make fresh maps cheap.
+RANK_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "THP_MEM_ALLOC_ENABLE": "1"}
+
+# Convolutions of larger maps have failed on Ascend 910B ("Conv2D" errors in the VAE at 720p, sgl-project/sglang#27853).
+# Where the border lies is not published: this is a quarter of 1280 x 720, to be replaced by a measurement.
+NPU_CONVOLUTION_CELLS = 1280 * 720 // 4
 
 
-def default_device() -> torch.device:
-    """The accelerator of this process's local rank where there is one, else the CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    device = torch.accelerator.current_accelerator()
-    assert device is not None
-    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+@dataclass(frozen=True)
+class Platform:
+    """A device and what is known about its kind.
+
+    The accelerators' modules (`torch.cuda`, `torch.npu`, `torch.xpu`) share the names that are called here.
+    """
+
+    device: torch.device
+
+    @classmethod
+    def default(cls, kind: str | None = None) -> Platform:
+        """This process's device: the local rank's accelerator where there is one, else the CPU.
+
+        Args:
+            kind: "cpu", "cuda", "npu" or "xpu", instead of what is found first.
+
+        Raises:
+            ValueError: there is no such device here; says what there is.
+        """
+        present = [*(name for name in ACCELERATORS if _module(name) is not None), "cpu"]
+        kind = kind or present[0]
+        if kind not in present:
+            raise ValueError(f"device {kind!r} is not here; there is {', '.join(present)}")
+        if kind == "cpu":
+            return cls(torch.device("cpu"))
+        return cls(torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) % _module(kind).device_count()))
+
+    @property
+    def kind(self) -> str:
+        """The device's type as torch names it."""
+        return self.device.type
+
+    @property
+    def module(self) -> Any:
+        """torch's module for the device: `torch.cuda`, `torch.npu`, `torch.xpu`.
+
+        Raises:
+            ValueError: there is none here.
+        """
+        module = _module(self.kind)
+        if module is None:
+            raise ValueError(f"device {self.kind!r} is not here")
+        return module
+
+    @property
+    def count(self) -> int:
+        """How many devices of this kind there are; of the CPU, how many cores this process may use."""
+        return len(os.sched_getaffinity(0)) if self.kind == "cpu" else int(self.module.device_count())
+
+    @property
+    def backend(self) -> str:
+        """The collective backend: gloo, nccl, hccl, xccl."""
+        return dist.get_default_backend_for_device(self.device)
+
+    def enter(self) -> None:
+        """Make the device this process's current one, before its process group is made."""
+        if self.kind != "cpu":
+            self.module.set_device(self.device)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that is queued."""
+        if self.kind != "cpu":
+            self.module.synchronize(self.device)
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether models can compute in `dtype` here."""
+        if dtype == torch.bfloat16 and self.kind != "cpu":
+            return bool(self.module.is_bf16_supported())
+        return dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+    def layout(self, ndim: int = 5) -> torch.memory_format:
+        """How maps and weights of `ndim` dims lie in memory: the channels of a cell together where that is known."""
+        if self.kind == "npu":  # no channels-last for five dims, and HCCL wants tensors contiguous
+            return torch.contiguous_format
+        return {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim, torch.contiguous_format)
+
+    @property
+    def convolution_cells(self) -> int | None:
+        """The largest map, in rows x cols of the result, that one convolution may make; None if any."""
+        return NPU_CONVOLUTION_CELLS if self.kind == "npu" else None
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes: the device's, as its driver says, or the host's."""
+        if self.kind == "cpu":
+            host_memory = psutil.virtual_memory()
+            return host_memory.available, host_memory.total
+        free, total = self.module.mem_get_info(self.device)
+        return int(free), int(total)
+
+    def describe(self) -> dict[str, str]:
+        """The device's name and the versions under it, for reports."""
+        described = {"device": self._name(), "torch": torch.__version__, "python": host.python_version()}
+        if self.kind == "cuda":
+            described |= {"CUDA": str(torch.version.cuda), "driver": _nvidia_driver()}
+        if self.kind == "npu":
+            import torch_npu
+
+            described |= {"torch_npu": torch_npu.__version__, "CANN": str(self.module.utils.get_cann_version())}
+        return described
+
+    def _name(self) -> str:
+        if self.kind != "cpu":
+            return f"{self.module.get_device_name(self.device)} ({self.kind})"
+        return f"{_processor()} ({self.count} cores)"
 
 
-def backend(device: torch.device) -> str:
-    """The collective backend that PyTorch pairs with a device: gloo, nccl, hccl, xccl."""
-    return dist.get_default_backend_for_device(device)
+def _module(kind: str) -> Any:
+    """torch's module for an accelerator, if that is installed and has a device; torch loads torch_npu by itself."""
+    module = getattr(torch, kind, None)
+    return module if isinstance(module, ModuleType) and module.is_available() else None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return host.processor() or host.machine()
+
+
+def _nvidia_driver() -> str:
+    try:
+        with open("/proc/driver/nvidia/version") as lines:
+            return next(word for word in lines.readline().split() if word[0].isdigit() and "." in word)
+    except (OSError, StopIteration):
+        return "unknown"
 
 
 def threads_per_rank(ranks: int) -> int:
@@ -32,43 +159,32 @@ def threads_per_rank(ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
-def _resident(field: str) -> int:
-    """A field of the kernel's account of this process, in bytes (`VmRSS` now, `VmHWM` at its highest)."""
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}")
+class Stopwatch:
+    """Adds up the time that stretches of work take, on the device's own clock where it has one."""
 
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+        self._seconds = 0.0
+        self._events: list[tuple[torch.Event, torch.Event]] = []
 
-class PeakMemory:
-    """The most memory used since this object was made.
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is done, or queued on the current stream, meanwhile."""
+        if self._platform.kind == "cpu":
+            begin = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begin
+        else:
+            begin_event, end_event = (torch.Event(self._platform.device, enable_timing=True) for _ in range(2))
+            begin_event.record()
+            yield
+            end_event.record()
+            self._events.append((begin_event, end_event))
 
-    On an accelerator that is what the caching allocator reserved. On Linux's CPUs it is the process's peak resident
-    set, whose high-water mark is reset first (`/proc/self/clear_refs`, see proc(5)); where that is not possible it is
-    the peak since the process began.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats(device)
-        elif os.access(_CLEAR_REFS, os.W_OK):
-            _CLEAR_REFS.write_text("5")
-        self.resting = self._now()
-
-    def _now(self) -> int:
-        if self._device.type != "cpu":
-            return torch.accelerator.memory_reserved(self._device)
-        return _resident("VmRSS") if _STATUS.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    @property
-    def peak(self) -> int:
-        """Bytes at the highest point, the resting process and the weights included."""
-        if self._device.type != "cpu":
-            return torch.accelerator.max_memory_reserved(self._device)
-        return _resident("VmHWM") if _STATUS.exists() else self._now()
-
-    @property
-    def above_resting(self) -> int:
-        """Bytes by which the peak stands above what was in use when this object was made."""
-        return self.peak - self.resting
+    def seconds(self) -> float:
+        """The sum in seconds, once the device has done it all."""
+        self._platform.synchronize()
+        while self._events:
+            begin, end = self._events.pop()
+            self._seconds += begin.elapsed_time(end) / 1000
+        return self._seconds

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from halovae.geometry import Shard
-from halovae.mesh import Axis, Mesh
-
-
-class Halo(NamedTuple):
-    """How many ghost rows and cols a tile carries on each side; 0 at the border of the picture."""
-
-    top: int = 0
-    bottom: int = 0
-    left: int = 0
-    right: int = 0
-
-    def scaled(self, factor: int) -> Halo:
-        return Halo(*(width * factor for width in self))
-
-    def within(self, other: Halo) -> Halo:
-        """The part of this halo that `other` has as well."""
-        return Halo(*map(min, self, other))
+from halovae.geometry import Halo, Shard
+from halovae.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -43,9 +27,7 @@ class Tile:
 
     def cropped(self, halo: Halo) -> Tile:
         """A view of this tile that carries `halo`, which must be within its own."""
-        top, bottom, left, right = (mine - kept for mine, kept in zip(self.halo, halo, strict=True))
-        height, width = self.data.shape[-2:]
-        return replace(self, data=self.data[..., top : height - bottom, left : width - right], halo=halo)
+        return replace(self, data=inside(self.data, self.halo.beyond(halo)), halo=halo)
 
     def plus(self, other: Tile) -> Tile:
         """This tile with `other` added in place, cut to the halo that both carry."""
@@ -53,6 +35,12 @@ class Tile:
         total = self.cropped(halo)
         total.data.add_(other.cropped(halo).data)
         return total
+
+
+def inside(data: Tensor, ring: Halo) -> Tensor:
+    """A view of `data` without `ring`, its outermost rows and cols."""
+    height, width = data.shape[-2:]
+    return data[..., ring.top : height - ring.bottom, ring.left : width - ring.right]
 
 
 @dataclass
@@ -106,21 +94,36 @@ class Context:
         top, bottom, left, right = self.edges()
         return Halo(rows * (1 - top), rows * (1 - bottom), cols * (1 - left), cols * (1 - right))
 
-    def refreshed(self, tile: Tile) -> Tile:
-        """`tile` with at least one ghost row and col for the next convolution, and at most this block's depth.
+    def usable(self, tile: Tile) -> tuple[Tile, Halo]:
+        """What of `tile` goes into the next convolution, and the halo which that has to get from the neighbours.
 
-        Ghosts that are still there are used up first. Otherwise the neighbours send new ones: along the rows, then
-        along the cols with the ghost rows among them, which brings the corners.
+        Ghosts that are still there are used up first: all of them that this block's depth allows, and none is missing.
+        Else a whole new halo is.
         """
         widest = self.widest(tile.scale)
         if all(have >= min(want, 1) for have, want in zip(tile.halo, widest, strict=True)):
-            return tile.cropped(tile.halo.within(widest))
-        data = tile.cropped(Halo()).data
-        depths: dict[Axis, int] = {"rows": max(widest.top, widest.bottom), "cols": max(widest.left, widest.right)}
-        for axis, depth in depths.items():
-            if depth:
-                data = self.mesh.extend(data, axis, depth)
-        return replace(tile, data=data, halo=widest)
+            return tile.cropped(tile.halo.within(widest)), Halo()
+        return tile.cropped(Halo()), widest
+
+    def refreshed(self, tile: Tile) -> Tile:
+        """`tile` with at least one ghost row and col for the next convolution, and at most this block's depth."""
+        usable, missing = self.usable(tile)
+        if not any(missing):
+            return usable
+        data = self.empty(usable.data, missing)
+        inside(data, missing).copy_(usable.data)
+        self.mesh.refresh(data, missing)
+        return replace(tile, data=data, halo=missing)
+
+    def empty(self, like: Tensor, ring: Halo, past: int = 0) -> Tensor:
+        """Memory for `like` `[B, C, T, H, W]` with `ring` more rows and cols, behind `past` more frames."""
+        batch, channels, frames, height, width = like.shape
+        return torch.empty(
+            (batch, channels, past + frames, ring.top + height + ring.bottom, ring.left + width + ring.right),
+            dtype=like.dtype,
+            device=like.device,
+            memory_format=self.mesh.platform.layout(),
+        )
 
     def gathered_tokens(self, own: Tensor, scale: int) -> Tensor:
         """The tokens `[N, tokens, C]` of all ranks that share this rank's latents, in their order."""

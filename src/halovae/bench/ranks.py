@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -17,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from halovae.launch import RankError
+from halovae.platform import RANK_ENVIRONMENT
 
 Result = TypeVar("Result")
 
@@ -27,22 +31,24 @@ class Ranks:
     Args:
         size: how many ranks.
         threads: CPU threads of each.
+        environment: what they are started with besides this process's environment.
     """
 
-    def __init__(self, size: int, threads: int = 1) -> None:
+    def __init__(self, size: int, threads: int = 1, environment: Mapping[str, str] = RANK_ENVIRONMENT) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         context = multiprocessing.get_context("spawn")
         self._lines: list[Connection] = []
         self._processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, threads, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._lines.append(ours)
-            self._processes.append(process)
+        with _environment(environment):
+            for rank in range(size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, size, port, threads, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self._lines.append(ours)
+                self._processes.append(process)
 
     def run(self, function: Callable[..., Result], *args: Any) -> list[Result]:
         """Call `function(*args)` on all ranks at once; both must be picklable.
@@ -60,13 +66,16 @@ class Ranks:
             waiting = [line for rank, line in enumerate(self._lines) if rank not in results]
             ready = wait(waiting)
             for rank in [rank for rank, line in enumerate(self._lines) if line in ready]:
+                code = None
                 try:
-                    failed, answer = self._lines[rank].recv()
+                    failed, answer, cause = self._lines[rank].recv()
                 except EOFError:
-                    failed, answer = True, f"the process ended with exit code {self._exit_code(rank)}"
+                    code = self._exit_code(rank)
+                    failed, answer, cause = True, f"the process ended with exit code {code}", None
                 if failed:
                     self.close()
-                    raise RankError(f"rank {rank} failed, and all ranks were ended:\n{answer}")
+                    message = f"rank {rank} failed, and all ranks were ended:\n{answer}"
+                    raise RankError(message, cause, killed=code == -signal.SIGKILL)
                 results[rank] = answer
         return [results[rank] for rank in range(len(self._lines))]
 
@@ -88,6 +97,17 @@ class Ranks:
         self.close()
 
 
+@contextmanager
+def _environment(added: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def _serve(rank: int, size: int, port: int, threads: int, line: Connection) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -103,8 +123,11 @@ def _serve(rank: int, size: int, port: int, threads: int, line: Connection) -> N
         except (EOFError, KeyboardInterrupt):
             break
         try:
-            line.send((False, function(*args)))
-        except Exception:
-            line.send((True, traceback.format_exc()))
+            line.send((False, function(*args), None))
+        except Exception as error:
+            try:
+                line.send((True, traceback.format_exc(), error))
+            except (TypeError, AttributeError, pickle.PicklingError):
+                line.send((True, traceback.format_exc(), None))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +12,12 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from halovae import latents as latents_file
-from halovae import media, platform
+from halovae import media
 from halovae.cli.common import Dtype, console, errors_shown, parse_chunk, parsed
 from halovae.decode import Decoder, check_latents, load
 from halovae.geometry import Grid
 from halovae.launch import launch, under_torchrun
-from halovae.mesh import world_size
+from halovae.lines import world_size
 from halovae.models.load import find_folder, read_config
 
 
@@ -109,7 +108,6 @@ def _run(job: _Job) -> None:
     """One rank's work; rank 0 writes the frames."""
     decoder = load(job.folder, dtype=job.dtype)
     latents = latents_file.read(job.latents)
-    memory, begin = platform.PeakMemory(decoder.device), time.perf_counter()
     pieces = decoder.stream(
         latents,
         grid=job.grid,
@@ -119,22 +117,17 @@ def _run(job: _Job) -> None:
         denormalize=job.denormalize,
     )
     if job.grid.size > 1 and dist.get_rank() > 0:
-        for _ in pieces:
-            pass
+        pieces.join()
     else:
         _write(job, decoder, latents.shape, pieces)
-    seconds = time.perf_counter() - begin
-    peaks: list[int] = [memory.peak]
-    if job.grid.size > 1:
-        peaks = [0] * job.grid.size
-        dist.all_gather_object(peaks, memory.peak)
-        if dist.get_rank() > 0:
-            return
-    frames = decoder.config.frames(latents.shape[2]) * latents.shape[0]
-    ranks = f"{job.grid.size} rank{'s' if job.grid.size > 1 else ''} ({job.grid})"
+    report = pieces.shared_report()
+    if job.grid.size > 1 and dist.get_rank() > 0:
+        return
     names = ", ".join(str(path) for path in _outputs(job.output, latents.shape[0]))
-    highest = " / ".join(f"{peak / 2**20:,.0f}" for peak in peaks)
-    console.print(f"{names}: {frames} frames by {ranks} in {seconds:.2f} s, peak memory {highest} MiB", soft_wrap=True)
+    ranks = f"{len(report.ranks)} rank{'s' * (len(report.ranks) > 1)} ({report.grid})"
+    frames = report.frames[0] * report.frames[2]
+    console.print(f"{names}: {frames} frames by {ranks} in {report.seconds:.2f} s", soft_wrap=True)
+    console.print(report.table())
 
 
 def _write(job: _Job, decoder: Decoder, shape: torch.Size, pieces: Any) -> None:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 import typer
 
 from halovae import latents as latents_file
-from halovae import media, platform
+from halovae import media
 from halovae.cli.common import Dtype, console, errors_shown, parse_size, parsed
 from halovae.models.load import find_folder, read_class, read_config
 from halovae.models.wan import WanConfig
+from halovae.platform import Platform
 
 
 def encode(
@@ -43,7 +44,7 @@ def encode(
             (t, h, w), (frames_in, height, width) = video.shape[1:], pixels.shape[1:]
             console.print(f"taking {t} frames of {w}x{h} from {frames_in} of {width}x{height}")
         with console.status("encoding"), torch.inference_mode():
-            device = platform.default_device()
+            device = Platform.default().device
             vae = _encoder(folder, dtype.torch).to(device)
             latents = vae.encode(video[None].to(device, dtype.torch)).latent_dist.mode().cpu()
         latents_file.save(output, latents, config.family, scaled=False, fps=fps)

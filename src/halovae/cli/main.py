@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from halovae import __version__
-from halovae.cli import decode, demo, encode, inspect
+from halovae.cli import bench, decode, demo, encode, inspect, validate
 
 app = typer.Typer(
     name="halovae",
@@ -33,7 +33,7 @@ def main(
     pass
 
 
-for command in (decode.decode, encode.encode, inspect.inspect, demo.demo):
+for command in (decode.decode, encode.encode, inspect.inspect, bench.bench, validate.validate, demo.demo):
     app.command()(command)
 
 if __name__ == "__main__":

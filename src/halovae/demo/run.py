@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from halovae import latents as latents_file
-from halovae import media, platform
+from halovae import media
 from halovae.bench.ranks import Ranks
 from halovae.decode import load
 from halovae.demo.clips import HELD_OUT, make_clip, photographs
+from halovae.memory import MemoryMeter
 from halovae.models.load import read_config
+from halovae.platform import Platform, threads_per_rank
 
 MODEL = Path(str(files("halovae.demo"))) / "vae"
 FRAMES, HEIGHT, WIDTH, FPS, SEED = 33, 192, 256, 12.0, 10_000_008
@@ -66,7 +68,7 @@ def run(output: Path, ranks: int, say: Callable[[str], Any]) -> tuple[Tensor, li
     shown: list[Shown] = []
     for name, count, way in ways:
         # As many threads in all for each way: the ranks share what one process would use.
-        with Ranks(count, platform.threads_per_rank(ranks) * ranks // count) as group:
+        with Ranks(count, threads_per_rank(ranks) * ranks // count) as group:
             if not shown:
                 say("encoding it with diffusers' encoder")
                 group.run(_encode, clip, latents)
@@ -114,9 +116,9 @@ def _measured(decode: Callable[[Tensor], Tensor | None], path: Path) -> tuple[Te
     latents = latents_file.read(path)
     with torch.inference_mode():
         decode(latents[:, :, :2])
-        memory, begin = platform.PeakMemory(latents.device), time.perf_counter()
+        memory, begin = MemoryMeter(Platform(latents.device)), time.perf_counter()
         frames = decode(latents)
-    return None if frames is None else frames[0], time.perf_counter() - begin, memory.above_resting
+    return None if frames is None else frames[0], time.perf_counter() - begin, memory.read().above_resting
 
 
 def _draw(path: Path, clip: Tensor, shown: list[Shown]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halovae.decode import Chunk, Decoder, Gather, HaloDepth
+from halovae.decode import Decoder, HaloDepth
 from halovae.geometry import Grid
 from halovae.models.load import from_module
+from halovae.stream import Chunk, Gather
 
 
 def parallelize(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from halovae.models.wan import WanConfig, WanDecoder
+from halovae.platform import Platform
 
 # Which of diffusers' VAE classes each of our decoders can stand in for.
 CLASSES = {"AutoencoderKLWan": WanDecoder, "AutoencoderKLQwenImage": WanDecoder}
@@ -70,7 +71,7 @@ def from_directory(folder: Path, dtype: torch.dtype, device: torch.device) -> Wa
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for key in file.keys():  # noqa: SIM118 (not a mapping: it has keys but cannot be iterated)
                     if not key.startswith(_ENCODER):
-                        state[key] = file.get_tensor(key).to(dtype)
+                        state[key] = _packed(file.get_tensor(key).to(dtype))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be read as safetensors, is it complete? ({error})") from error
     return _filled(config, state, str(folder)).requires_grad_(False)
@@ -173,6 +174,11 @@ def _filled(config: WanConfig, state: Mapping[str, Tensor], source: str) -> WanD
         raise CheckpointError(f"{source}: not the weights of a {config.family} decoder; " + "; ".join(problems))
     decoder.load_state_dict({name: tensor for name, (_, tensor) in given.items()}, assign=True)
     return decoder
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """A copy in the layout of the activations that it meets; a view would keep the whole file in memory."""
+    return weight.clone(memory_format=Platform(weight.device).layout(weight.ndim))
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

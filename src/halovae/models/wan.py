@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halovae.geometry import Halo
 from halovae.layers import (
     CausalConv3d,
-    DuplicateUpsample,
+    DuplicateShortcut,
     PlaneAttention,
     PointwiseConv,
     ResidualBlock,
@@ -34,7 +35,7 @@ from halovae.layers import (
     Upsample,
     unpatchify,
 )
-from halovae.tile import Context, Halo, Tile
+from halovae.tile import Context, Tile
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ class UpBlock(nn.Module):
         widths = [channels] + [out_channels] * num_res_blocks
         self.resnets = nn.ModuleList(ResidualBlock(width, out_channels) for width in widths)
         self.upsampler = up
-        self.shortcut: DuplicateUpsample | None = None
+        self.shortcut: DuplicateShortcut | None = None
         if up is not None and shortcut:
-            self.shortcut = DuplicateUpsample(channels, out_channels, up.time_conv is not None)
+            self.shortcut = DuplicateShortcut(channels, out_channels, up.time_conv is not None)
 
     def layers(self) -> list[nn.Module]:
         """What is passed in turn, the shortcut aside."""
@@ -170,7 +171,7 @@ class Decoder3d(nn.Module):
             for layer in block.layers():
                 tile = layer(tile, within)
             if block.shortcut is not None:
-                tile = tile.plus(block.shortcut(start, within))
+                tile = block.shortcut.add_to(tile, start, within)
                 del start
         window = self.conv_out.window(tile, context.block("conv_out"), self.norm_out)
         del tile

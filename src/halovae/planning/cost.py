@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from halovae.geometry import Grid
-from halovae.mesh import Axis, Mesh
+from halovae.lines import Lines, Scope
+from halovae.memory import LiveBytes
+from halovae.mesh import Mesh
 from halovae.models.wan import WanConfig, WanDecoder
 from halovae.tile import Cache, Context, Tile
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def estimate(
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     with FakeTensorMode(), torch.inference_mode():
         model.load_state_dict({name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}, assign=True)
-        mesh, cache = _WalkedMesh(grid, rank), Cache()
+        mesh, cache = Mesh(grid, CPU, _WalkedLines(rank)), Cache()
         flops, live = [], LiveBytes()
         starts = [0, *range(1, walked, chunk)]
         for start in starts:
@@ -71,17 +71,9 @@ def estimate(
             context = Context(mesh, cache, start == 0, shards, {"": halo_depth})
             halo = context.block("conv_in").widest(1)
             shard = shards[rank]
-            tile = Tile(
-                torch.empty(
-                    shard.batch.size,
-                    channels,
-                    frames,
-                    shard.rows.size + halo.top + halo.bottom,
-                    shard.cols.size + halo.left + halo.right,
-                    dtype=dtype,
-                ),
-                halo,
-            )
+            rows, cols = (shard.rows.grown(halo.top, halo.bottom), shard.cols.grown(halo.left, halo.right))
+            extents = (shard.batch.size, channels, frames, rows.size, cols.size)
+            tile = Tile(torch.empty(extents, dtype=dtype, memory_format=mesh.platform.layout()), halo)
             with FlopCounterMode(display=False) as counter, live:
                 model(tile, context)
             flops.append(counter.get_total_flops())
@@ -94,42 +86,19 @@ def estimate(
         )
 
 
-class _WalkedMesh(Mesh):
-    """A place on a grid whose other ranks are not there: what they would send is made up."""
+class _WalkedLines(Lines):
+    """Lines to ranks that are not there: nothing is sent, and what would be received is made up."""
 
-    def __init__(self, grid: Grid, rank: int) -> None:
-        self.grid, self.rank = grid, rank
-        self.item, self.row, self.col = grid.coordinates(rank)
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
 
-    def extend(self, own: Tensor, axis: Axis, depth: int) -> Tensor:
-        dim = own.ndim - 2 if axis == "rows" else own.ndim - 1
-        ghosts = [own.narrow(dim, 0, depth).clone() for peer in self.neighbours(axis) if peer is not None]
-        return torch.cat([own, *ghosts], dim)
+    def exchange(
+        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> None:
+        pass
 
-    def gather_tokens(self, own: Tensor, counts: Sequence[int]) -> Tensor:
-        return own if len(counts) == 1 else own.new_empty(own.shape[0], sum(counts), own.shape[2])
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made under it, while they live, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in known:
-                size = storage.nbytes()
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._freed, size)
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.live -= size
+    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
+        return [torch.empty_like(own) for _ in range(ranks)]
 
 
 def _bytes(tensor: Tensor) -> int:

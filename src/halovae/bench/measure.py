@@ -1,0 +1,199 @@
+"""Decodes to be compared: who decodes, on ranks of its own, and what each decode took. Contestants take turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from halovae.bench.ranks import Ranks
+from halovae.decode import Decoder, load
+from halovae.geometry import Grid
+from halovae.launch import RankError
+from halovae.memory import Memory, MemoryMeter
+from halovae.platform import RANK_ENVIRONMENT, Platform, Stopwatch
+from halovae.simulate import Link, Simulation, simulate
+
+# What a contestant's processes hold between calls.
+_held: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What to load, and how: a folder in diffusers layout, and the class of its VAE there."""
+
+    folder: Path
+    name: str
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one decode took, over its ranks: the slowest rank's seconds, the highest peaks, the least left."""
+
+    seconds: float
+    peak_reserved: int
+    peak_allocated: int
+    pool_overhead: int
+    remaining: int
+    above_resting: int
+
+    @classmethod
+    def over(cls, ranks: Sequence[tuple[float, Memory, int]]) -> Taken:
+        """From each rank's seconds, memory, and bytes that it held before it ever decoded."""
+        memories = [memory for _, memory, _ in ranks]
+        return cls(
+            seconds=max(seconds for seconds, _, _ in ranks),
+            peak_reserved=max(memory.peak_reserved for memory in memories),
+            peak_allocated=max(memory.peak_allocated for memory in memories),
+            pool_overhead=max(memory.pool_overhead for memory in memories),
+            remaining=min(memory.remaining for memory in memories),
+            above_resting=max(memory.peak_reserved - resting for _, memory, resting in ranks),
+        )
+
+
+def _hold_halovae(model: Model) -> None:
+    decoder: Decoder = load(model.folder, dtype=model.dtype, device=Platform.default(model.device).device)
+
+    def decode(latents: Tensor, options: dict[str, Any]) -> tuple[Tensor | None, Memory]:
+        stream = decoder.stream(latents, **options)
+        return stream.join(), stream.report.ranks[0].memory
+
+    _hold(decoder.device, decode, decoder)
+
+
+def _hold_diffusers(model: Model, tiled: bool) -> None:
+    import diffusers
+
+    platform = Platform.default(model.device)
+    vae = getattr(diffusers, model.name).from_pretrained(model.folder, torch_dtype=model.dtype)
+    vae.encoder = vae.quant_conv = None
+    vae.to(platform.device)
+    for parameter in vae.parameters():  # weights mapped from a file are not in memory before they are used
+        parameter.data = parameter.data.clone()
+    if tiled:
+        vae.enable_tiling()
+
+    def decode(latents: Tensor, options: dict[str, Any]) -> tuple[Tensor | None, Memory]:
+        memory = MemoryMeter(platform)
+        with torch.inference_mode(), memory.counting():
+            frames = vae.decode(latents.to(platform.device, model.dtype)).sample
+        platform.synchronize()
+        return frames, memory.read()
+
+    _hold(platform.device, decode, vae)
+
+
+def _hold(device: torch.device, decode: Callable[..., tuple[Tensor | None, Memory]], owner: Any) -> None:
+    # Resting is what this process holds before its first decode: later, the allocator keeps some of what was freed.
+    platform = Platform(device)
+    _held.update(platform=platform, decode=decode, owner=owner, resting=MemoryMeter(platform).resting)
+
+
+class OutOfMemory(RuntimeError):
+    """A decode found too little memory; `reserved` is how many bytes it had."""
+
+    def __init__(self, reserved: int) -> None:
+        super().__init__(reserved)
+        self.reserved = reserved
+
+
+def _decode(latents: Tensor, options: dict[str, Any], keep: bool) -> tuple[tuple[float, Memory, int], Tensor | None]:
+    """What this rank took, with the frames if they are to be kept."""
+    platform: Platform = _held["platform"]
+    if dist.is_initialized():
+        dist.barrier()
+    whole, clock = MemoryMeter(platform), Stopwatch(platform)
+    try:
+        with clock.running():
+            frames, memory = _held["decode"](latents, options)
+        seconds = clock.seconds()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise OutOfMemory(whole.read().peak_reserved) from error
+        raise
+    return (seconds, memory, _held["resting"]), frames.cpu() if keep and frames is not None else None
+
+
+def _simulate(latents: Tensor, grid: Grid, link: Link, options: dict[str, Any]) -> Simulation:
+    return simulate(_held["owner"], latents, grid, link, **options)
+
+
+@dataclass
+class Contestant:
+    """One way to decode, and what its decodes took.
+
+    Attributes:
+        name: for tables.
+        model: what it decodes with.
+        ranks: how many ranks do.
+        threads: CPU threads of each.
+        kind: "halovae", "diffusers", or "tiled" for diffusers' tiling.
+        options: of `Decoder.decode`.
+        taken: what each decode took, in order.
+        out_of_memory: the bytes reserved when memory ran out; None while it has not.
+        frames: of the last decode that was told to keep them.
+    """
+
+    name: str
+    model: Model
+    ranks: int
+    threads: int
+    kind: str = "halovae"
+    options: dict[str, Any] = field(default_factory=dict)
+    taken: list[Taken] = field(default_factory=list)
+    out_of_memory: int | None = None
+    frames: Tensor | None = None
+    _group: Ranks | None = None
+
+    @property
+    def group(self) -> Ranks:
+        """Its processes, started with the model in them when they are first needed."""
+        if self._group is None:
+            own = self.kind == "halovae"
+            # diffusers runs as its users run it
+            self._group = Ranks(self.ranks, self.threads, RANK_ENVIRONMENT if own else {})
+            if own:
+                self._group.run(_hold_halovae, self.model)
+            else:
+                self._group.run(_hold_diffusers, self.model, self.kind == "tiled")
+        return self._group
+
+    def decode(self, latents: Tensor, keep: bool = False, count: bool = True) -> None:
+        """Decode once more, unless memory ran out before; `count` it among `taken`."""
+        if self.out_of_memory is not None:
+            return
+        try:
+            results = self.group.run(_decode, latents, self.options, keep)
+        except RankError as error:
+            if not (error.killed or isinstance(error.cause, OutOfMemory)):
+                raise
+            # A rank that the system ended cannot say how far it came.
+            self.out_of_memory = error.cause.reserved if isinstance(error.cause, OutOfMemory) else 0
+            self.close()
+            return
+        if count:
+            self.taken.append(Taken.over([took for took, _ in results]))
+        if keep:
+            self.frames = results[0][1]
+
+    def simulate(self, latents: Tensor, grid: Grid, link: Link) -> Simulation:
+        """Decode by simulated ranks in this contestant's one process."""
+        return self.group.run(_simulate, latents, grid, link, self.options)[0]
+
+    def median(self, figure: str) -> float:
+        """The median over the decodes of a field of `Taken`."""
+        return statistics.median(getattr(one, figure) for one in self.taken)
+
+    def close(self) -> None:
+        """End its processes."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None

@@ -1,0 +1,166 @@
+"""What a benchmark says: rows, a table, conclusions that are computed from the figures, JSON and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = (
+    "mode", "decoding time (s)", "peak memory (GB)", "peak allocated (GB)", "pool overhead (GB)",
+    "remaining at peak (GB)",
+)  # fmt: skip
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mode at one size and batch. Memory in bytes, of the rank that has the most of it, or the least left.
+
+    Attributes:
+        mode: "single", "parallel", "tiled", "auto" or "simulated".
+        ranks: how many decoded.
+        grid: how they stood; empty for diffusers.
+        size: `WIDTHxHEIGHT` of the picture.
+        frames: of the clip.
+        batch: how many clips at once.
+        seconds: median over the decodes; None if memory ran out.
+        fastest: seconds of the fastest decode; likewise `slowest`.
+        decodes: how many were measured.
+        peak_reserved: and the other memory figures: medians over the decodes; None where they were not measured.
+        out_of_memory: bytes reserved when memory ran out (0 if the system ended the process); None if it sufficed.
+    """
+
+    mode: str
+    ranks: int
+    grid: str
+    size: str
+    frames: int
+    batch: int
+    seconds: float | None = None
+    fastest: float | None = None
+    slowest: float | None = None
+    decodes: int = 0
+    peak_reserved: float | None = None
+    peak_allocated: float | None = None
+    pool_overhead: float | None = None
+    remaining: float | None = None
+    out_of_memory: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The mode, and how many ranks if more than one."""
+        return f"{self.mode}, {self.ranks} ranks ({self.grid})" if self.ranks > 1 else self.mode
+
+    @property
+    def case(self) -> str:
+        """What is decoded: rows of one case are compared."""
+        return f"{self.size}, {self.frames} frame{'s' * (self.frames > 1)}, batch {self.batch}"
+
+    def cells(self) -> list[str]:
+        """The table's cells, as in `COLUMNS`."""
+        if self.seconds is None:
+            reached = f"{self.out_of_memory / GB:.2f}" if self.out_of_memory else "?"
+            return [self.label, "OOM", reached, "-", "-", "-"]
+        time = f"{self.seconds:.2f}"
+        if self.decodes > 1:
+            time += f" ({self.fastest:.2f}-{self.slowest:.2f})"
+        memory = (self.peak_reserved, self.peak_allocated, self.pool_overhead, self.remaining)
+        return [self.label, time, *("-" if size is None else f"{size / GB:.2f}" for size in memory)]
+
+
+def cases(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by what they decode, in their order."""
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.case, []).append(row)
+    return grouped
+
+
+def conclusions(rows: Sequence[Row]) -> list[str]:
+    """Each parallel mode against "single" in the same case, in percent; empty where there is nothing to compare."""
+    said = []
+    for case, group in cases(rows).items():
+        single = next((row for row in group if row.mode == "single"), None)
+        for row in group:
+            if row is single or row.mode == "simulated":
+                continue
+            if row.seconds is None:
+                said.append(f"{case}: {row.label} ran out of memory")
+            elif single is None or single.seconds is None:
+                said.append(f"{case}: {row.label} decodes in {row.seconds:.2f} s; there is no single device's figure")
+            else:
+                changes = [
+                    f"{name} {100 * (now / before - 1):+.0f} %"
+                    for name, now, before in (
+                        ("decoding latency", row.seconds, single.seconds),
+                        ("peak memory", row.peak_reserved, single.peak_reserved),
+                        ("peak allocated", row.peak_allocated, single.peak_allocated),
+                        ("memory left at the peak", row.remaining, single.remaining),
+                    )
+                    if now is not None and before
+                ]
+                said.append(f"{case}: {row.label} against single: {', '.join(changes)}")
+    return said
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The rows for a terminal."""
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left")
+    for column in COLUMNS:
+        shown.add_column(column, justify="left" if column == "mode" else "right")
+    for case, group in cases(rows).items():
+        if len(cases(rows)) > 1:
+            shown.add_row(f"[bold]{case}[/]")
+        for row in group:
+            shown.add_row(*row.cells())
+        shown.add_section()
+    return shown
+
+
+def markdown(rows: Sequence[Row], title: str, notes: Sequence[str]) -> str:
+    """The rows and what follows from them, to be pasted."""
+    lines = [f"# {title}", ""]
+    for case, group in cases(rows).items():
+        lines += [f"## {case}", "", *markdown_table(COLUMNS, [row.cells() for row in group]), ""]
+    lines += [*(f"- {said}" for said in conclusions(rows)), "", *notes, ""]
+    return "\n".join(lines)
+
+
+def markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells)]
+
+
+def as_json(rows: Sequence[Row], about: dict[str, Any]) -> str:
+    """Everything, to be read by programs."""
+    return json.dumps({**about, "rows": [asdict(row) for row in rows], "conclusions": conclusions(rows)}, indent=2)
+
+
+def draw(rows: Sequence[Row], time: Path, memory: Path) -> None:
+    """Draw bars of decode time, and of peak memory, by mode and case."""
+    from matplotlib.figure import Figure
+
+    grouped = cases(rows)
+    labels = list(dict.fromkeys(row.label for row in rows))
+    for path, unit, value in (
+        (time, "decoding time (s)", lambda row: row.seconds or 0),
+        (memory, "peak memory of a rank (GB)", lambda row: (row.peak_reserved or row.peak_allocated or 0) / GB),
+    ):
+        figure = Figure(figsize=(max(5.0, 1.2 * len(labels) * len(grouped)), 4), layout="constrained")
+        axes, width = figure.subplots(), 0.8 / len(labels)
+        for index, label in enumerate(labels):
+            heights = [sum(value(row) for row in group if row.label == label) for group in grouped.values()]
+            places = [case + (index - (len(labels) - 1) / 2) * width for case in range(len(grouped))]
+            axes.bar_label(axes.bar(places, heights, width, label=label), fmt="%.2f", fontsize=7)
+        axes.set_xticks(range(len(grouped)), list(grouped))
+        axes.set_ylabel(unit)
+        axes.legend(fontsize=7)
+        figure.savefig(path, dpi=120)

@@ -1,0 +1,229 @@
+"""A benchmark: modes take turns over the same latents, for each size and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.bench.measure import Contestant, Model
+from halovae.bench.models import FAMILIES, random_vae
+from halovae.bench.report import Row
+from halovae.demo.run import MODEL as DEMO
+from halovae.geometry import Grid
+from halovae.models.load import find_folder, read_class, read_config
+from halovae.models.wan import WanConfig
+from halovae.platform import Platform
+from halovae.simulate import Link
+
+MODES = ("single", "parallel", "tiled", "auto")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to measure.
+
+    Attributes:
+        model: a name in `FAMILIES`, "demo", a folder in diffusers layout, or a hub id.
+        sizes: `(width, height)` of pictures.
+        frames: of each clip.
+        batches: how many clips at once.
+        modes: of `MODES`.
+        ranks: numbers of ranks; "parallel" runs on each above one, "auto" on the largest.
+        simulated: numbers of ranks to simulate on one device.
+        repeat: decodes per row.
+        threads: CPU threads of each rank.
+        dtype: what to compute in.
+        device: its kind.
+        link: what simulated ranks are connected by.
+    """
+
+    model: str
+    sizes: tuple[tuple[int, int], ...]
+    frames: int
+    batches: tuple[int, ...]
+    modes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    simulated: tuple[int, ...]
+    repeat: int
+    threads: int
+    dtype: torch.dtype
+    device: str
+    link: Link
+
+    @property
+    def steps(self) -> int:
+        """How many decodes it takes."""
+        parallel = len([ranks for ranks in self.ranks if ranks > 1])
+        modes = len(self.modes) + ("parallel" in self.modes) * (parallel - 1)
+        return len(self.sizes) * len(self.batches) * (modes * self.repeat + len(self.simulated))
+
+    def contestants(self, model: Model) -> list[Contestant]:
+        """Those who decode, in the order of the table."""
+        found = []
+        if "single" in self.modes:
+            found.append(Contestant("single", model, 1, self.threads, options={"grid": Grid()}))
+        if "parallel" in self.modes:
+            found += [Contestant("parallel", model, ranks, self.threads) for ranks in self.ranks if ranks > 1]
+        if "tiled" in self.modes:
+            found.append(Contestant("tiled", model, 1, self.threads, kind="tiled"))
+        if "auto" in self.modes:
+            found.append(Contestant("auto", model, max(self.ranks), self.threads))
+        return found
+
+
+@contextmanager
+def model_folder(name: str, made: Callable[[str], None]) -> Iterator[Path]:
+    """The VAE's folder of a model: a name builds the true-size architecture on random weights, and `made` is told."""
+    if name == "demo":
+        yield DEMO
+    elif name in FAMILIES:
+        made(f"{name}: no checkpoint given, making the true-size architecture with random weights")
+        with TemporaryDirectory(prefix="halovae-") as folder:
+            random_vae(name).save_pretrained(folder)
+            yield Path(folder)
+    else:
+        yield find_folder(name)
+
+
+def latents_of(config: WanConfig, size: tuple[int, int], frames: int, batch: int, seed: int = 1234) -> Tensor:
+    """Seeded random latents `[B, C, T, H, W]` that decode to frames of `size`.
+
+    Raises:
+        ValueError: no latents decode to such frames; says which sizes are nearest.
+    """
+    width, height = size
+    factor, step = config.spatial_factor, config.temporal_factor
+    if width % factor or height % factor:
+        nearest = "x".join(str(max(1, round(extent / factor)) * factor) for extent in size)
+        raise ValueError(f"size {width}x{height}: {config.family} makes multiples of {factor}, such as {nearest}")
+    if (frames - 1) % step:
+        below = 1 + (frames - 1) // step * step
+        raise ValueError(f"{frames} frames: {config.family} makes 1 + a multiple of {step}: {below} or {below + step}")
+    shape = (batch, config.z_dim, 1 + (frames - 1) // step, height // factor, width // factor)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check_fits(config: WanConfig, folder: Path, platform: Platform, processes: int) -> None:
+    """Check that the weights of each process fit into what is free.
+
+    Raises:
+        ValueError: they do not.
+    """
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2  # the decoder is about half
+    free, total = platform.memory()
+    if platform.kind != "cpu":
+        processes = 1
+    if weights * processes > free:
+        raise ValueError(
+            f"{config.family}: {processes} x {weights / 1e9:.1f} GB of weights do not fit into the "
+            f"{free / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB on {platform.kind}"
+        )
+
+
+def run(benchmark: Benchmark, say: Callable[[str], None], step: Callable[[], None]) -> tuple[list[Row], dict[str, Any]]:
+    """Measure.
+
+    Args:
+        benchmark: what.
+        say: told what is being done.
+        step: called after each decode.
+
+    Returns:
+        The rows, and what they were measured on.
+
+    Raises:
+        ValueError: a size that the model cannot make, or that the ranks cannot share out.
+    """
+    platform = Platform.default(benchmark.device)
+    rows: list[Row] = []
+    with model_folder(benchmark.model, say) as folder:
+        config = read_config(folder)
+        model = Model(folder, read_class(folder), benchmark.dtype, benchmark.device)
+        contestants = benchmark.contestants(model)
+        check_fits(config, folder, platform, sum(one.ranks for one in contestants))
+        for size in benchmark.sizes:  # before any work
+            for batch in benchmark.batches:
+                shape = latents_of(config, size, benchmark.frames, batch).shape
+                for ranks in (*benchmark.ranks, *benchmark.simulated):
+                    Grid(rows=ranks).shards(batch, *shape[3:])
+        try:
+            for size in benchmark.sizes:
+                for batch in benchmark.batches:
+                    latents = latents_of(config, size, benchmark.frames, batch)
+                    rows += _measured(benchmark, contestants, latents, size, say, step)
+        finally:
+            for contestant in contestants:
+                contestant.close()
+    about = {
+        "model": benchmark.model,
+        "random_weights": benchmark.model in FAMILIES,
+        "dtype": str(benchmark.dtype).removeprefix("torch."),
+        "threads_per_rank": benchmark.threads if benchmark.device == "cpu" else None,
+        **platform.describe(),
+    }
+    return rows, about
+
+
+def _measured(
+    benchmark: Benchmark,
+    contestants: Sequence[Contestant],
+    latents: Tensor,
+    size: tuple[int, int],
+    say: Callable[[str], None],
+    step: Callable[[], None],
+) -> list[Row]:
+    # On an accelerator kernels are chosen by shape; on the CPU a small decode loads what is loaded once.
+    most = max(benchmark.ranks)
+    warm = latents[:, :, :2, :most, :most] if benchmark.device == "cpu" else latents
+    for contestant in contestants:
+        contestant.taken, contestant.out_of_memory = [], None
+        say(f"warming up {contestant.name}, {contestant.ranks} rank(s)")
+        contestant.decode(warm, count=False)
+    for repeat in range(benchmark.repeat):
+        for contestant in contestants:
+            say(f"round {repeat + 1} of {benchmark.repeat}: {contestant.name}, {contestant.ranks} rank(s)")
+            contestant.decode(latents)
+            step()
+    case: dict[str, Any] = {
+        "size": f"{size[0]}x{size[1]}",
+        "frames": benchmark.frames,
+        "batch": latents.shape[0],
+    }
+    rows = [_row(contestant, case) for contestant in contestants]
+    for ranks in benchmark.simulated:
+        grid = Grid(rows=ranks)
+        say(f"simulating {ranks} ranks")
+        simulation = contestants[0].simulate(latents, grid, benchmark.link)
+        allocated = max(rank.peak_allocated for rank in simulation.ranks)
+        rows.append(
+            Row("simulated", ranks, str(grid), **case, seconds=simulation.seconds, decodes=1, peak_allocated=allocated)
+        )
+        step()
+    return rows
+
+
+def _row(contestant: Contestant, case: dict[str, Any]) -> Row:
+    grid = str(Grid(rows=contestant.ranks)) if contestant.kind == "halovae" else ""
+    if contestant.out_of_memory is not None or not contestant.taken:
+        return Row(contestant.name, contestant.ranks, grid, **case, out_of_memory=contestant.out_of_memory)
+    seconds = [taken.seconds for taken in contestant.taken]
+    figures = ("peak_reserved", "peak_allocated", "pool_overhead", "remaining")
+    memory: dict[str, Any] = {figure: contestant.median(figure) for figure in figures}
+    return Row(
+        contestant.name,
+        contestant.ranks,
+        grid,
+        **case,
+        seconds=contestant.median("seconds"),
+        fastest=min(seconds),
+        slowest=max(seconds),
+        decodes=len(seconds),
+        **memory,
+    )

@@ -1,0 +1,304 @@
+"""Whether the target models decode here as they should: single and parallel, against diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halovae.bench.compare import Difference, compare, draw_heatmap
+from halovae.bench.measure import Contestant, Model, Taken
+from halovae.bench.pipeline import PipelineRun, run_both
+from halovae.bench.ranks import Ranks
+from halovae.bench.report import GB, markdown_table
+from halovae.bench.run import check_fits, latents_of, model_folder
+from halovae.geometry import Grid
+from halovae.models.load import read_class, read_config
+from halovae.platform import Platform
+from halovae.simulate import Link
+
+# The target models: how they are called, the family of their VAE, and whether they make clips.
+TARGETS = {
+    "Wan2.1": ("wan2.1", True),
+    "Wan2.2-A14B": ("wan2.1", True),
+    "Wan2.2-TI2V-5B": ("wan2.2-5b", True),
+    "Qwen-Image": ("qwen-image", False),
+    "Qwen-Image-Edit": ("qwen-image", False),
+}
+# In fp32 only the order of additions differs from diffusers'.
+FP32_BOUND = 1e-4
+# In less precise dtypes, how much larger than diffusers' own the error against fp32 may be.
+ROUNDED_BOUND = 1.1
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way of decoding a model, against diffusers.
+
+    Attributes:
+        name: "single", "parallel" or "simulated".
+        grid: how the ranks stood.
+        difference: from diffusers' untiled decode in fp32.
+        bound: the largest error that is accepted: of `max_error` in fp32, of `rms_error` in other dtypes.
+        supported: whether it is kept.
+        taken: time and memory; None for simulated ranks.
+        seconds: decoding time; for simulated ranks the predicted one.
+        peak_allocated: bytes, of the rank with the most.
+    """
+
+    name: str
+    grid: str
+    difference: Difference
+    bound: float
+    supported: bool
+    taken: Taken | None
+    seconds: float
+    peak_allocated: int
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The whole pipeline's frames with halovae's decode, against those with diffusers'; in [0, 1]."""
+
+    max_error: float
+    bound: float
+    seconds: float
+    seconds_diffusers: float
+
+    @property
+    def supported(self) -> bool:
+        return self.max_error <= self.bound
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found out about one model.
+
+    Attributes:
+        model: its name.
+        source: the checkpoint, or the family of random weights.
+        latents: the shape that was decoded.
+        modes: one by one.
+        problem: why it could not be decoded at all.
+        pipeline: of the whole pipeline, where a prompt was given.
+    """
+
+    model: str
+    source: str
+    latents: tuple[int, ...]
+    modes: tuple[Mode, ...]
+    problem: str = ""
+    pipeline: Pipeline | None = None
+
+    @property
+    def supported(self) -> bool:
+        pipeline = self.pipeline is None or self.pipeline.supported
+        return not self.problem and pipeline and all(mode.supported for mode in self.modes)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What to validate.
+
+    Attributes:
+        models: names in `TARGETS`, or one name of the caller's for `source`.
+        source: a checkpoint; None for random weights of the true size.
+        ranks: how many ranks decode in parallel.
+        simulated: how many ranks to simulate on one device instead; None for real ones.
+        size: `(width, height)`; images and clips alike.
+        frames: of clips.
+        dtype: what to compute in.
+        device: its kind.
+        threads: CPU threads of each rank.
+        heatmaps: folder for pictures of the differences; None for none.
+        prompt: run the checkpoint's whole pipeline with it; None to decode random latents only.
+        steps: denoising steps of that.
+    """
+
+    models: tuple[str, ...]
+    source: str | None
+    ranks: int
+    simulated: int | None
+    size: tuple[int, int]
+    frames: int
+    dtype: torch.dtype
+    device: str
+    threads: int
+    heatmaps: Path | None
+    prompt: str | None = None
+    steps: int = 4
+
+
+def validate(validation: Validation, say: Callable[[str], None], step: Callable[[], None]) -> list[Verdict]:
+    """Decode each model by diffusers, on one rank and in parallel, and compare.
+
+    Args:
+        validation: what.
+        say: told what is being done.
+        step: called after each model.
+    """
+    verdicts = []
+    for index, name in enumerate(validation.models):
+        source = validation.source or TARGETS[name][0]
+        try:
+            verdicts.append(_verdict(validation, name, source, index, say))
+        except (ValueError, RuntimeError) as error:
+            verdicts.append(Verdict(name, source, (), (), f"{type(error).__name__}: {error}"))
+        step()
+    return verdicts
+
+
+def _verdict(validation: Validation, name: str, source: str, seed: int, say: Callable[[str], None]) -> Verdict:
+    with model_folder(source, say) as folder:
+        config, platform = read_config(folder), Platform.default(validation.device)
+        clips = TARGETS[name][1] if name in TARGETS else config.family != "qwen-image"
+        latents = latents_of(config, validation.size, validation.frames if clips else 1, 1, seed=seed)
+        parallel = Grid(rows=validation.simulated or validation.ranks)
+        parallel.shards(1, *latents.shape[3:])
+        check_fits(config, folder, platform, validation.ranks)
+        exact = Model(folder, read_class(folder), torch.float32, validation.device)
+        model = Model(folder, read_class(folder), validation.dtype, validation.device)
+
+        say(f"{name}: diffusers")
+        reference = _decoded(Contestant("diffusers", exact, 1, validation.threads, kind="diffusers"), latents)
+        bound = FP32_BOUND
+        if validation.dtype != torch.float32:
+            theirs = _decoded(Contestant("diffusers", model, 1, validation.threads, kind="diffusers"), latents)
+            bound = ROUNDED_BOUND * compare(theirs, reference, Grid(), config.spatial_factor).rms_error
+
+        def mode(label: str, grid: Grid, frames: Tensor, taken: Taken | None, seconds: float, allocated: int) -> Mode:
+            difference = compare(frames, reference, grid, config.spatial_factor)
+            error = difference.max_error if validation.dtype == torch.float32 else difference.rms_error
+            if validation.heatmaps is not None:
+                path = validation.heatmaps / f"difference-{name}-{label}-{grid}.png"
+                draw_heatmap(frames, reference, grid, config.spatial_factor, path)
+            return Mode(label, str(grid), difference, bound, error <= bound, taken, seconds, allocated)
+
+        modes = []
+        ways = [("single", Grid())] + ([] if validation.simulated else [("parallel", parallel)])
+        for label, grid in ways:
+            say(f"{name}: {label}, {grid}")
+            contestant = Contestant(label, model, grid.size, validation.threads, options={"grid": grid})
+            frames = _decoded(contestant, latents, warm=platform.kind != "cpu")
+            taken = contestant.taken[0]
+            modes.append(mode(label, grid, frames, taken, taken.seconds, taken.peak_allocated))
+        if validation.simulated:
+            say(f"{name}: simulating {parallel}")
+            contestant = Contestant("simulated", model, 1, validation.threads)
+            try:
+                simulation = contestant.simulate(latents, parallel, Link())
+            finally:
+                contestant.close()
+            allocated = max(rank.peak_allocated for rank in simulation.ranks)
+            modes.append(mode("simulated", parallel, simulation.frames, None, simulation.seconds, allocated))
+        pipeline = None if validation.prompt is None else _pipeline(validation, validation.prompt, source, say)
+        return Verdict(name, source, tuple(latents.shape), tuple(modes), pipeline=pipeline)
+
+
+def _pipeline(validation: Validation, prompt: str, source: str, say: Callable[[str], None]) -> Pipeline:
+    say("the whole pipeline, twice")
+    run = PipelineRun(
+        source, prompt, validation.steps, validation.size, validation.frames, validation.dtype, validation.device
+    )
+    with Ranks(validation.ranks, validation.threads) as ranks:
+        theirs, ours, their_seconds, our_seconds = ranks.run(run_both, run)[0]
+    # Pixels of [-1, 1] become [0, 1]. In other dtypes both decodes are rounded to theirs: a few of its steps.
+    bound = FP32_BOUND / 2 if validation.dtype == torch.float32 else 16 * torch.finfo(validation.dtype).eps
+    return Pipeline((ours - theirs).abs().max().item(), bound, our_seconds, their_seconds)
+
+
+def _decoded(contestant: Contestant, latents: Tensor, warm: bool = False) -> Tensor:
+    """The frames that a contestant makes; it is ended then.
+
+    Raises:
+        RuntimeError: memory ran out.
+    """
+    try:
+        if warm:
+            contestant.decode(latents, count=False)
+        contestant.decode(latents, keep=True)
+    finally:
+        contestant.close()
+    if contestant.frames is None:
+        reached = contestant.out_of_memory or 0
+        raise RuntimeError(f"{contestant.name} ran out of memory at {reached / GB:.2f} GB reserved")
+    return contestant.frames
+
+
+COLUMNS = (
+    "model", "mode", "supported", "max error", "PSNR (dB)", "SSIM", "error at seams", "elsewhere",
+    "decoding (s)", "peak memory (GB)", "peak allocated (GB)", "pool overhead (GB)", "remaining (GB)",
+)  # fmt: skip
+
+
+def cells(verdicts: Sequence[Verdict]) -> list[list[str]]:
+    """A line per model and mode, as in `COLUMNS`."""
+    lines = []
+    for verdict in verdicts:
+        if verdict.problem:
+            lines.append([verdict.model, verdict.problem, "no", *["-"] * (len(COLUMNS) - 3)])
+        for mode in verdict.modes:
+            difference, taken = mode.difference, mode.taken
+            reserved = (
+                ["-", f"{mode.peak_allocated / GB:.2f}", "-", "-"]
+                if taken is None
+                else [
+                    f"{size / GB:.2f}"
+                    for size in (taken.peak_reserved, taken.peak_allocated, taken.pool_overhead, taken.remaining)
+                ]
+            )
+            lines.append(
+                [
+                    verdict.model,
+                    f"{mode.name} {mode.grid}",
+                    "yes" if mode.supported else "NO",
+                    f"{difference.max_error:.1e}",
+                    "equal" if difference.psnr is None else f"{difference.psnr:.1f}",
+                    f"{difference.ssim:.6f}",
+                    f"{difference.seam_error:.1e}",
+                    f"{difference.interior_error:.1e}",
+                    f"{mode.seconds:.2f}",
+                    *reserved,
+                ]
+            )
+    return lines
+
+
+def markdown(verdicts: Sequence[Verdict], about: dict[str, Any], notes: Sequence[str]) -> str:
+    """The report, to be pasted."""
+    lines = ["# halovae validate", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
+    lines += [*markdown_table(COLUMNS, cells(verdicts)), "", *notes, ""]
+    return "\n".join(lines)
+
+
+def pipelines(verdicts: Sequence[Verdict]) -> list[str]:
+    """A sentence for each whole pipeline that was run."""
+    return [
+        f"{verdict.model}, the whole pipeline: frames differ from those with diffusers' decode by at most "
+        f"{one.max_error:.1e} (accepted: {one.bound:.1e}), in {one.seconds:.2f} s against {one.seconds_diffusers:.2f} s"
+        for verdict in verdicts
+        if (one := verdict.pipeline) is not None
+    ]
+
+
+def notes(validation: Validation) -> list[str]:
+    """How to read the table."""
+    told = [
+        "Errors are against diffusers' own untiled decode in fp32, in [-1, 1]; seams are the borders between ranks."
+    ]
+    if validation.source is None:
+        told.append("Models of the true size on seeded random weights: times and memory are real, pictures are not.")
+    if validation.simulated:
+        told.append("Simulated ranks took turns in one process: their time is predicted, for a device and link each.")
+    return told
+
+
+def as_json(verdicts: Sequence[Verdict], about: dict[str, Any]) -> str:
+    """Everything, to be read by programs."""
+    models = [{**asdict(verdict), "supported": verdict.supported} for verdict in verdicts]
+    return json.dumps({**about, "models": models}, indent=2)

@@ -1,0 +1,95 @@
+"""`halovae bench`: decode time and memory by mode, as a table, JSON and plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from halovae.cli.common import Dtype, errors_shown, parse_size, parsed
+from halovae.cli.measuring import check_installed, check_ranks, free_names, parse_numbers, progress
+from halovae.platform import threads_per_rank
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder in diffusers layout, hub id, demo, or wan2.1, wan2.2-5b, qwen-image: the true-size "
+            "architecture with random weights."
+        ),
+    ],
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, or several with commas.")] = "1280x720",
+    frames: Annotated[int, typer.Option(min=1, help="Frames of each clip; 1 for images.")] = 81,
+    batch: Annotated[str, typer.Option(help="How many at once, or several with commas.")] = "1",
+    modes: Annotated[
+        str,
+        typer.Option(
+            help="single: one rank. parallel: each of --num-gpus above one. tiled: diffusers' tiling. "
+            "auto: what halovae does when no grid is given, on the most ranks."
+        ),
+    ] = "single,parallel,tiled,auto",
+    num_gpus: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2",
+    simulate_ranks: Annotated[
+        str | None, typer.Option(help="Numbers of ranks to simulate on one device as well, with commas.")
+    ] = None,
+    latency_us: Annotated[float, typer.Option(min=0, help="Between simulated ranks, microseconds.")] = 20.0,
+    bandwidth_gbps: Annotated[float, typer.Option(min=1e-3, help="Between them, gigabits per second.")] = 800.0,
+    repeat: Annotated[int, typer.Option(min=1, help="Decodes per mode; they take turns.")] = 5,
+    dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, npu or xpu. [default: what is here]")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to; nothing there is replaced.")] = (
+        Path("halovae-bench")
+    ),
+) -> None:
+    """Measure decode time and peak memory of each mode, in one run in which they take turns.
+
+    Writes results.json, results.md, results-time.png and results-memory.png. Times are medians with the fastest and
+    the slowest, memory is the highest rank's. Tiles are decoded by diffusers, and their seams are approximate.
+    """
+    with errors_shown():
+        check_installed()
+        from halovae.bench import report
+        from halovae.bench.run import MODES, Benchmark, run
+        from halovae.simulate import Link
+
+        chosen = tuple(modes.split(","))
+        if not set(chosen) <= set(MODES):
+            raise ValueError(f"--modes {modes}: expected some of {','.join(MODES)}")
+        ranks = parsed("--num-gpus", num_gpus, parse_numbers)
+        simulated = parsed("--simulate-ranks", simulate_ranks, parse_numbers) if simulate_ranks else ()
+        if "parallel" in chosen and max(ranks) == 1:
+            raise ValueError(f"--num-gpus {num_gpus}: mode parallel needs a number above 1")
+        if simulated and chosen[0] == "tiled":
+            raise ValueError("--simulate-ranks needs one of the modes single, parallel, auto")
+        platform = check_ranks("--num-gpus", max(ranks), device)
+        benchmark = Benchmark(
+            model=model,
+            sizes=tuple(parsed("--size", one, parse_size) for one in size.split(",")),
+            frames=frames,
+            batches=parsed("--batch", batch, parse_numbers),
+            modes=chosen,
+            ranks=ranks,
+            simulated=simulated,
+            repeat=repeat,
+            threads=threads_per_rank(max(ranks)),
+            dtype=dtype.torch,
+            device=platform.kind,
+            link=Link(latency_us * 1e-6, bandwidth_gbps * 1e9 / 8),
+        )
+        paths = free_names(output, "results.json", "results.md", "results-time.png", "results-memory.png")
+        with progress(benchmark.steps) as (say, step):
+            rows, about = run(benchmark, say, step)
+        weights = "random weights, " if about["random_weights"] else ""
+        title = f"{model} ({weights}{about['dtype']}) on {about['device']}"
+        notes = [f"{name}: {value}" for name, value in about.items() if value is not None]
+        paths[0].write_text(report.as_json(rows, about) + "\n")
+        paths[1].write_text(report.markdown(rows, title, ["Measured on: " + ", ".join(notes) + "."]))
+        report.draw(rows, paths[2], paths[3])
+        console = Console()
+        console.print(report.table(rows, title))
+        for said in report.conclusions(rows):
+            console.print(f"- {said}", soft_wrap=True, highlight=False)
+        console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)

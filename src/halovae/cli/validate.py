@@ -1,0 +1,96 @@
+"""`halovae validate`: whether the target models decode here as they should, as one report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from halovae import __version__
+from halovae.cli.common import Dtype, errors_shown, parse_size, parsed
+from halovae.cli.measuring import check_installed, check_ranks, free_names, progress
+from halovae.platform import threads_per_rank
+
+
+def validate(
+    model_path: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint: folder in diffusers layout, or hub id. [default: all models, random weights]"),
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="Which of the target models, with commas. [default: all]")] = None,
+    num_gpus: Annotated[int, typer.Option(min=1, help="How many ranks decode in parallel.")] = 2,
+    simulate_ranks: Annotated[
+        int | None, typer.Option(min=2, help="Simulate so many ranks on one device instead.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "256x256",
+    frames: Annotated[int, typer.Option(min=1, help="Frames of clips; images have one.")] = 5,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --model-path of a whole pipeline: run it all, with this prompt.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="With --prompt: denoising steps.")] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, npu or xpu. [default: what is here]")] = None,
+    heatmap: Annotated[bool, typer.Option("--heatmap", help="Draw where decodes differ from diffusers'.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to; nothing there is replaced.")] = (
+        Path("halovae-validation")
+    ),
+) -> None:
+    """Decode each target model by diffusers, on one rank and in parallel, and compare.
+
+    A model is supported if its frames are diffusers' in fp32 to 1e-4, or, computed in another dtype, no further from
+    them than 1.1 times diffusers' own in that dtype. Writes validation-DEVICE.md and .json; ends with status 1 if any
+    model falls short.
+    """
+    with errors_shown():
+        check_installed()
+        from halovae.bench import validate as validation
+
+        wanted = tuple(models.split(",")) if models else tuple(validation.TARGETS)
+        unknown = [name for name in wanted if name not in validation.TARGETS]
+        if unknown:
+            raise ValueError(f"--models {','.join(unknown)}: expected some of {','.join(validation.TARGETS)}")
+        if model_path is not None:
+            if models:
+                raise ValueError("--models and --model-path exclude each other")
+            wanted = (Path(model_path).name or model_path,)
+        if prompt is not None and (model_path is None or simulate_ranks):
+            raise ValueError("--prompt needs --model-path of a whole pipeline, and real ranks")
+        platform = check_ranks("--num-gpus", 1 if simulate_ranks else num_gpus, device)
+        asked = validation.Validation(
+            models=wanted,
+            source=model_path,
+            ranks=1 if simulate_ranks else num_gpus,
+            simulated=simulate_ranks,
+            size=parsed("--size", size, parse_size),
+            frames=frames,
+            dtype=dtype.torch,
+            device=platform.kind,
+            threads=threads_per_rank(1 if simulate_ranks else num_gpus),
+            heatmaps=output if heatmap else None,
+            prompt=prompt,
+            steps=steps,
+        )
+        paths = free_names(output, f"validation-{platform.kind}.md", f"validation-{platform.kind}.json")
+        with progress(len(wanted)) as (say, step):
+            verdicts = validation.validate(asked, say, step)
+        about = {"halovae": __version__, **platform.describe(), "dtype": dtype.value, "size": size}
+        notes = [*validation.pipelines(verdicts), *validation.notes(asked)]
+        paths[0].write_text(validation.markdown(verdicts, about, notes))
+        paths[1].write_text(validation.as_json(verdicts, about) + "\n")
+        console, table = Console(), Table(title=f"halovae {__version__} on {about['device']}", title_justify="left")
+        for column in validation.COLUMNS:
+            table.add_column(column)
+        for line in validation.cells(verdicts):
+            table.add_row(*line)
+        console.print(table)
+        for note in notes:
+            console.print(note, soft_wrap=True, highlight=False)
+        short = [verdict.model for verdict in verdicts if not verdict.supported]
+        total = len(verdicts)
+        summary = f"{total - len(short)} of {total} supported" + (f"; short: {', '.join(short)}" if short else "")
+        console.print(f"{summary}. Written: {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
+        if short:
+            raise typer.Exit(1)

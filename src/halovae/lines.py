@@ -1,0 +1,109 @@
+"""How messages travel between the ranks of a grid. The mesh knows what to send; lines know how."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from halovae.geometry import Grid
+from halovae.platform import Platform
+
+Axis = Literal["rows", "cols"]
+Scope = Literal["rows", "cols", "plane", "world"]
+Value = TypeVar("Value")
+
+
+def world_size() -> int:
+    """How many ranks there are: of the process group, else of the torchrun that started this process, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_world(device: torch.device) -> None:
+    """Join the process group that torchrun's environment describes, unless this process is in one already."""
+    if world_size() > 1 and not dist.is_initialized():
+        platform = Platform(device)
+        platform.enter()
+        dist.init_process_group(platform.backend)
+
+
+class Lines:
+    """The lines of a rank that stands alone; other kinds of ranks have lines of their own.
+
+    A scope names who takes part: the ranks along one axis, those that share this rank's latents ("plane"), or all.
+    """
+
+    rank = 0
+    # Whether other ranks use this process and its device as well, so that what the device counts is everybody's.
+    shared_device = False
+
+    def exchange(
+        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> None:
+        """Send tensors to ranks and fill others with what ranks send; all of them flat and contiguous.
+
+        On an accelerator the tensors are ready for what is queued next on the current stream.
+        """
+        assert not sends
+        assert not receives
+
+    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
+        """Every rank's flat `own`, all of one length, in the order of the scope's `ranks` ranks."""
+        assert ranks == 1
+        return [own]
+
+    def all_values(self, value: Value) -> list[Value]:
+        """Every rank's `value`, picklable, in the order of the ranks."""
+        return [value]
+
+
+class ProcessLines(Lines):
+    """Lines between processes: a `DeviceMesh` over (batch, rows, cols), with process groups of its own.
+
+    Making them is a collective call: all ranks make them, in the same order.
+    """
+
+    def __init__(self, grid: Grid, device: torch.device) -> None:
+        join_world(device)
+        self.rank = dist.get_rank()
+        # Groups of its own, so that the messages of two meshes cannot meet: init_device_mesh would put an axis of
+        # all ranks on the default group.
+        ranks = torch.arange(grid.size).view(grid.batch, grid.rows, grid.cols)
+        axes = [_group_of(ranks.movedim(dim, -1).flatten(0, 1)) for dim in range(3)]
+        names = ("batch", "rows", "cols")
+        self.axes = DeviceMesh.from_group(axes, device.type, mesh=ranks, mesh_dim_names=names)
+        self._wider = {"plane": _group_of(ranks.flatten(1)), "world": _group_of(ranks.view(1, -1))}
+
+    def _group(self, scope: Scope) -> dist.ProcessGroup:
+        return self._wider[scope] if scope in self._wider else self.axes.get_group(scope)
+
+    def exchange(
+        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> None:
+        group = self._group(scope)
+        operations = [dist.P2POp(dist.isend, tensor, peer, group) for peer, tensor in sends]
+        operations += [dist.P2POp(dist.irecv, tensor, peer, group) for peer, tensor in receives]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
+        everyone = [torch.empty_like(own) for _ in range(ranks)]
+        dist.all_gather(everyone, own, self._group(scope))
+        return everyone
+
+    def all_values(self, value: Value) -> list[Value]:
+        everyone: list[Value] = [value] * dist.get_world_size()
+        dist.all_gather_object(everyone, value, self._wider["world"])
+        return everyone
+
+
+def _group_of(lines: Tensor) -> dist.ProcessGroup:
+    """The group of this rank's line, all lines `[lines, ranks]` being made into groups by all ranks at once."""
+    group, _ = dist.new_subgroups_by_enumeration(lines.tolist())
+    assert group is not None
+    return group

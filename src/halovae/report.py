@@ -1,0 +1,114 @@
+"""What a decode took: seconds, memory and messages, per rank, with what was decoded and how."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from halovae.memory import Memory
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank took.
+
+    Attributes:
+        rank: its number.
+        seconds: from its first chunk's start to its last chunk's end, without what the caller did in between.
+        waiting: seconds of these spent on halos, and on the keys and values of other ranks.
+        messages: how many it sent, frames to be gathered included; likewise `bytes_sent`.
+        memory: its peaks.
+    """
+
+    rank: int
+    seconds: float
+    waiting: float
+    messages: int
+    bytes_sent: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class DecodeReport:
+    """What a decode took.
+
+    Attributes:
+        family: the model's.
+        latents: their shape `[B, C, T, H, W]`.
+        frames: `[B, 3, T', H', W']`, the shape of what they decode to.
+        dtype: what was computed in.
+        device: its kind.
+        grid: ranks along the rows x cols, or batch x rows x cols.
+        chunk: latent frames per pass, or "all".
+        halo_depths: by block; "" is the default.
+        first_use: whether this decoder had not decoded this shape this way before, so that the time holds what is only
+            done once (kernels chosen and compiled, lines between ranks opened).
+        ranks: one for each rank, in order; a single one for a rank that has not asked the others.
+    """
+
+    family: str
+    latents: tuple[int, ...]
+    frames: tuple[int, ...]
+    dtype: str
+    device: str
+    grid: str
+    chunk: int | str
+    halo_depths: dict[str, int]
+    first_use: bool
+    ranks: tuple[RankReport, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The slowest rank's."""
+        return max(rank.seconds for rank in self.ranks)
+
+    @property
+    def peak_reserved(self) -> int:
+        """The highest rank's, in bytes; likewise the other memory figures."""
+        return max(rank.memory.peak_reserved for rank in self.ranks)
+
+    @property
+    def peak_allocated(self) -> int:
+        return max(rank.memory.peak_allocated for rank in self.ranks)
+
+    @property
+    def pool_overhead(self) -> int:
+        return max(rank.memory.pool_overhead for rank in self.ranks)
+
+    @property
+    def remaining(self) -> int:
+        """What the tightest rank had left at its peak."""
+        return min(rank.memory.remaining for rank in self.ranks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, and the figures over all ranks, as JSON can hold them."""
+        totals = ("seconds", "peak_reserved", "peak_allocated", "pool_overhead", "remaining")
+        return {**asdict(self), **{name: getattr(self, name) for name in totals}}
+
+    def as_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2)
+
+    def table(self) -> Table:
+        """A table with a line per rank, for a terminal."""
+        from rich.table import Table
+
+        title = f"{self.family} {'x'.join(map(str, self.latents))} on {self.grid} ({self.device}, {self.dtype})"
+        table = Table(title=title, title_justify="left")
+        table.add_column("rank", justify="right")
+        for column in (
+            "decoding (s)", "waiting (s)", "messages", "sent (MiB)", "peak memory (MiB)", "peak allocated (MiB)",
+            "pool overhead (MiB)", "remaining (MiB)",
+        ):  # fmt: skip
+            table.add_column(column, justify="right")
+        for one in self.ranks:
+            memory = one.memory
+            sizes = (memory.peak_reserved, memory.peak_allocated, memory.pool_overhead, memory.remaining)
+            table.add_row(
+                str(one.rank), f"{one.seconds:.2f}", f"{one.waiting:.2f}", str(one.messages),
+                f"{one.bytes_sent / 2**20:,.1f}", *(f"{size / 2**20:,.0f}" for size in sizes),
+            )  # fmt: skip
+        return table

@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint bench format
+.PHONY: demo test lint docs bench format
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "halovae needs Python 3.10 or newer"; exit 1; }
@@ -21,7 +21,10 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: lint
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+test: lint docs
 	$(BIN)/pytest
 
 bench: .venv/.installed

@@ -7,6 +7,7 @@ All activations are `[B, C, T, H, W]`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, product
 
@@ -77,12 +78,25 @@ class CausalConv3d(nn.Module):
 
     def forward(self, window: Tile, context: Context) -> Tile:
         """Convolve a window; the result has one ghost row and col less on each side."""
+        cells = context.mesh.platform.convolution_cells
         if context.first:
             # Nothing lies in the past: of the three temporal taps only the last one meets data.
-            data = F.conv2d(window.data[:, :, -1], self.weight[:, :, -1], self.bias).unsqueeze(2)
+            plane = window.data[:, :, -1]
+            data = _in_bands(plane, cells, lambda band: F.conv2d(band, self.weight[:, :, -1], self.bias)).unsqueeze(2)
         else:
-            data = F.conv3d(window.data, self.weight, self.bias)
+            data = _in_bands(window.data, cells, lambda band: F.conv3d(band, self.weight, self.bias))
         return Tile(data, Halo(*(width - 1 for width in window.halo)), window.scale)
+
+
+def _in_bands(data: Tensor, cells: int | None, convolve: Callable[[Tensor], Tensor]) -> Tensor:
+    """`convolve(data)`, a convolution of 3 x 3 in space without padding, whose results have at most `cells` cells."""
+    rows, cols = data.shape[-2] - 2, data.shape[-1] - 2
+    if cells is None or rows * cols <= cells:
+        return convolve(data)
+    height = max(1, cells // cols)
+    starts = range(0, rows, height)
+    bands = [convolve(data[..., start : min(start + height, rows) + 2, :]) for start in starts]
+    return torch.cat(bands, dim=-2)
 
 
 class PointwiseConv(nn.Module):
@@ -185,16 +199,19 @@ class Upsample(nn.Module):
         # The convolution pads all around with zeros. On inner sides that spoils one ghost row or col, which is cut.
         halo = tile.halo.scaled(2)
         spoiled = Halo(1, 1, 1, 1).beyond(context.edges())
-        planes = (self._plane(frame, spoiled) for frame in frames)
+        planes = (self._plane(frame, spoiled, context.mesh.platform.convolution_cells) for frame in frames)
         first = next(planes)
         data = context.empty(first.unsqueeze(2).expand(-1, -1, len(frames), -1, -1), Halo())
         for target, plane in zip(data.unbind(2), chain([first], planes), strict=True):
             target.copy_(plane)
         return Tile(data, halo.beyond(spoiled), tile.scale * 2)
 
-    def _plane(self, frame: Tensor, spoiled: Halo) -> Tensor:
+    def _plane(self, frame: Tensor, spoiled: Halo, cells: int | None) -> Tensor:
         larger = F.interpolate(frame, scale_factor=2, mode="nearest-exact")
-        return inside(F.conv2d(larger, self.weight, self.bias, padding=1), spoiled)
+        if cells is None:
+            return inside(F.conv2d(larger, self.weight, self.bias, padding=1), spoiled)
+        padded = F.pad(larger, (1, 1, 1, 1))
+        return inside(_in_bands(padded, cells, lambda band: F.conv2d(band, self.weight, self.bias)), spoiled)
 
 
 class DuplicateShortcut(nn.Module):

@@ -165,7 +165,7 @@ class Stopwatch:
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
         self._seconds = 0.0
-        self._events: list[tuple[torch.Event, torch.Event]] = []
+        self._events: list[tuple[Any, Any]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -175,16 +175,17 @@ class Stopwatch:
             yield
             self._seconds += time.perf_counter() - begin
         else:
-            begin_event, end_event = (torch.Event(self._platform.device, enable_timing=True) for _ in range(2))
-            begin_event.record()
+            module = self._platform.module
+            begun, ended = module.Event(enable_timing=True), module.Event(enable_timing=True)
+            begun.record()
             yield
-            end_event.record()
-            self._events.append((begin_event, end_event))
+            ended.record()
+            self._events.append((begun, ended))
 
     def seconds(self) -> float:
         """The sum in seconds, once the device has done it all."""
         self._platform.synchronize()
         while self._events:
-            begin, end = self._events.pop()
-            self._seconds += begin.elapsed_time(end) / 1000
+            begun, ended = self._events.pop()
+            self._seconds += begun.elapsed_time(ended) / 1000
         return self._seconds

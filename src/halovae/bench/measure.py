@@ -62,8 +62,8 @@ class Taken:
 def _hold_halovae(model: Model) -> None:
     decoder: Decoder = load(model.folder, dtype=model.dtype, device=Platform.default(model.device).device)
 
-    def decode(latents: Tensor, options: dict[str, Any]) -> tuple[Tensor | None, Memory]:
-        stream = decoder.stream(latents, **options)
+    def decode(latents: Tensor) -> tuple[Tensor | None, Memory]:
+        stream = decoder.stream(latents)
         return stream.join(), stream.report.ranks[0].memory
 
     _hold(decoder.device, decode, decoder)
@@ -81,7 +81,7 @@ def _hold_diffusers(model: Model, tiled: bool) -> None:
     if tiled:
         vae.enable_tiling()
 
-    def decode(latents: Tensor, options: dict[str, Any]) -> tuple[Tensor | None, Memory]:
+    def decode(latents: Tensor) -> tuple[Tensor | None, Memory]:
         memory = MemoryMeter(platform)
         with torch.inference_mode(), memory.counting():
             frames = vae.decode(latents.to(platform.device, model.dtype)).sample
@@ -105,7 +105,7 @@ class OutOfMemory(RuntimeError):
         self.reserved = reserved
 
 
-def _decode(latents: Tensor, options: dict[str, Any], keep: bool) -> tuple[tuple[float, Memory, int], Tensor | None]:
+def _decode(latents: Tensor, keep: bool) -> tuple[tuple[float, Memory, int], Tensor | None]:
     """What this rank took, with the frames if they are to be kept."""
     platform: Platform = _held["platform"]
     if dist.is_initialized():
@@ -113,7 +113,7 @@ def _decode(latents: Tensor, options: dict[str, Any], keep: bool) -> tuple[tuple
     whole, clock = MemoryMeter(platform), Stopwatch(platform)
     try:
         with clock.running():
-            frames, memory = _held["decode"](latents, options)
+            frames, memory = _held["decode"](latents)
         seconds = clock.seconds()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
@@ -122,8 +122,8 @@ def _decode(latents: Tensor, options: dict[str, Any], keep: bool) -> tuple[tuple
     return (seconds, memory, _held["resting"]), frames.cpu() if keep and frames is not None else None
 
 
-def _simulate(latents: Tensor, grid: Grid, link: Link, options: dict[str, Any]) -> Simulation:
-    return simulate(_held["owner"], latents, grid, link, **options)
+def _simulate(latents: Tensor, grid: Grid, link: Link) -> Simulation:
+    return simulate(_held["owner"], latents, grid, link)
 
 
 @dataclass
@@ -136,7 +136,6 @@ class Contestant:
         ranks: how many ranks do.
         threads: CPU threads of each.
         kind: "halovae", "diffusers", or "tiled" for diffusers' tiling.
-        options: of `Decoder.decode`.
         taken: what each decode took, in order.
         out_of_memory: the bytes reserved when memory ran out; None while it has not.
         frames: of the last decode that was told to keep them.
@@ -147,7 +146,6 @@ class Contestant:
     ranks: int
     threads: int
     kind: str = "halovae"
-    options: dict[str, Any] = field(default_factory=dict)
     taken: list[Taken] = field(default_factory=list)
     out_of_memory: int | None = None
     frames: Tensor | None = None
@@ -171,7 +169,7 @@ class Contestant:
         if self.out_of_memory is not None:
             return
         try:
-            results = self.group.run(_decode, latents, self.options, keep)
+            results = self.group.run(_decode, latents, keep)
         except RankError as error:
             if not (error.killed or isinstance(error.cause, OutOfMemory)):
                 raise
@@ -186,7 +184,7 @@ class Contestant:
 
     def simulate(self, latents: Tensor, grid: Grid, link: Link) -> Simulation:
         """Decode by simulated ranks in this contestant's one process."""
-        return self.group.run(_simulate, latents, grid, link, self.options)[0]
+        return self.group.run(_simulate, latents, grid, link)[0]
 
     def median(self, figure: str) -> float:
         """The median over the decodes of a field of `Taken`."""

@@ -68,7 +68,7 @@ class Benchmark:
         """Those who decode, in the order of the table."""
         found = []
         if "single" in self.modes:
-            found.append(Contestant("single", model, 1, self.threads, options={"grid": Grid()}))
+            found.append(Contestant("single", model, 1, self.threads))
         if "parallel" in self.modes:
             found += [Contestant("parallel", model, ranks, self.threads) for ranks in self.ranks if ranks > 1]
         if "tiled" in self.modes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,13 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
         model = Model(folder, read_class(folder), validation.dtype, validation.device)
 
         say(f"{name}: diffusers")
-        reference = _decoded(Contestant("diffusers", exact, 1, validation.threads, kind="diffusers"), latents)
+        with closing(Contestant("diffusers", exact, 1, validation.threads, kind="diffusers")) as theirs:
+            reference, _ = _decoded(theirs, latents)
         bound = FP32_BOUND
         if validation.dtype != torch.float32:
-            theirs = _decoded(Contestant("diffusers", model, 1, validation.threads, kind="diffusers"), latents)
-            bound = ROUNDED_BOUND * compare(theirs, reference, Grid(), config.spatial_factor).rms_error
+            with closing(Contestant("diffusers", model, 1, validation.threads, kind="diffusers")) as theirs:
+                rounded, _ = _decoded(theirs, latents)
+            bound = ROUNDED_BOUND * compare(rounded, reference, Grid(), config.spatial_factor).rms_error
 
         def mode(label: str, grid: Grid, frames: Tensor, taken: Taken | None, seconds: float, allocated: int) -> Mode:
             difference = compare(frames, reference, grid, config.spatial_factor)
@@ -179,23 +182,20 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
                 draw_heatmap(frames, reference, grid, config.spatial_factor, path)
             return Mode(label, str(grid), difference, bound, error <= bound, taken, seconds, allocated)
 
-        modes = []
-        ways = [("single", Grid())] + ([] if validation.simulated else [("parallel", parallel)])
-        for label, grid in ways:
-            say(f"{name}: {label}, {grid}")
-            contestant = Contestant(label, model, grid.size, validation.threads, options={"grid": grid})
-            frames = _decoded(contestant, latents, warm=platform.kind != "cpu")
-            taken = contestant.taken[0]
-            modes.append(mode(label, grid, frames, taken, taken.seconds, taken.peak_allocated))
-        if validation.simulated:
-            say(f"{name}: simulating {parallel}")
-            contestant = Contestant("simulated", model, 1, validation.threads)
-            try:
-                simulation = contestant.simulate(latents, parallel, Link())
-            finally:
-                contestant.close()
-            allocated = max(rank.peak_allocated for rank in simulation.ranks)
-            modes.append(mode("simulated", parallel, simulation.frames, None, simulation.seconds, allocated))
+        say(f"{name}: single")
+        with closing(Contestant("single", model, 1, validation.threads)) as single:
+            frames, taken = _decoded(single, latents, warm=platform.kind != "cpu")
+            modes = [mode("single", Grid(), frames, taken, taken.seconds, taken.peak_allocated)]
+            if validation.simulated:
+                say(f"{name}: simulating {parallel}")
+                simulation = single.simulate(latents, parallel, Link())
+                allocated = max(rank.peak_allocated for rank in simulation.ranks)
+                modes.append(mode("simulated", parallel, simulation.frames, None, simulation.seconds, allocated))
+        if not validation.simulated:
+            say(f"{name}: parallel, {parallel}")
+            with closing(Contestant("parallel", model, parallel.size, validation.threads)) as several:
+                frames, taken = _decoded(several, latents, warm=platform.kind != "cpu")
+            modes.append(mode("parallel", parallel, frames, taken, taken.seconds, taken.peak_allocated))
         pipeline = None if validation.prompt is None else _pipeline(validation, validation.prompt, source, say)
         return Verdict(name, source, tuple(latents.shape), tuple(modes), pipeline=pipeline)
 
@@ -212,22 +212,19 @@ def _pipeline(validation: Validation, prompt: str, source: str, say: Callable[[s
     return Pipeline((ours - theirs).abs().max().item(), bound, our_seconds, their_seconds)
 
 
-def _decoded(contestant: Contestant, latents: Tensor, warm: bool = False) -> Tensor:
-    """The frames that a contestant makes; it is ended then.
+def _decoded(contestant: Contestant, latents: Tensor, warm: bool = False) -> tuple[Tensor, Taken]:
+    """The frames that a contestant makes, and what it takes.
 
     Raises:
         RuntimeError: memory ran out.
     """
-    try:
-        if warm:
-            contestant.decode(latents, count=False)
-        contestant.decode(latents, keep=True)
-    finally:
-        contestant.close()
+    if warm:
+        contestant.decode(latents, count=False)
+    contestant.decode(latents, keep=True)
     if contestant.frames is None:
         reached = contestant.out_of_memory or 0
         raise RuntimeError(f"{contestant.name} ran out of memory at {reached / GB:.2f} GB reserved")
-    return contestant.frames
+    return contestant.frames, contestant.taken[0]
 
 
 COLUMNS = (

@@ -34,6 +34,7 @@ class _Job:
     halo_depth: int
     denormalize: bool
     fps: float
+    report: Path | None
 
 
 def decode(
@@ -59,6 +60,9 @@ def decode(
         ),
     ] = None,
     fps: Annotated[float | None, typer.Option(min=0.01, help="Frames per second. [default: as the file says]")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="A JSON file for what the decode took; one that exists is replaced.")
+    ] = None,
 ) -> None:
     """Decode latents on one device, or on several at once.
 
@@ -89,7 +93,10 @@ def decode(
             halo_depth=halo_depth,
             denormalize=bool(header.scaled) if scaled is None else scaled,
             fps=fps or header.fps or 16.0,
+            report=report,
         )
+        if report is not None:
+            media.check_writable(report)
         try:
             launch(ranks, _run, job)
         finally:  # a rank that was ended from outside could not tidy up
@@ -128,6 +135,8 @@ def _run(job: _Job) -> None:
     frames = report.frames[0] * report.frames[2]
     console.print(f"{names}: {frames} frames by {ranks} in {report.seconds:.2f} s", soft_wrap=True)
     console.print(report.table())
+    if job.report is not None:
+        job.report.write_text(report.as_json() + "\n")
 
 
 def _write(job: _Job, decoder: Decoder, shape: torch.Size, pieces: Any) -> None:

@@ -1,0 +1,186 @@
+"""Devices: the CPU as it is, and Ascend's rules against a stand-in for torch_npu."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import latents, reference, vae
+
+import halovae
+from halovae import Grid
+from halovae.platform import Platform, Stopwatch
+from halovae.simulate import simulate
+
+CPU = Platform(torch.device("cpu"))
+
+
+def test_the_cpu() -> None:
+    assert (CPU.kind, CPU.backend, CPU.count) == ("cpu", "gloo", len(os.sched_getaffinity(0)))
+    free, total = CPU.memory()
+    assert 0 < free < total
+    assert CPU.layout(5) == torch.channels_last_3d
+    assert CPU.layout(1) == torch.contiguous_format
+    assert CPU.convolution_cells is None
+    assert CPU.supports(torch.bfloat16)
+    assert not CPU.supports(torch.int8)
+    assert CPU.describe()["torch"] == torch.__version__
+
+
+def test_a_device_that_is_not_here_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"device 'npu' is not here; there is .*cpu"):
+        Platform.default("npu")
+
+
+def test_a_stopwatch_adds_up() -> None:
+    watch = Stopwatch(CPU)
+    assert watch.seconds() == 0
+    with watch.running():
+        pass
+    first = watch.seconds()
+    with watch.running():
+        pass
+    assert watch.seconds() > first > 0
+
+
+# A module with torch_npu's names for what is asked of it (scripts/check_torch_npu.py holds them against its wheel), and
+# nothing else, registered as torch_npu registers its own; memory figures are made up.
+STAND_IN = """
+import os, sys, types
+import torch, torch.distributed as dist
+
+calls = []
+npu = types.ModuleType("torch.npu")
+npu.is_available = lambda: True
+npu.device_count = lambda: 4
+npu.set_device = lambda device: calls.append(("set_device", str(device)))
+npu.synchronize = lambda device=None: calls.append(("synchronize", str(device)))
+npu.mem_get_info = lambda device=None: (60 << 30, 64 << 30)
+npu.memory_reserved = lambda device=None: 3 << 30
+npu.max_memory_reserved = lambda device=None: 10 << 30
+npu.max_memory_allocated = lambda device=None: 8 << 30
+npu.reset_peak_memory_stats = lambda device=None: calls.append(("reset", str(device)))
+npu.is_bf16_supported = lambda: True
+npu.get_device_name = lambda device=None: "Ascend910B3"
+npu.utils = types.SimpleNamespace(get_cann_version=lambda: "8.5.0")
+class Event:
+    clock = 0
+    def __init__(self, enable_timing): assert enable_timing
+    def record(self): Event.clock += 250; self.at = Event.clock
+    def elapsed_time(self, later): return later.at - self.at
+npu.Event = Event
+torch.utils.rename_privateuse1_backend("npu")
+torch._register_device_module("npu", npu)
+dist.Backend.register_backend("hccl", lambda *arguments: None, devices=["npu"])
+torch_npu = sys.modules["torch_npu"] = types.ModuleType("torch_npu")
+torch_npu.__version__ = "2.13.0"
+"""
+
+
+def with_stand_in(script: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", STAND_IN + textwrap.dedent(script)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_npu_is_chosen_where_torch_npu_is_there_one_for_each_local_rank() -> None:
+    script = """
+        from halovae.platform import Platform
+        platform = Platform.default()
+        platform.enter()
+        print(platform.device, platform.backend, platform.count, calls, Platform.default("cpu").device)
+        """
+    assert with_stand_in(script, LOCAL_RANK="2") == "npu:2 hccl 4 [('set_device', 'npu:2')] cpu"
+
+
+def test_the_npus_memory_and_time_come_from_torch_npu() -> None:
+    script = """
+        from halovae.memory import MemoryMeter
+        from halovae.platform import Platform, Stopwatch
+        platform = Platform.default()
+        meter, watch = MemoryMeter(platform), Stopwatch(platform)
+        with meter.counting(), watch.running():
+            pass
+        memory = meter.read()
+        print([getattr(memory, name) >> 30 for name in
+              ("peak_reserved", "peak_allocated", "pool_overhead", "remaining", "resting", "above_resting")])
+        print(watch.seconds(), calls)
+        """
+    figures, times = with_stand_in(script).splitlines()
+    assert figures == "[10, 8, 2, 53, 3, 7]"
+    assert times == "0.25 [('reset', 'npu:0'), ('synchronize', 'npu:0')]"
+
+
+def test_the_npus_rules() -> None:
+    script = """
+        from halovae.platform import Platform
+        platform = Platform.default()
+        print(platform.layout(5), platform.layout(4), platform.convolution_cells, platform.supports(torch.bfloat16))
+        print(platform.describe())
+        """
+    rules, described = with_stand_in(script).splitlines()
+    assert rules == "torch.contiguous_format torch.contiguous_format 230400 True"
+    assert "'device': 'Ascend910B3 (npu)'" in described
+    assert "'CANN': '8.5.0'" in described
+
+
+@pytest.mark.parametrize("family", ["wan2.1", "wan2.2-5b", "qwen-image"])
+@pytest.mark.parametrize("grid", ["1x1", "2x2"])
+def test_decodes_by_the_npus_rules_equal_diffusers(family: str, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contiguous maps, and convolutions cut into bands of rows, here on the CPU."""
+    largest = 300
+    monkeypatch.setattr(Platform, "layout", lambda self, ndim=5: torch.contiguous_format)
+    monkeypatch.setattr(Platform, "convolution_cells", property(lambda self: largest))
+    made: list[int] = []
+    for name in ("conv2d", "conv3d"):
+        original = getattr(F, name)
+
+        def recorded(x, weight, *rest, original=original, **more):  # type: ignore[no-untyped-def]
+            result = original(x, weight, *rest, **more)
+            if weight.shape[-1] == 3:
+                made.append(result.shape[-2] * result.shape[-1])
+            return result
+
+        monkeypatch.setattr(F, name, recorded)
+    z = latents(family)
+    frames = simulate(halovae.load(vae(family)), z, Grid.parse(grid)).frames
+    assert max(made) <= largest
+    monkeypatch.undo()
+    assert (frames - reference(family, z)).abs().max() <= 1e-4
+
+
+def test_what_is_sent_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    from halovae import simulate as simulation
+
+    sent: list[bool] = []
+    original = simulation._ThreadLines.exchange
+
+    def recorded(self, scope, sends, receives):  # type: ignore[no-untyped-def]
+        sent.extend(tensor.is_contiguous() for _, tensor in [*sends, *receives])
+        original(self, scope, sends, receives)
+
+    monkeypatch.setattr(simulation._ThreadLines, "exchange", recorded)
+    simulate(halovae.load(vae("wan2.1")), latents("wan2.1"), Grid(rows=2, cols=2))
+    assert sent
+    assert all(sent)
+
+
+def test_the_script_finds_names_that_a_wheel_lacks(tmp_path: Path) -> None:
+    import zipfile
+
+    wheel = tmp_path / "torch_npu-0-none.whl"
+    with zipfile.ZipFile(wheel, "w") as files:
+        files.writestr("torch_npu/npu/__init__.py", "def is_available(): ...\ndef device_count(): ...\n")
+        files.writestr("torch_npu/npu/utils.py", "def synchronize(): ...\n")
+    script = Path(__file__).parent.parent / "scripts" / "check_torch_npu.py"
+    done = subprocess.run([sys.executable, str(script), str(wheel)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "torch.npu.is_available: torch_npu/npu/__init__.py" in done.stdout
+    assert "torch.npu.mem_get_info: MISSING" in done.stdout

@@ -5,11 +5,12 @@ import os
 import resource
 import signal
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from models import latents, vae
+from models import latents, reference, vae
 from pipelines import make_wan
 from typer.testing import CliRunner, Result
 
@@ -20,7 +21,9 @@ from halovae.bench.measure import Contestant, Model
 from halovae.bench.report import Row, conclusions
 from halovae.bench.run import latents_of
 from halovae.cli.main import app
-from halovae.models.load import read_config
+from halovae.cli.measuring import check_ranks
+from halovae.models.load import read_class, read_config
+from halovae.platform import Platform
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,16 @@ def test_a_rank_that_the_system_kills_is_taken_for_out_of_memory(folder: Path) -
     contestant.group.run(kill_soon)
     contestant.decode(latents("wan2.1", frames=400))
     assert contestant.out_of_memory == 0
+
+
+@pytest.mark.parametrize("family", ["wan2.2-5b", "qwen-image"])
+def test_diffusers_decodes_without_its_encoder(family: str, tmp_path: Path) -> None:
+    vae(family).save_pretrained(tmp_path)
+    theirs = Model(tmp_path, read_class(tmp_path), torch.float32, "cpu")
+    with closing(Contestant("tiled", theirs, 1, 1, kind="tiled")) as contestant:
+        contestant.decode(latents(family, frames=1), keep=True)
+    assert contestant.frames is not None
+    assert torch.allclose(contestant.frames, reference(family, latents(family, frames=1)), atol=1e-4)
 
 
 def test_rows_that_ran_out_of_memory_are_shown_and_concluded() -> None:
@@ -216,3 +229,15 @@ def test_a_difference_is_told_apart_at_seams_and_elsewhere() -> None:
 
 def test_latents_are_those_of_the_size_asked_for(folder: Path) -> None:
     assert latents_of(read_config(folder), (1280, 720), 81, 2).shape == (2, 16, 21, 90, 160)
+
+
+def test_more_ranks_than_cores_only_warn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_ranks("--num-gpus", 999, "cpu").kind == "cpu"
+    assert "999 ranks share" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Platform, "memory", lambda self: (1000, 2000))
+    done = halovae("bench", "--model", folder, "--size", "48x64", "--frames", 9, "-o", tmp_path)
+    assert done.exit_code == 2
+    assert "do not fit into the 0.0 GB that are free" in " ".join(done.output.split())

@@ -100,6 +100,18 @@ def test_the_npu_is_chosen_where_torch_npu_is_there_one_for_each_local_rank() ->
     assert with_stand_in(script, LOCAL_RANK="2") == "npu:2 hccl 4 [('set_device', 'npu:2')] cpu"
 
 
+def test_more_ranks_than_devices_are_refused() -> None:
+    script = """
+        from halovae.cli.measuring import check_ranks
+        print(check_ranks("--num-gpus", 4, None).kind)
+        try:
+            check_ranks("--num-gpus", 5, "npu")
+        except ValueError as error:
+            print(error)
+        """
+    assert with_stand_in(script).splitlines() == ["npu", "--num-gpus 5: there are 4 npu devices here"]
+
+
 def test_the_npus_memory_and_time_come_from_torch_npu() -> None:
     script = """
         from halovae.memory import MemoryMeter

@@ -26,12 +26,21 @@ _held: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class Model:
-    """What to load, and how: a folder in diffusers layout, and the class of its VAE there."""
+    """What to load, and how.
+
+    Attributes:
+        folder: in diffusers layout.
+        name: the class of its VAE.
+        dtype: what to compute in.
+        device: its kind.
+        exact: whether fp32 means fp32: CUDA's convolutions round their input to TF32 otherwise, as torch has it.
+    """
 
     folder: Path
     name: str
     dtype: torch.dtype
     device: str
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Taken:
 
 
 def _hold_halovae(model: Model) -> None:
+    torch.backends.cudnn.allow_tf32 = not model.exact
     decoder: Decoder = load(model.folder, dtype=model.dtype, device=Platform.default(model.device).device)
 
     def decode(latents: Tensor) -> tuple[Tensor | None, Memory]:
@@ -72,9 +82,10 @@ def _hold_halovae(model: Model) -> None:
 def _hold_diffusers(model: Model, tiled: bool) -> None:
     import diffusers
 
+    torch.backends.cudnn.allow_tf32 = not model.exact
     platform = Platform.default(model.device)
     vae = getattr(diffusers, model.name).from_pretrained(model.folder, torch_dtype=model.dtype)
-    vae.encoder = vae.quant_conv = None
+    vae.encoder = vae.quant_conv = torch.nn.Identity()  # halovae does not load that half either
     vae.to(platform.device)
     for parameter in vae.parameters():  # weights mapped from a file are not in memory before they are used
         parameter.data = parameter.data.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +162,8 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
         parallel = Grid(rows=validation.simulated or validation.ranks)
         parallel.shards(1, *latents.shape[3:])
         check_fits(config, folder, platform, validation.ranks)
-        exact = Model(folder, read_class(folder), torch.float32, validation.device)
-        model = Model(folder, read_class(folder), validation.dtype, validation.device)
+        exact = Model(folder, read_class(folder), torch.float32, validation.device, exact=True)
+        model = replace(exact, dtype=validation.dtype)
 
         say(f"{name}: diffusers")
         with closing(Contestant("diffusers", exact, 1, validation.threads, kind="diffusers")) as theirs:
@@ -238,7 +238,8 @@ def cells(verdicts: Sequence[Verdict]) -> list[list[str]]:
     lines = []
     for verdict in verdicts:
         if verdict.problem:
-            lines.append([verdict.model, verdict.problem, "no", *["-"] * (len(COLUMNS) - 3)])
+            reason = verdict.problem.strip().splitlines()[-1]  # of a rank's traceback, what was raised
+            lines.append([verdict.model, reason, "NO", *["-"] * (len(COLUMNS) - 3)])
         for mode in verdict.modes:
             difference, taken = mode.difference, mode.taken
             reserved = (

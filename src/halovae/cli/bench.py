@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from halovae.cli.common import Dtype, errors_shown, parse_size, parsed
+from halovae.cli.common import Dtype, errors_shown, parse_size, parsed, results_console
 from halovae.cli.measuring import check_installed, check_ranks, free_names, parse_numbers, progress
 from halovae.platform import threads_per_rank
 
@@ -88,7 +87,7 @@ def bench(
         paths[0].write_text(report.as_json(rows, about) + "\n")
         paths[1].write_text(report.markdown(rows, title, ["Measured on: " + ", ".join(notes) + "."]))
         report.draw(rows, paths[2], paths[3])
-        console = Console()
+        console = results_console()
         console.print(report.table(rows, title))
         for said in report.conclusions(rows):
             console.print(f"- {said}", soft_wrap=True, highlight=False)

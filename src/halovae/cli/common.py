@@ -31,6 +31,12 @@ class Dtype(str, Enum):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
+def results_console() -> Console:
+    """Standard output, wide enough for tables of figures where it is no terminal."""
+    shown = Console()
+    return shown if shown.is_terminal else Console(width=max(shown.width, 180))
+
+
 def fail(message: object, status: int) -> NoReturn:
     """End with a message on standard error; under torchrun rank 0 speaks for all."""
     if os.environ.get("RANK", "0") == "0":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +36,7 @@ def check_ranks(option: str, ranks: int, device: str | None) -> Platform:
     if ranks > platform.count:
         if platform.kind != "cpu":
             raise ValueError(f"{option} {ranks}: there are {platform.count} {platform.kind} devices here")
-        warnings.warn(f"{ranks} ranks share {platform.count} cores: their times say little", stacklevel=2)
+        console.print(f"[yellow]Warning:[/] {ranks} ranks share {platform.count} cores: their times say little")
     return platform
 
 

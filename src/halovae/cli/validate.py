@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from halovae import __version__
-from halovae.cli.common import Dtype, errors_shown, parse_size, parsed
+from halovae.cli.common import Dtype, errors_shown, parse_size, parsed, results_console
 from halovae.cli.measuring import check_installed, check_ranks, free_names, progress
 from halovae.platform import threads_per_rank
 
@@ -80,7 +79,10 @@ def validate(
         notes = [*validation.pipelines(verdicts), *validation.notes(asked)]
         paths[0].write_text(validation.markdown(verdicts, about, notes))
         paths[1].write_text(validation.as_json(verdicts, about) + "\n")
-        console, table = Console(), Table(title=f"halovae {__version__} on {about['device']}", title_justify="left")
+        console, table = (
+            results_console(),
+            Table(title=f"halovae {__version__} on {about['device']}", title_justify="left"),
+        )
         for column in validation.COLUMNS:
             table.add_column(column)
         for line in validation.cells(verdicts):

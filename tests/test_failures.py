@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,46 @@ def test_ctrl_c_on_one_rank(endless: list[str], tmp_path: Path) -> None:
     said = ended(process, [], tmp_path)
     assert process.returncode == 130
     assert "Traceback" not in said
+
+
+RANKS_THAT_DECODE_ON = """
+import os, sys, time
+from halovae.bench.ranks import Ranks
+from test_failures import decode_for_long
+if __name__ == "__main__":
+    Ranks(2).run(decode_for_long, sys.argv[1])
+"""
+
+
+def decode_for_long(folder: str) -> None:
+    decoder = halovae.load(vae("wan2.1"))
+    Path(folder, str(os.getpid())).touch()
+    decoder.decode(latents("wan2.1", frames=2000), grid=Grid(rows=2))
+
+
+def test_ranks_end_when_the_process_that_started_them_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(RANKS_THAT_DECODE_ON)
+    (tmp_path / "ranks").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    main = subprocess.Popen([sys.executable, str(script), str(tmp_path / "ranks")], env=environment)
+    try:
+        wait_for(lambda: len(list((tmp_path / "ranks").iterdir())) == 2, 60)
+    finally:
+        main.kill()
+        main.wait()
+    pids = [int(path.name) for path in (tmp_path / "ranks").iterdir()]
+    wait_for(lambda: not any(alive(pid) for pid in pids), LIMIT_S)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be collected does not."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)

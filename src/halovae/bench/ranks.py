@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import socket
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -108,6 +109,14 @@ def _environment(added: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+def _end_with_parent() -> None:
+    # A parent that is killed cannot end its ranks, and one that decodes does not look at its line.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _serve(rank: int, size: int, port: int, threads: int, line: Connection) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -117,6 +126,7 @@ def _serve(rank: int, size: int, port: int, threads: int, line: Connection) -> N
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             function, args = line.recv()

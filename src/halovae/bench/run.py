@@ -110,6 +110,11 @@ def latents_of(config: WanConfig, size: tuple[int, int], frames: int, batch: int
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def for_warming_up(latents: Tensor, ranks: int, device: str) -> Tensor:
+    """What to decode first and not to measure: on an accelerator kernels are chosen by shape, the CPU just loads."""
+    return latents[:, :, :2, :ranks, :ranks] if device == "cpu" else latents
+
+
 def check_fits(config: WanConfig, folder: Path, platform: Platform, processes: int) -> None:
     """Check that the weights of each process fit into what is free.
 
@@ -179,9 +184,7 @@ def _measured(
     say: Callable[[str], None],
     step: Callable[[], None],
 ) -> list[Row]:
-    # On an accelerator kernels are chosen by shape; on the CPU a small decode loads what is loaded once.
-    most = max(benchmark.ranks)
-    warm = latents[:, :, :2, :most, :most] if benchmark.device == "cpu" else latents
+    warm = for_warming_up(latents, max(benchmark.ranks), benchmark.device)
     for contestant in contestants:
         contestant.taken, contestant.out_of_memory = [], None
         say(f"warming up {contestant.name}, {contestant.ranks} rank(s)")

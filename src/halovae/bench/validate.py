@@ -17,7 +17,7 @@ from halovae.bench.measure import Contestant, Model, Taken
 from halovae.bench.pipeline import PipelineRun, run_both
 from halovae.bench.ranks import Ranks
 from halovae.bench.report import GB, markdown_table
-from halovae.bench.run import check_fits, latents_of, model_folder
+from halovae.bench.run import check_fits, for_warming_up, latents_of, model_folder
 from halovae.geometry import Grid
 from halovae.models.load import read_class, read_config
 from halovae.platform import Platform
@@ -184,7 +184,7 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
 
         say(f"{name}: single")
         with closing(Contestant("single", model, 1, validation.threads)) as single:
-            frames, taken = _decoded(single, latents, warm=platform.kind != "cpu")
+            frames, taken = _decoded(single, latents)
             modes = [mode("single", Grid(), frames, taken, taken.seconds, taken.peak_allocated)]
             if validation.simulated:
                 say(f"{name}: simulating {parallel}")
@@ -194,7 +194,7 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
         if not validation.simulated:
             say(f"{name}: parallel, {parallel}")
             with closing(Contestant("parallel", model, parallel.size, validation.threads)) as several:
-                frames, taken = _decoded(several, latents, warm=platform.kind != "cpu")
+                frames, taken = _decoded(several, latents)
             modes.append(mode("parallel", parallel, frames, taken, taken.seconds, taken.peak_allocated))
         pipeline = None if validation.prompt is None else _pipeline(validation, validation.prompt, source, say)
         return Verdict(name, source, tuple(latents.shape), tuple(modes), pipeline=pipeline)
@@ -212,14 +212,13 @@ def _pipeline(validation: Validation, prompt: str, source: str, say: Callable[[s
     return Pipeline((ours - theirs).abs().max().item(), bound, our_seconds, their_seconds)
 
 
-def _decoded(contestant: Contestant, latents: Tensor, warm: bool = False) -> tuple[Tensor, Taken]:
-    """The frames that a contestant makes, and what it takes.
+def _decoded(contestant: Contestant, latents: Tensor) -> tuple[Tensor, Taken]:
+    """The frames that a contestant makes, and what it takes once it is warm.
 
     Raises:
         RuntimeError: memory ran out.
     """
-    if warm:
-        contestant.decode(latents, count=False)
+    contestant.decode(for_warming_up(latents, contestant.ranks, contestant.model.device), count=False)
     contestant.decode(latents, keep=True)
     if contestant.frames is None:
         reached = contestant.out_of_memory or 0

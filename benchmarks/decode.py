@@ -67,21 +67,21 @@ def report(console: Console, contestants: list[Contestant], title: str) -> None:
     ):  # fmt: skip
         table.add_column(column)
     for one in contestants:
-        seconds, peak, above = (one.median(figure) for figure in ("seconds", "peak_reserved", "above_resting"))
+        peak, above = one.memory("peak_reserved"), one.memory("above_resting")
         assert one.frames is not None
         assert reference.frames is not None
         error = (one.frames.float() - reference.frames.float()).abs().max().item()
         table.add_row(
             one.name,
-            f"{seconds:.2f}",
+            f"{one.seconds:.2f}",
             " ".join(f"{taken.seconds:.2f}" for taken in one.taken),
-            f"{reference.median('seconds') / seconds:.2f}x",
-            f"{single.median('seconds') / seconds:.2f}x",
+            f"{reference.seconds / one.seconds:.2f}x",
+            f"{single.seconds / one.seconds:.2f}x",
             f"{peak / 2**20:,.0f}",
-            f"{peak / single.median('peak_reserved'):.2f}",
+            f"{peak / single.memory('peak_reserved'):.2f}",
             f"{above / 2**20:,.0f}",
-            f"{above / reference.median('above_resting'):.2f}",
-            f"{above / single.median('above_resting'):.2f}",
+            f"{above / reference.memory('above_resting'):.2f}",
+            f"{above / single.memory('above_resting'):.2f}",
             f"{error:.1e}",
         )
     console.width = max(console.width, 150)

@@ -219,3 +219,16 @@ def test_help_and_version() -> None:
         assert command in overview.output
         assert halovae(command, "--help").exit_code == 0
     assert halovae("--version").output.startswith("halovae 0.")
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench", "--model", "demo"], ["validate"]])
+def test_what_is_not_installed_is_named_before_any_work(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halovae.cli import common
+
+    monkeypatch.setattr(common, "find_spec", lambda name: None if name == "skimage" else True)
+    done = halovae(*command, "-o", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "needs pip install 'halovae[diffusers,bench]' (no module skimage)" in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()

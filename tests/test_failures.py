@@ -61,6 +61,8 @@ def endless(tmp_path: Path) -> list[str]:
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """The process ids of the started ranks, once both of them decode."""
+    assert isinstance(process.args, list)
+    output = Path(str(process.args[-1]))
     for _ in range(600):
         found = []
         for entry in Path("/proc").iterdir():
@@ -71,7 +73,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
                 continue
             if int(fields[1]) == process.pid and b"spawn_main" in command:
                 found.append(int(entry.name))
-        if len(found) == 2 and list(Path(process.args[-1]).parent.glob(".*.partial")):  # type: ignore[index,arg-type]
+        if len(found) == 2 and list(output.parent.glob(".*.partial")):
             return sorted(found)
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.1)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_decodes_by_the_npus_rules_equal_diffusers(family: str, grid: str, monke
     for name in ("conv2d", "conv3d"):
         original = getattr(F, name)
 
-        def recorded(x, weight, *rest, original=original, **more):  # type: ignore[no-untyped-def]
+        def recorded(x: Any, weight: Any, *rest: Any, original: Any = original, **more: Any) -> Any:
             result = original(x, weight, *rest, **more)
             if weight.shape[-1] == 3:
                 made.append(result.shape[-2] * result.shape[-1])
@@ -173,7 +174,7 @@ def test_what_is_sent_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bool] = []
     original = simulation._ThreadLines.exchange
 
-    def recorded(self, scope, sends, receives):  # type: ignore[no-untyped-def]
+    def recorded(self: Any, scope: Any, sends: Any, receives: Any) -> None:
         sent.extend(tensor.is_contiguous() for _, tensor in [*sends, *receives])
         original(self, scope, sends, receives)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import resource
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +46,18 @@ class Memory:
     pool_overhead: int
     remaining: int
     resting: int
+
+    @classmethod
+    def over(cls, ranks: Sequence[Memory]) -> Memory:
+        """Of several ranks the highest peaks and the least that remained; `above_resting` is the highest rank's too."""
+        peak = max(rank.peak_reserved for rank in ranks)
+        return cls(
+            peak_reserved=peak,
+            peak_allocated=max(rank.peak_allocated for rank in ranks),
+            pool_overhead=max(rank.pool_overhead for rank in ranks),
+            remaining=min(rank.remaining for rank in ranks),
+            resting=peak - max(rank.above_resting for rank in ranks),
+        )
 
     @property
     def above_resting(self) -> int:

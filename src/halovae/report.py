@@ -67,27 +67,13 @@ class DecodeReport:
         return max(rank.seconds for rank in self.ranks)
 
     @property
-    def peak_reserved(self) -> int:
-        """The highest rank's, in bytes; likewise the other memory figures."""
-        return max(rank.memory.peak_reserved for rank in self.ranks)
-
-    @property
-    def peak_allocated(self) -> int:
-        return max(rank.memory.peak_allocated for rank in self.ranks)
-
-    @property
-    def pool_overhead(self) -> int:
-        return max(rank.memory.pool_overhead for rank in self.ranks)
-
-    @property
-    def remaining(self) -> int:
-        """What the tightest rank had left at its peak."""
-        return min(rank.memory.remaining for rank in self.ranks)
+    def memory(self) -> Memory:
+        """The highest ranks' peaks, and what the tightest one had left."""
+        return Memory.over([rank.memory for rank in self.ranks])
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, and the figures over all ranks, as JSON can hold them."""
-        totals = ("seconds", "peak_reserved", "peak_allocated", "pool_overhead", "remaining")
-        return {**asdict(self), **{name: getattr(self, name) for name in totals}}
+        return {**asdict(self), "seconds": self.seconds, "memory": asdict(self.memory)}
 
     def as_json(self) -> str:
         return json.dumps(self.as_dict(), indent=2)

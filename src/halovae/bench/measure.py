@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Taken:
-    """What one decode took, over its ranks: the slowest rank's seconds, the highest peaks, the least left."""
+    """What one decode took over its ranks: the slowest one's seconds, and their memory, at rest before any decode."""
 
     seconds: float
-    peak_reserved: int
-    peak_allocated: int
-    pool_overhead: int
-    remaining: int
-    above_resting: int
-
-    @classmethod
-    def over(cls, ranks: Sequence[tuple[float, Memory, int]]) -> Taken:
-        """From each rank's seconds, memory, and bytes that it held before it ever decoded."""
-        memories = [memory for _, memory, _ in ranks]
-        return cls(
-            seconds=max(seconds for seconds, _, _ in ranks),
-            peak_reserved=max(memory.peak_reserved for memory in memories),
-            peak_allocated=max(memory.peak_allocated for memory in memories),
-            pool_overhead=max(memory.pool_overhead for memory in memories),
-            remaining=min(memory.remaining for memory in memories),
-            above_resting=max(memory.peak_reserved - resting for _, memory, resting in ranks),
-        )
+    memory: Memory
 
 
 def _hold_halovae(model: Model) -> None:
@@ -116,7 +99,7 @@ class OutOfMemory(RuntimeError):
         self.reserved = reserved
 
 
-def _decode(latents: Tensor, keep: bool) -> tuple[tuple[float, Memory, int], Tensor | None]:
+def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None]:
     """What this rank took, with the frames if they are to be kept."""
     platform: Platform = _held["platform"]
     if dist.is_initialized():
@@ -130,7 +113,8 @@ def _decode(latents: Tensor, keep: bool) -> tuple[tuple[float, Memory, int], Ten
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             raise OutOfMemory(whole.read().peak_reserved) from error
         raise
-    return (seconds, memory, _held["resting"]), frames.cpu() if keep and frames is not None else None
+    kept = frames.cpu() if keep and frames is not None else None
+    return seconds, replace(memory, resting=_held["resting"]), kept
 
 
 def _simulate(latents: Tensor, grid: Grid, link: Link) -> Simulation:
@@ -189,17 +173,23 @@ class Contestant:
             self.close()
             return
         if count:
-            self.taken.append(Taken.over([took for took, _ in results]))
+            seconds, memories, _ = zip(*results, strict=True)
+            self.taken.append(Taken(max(seconds), Memory.over(memories)))
         if keep:
-            self.frames = results[0][1]
+            self.frames = results[0][2]
 
     def simulate(self, latents: Tensor, grid: Grid, link: Link) -> Simulation:
         """Decode by simulated ranks in this contestant's one process."""
         return self.group.run(_simulate, latents, grid, link)[0]
 
-    def median(self, figure: str) -> float:
-        """The median over the decodes of a field of `Taken`."""
-        return statistics.median(getattr(one, figure) for one in self.taken)
+    @property
+    def seconds(self) -> float:
+        """The median over the decodes."""
+        return statistics.median(taken.seconds for taken in self.taken)
+
+    def memory(self, figure: str) -> float:
+        """The median over the decodes of an attribute of `Memory`."""
+        return statistics.median(getattr(taken.memory, figure) for taken in self.taken)
 
     def close(self) -> None:
         """End its processes."""

@@ -218,13 +218,13 @@ def _row(contestant: Contestant, case: dict[str, Any]) -> Row:
         return Row(contestant.name, contestant.ranks, grid, **case, out_of_memory=contestant.out_of_memory)
     seconds = [taken.seconds for taken in contestant.taken]
     figures = ("peak_reserved", "peak_allocated", "pool_overhead", "remaining")
-    memory: dict[str, Any] = {figure: contestant.median(figure) for figure in figures}
+    memory: dict[str, Any] = {figure: contestant.memory(figure) for figure in figures}
     return Row(
         contestant.name,
         contestant.ranks,
         grid,
         **case,
-        seconds=contestant.median("seconds"),
+        seconds=contestant.seconds,
         fastest=min(seconds),
         slowest=max(seconds),
         decodes=len(seconds),

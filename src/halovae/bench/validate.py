@@ -185,7 +185,7 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
         say(f"{name}: single")
         with closing(Contestant("single", model, 1, validation.threads)) as single:
             frames, taken = _decoded(single, latents)
-            modes = [mode("single", Grid(), frames, taken, taken.seconds, taken.peak_allocated)]
+            modes = [mode("single", Grid(), frames, taken, taken.seconds, taken.memory.peak_allocated)]
             if validation.simulated:
                 say(f"{name}: simulating {parallel}")
                 simulation = single.simulate(latents, parallel, Link())
@@ -195,7 +195,7 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
             say(f"{name}: parallel, {parallel}")
             with closing(Contestant("parallel", model, parallel.size, validation.threads)) as several:
                 frames, taken = _decoded(several, latents)
-            modes.append(mode("parallel", parallel, frames, taken, taken.seconds, taken.peak_allocated))
+            modes.append(mode("parallel", parallel, frames, taken, taken.seconds, taken.memory.peak_allocated))
         pipeline = None if validation.prompt is None else _pipeline(validation, validation.prompt, source, say)
         return Verdict(name, source, tuple(latents.shape), tuple(modes), pipeline=pipeline)
 
@@ -240,13 +240,13 @@ def cells(verdicts: Sequence[Verdict]) -> list[list[str]]:
             reason = verdict.problem.strip().splitlines()[-1]  # of a rank's traceback, what was raised
             lines.append([verdict.model, reason, "NO", *["-"] * (len(COLUMNS) - 3)])
         for mode in verdict.modes:
-            difference, taken = mode.difference, mode.taken
+            difference, memory = mode.difference, mode.taken.memory if mode.taken else None
             reserved = (
                 ["-", f"{mode.peak_allocated / GB:.2f}", "-", "-"]
-                if taken is None
+                if memory is None
                 else [
                     f"{size / GB:.2f}"
-                    for size in (taken.peak_reserved, taken.peak_allocated, taken.pool_overhead, taken.remaining)
+                    for size in (memory.peak_reserved, memory.peak_allocated, memory.pool_overhead, memory.remaining)
                 ]
             )
             lines.append(

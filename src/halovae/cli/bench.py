@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from halovae.cli.common import Dtype, errors_shown, parse_size, parsed, results_console
-from halovae.cli.measuring import check_installed, check_ranks, free_names, parse_numbers, progress
+from halovae.cli.common import Dtype, check_installed, errors_shown, parse_size, parsed, results_console
+from halovae.cli.measuring import check_ranks, free_names, parse_numbers, progress
 from halovae.platform import threads_per_rank
 
 
@@ -49,7 +49,7 @@ def bench(
     the slowest, memory is the highest rank's. Tiles are decoded by diffusers, and their seams are approximate.
     """
     with errors_shown():
-        check_installed()
+        check_installed("halovae bench", "diffusers", "matplotlib", "skimage")
         from halovae.bench import report
         from halovae.bench.run import MODES, Benchmark, run
         from halovae.simulate import Link

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from importlib.util import find_spec
 from typing import NoReturn, TypeVar
 
 import torch
@@ -29,6 +30,17 @@ class Dtype(str, Enum):
     @property
     def torch(self) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+
+
+def check_installed(purpose: str, *modules: str) -> None:
+    """Check that what `purpose` needs is there.
+
+    Raises:
+        ValueError: names what is missing, and what to install.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ValueError(f"{purpose} needs pip install 'halovae[diffusers,bench]' (no module {', '.join(missing)})")
 
 
 def results_console() -> Console:

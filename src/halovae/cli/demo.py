@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halovae import media
-from halovae.cli.common import console, errors_shown
+from halovae.cli.common import check_installed, console, errors_shown
 
 
 def demo(
@@ -24,12 +24,7 @@ def demo(
     clip beside its decode), frames.png (frames and amplified differences) and latents.safetensors (for halovae decode).
     """
     with errors_shown():
-        try:
-            import diffusers  # noqa: F401
-            import matplotlib  # noqa: F401
-            import skimage  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"the demo needs pip install 'halovae[diffusers,bench]' ({error})") from error
+        check_installed("the demo", "diffusers", "matplotlib", "skimage")
         from halovae.demo import run as demo_run
 
         output.mkdir(parents=True, exist_ok=True)

@@ -12,20 +12,6 @@ from halovae.cli.common import console
 from halovae.platform import Platform
 
 
-def check_installed() -> None:
-    """Check that what measuring needs is there.
-
-    Raises:
-        ValueError: names what is missing, and what to install.
-    """
-    try:
-        import diffusers  # noqa: F401
-        import matplotlib  # noqa: F401
-        import skimage  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"measuring needs pip install 'halovae[diffusers,bench]' ({error})") from error
-
-
 def check_ranks(option: str, ranks: int, device: str | None) -> Platform:
     """The platform, once it is clear that it has devices for so many ranks.
 

@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from halovae import __version__
-from halovae.cli.common import Dtype, errors_shown, parse_size, parsed, results_console
-from halovae.cli.measuring import check_installed, check_ranks, free_names, progress
+from halovae.cli.common import Dtype, check_installed, errors_shown, parse_size, parsed, results_console
+from halovae.cli.measuring import check_ranks, free_names, progress
 from halovae.platform import threads_per_rank
 
 
@@ -44,7 +44,7 @@ def validate(
     model falls short.
     """
     with errors_shown():
-        check_installed()
+        check_installed("halovae validate", "diffusers", "matplotlib", "skimage")
         from halovae.bench import validate as validation
 
         wanted = tuple(models.split(",")) if models else tuple(validation.TARGETS)

@@ -35,18 +35,18 @@ def main() -> None:
     args = parser.parse_args()
     shape = [int(extent) for extent in args.latent.split("x")]
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(1234)).to(DTYPES[args.dtype])
-    crop = latents[:, :, :2, : max(args.ranks), : max(args.ranks)]
     console = Console()
     with TemporaryDirectory() as temporary, console.status("making the model") as status:
         random_vae(args.model).save_pretrained(temporary)
         model = Model(Path(temporary), FAMILIES[args.model][0], DTYPES[args.dtype], "cpu")
         contestants = [Contestant("diffusers", model, 1, args.threads, kind="diffusers")]
         contestants += [
-            Contestant(f"halovae, {count} rank{'s' * (count > 1)}", model, count, args.threads) for count in args.ranks
+            Contestant(f"halovae, {count} rank{'s' * (count > 1)}", model, count, args.threads, compiled=True)
+            for count in args.ranks
         ]
         try:
             for contestant in contestants:
-                contestant.decode(crop, count=False)  # what is only done the first time
+                contestant.warm_up(latents)
             for repeat in range(args.repeat):
                 for contestant in contestants:
                     status.update(f"round {repeat + 1} of {args.repeat}: {contestant.name}")

@@ -104,6 +104,7 @@ def kill_soon() -> None:
 def test_a_mode_that_runs_out_of_memory_says_how_far_it_came(folder: Path) -> None:
     model = Model(folder, "AutoencoderKLWan", torch.float32, "cpu")
     contestant = Contestant("single", model, 1, 1)
+    contestant.warm_up(latents("wan2.1"))
     contestant.group.run(limit_memory)
     contestant.decode(latents("wan2.1", frames=3, height=64, width=64))
     assert contestant.out_of_memory is not None

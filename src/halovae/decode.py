@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from halovae import kernels
 from halovae.geometry import Grid
 from halovae.lines import world_size
 from halovae.mesh import Mesh, mesh_for
@@ -31,6 +33,7 @@ class Decoder:
     def __init__(self, model: WanDecoder) -> None:
         self.model = model
         self._used: set[str] = set()  # what has been decoded before, for the reports
+        self._compiled = False
 
     @property
     def config(self) -> WanConfig:
@@ -46,6 +49,44 @@ class Decoder:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    def warmup(
+        self,
+        shape: Sequence[int],
+        *,
+        grid: Grid | None = None,
+        chunk: Chunk = 1,
+        halo_depth: HaloDepth = 1,
+        mesh: Mesh | None = None,
+    ) -> float:
+        """Compile what later decodes are made of, and decode zeros once as those will be decoded.
+
+        Without it, decodes run in eager PyTorch. What is compiled serves other shapes as well, and is kept on disk, so
+        that another process only loads it. On several ranks, all of them call.
+
+        Args:
+            shape: of the latents, `[B, C, T, H, W]`.
+            grid: as for `decode`.
+            chunk: as for `decode`.
+            halo_depth: as for `decode`.
+            mesh: as for `decode`.
+
+        Returns:
+            The seconds it took.
+
+        Raises:
+            ValueError: as `decode`.
+
+        Warns:
+            RuntimeWarning: nothing can be compiled here (no C++ compiler?); decodes run in eager PyTorch.
+        """
+        begin = time.perf_counter()
+        self._compiled = kernels.works(self.device)
+        batch, channels, frames, height, width = shape
+        latents = torch.zeros(batch, channels, frames if chunk == "all" else min(frames, 1 + chunk), height, width)
+        self.decode(latents, grid=grid, chunk=chunk, gather="none", halo_depth=halo_depth, mesh=mesh)
+        Platform(self.device).synchronize()
+        return time.perf_counter() - begin
 
     def decode(
         self,
@@ -132,7 +173,7 @@ class Decoder:
         key = f"{mesh.grid}: {asked}"
         first_use = key not in self._used
         self._used.add(key)
-        request = Request(chunk, gather, dtype or self.dtype, depths, denormalize)
+        request = Request(chunk, gather, dtype or self.dtype, depths, denormalize, self._compiled)
         return FrameStream(self.model, latents, mesh, request, first_use)
 
     def _depths(self, halo_depth: HaloDepth) -> dict[str, int]:

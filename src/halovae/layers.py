@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain, product
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halovae import winograd
 from halovae.geometry import Halo
+from halovae.kernels import compiled
+from halovae.parts import part
 from halovae.tile import Context, Tile, inside
 
 # How many past frames a causal convolution of three taps sees.
@@ -38,6 +41,16 @@ class RMSNorm(nn.Module):
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
         return (x * (x.shape[1] ** 0.5 / length)).mul_(self.gamma.view(-1, 1, 1))
 
+    def silu_into(self, out: Tensor, x: Tensor, context: Context) -> None:
+        """Write `silu(norm(x))` into `out`, both `[B, C, T, H, W]`."""
+        with part("norm"):
+            if context.compiled:
+                scale = self.gamma.flatten().float() * len(self.gamma) ** 0.5
+                compiled().norm_silu(x.movedim(1, -1), scale, out.movedim(1, -1))
+                return
+            for target, frame in zip(out.unbind(2), x.unbind(2), strict=True):
+                target.copy_(F.silu(self.frame(frame), inplace=True))
+
 
 class CausalConv3d(nn.Module):
     """A convolution that sees the past two frames and, in space, a ring of one cell.
@@ -57,8 +70,9 @@ class CausalConv3d(nn.Module):
         """
         usable, missing = context.usable(tile)
         edges = context.edges()
-        data = context.empty(usable.data, missing.plus(edges), PAST)
-        data[:, :, :PAST] = 0 if context.first else context.cache.frames[self]
+        data = context.empty(usable.data, missing.plus(edges), past=PAST)
+        with part("copies"):
+            data[:, :, :PAST] = 0 if context.first else context.cache.frames[self]
         present = data[:, :, PAST:]
         bottom, right = present.shape[-2] - edges.bottom, present.shape[-1] - edges.right
         for border in (
@@ -68,24 +82,64 @@ class CausalConv3d(nn.Module):
         picture = inside(present, edges)
         own = inside(picture, missing)
         if norm is None:
-            own.copy_(usable.data)
+            with part("copies"):
+                own.copy_(usable.data)
         else:
-            for target, frame in zip(own.unbind(2), usable.data.unbind(2), strict=True):
-                target.copy_(F.silu(norm.frame(frame), inplace=True))
+            norm.silu_into(own, usable.data, context)
         context.mesh.refresh(picture, missing)
         context.cache.keep(self, data[:, :, -PAST:])
         return Tile(data, usable.halo.plus(missing).plus(edges), tile.scale)
 
-    def forward(self, window: Tile, context: Context) -> Tile:
-        """Convolve a window; the result has one ghost row and col less on each side."""
-        cells = context.mesh.platform.convolution_cells
+    def forward(self, window: Tile, context: Context, onto: Tile | None = None) -> Tile:
+        """Convolve a window; the result has one ghost row and col less on each side.
+
+        With `onto`, a tile of its own memory, the result is added to it, cut to the halo that both carry.
+        """
+        halo = window.halo.beyond(Halo(1, 1, 1, 1))
+        if onto is not None:
+            halo = halo.within(onto.halo)
+            onto = onto.cropped(halo)
+        data = window.cropped(halo.plus(Halo(1, 1, 1, 1))).data
+        weight: Tensor = self.weight
         if context.first:
             # Nothing lies in the past: of the three temporal taps only the last one meets data.
-            plane = window.data[:, :, -1]
-            data = _in_bands(plane, cells, lambda band: F.conv2d(band, self.weight[:, :, -1], self.bias)).unsqueeze(2)
-        else:
-            data = _in_bands(window.data, cells, lambda band: F.conv3d(band, self.weight, self.bias))
-        return Tile(data, Halo(*(width - 1 for width in window.halo)), window.scale)
+            data, weight = data[:, :, -1:], weight[:, :, -1:]
+        with part("convolution"):
+            data = _convolved(data, weight, self.bias, context, None if onto is None else onto.data)
+        return Tile(data, halo, window.scale)
+
+
+def _convolved(window: Tensor, weight: Tensor, bias: Tensor, context: Context, onto: Tensor | None) -> Tensor:
+    """`window` convolved in time and space without padding; added to `onto` if there is one."""
+    frames, rows, cols = (extent - taps + 1 for extent, taps in zip(window.shape[2:], weight.shape[2:], strict=True))
+    if not winograd.pays(window, weight, frames * rows * cols):
+        data = _direct(window, weight, bias, context)
+        return data if onto is None else onto.add_(data)
+    out = context.empty(window, shape=(len(weight), frames, rows, cols)) if onto is None else onto
+    # Whole tiles, then what is left below and beside them.
+    down, across = (extent - extent % winograd.PLAIN.results for extent in (rows, cols))
+    winograd.convolve(
+        winograd.PLAIN, window[..., : down + 2, : across + 2], weight, bias, out[..., :down, :across], context,
+        add=onto is not None,
+    )  # fmt: skip
+    for rest, left in (
+        (window[..., down:, :], out[..., down:, :]),
+        (window[..., : down + 2, across:], out[..., :down, across:]),
+    ):
+        if left.numel():
+            strip = _direct(rest, weight, bias, context)
+            left.copy_(strip) if onto is None else left.add_(strip)
+    return out
+
+
+def _direct(window: Tensor, weight: Tensor, bias: Tensor, context: Context) -> Tensor:
+    platform = context.mesh.platform
+    if weight.shape[2] == 1:
+        plane, kernel = window[:, :, 0], weight[:, :, 0]
+        data = _in_bands(plane, platform.convolution_cells, lambda band: F.conv2d(band, kernel, bias)).unsqueeze(2)
+    else:
+        data = _in_bands(window, platform.convolution_cells, lambda band: F.conv3d(band, weight, bias))
+    return data.contiguous(memory_format=platform.layout())  # torch lays small results out its own way
 
 
 def _in_bands(data: Tensor, cells: int | None, convolve: Callable[[Tensor], Tensor]) -> Tensor:
@@ -108,12 +162,20 @@ class PointwiseConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        convolve = F.conv3d if self.weight.ndim == 5 else F.conv2d
-        return convolve(x, self.weight, self.bias)
+        return _pointwise(x, self.weight.flatten(1), self.bias)
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x` `[B, C, ..., H, W]` times `weight` `[O, C]`, cell by cell, in the layout of `x`."""
+    with part("convolution"):
+        if x.stride(1) == 1:  # the channels of a cell lie together: a matrix as it is
+            return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+        convolve = F.conv3d if x.ndim == 5 else F.conv2d
+        return convolve(x, weight.reshape(*weight.shape, *[1] * (x.ndim - 2)), bias)
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, causal convolution, twice, beside a shortcut."""
+    """Norm, SiLU, causal convolution, twice, added to a shortcut: to the input itself if its channels stay as many."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -131,12 +193,10 @@ class ResidualBlock(nn.Module):
         del window
         window = self.conv2.window(inner, context, self.norm2)
         del inner
-        inner = self.conv2(window, context)
-        del window
-        shortcut = tile.cropped(tile.halo.within(inner.halo))
+        tile = tile.cropped(tile.halo.within(window.halo.beyond(Halo(1, 1, 1, 1))))
         if self.conv_shortcut is not None:
-            shortcut = replace(shortcut, data=self.conv_shortcut(shortcut.data))
-        return inner.plus(shortcut)
+            tile = replace(tile, data=self.conv_shortcut(tile.data))
+        return self.conv2(window, context, onto=tile)
 
 
 class PlaneAttention(nn.Module):
@@ -158,8 +218,11 @@ class PlaneAttention(nn.Module):
         normed = torch.cat([self.norm.frame(frame).to(frame.dtype) for frame in tile.data.unbind(2)])
         tokens = self.to_qkv(normed).flatten(2).transpose(1, 2)
         query, key_value = tokens.split((channels, 2 * channels), dim=-1)
-        key, value = context.gathered_tokens(key_value, tile.scale).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)).squeeze(1)
+        with part("gather"):
+            key, value = context.gathered_tokens(key_value, tile.scale).chunk(2, dim=-1)
+        with part("attention"):
+            query, key, value = (one.unsqueeze(1) for one in (query, key, value))
+            attended = F.scaled_dot_product_attention(query, key, value).squeeze(1)
         planes = self.proj(attended.transpose(1, 2).reshape(frames * batch, channels, height, width))
         return Tile(planes.unflatten(0, (frames, batch)).movedim(0, 2), Halo(), tile.scale).plus(tile)
 
@@ -177,9 +240,12 @@ class CausalTimeConv(nn.Module):
         if context.first:
             context.cache.keep(self, x.new_zeros(()).expand(*x.shape[:2], PAST, *x.shape[3:]))
             return list(x.unbind(2))
+        frames = x.shape[2]
         x = torch.cat([context.cache.frames[self], x], dim=2)
         context.cache.keep(self, x[:, :, -PAST:])
-        doubled = F.conv3d(x, self.weight, self.bias)
+        cells = x.movedim(1, -1)
+        taps = torch.cat([cells[:, tap : tap + frames] for tap in range(PAST + 1)], dim=-1).movedim(-1, 1)
+        doubled = _pointwise(taps, self.weight.transpose(1, 2).flatten(1), self.bias)
         return [half for frame in doubled.unbind(2) for half in frame.chunk(2, dim=1)]
 
 
@@ -196,22 +262,29 @@ class Upsample(nn.Module):
         """Upsample; a halo of h becomes one of 2h - 1, so that ghosts travel at the low resolution."""
         tile = context.refreshed(tile)
         frames = self.time_conv(tile.data, context) if self.time_conv is not None else tile.data.unbind(2)
-        # The convolution pads all around with zeros. On inner sides that spoils one ghost row or col, which is cut.
-        halo = tile.halo.scaled(2)
+        # A ring of zeros lies around all. On inner sides it spoils one ghost row or col of the result, which is cut.
         spoiled = Halo(1, 1, 1, 1).beyond(context.edges())
-        planes = (self._plane(frame, spoiled, context.mesh.platform.convolution_cells) for frame in frames)
-        first = next(planes)
-        data = context.empty(first.unsqueeze(2).expand(-1, -1, len(frames), -1, -1), Halo())
-        for target, plane in zip(data.unbind(2), chain([first], planes), strict=True):
-            target.copy_(plane)
-        return Tile(data, halo.beyond(spoiled), tile.scale * 2)
+        channels, height, width = frames[0].shape[1:]
+        out = context.empty(tile.data, shape=(len(self.weight), len(frames), 2 * height, 2 * width))
+        if winograd.pays(out, self.weight, len(frames) * height * width):
+            ringed = context.empty(tile.data, shape=(channels, len(frames), height + 2, width + 2))
+            with part("copies"):
+                for target, frame in zip(ringed.unbind(2), frames, strict=True):
+                    target.copy_(F.pad(frame, (1, 1, 1, 1)))
+            with part("convolution"):
+                winograd.convolve(winograd.UPSAMPLING, ringed, self.weight.unsqueeze(2), self.bias, out, context)
+        else:
+            with part("convolution"):
+                for target, frame in zip(out.unbind(2), frames, strict=True):
+                    target.copy_(self._plane(frame, context.mesh.platform.convolution_cells))
+        return Tile(inside(out, spoiled), tile.halo.scaled(2).beyond(spoiled), tile.scale * 2)
 
-    def _plane(self, frame: Tensor, spoiled: Halo, cells: int | None) -> Tensor:
+    def _plane(self, frame: Tensor, cells: int | None) -> Tensor:
         larger = F.interpolate(frame, scale_factor=2, mode="nearest-exact")
         if cells is None:
-            return inside(F.conv2d(larger, self.weight, self.bias, padding=1), spoiled)
+            return F.conv2d(larger, self.weight, self.bias, padding=1)
         padded = F.pad(larger, (1, 1, 1, 1))
-        return inside(_in_bands(padded, cells, lambda band: F.conv2d(band, self.weight, self.bias)), spoiled)
+        return _in_bands(padded, cells, lambda band: F.conv2d(band, self.weight, self.bias))
 
 
 class DuplicateShortcut(nn.Module):

@@ -73,6 +73,14 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._held: dict[weakref.ref[Any], int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call imports all of torch._dynamo, which takes seconds
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # compiled kernels write into memory that was counted when it was made
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if _may_allocate(func):

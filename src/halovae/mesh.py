@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halovae.geometry import Grid, Halo, Shard
 from halovae.lines import Axis, Lines, ProcessLines, Scope, world_size
+from halovae.parts import part
 from halovae.platform import Platform, Stopwatch
 
 
@@ -84,11 +85,12 @@ class Mesh:
             halo: the ghosts' widths: 0 where this rank has no neighbour, else the same on all ranks along that axis,
                 and no more than any of them owns.
         """
-        if halo.top or halo.bottom:
-            own_cols = data[..., halo.left : data.shape[-1] - halo.right]
-            self._swap("rows", own_cols, data.ndim - 2, halo.top, halo.bottom)
-        if halo.left or halo.right:
-            self._swap("cols", data, data.ndim - 1, halo.left, halo.right)
+        with part("exchange"):
+            if halo.top or halo.bottom:
+                own_cols = data[..., halo.left : data.shape[-1] - halo.right]
+                self._swap("rows", own_cols, data.ndim - 2, halo.top, halo.bottom)
+            if halo.left or halo.right:
+                self._swap("cols", data, data.ndim - 1, halo.left, halo.right)
 
     def _swap(self, axis: Axis, data: Tensor, dim: int, before: int, after: int) -> None:
         end = data.shape[dim]
@@ -126,8 +128,8 @@ class Mesh:
             return own
         items, _, channels = own.shape
         with self.traffic.waiting.running():
-            parts = self._collect(own, [items * count * channels for count in counts], "plane")
-        views = [part.view(items, count, channels) for part, count in zip(parts, counts, strict=True)]
+            everyone = self._collect(own, [items * count * channels for count in counts], "plane")
+        views = [one.view(items, count, channels) for one, count in zip(everyone, counts, strict=True)]
         return torch.cat(views, dim=1)
 
     def gather_frames(self, own: Tensor, shards: Sequence[Shard], out: Tensor | None, everyone: bool) -> None:
@@ -143,7 +145,7 @@ class Mesh:
         shapes = [shard.shape(channels, frames) for shard in shards]
         if everyone:
             parts = self._collect(own, [math.prod(shape) for shape in shapes], "world")
-            pictures = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            pictures = [one.view(shape) for one, shape in zip(parts, shapes, strict=True)]
         elif self.rank == 0:
             pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
             receives = [(peer, picture.flatten()) for peer, picture in enumerate(pictures[1:], start=1)]

@@ -13,6 +13,7 @@ from halovae.geometry import Shard
 from halovae.memory import MemoryMeter
 from halovae.mesh import Mesh, Traffic
 from halovae.models.wan import WanDecoder
+from halovae.parts import part
 from halovae.platform import Stopwatch
 from halovae.report import DecodeReport, RankReport
 from halovae.tile import Cache, Context, Tile
@@ -30,6 +31,7 @@ class Request:
     dtype: torch.dtype
     depths: dict[str, int]
     denormalize: bool
+    compiled: bool
 
 
 class FrameStream(Iterator[Tensor | None]):
@@ -105,7 +107,7 @@ class FrameStream(Iterator[Tensor | None]):
         cache, start = Cache(), 0
         while start < length:
             stop = 1 if start == 0 else length if request.chunk == "all" else min(start + request.chunk, length)
-            context = Context(mesh, cache, start == 0, shards, request.depths)
+            context = Context(mesh, cache, start == 0, shards, request.depths, request.compiled)
             with mesh.in_use(self._traffic), memory.counting(), self._clock.running():
                 own = _converted(model(self._tile(start, stop, shards[mesh.rank], context), context), request.dtype)
                 frames = self._gathered(own, pictures)
@@ -140,12 +142,14 @@ class FrameStream(Iterator[Tensor | None]):
             batch, _, _, height, width = self._latents.shape
             factor = self._model.config.spatial_factor
             out = own.new_empty(batch, *own.shape[1:3], height * factor, width * factor)
-        mesh.gather_frames(own, pictures, out, everyone)
+        with part("gather"):
+            mesh.gather_frames(own, pictures, out, everyone)
         return out
 
 
 def _converted(frames: Tensor, dtype: torch.dtype) -> Tensor:
     """Frames in [-1, 1] as contiguous `dtype`, before anybody has to carry them: uint8 is a quarter of fp32."""
-    if dtype == torch.uint8:
-        frames = frames.float().add_(1).mul_(127.5).round_()
-    return frames.to(dtype, memory_format=torch.contiguous_format)
+    with part("conversion"):
+        if dtype == torch.uint8:
+            frames = frames.float().add_(1).mul_(127.5).round_()
+        return frames.to(dtype, memory_format=torch.contiguous_format)

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from halovae.geometry import Halo, Shard
 from halovae.mesh import Mesh
+from halovae.parts import part
+
+NO_HALO = Halo()
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Tile:
     """
 
     data: Tensor
-    halo: Halo = Halo()
+    halo: Halo = NO_HALO
     scale: int = 1
 
     def cropped(self, halo: Halo) -> Tile:
@@ -45,16 +48,29 @@ def inside(data: Tensor, ring: Halo) -> Tensor:
 
 @dataclass
 class Cache:
-    """The last two input frames of each causal convolution, ghost rows included, from one chunk to the next."""
+    """What a decode keeps from one chunk to the next.
+
+    Attributes:
+        frames: the last two input frames of each causal convolution, ghost rows included.
+    """
 
     frames: dict[nn.Module, Tensor] = field(default_factory=dict)
+    _scratch: Tensor | None = None
 
     def keep(self, layer: nn.Module, recent: Tensor) -> None:
         """Remember `recent`, copied: `[B, C, 2, H, W]` with whatever halo it has."""
-        if layer in self.frames:
-            self.frames[layer].copy_(recent)
-        else:
-            self.frames[layer] = recent.clone()
+        with part("copies"):
+            if layer in self.frames:
+                self.frames[layer].copy_(recent)
+            else:
+                self.frames[layer] = recent.clone()
+
+    def scratch(self, count: int, device: torch.device) -> Tensor:
+        """`count` fp32 elements that hold nothing, the same memory each time."""
+        if self._scratch is None or self._scratch.numel() < count:
+            self._scratch = None  # let go before there is another
+            self._scratch = torch.empty(count, dtype=torch.float32, device=device)
+        return self._scratch[:count]
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,7 @@ class Context:
         first: whether this is the chunk of the first latent frame, which has no past.
         shards: every rank's shard of the latent.
         depths: halo depth of each block by its name, the default under "".
+        compiled: whether the passes over memory are compiled ones.
         depth: halo depth of the block that the chunk is in.
     """
 
@@ -75,6 +92,7 @@ class Context:
     first: bool
     shards: tuple[Shard, ...]
     depths: dict[str, int]
+    compiled: bool = False
     depth: int = 1
 
     def block(self, name: str) -> Context:
@@ -111,15 +129,21 @@ class Context:
         if not any(missing):
             return usable
         data = self.empty(usable.data, missing)
-        inside(data, missing).copy_(usable.data)
+        with part("copies"):
+            inside(data, missing).copy_(usable.data)
         self.mesh.refresh(data, missing)
         return replace(tile, data=data, halo=missing)
 
-    def empty(self, like: Tensor, ring: Halo, past: int = 0) -> Tensor:
-        """Memory for `like` `[B, C, T, H, W]` with `ring` more rows and cols, behind `past` more frames."""
-        batch, channels, frames, height, width = like.shape
+    def empty(
+        self, like: Tensor, ring: Halo = NO_HALO, past: int = 0, shape: tuple[int, int, int, int] | None = None
+    ) -> Tensor:
+        """Memory for maps of `shape` `[C, T, H, W]`, by default that of `like` `[B, C, T, H, W]`.
+
+        It has `ring` more rows and cols, and `past` more frames.
+        """
+        channels, frames, height, width = shape or like.shape[1:]
         return torch.empty(
-            (batch, channels, past + frames, ring.top + height + ring.bottom, ring.left + width + ring.right),
+            (len(like), channels, past + frames, ring.top + height + ring.bottom, ring.left + width + ring.right),
             dtype=like.dtype,
             device=like.device,
             memory_format=self.mesh.platform.layout(),

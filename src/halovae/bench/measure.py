@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from halovae import kernels
+from halovae.bench.profile import Profile, peaks, profiled
 from halovae.bench.ranks import Ranks
 from halovae.decode import Decoder, load
 from halovae.geometry import Grid
@@ -51,9 +56,11 @@ class Taken:
     memory: Memory
 
 
-def _hold_halovae(model: Model) -> None:
+def _hold_halovae(model: Model, compiled: bool) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
     decoder: Decoder = load(model.folder, dtype=model.dtype, device=Platform.default(model.device).device)
+    if compiled:
+        kernels.works(decoder.device)  # the compiler rests in memory as the weights do
 
     def decode(latents: Tensor) -> tuple[Tensor | None, Memory]:
         stream = decoder.stream(latents)
@@ -104,17 +111,42 @@ def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None]:
     platform: Platform = _held["platform"]
     if dist.is_initialized():
         dist.barrier()
-    whole, clock = MemoryMeter(platform), Stopwatch(platform)
-    try:
+    clock = Stopwatch(platform)
+    with _noticing_lack_of_memory(platform):
         with clock.running():
             frames, memory = _held["decode"](latents)
         seconds = clock.seconds()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            raise OutOfMemory(whole.read().peak_reserved) from error
-        raise
     kept = frames.cpu() if keep and frames is not None else None
     return seconds, replace(memory, resting=_held["resting"]), kept
+
+
+def _warm_up(shape: Sequence[int]) -> float:
+    with _noticing_lack_of_memory(_held["platform"]):
+        return float(_held["owner"].warmup(shape))
+
+
+def _profiled(latents: Tensor, label: str, trace: Path) -> Profile | None:
+    """On rank 0, what its decode is made of."""
+    platform: Platform = _held["platform"]
+    with FlopCounterMode(display=False) as counter:
+        _held["decode"](latents)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        _held["decode"](latents)
+        return None
+    one = profiled(platform, lambda: _held["decode"](latents), counter.get_total_flops(), label, trace)
+    return replace(one, peaks=peaks(platform, _held["owner"].dtype))
+
+
+@contextmanager
+def _noticing_lack_of_memory(platform: Platform) -> Iterator[None]:
+    whole = MemoryMeter(platform)
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)):
+            raise
+        traceback.clear_frames(error.__traceback__)  # what it held lets the rest of this process go on
+        raise OutOfMemory(whole.read().peak_reserved) from error
 
 
 def _simulate(latents: Tensor, grid: Grid, link: Link) -> Simulation:
@@ -131,9 +163,11 @@ class Contestant:
         ranks: how many ranks do.
         threads: CPU threads of each.
         kind: "halovae", "diffusers", or "tiled" for diffusers' tiling.
+        compiled: whether halovae compiles its kernels before it decodes.
         taken: what each decode took, in order.
         out_of_memory: the bytes reserved when memory ran out; None while it has not.
         frames: of the last decode that was told to keep them.
+        warmup_seconds: what the slowest rank took to warm up.
     """
 
     name: str
@@ -141,9 +175,11 @@ class Contestant:
     ranks: int
     threads: int
     kind: str = "halovae"
+    compiled: bool = False
     taken: list[Taken] = field(default_factory=list)
     out_of_memory: int | None = None
     frames: Tensor | None = None
+    warmup_seconds: float = 0
     _group: Ranks | None = None
 
     @property
@@ -154,29 +190,48 @@ class Contestant:
             # diffusers runs as its users run it
             self._group = Ranks(self.ranks, self.threads, RANK_ENVIRONMENT if own else {})
             if own:
-                self._group.run(_hold_halovae, self.model)
+                self._group.run(_hold_halovae, self.model, self.compiled)
             else:
                 self._group.run(_hold_diffusers, self.model, self.kind == "tiled")
         return self._group
 
-    def decode(self, latents: Tensor, keep: bool = False, count: bool = True) -> None:
-        """Decode once more, unless memory ran out before; `count` it among `taken`."""
+    def warm_up(self, latents: Tensor) -> None:
+        """Do what is only done the first time, which nobody measures, before decodes of these latents."""
+        if self.compiled:
+            seconds = self._attempted(_warm_up, latents.shape)
+        else:
+            # On an accelerator kernels are chosen by shape; the CPU just loads.
+            crop = latents[:, :, :2, : self.ranks, : self.ranks] if self.model.device == "cpu" else latents
+            seconds = [taken[0] for taken in self._attempted(_decode, crop, False)]
+        self.warmup_seconds = max(seconds, default=0)
+
+    def decode(self, latents: Tensor, keep: bool = False) -> None:
+        """Decode once more, unless memory ran out before."""
+        results = self._attempted(_decode, latents, keep)
+        if results:
+            seconds, memories, _ = zip(*results, strict=True)
+            self.taken.append(Taken(max(seconds), Memory.over(memories)))
+        if results and keep:
+            self.frames = results[0][2]
+
+    def _attempted(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function` returned on each rank; nothing once memory has run out."""
         if self.out_of_memory is not None:
-            return
+            return []
         try:
-            results = self.group.run(_decode, latents, keep)
+            return self.group.run(function, *args)
         except RankError as error:
             if not (error.killed or isinstance(error.cause, OutOfMemory)):
                 raise
             # A rank that the system ended cannot say how far it came.
             self.out_of_memory = error.cause.reserved if isinstance(error.cause, OutOfMemory) else 0
             self.close()
-            return
-        if count:
-            seconds, memories, _ = zip(*results, strict=True)
-            self.taken.append(Taken(max(seconds), Memory.over(memories)))
-        if keep:
-            self.frames = results[0][2]
+            return []
+
+    def profile(self, latents: Tensor, trace: Path) -> Profile | None:
+        """What rank 0's decode is made of, with a Chrome trace; None if memory ran out before."""
+        label = f"{self.name}, {self.ranks} rank{'s' * (self.ranks > 1)}"
+        return next(iter(self._attempted(_profiled, latents, label, trace)), None)
 
     def simulate(self, latents: Tensor, grid: Grid, link: Link) -> Simulation:
         """Decode by simulated ranks in this contestant's one process."""

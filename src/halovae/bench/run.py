@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halovae.bench.measure import Contestant, Model
 from halovae.bench.models import FAMILIES, random_vae
+from halovae.bench.profile import Profile
 from halovae.bench.report import Row
 from halovae.demo.run import MODEL as DEMO
 from halovae.geometry import Grid
@@ -23,6 +24,8 @@ from halovae.platform import Platform
 from halovae.simulate import Link
 
 MODES = ("single", "parallel", "tiled", "auto")
+# Latent frames of a profiled decode: the first one and one like all others. Traces grow with each.
+PROFILED = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Benchmark:
         dtype: what to compute in.
         device: its kind.
         link: what simulated ranks are connected by.
+        compiled: whether halovae compiles its kernels first.
     """
 
     model: str
@@ -56,6 +60,7 @@ class Benchmark:
     dtype: torch.dtype
     device: str
     link: Link
+    compiled: bool = False
 
     @property
     def steps(self) -> int:
@@ -68,13 +73,14 @@ class Benchmark:
         """Those who decode, in the order of the table."""
         found = []
         if "single" in self.modes:
-            found.append(Contestant("single", model, 1, self.threads))
+            found.append(Contestant("single", model, 1, self.threads, compiled=self.compiled))
         if "parallel" in self.modes:
-            found += [Contestant("parallel", model, ranks, self.threads) for ranks in self.ranks if ranks > 1]
+            several = [ranks for ranks in self.ranks if ranks > 1]
+            found += [Contestant("parallel", model, ranks, self.threads, compiled=self.compiled) for ranks in several]
         if "tiled" in self.modes:
             found.append(Contestant("tiled", model, 1, self.threads, kind="tiled"))
         if "auto" in self.modes:
-            found.append(Contestant("auto", model, max(self.ranks), self.threads))
+            found.append(Contestant("auto", model, max(self.ranks), self.threads, compiled=self.compiled))
         return found
 
 
@@ -110,11 +116,6 @@ def latents_of(config: WanConfig, size: tuple[int, int], frames: int, batch: int
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def for_warming_up(latents: Tensor, ranks: int, device: str) -> Tensor:
-    """What to decode first and not to measure: on an accelerator kernels are chosen by shape, the CPU just loads."""
-    return latents[:, :, :2, :ranks, :ranks] if device == "cpu" else latents
-
-
 def check_fits(config: WanConfig, folder: Path, platform: Platform, processes: int) -> None:
     """Check that the weights of each process fit into what is free.
 
@@ -132,22 +133,26 @@ def check_fits(config: WanConfig, folder: Path, platform: Platform, processes: i
         )
 
 
-def run(benchmark: Benchmark, say: Callable[[str], None], step: Callable[[], None]) -> tuple[list[Row], dict[str, Any]]:
+def run(
+    benchmark: Benchmark, say: Callable[[str], None], step: Callable[[], None], traces: Path | None = None
+) -> tuple[list[Row], list[Profile], dict[str, Any]]:
     """Measure.
 
     Args:
         benchmark: what.
         say: told what is being done.
         step: called after each decode.
+        traces: where to write a Chrome trace of each of halovae's contestants; None profiles nothing.
 
     Returns:
-        The rows, and what they were measured on.
+        The rows, the profiles, and what they were measured on.
 
     Raises:
         ValueError: a size that the model cannot make, or that the ranks cannot share out.
     """
     platform = Platform.default(benchmark.device)
     rows: list[Row] = []
+    profiles: list[Profile] = []
     with model_folder(benchmark.model, say) as folder:
         config = read_config(folder)
         model = Model(folder, read_class(folder), benchmark.dtype, benchmark.device)
@@ -163,6 +168,13 @@ def run(benchmark: Benchmark, say: Callable[[str], None], step: Callable[[], Non
                 for batch in benchmark.batches:
                     latents = latents_of(config, size, benchmark.frames, batch)
                     rows += _measured(benchmark, contestants, latents, size, say, step)
+            if traces is not None:
+                latents = latents_of(config, benchmark.sizes[0], benchmark.frames, benchmark.batches[0])
+                for contestant in (one for one in contestants if one.kind == "halovae"):
+                    say(f"profiling {contestant.name}, {contestant.ranks} rank(s)")
+                    trace = traces / f"trace-{contestant.name}-{contestant.ranks}.json.gz"
+                    profile = contestant.profile(latents[:, :, :PROFILED], trace)
+                    profiles += [] if profile is None else [profile]
         finally:
             for contestant in contestants:
                 contestant.close()
@@ -170,10 +182,12 @@ def run(benchmark: Benchmark, say: Callable[[str], None], step: Callable[[], Non
         "model": benchmark.model,
         "random_weights": benchmark.model in FAMILIES,
         "dtype": str(benchmark.dtype).removeprefix("torch."),
+        "compiled": benchmark.compiled,
+        "warmup_seconds": {f"{one.name}, {one.ranks}": round(one.warmup_seconds, 2) for one in contestants},
         "threads_per_rank": benchmark.threads if benchmark.device == "cpu" else None,
         **platform.describe(),
     }
-    return rows, about
+    return rows, profiles, about
 
 
 def _measured(
@@ -184,11 +198,10 @@ def _measured(
     say: Callable[[str], None],
     step: Callable[[], None],
 ) -> list[Row]:
-    warm = for_warming_up(latents, max(benchmark.ranks), benchmark.device)
     for contestant in contestants:
         contestant.taken, contestant.out_of_memory = [], None
         say(f"warming up {contestant.name}, {contestant.ranks} rank(s)")
-        contestant.decode(warm, count=False)
+        contestant.warm_up(latents)
     for repeat in range(benchmark.repeat):
         for contestant in contestants:
             say(f"round {repeat + 1} of {benchmark.repeat}: {contestant.name}, {contestant.ranks} rank(s)")

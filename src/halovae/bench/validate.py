@@ -17,7 +17,7 @@ from halovae.bench.measure import Contestant, Model, Taken
 from halovae.bench.pipeline import PipelineRun, run_both
 from halovae.bench.ranks import Ranks
 from halovae.bench.report import GB, markdown_table
-from halovae.bench.run import check_fits, for_warming_up, latents_of, model_folder
+from halovae.bench.run import check_fits, latents_of, model_folder
 from halovae.geometry import Grid
 from halovae.models.load import read_class, read_config
 from halovae.platform import Platform
@@ -218,7 +218,7 @@ def _decoded(contestant: Contestant, latents: Tensor) -> tuple[Tensor, Taken]:
     Raises:
         RuntimeError: memory ran out.
     """
-    contestant.decode(for_warming_up(latents, contestant.ranks, contestant.model.device), count=False)
+    contestant.warm_up(latents)
     contestant.decode(latents, keep=True)
     if contestant.frames is None:
         reached = contestant.out_of_memory or 0

@@ -39,6 +39,12 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, help="Decodes per mode; they take turns.")] = 5,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, npu or xpu. [default: what is here]")] = None,
+    compile_kernels: Annotated[
+        bool, typer.Option("--compile/--eager", help="Compile the passes between convolutions first (once a machine).")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write where the time goes as well: a table and Chrome traces.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to; nothing there is replaced.")] = (
         Path("halovae-bench")
     ),
@@ -51,6 +57,7 @@ def bench(
     with errors_shown():
         check_installed("halovae bench", "diffusers", "matplotlib", "skimage")
         from halovae.bench import report
+        from halovae.bench.profile import markdown
         from halovae.bench.run import MODES, Benchmark, run
         from halovae.simulate import Link
 
@@ -77,10 +84,14 @@ def bench(
             dtype=dtype.torch,
             device=platform.kind,
             link=Link(latency_us * 1e-6, bandwidth_gbps * 1e9 / 8),
+            compiled=compile_kernels,
         )
         paths = free_names(output, "results.json", "results.md", "results-time.png", "results-memory.png")
+        traces = free_names(output, "results-profile")[0] if profile else None
+        if traces is not None:
+            traces.mkdir()
         with progress(benchmark.steps) as (say, step):
-            rows, about = run(benchmark, say, step)
+            rows, profiles, about = run(benchmark, say, step, traces)
         weights = "random weights, " if about["random_weights"] else ""
         title = f"{model} ({weights}{about['dtype']}) on {about['device']}"
         notes = [f"{name}: {value}" for name, value in about.items() if value is not None]
@@ -91,4 +102,9 @@ def bench(
         console.print(report.table(rows, title))
         for said in report.conclusions(rows):
             console.print(f"- {said}", soft_wrap=True, highlight=False)
+        if traces is not None:
+            (traces / "profile.md").write_text(markdown(profiles))
+            paths.append(traces)
+            for said in (said for one in profiles for said in one.conclusions()):
+                console.print(f"- {said}", soft_wrap=True, highlight=False)
         console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)

@@ -42,7 +42,10 @@ def config_of(config: Mapping[str, Any], source: str) -> WanConfig:
 
 
 def from_module(vae: nn.Module) -> WanDecoder:
-    """Build a decoder over a live diffusers VAE; the parameters are the same objects, so nothing is copied.
+    """Build a decoder over a live diffusers VAE.
+
+    The parameters are the same objects. Those of convolutions are laid out anew in memory, one after the other, which
+    changes neither their values nor what diffusers makes of them.
 
     Raises:
         CheckpointError: the module's class is not supported.
@@ -50,7 +53,10 @@ def from_module(vae: nn.Module) -> WanDecoder:
     name = type(vae).__name__
     config = config_of({**getattr(vae, "config", {}), "_class_name": name}, f"module {name}")
     state = vae.state_dict(keep_vars=True)
-    return _filled(config, {key: state[key] for key in state if not key.startswith(_ENCODER)}, name)
+    state = {key: state[key] for key in state if not key.startswith(_ENCODER)}
+    for parameter in state.values():
+        parameter.data = parameter.data.contiguous(memory_format=Platform(parameter.device).layout(parameter.ndim))
+    return _filled(config, state, name)
 
 
 def from_directory(folder: Path, dtype: torch.dtype, device: torch.device) -> WanDecoder:

@@ -167,7 +167,8 @@ class Decoder3d(nn.Module):
             # A loop here, and not a call of the block: a call would hold the block's input to its end.
             within = context.block(f"up{level}")
             if block.shortcut is not None:
-                start = tile = within.refreshed(tile)
+                tile = within.refreshed(tile)
+                start = replace(tile, data=tile.data.clone())  # the first residual block may add to its input
             for layer in block.layers():
                 tile = layer(tile, within)
             if block.shortcut is not None:

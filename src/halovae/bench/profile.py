@@ -1,0 +1,111 @@
+"""Where the time of a decode goes: by kind of work, against what the device can do at most, and as a trace."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from halovae.parts import PARTS, PREFIX
+from halovae.platform import Platform
+
+COLUMNS = ("part", "seconds", "share")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one rank's decode is made of.
+
+    Attributes:
+        label: whose decode.
+        seconds: all of it, watched, which makes it slower.
+        parts: seconds by `PARTS`, and "other": Python, and what is between the parts.
+        flops: multiplications and additions that were made, by torch's own count of operators.
+        peaks: FLOP/s of a large matrix multiplication and of a large convolution, measured right after.
+    """
+
+    label: str
+    seconds: float
+    parts: dict[str, float]
+    flops: int
+    peaks: dict[str, float]
+
+    def cells(self) -> list[list[str]]:
+        """Lines as in `COLUMNS`, the longest part first."""
+        ordered = sorted(self.parts.items(), key=lambda part: -part[1])
+        return [[name, f"{seconds:.3f}", f"{seconds / self.seconds:.1%}"] for name, seconds in ordered]
+
+    def conclusions(self) -> list[str]:
+        """The rate in convolutions, and of all, against the peaks."""
+        rates = {"the decode": self.flops / self.seconds, "convolutions": self.flops / self.parts["convolution"]}
+        against = [
+            f"{subject}: {rate / 1e9:,.1f} GFLOP/s, "
+            + ", ".join(f"{rate / peak:.0%} of a {name}'s {peak / 1e9:,.1f}" for name, peak in self.peaks.items())
+            for subject, rate in rates.items()
+        ]
+        return [
+            f"{self.label}: {len(self.parts)} parts in {self.seconds:.2f} s, {self.flops / 1e9:,.1f} GFLOP",
+            *against,
+        ]
+
+
+def profiled(platform: Platform, decode: Callable[[], Any], flops: int, label: str, trace: Path) -> Profile:
+    """Watch `decode`, which makes `flops` multiplications and additions, and write a Chrome trace of it."""
+    activities = [ProfilerActivity.CPU]
+    if platform.kind in ("cuda", "xpu"):
+        activities.append(ProfilerActivity[platform.kind.upper()])
+    with profile(activities=activities) as watched:
+        begin = time.perf_counter()
+        decode()
+        platform.synchronize()
+        seconds = time.perf_counter() - begin
+    watched.export_chrome_trace(str(trace))
+    field = "cpu_time_total" if platform.kind in ("cpu", "npu") else "device_time_total"
+    events = {event.key: getattr(event, field) / 1e6 for event in watched.key_averages()}
+    parts = {part: events.get(f"{PREFIX}{part}", 0.0) for part in PARTS}
+    parts["other"] = max(0.0, seconds - math.fsum(parts.values()))
+    return Profile(label, seconds, parts, flops, {})
+
+
+def peaks(platform: Platform, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of a matrix multiplication and a convolution large enough to be the device's best."""
+    size, channels = (2048, 256) if platform.kind == "cpu" else (8192, 512)
+    with torch.inference_mode():
+        matrix = torch.randn(size, size, device=platform.device).to(dtype)
+        maps = torch.randn(1, channels, 128, 128, device=platform.device).to(dtype, memory_format=platform.layout(4))
+        weight = torch.randn(channels, channels, 3, 3, device=platform.device)
+        weight = weight.to(dtype, memory_format=platform.layout(4))
+        return {
+            "matrix multiplication": 2 * size**3 / _fastest(platform, lambda: matrix @ matrix),
+            "convolution": 18 * channels**2 * 128**2 / _fastest(platform, lambda: F.conv2d(maps, weight, padding=1)),
+        }
+
+
+def _fastest(platform: Platform, work: Callable[[], Tensor], repeat: int = 5) -> float:
+    taken = []
+    for _ in range(repeat + 1):
+        platform.synchronize()
+        begin = time.perf_counter()
+        work()
+        platform.synchronize()
+        taken.append(time.perf_counter() - begin)
+    return min(taken[1:])
+
+
+def markdown(profiles: Sequence[Profile]) -> str:
+    """All profiles, to be pasted."""
+    from halovae.bench.report import markdown_table
+
+    lines = ["# Where the time of rank 0 goes, in the first two latent frames", ""]
+    for one in profiles:
+        lines += [f"## {one.label}", "", *markdown_table(COLUMNS, one.cells()), ""]
+        lines += [*(f"- {said}" for said in one.conclusions()), ""]
+    return "\n".join(lines)

@@ -1,0 +1,247 @@
+"""Convolutions with fewer multiplications: Winograd's minimal filtering, in fp32, on the CPU.
+
+A convolution of 3 x 3 in space computes 4 x 4 results from 36 products of transformed inputs and weights where the
+direct way takes 144 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). Along one dim, with
+the weights g and the inputs d of a tile, the results are `merge @ ((taps @ g) * (spread @ d))`.
+
+The points of the polynomials, 0, +-3/4, +-3/2 and infinity, keep rounding errors near those of the direct way
+(Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2018).
+Products of one transformed cell are summed over channels and past frames by matrix multiplications.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+import halovae.kernels as eager
+from halovae.kernels import Kernels, Matrix, compiled
+from halovae.tile import Context
+
+# Rows of the matrices that are multiplied, for each thread: fewer keep a CPU's units waiting, more leave its caches.
+ROWS = 256
+# Transformed weights at a time, in elements.
+WEIGHTS = 16 * 2**20
+# Fewer cells than this do not pay for transforming the weights; fewer channels not for transforming the cells.
+CELLS, CHANNELS = 512, 64
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the results of one tile along one dim are made.
+
+    Attributes:
+        spread: `[products, inputs of a tile]`.
+        taps: `[products, 3]`, for the weights.
+        merge: `[results of a tile, products]`.
+        step: input cells from tile to tile.
+    """
+
+    spread: Matrix
+    taps: Matrix
+    merge: Matrix
+    step: int
+
+    @property
+    def products(self) -> int:
+        return len(self.spread)
+
+    @property
+    def results(self) -> int:
+        return len(self.merge)
+
+
+def _toom_cook(points: Sequence[float], results: int) -> Scheme:
+    """The scheme of `results` results of a filter of 3, by these points and the one at infinity."""
+    count = len(points) + 1
+    powers = torch.tensor([[point**power for power in range(count)] for point in points], dtype=torch.float64)
+    powers = torch.cat([powers, torch.eye(count, dtype=torch.float64)[-1:]])
+    infinite = torch.zeros(count, dtype=torch.float64)
+    infinite[-1] = 1
+    spread = torch.linalg.inv(powers).T
+    taps, merge = powers[:, :3].clone(), powers[:, :results].T.clone()
+    taps[-1], merge[:, -1] = torch.eye(3, dtype=torch.float64)[-1], torch.eye(results, dtype=torch.float64)[-1]
+    largest = spread.abs().amax(1, keepdim=True)  # moved to the weights, so that the inputs keep their magnitude
+    spread[spread.abs() < 1e-12] = 0
+    return Scheme((spread / largest).tolist(), (taps * largest).tolist(), merge.tolist(), results)
+
+
+PLAIN = _toom_cook((0, 0.75, -0.75, 1.5, -1.5), 4)
+# Nearest upsampling by two, then the convolution: of two adjoining cells and their copies only three products differ.
+UPSAMPLING = Scheme(
+    spread=((1, -1, 0), (0, 1, 0), (0, 1, -1)),
+    taps=((1, 0, 0), (1, 1, 1), (0, 0, 1)),
+    merge=((1, 1, 0), (0, 1, -1)),
+    step=1,
+)
+SCHEMES = {"plain": PLAIN, "upsampling": UPSAMPLING}
+
+
+def pays(maps: Tensor, weight: Tensor, cells: int) -> bool:
+    """Whether this way is the faster one for `cells` cells of maps like this and weights `[O, C, ...]`.
+
+    Measured by benchmarks/decode.py. A CPU that multiplies bf16 does so at twice the speed of fp32, so that only many
+    channels pay; with AMX at many times that, and none do.
+    """
+    if maps.device.type != "cpu" or maps.dtype == torch.float64:
+        return False
+    half = maps.dtype != torch.float32
+    if half and torch.cpu._is_amx_tile_supported():
+        return False
+    return min(weight.shape[:2]) >= CHANNELS * (1 + half) and cells >= CELLS
+
+
+def convolve(
+    scheme: Scheme, window: Tensor, weight: Tensor, bias: Tensor, out: Tensor, context: Context, *, add: bool = False
+) -> None:
+    """Convolve a window, without padding, into `out`.
+
+    Args:
+        scheme: `PLAIN`, or `UPSAMPLING` for a window that is to be upsampled first.
+        window: `[B, C, T + taps - 1, H, W]`, channels last.
+        weight: `[O, C, taps, 3, 3]`.
+        bias: `[O]`.
+        out: `[B, O, T, H', W']`, channels last, with a whole number of tiles in rows and cols.
+        context: whose scratch memory and kernels are used.
+        add: add to what `out` holds.
+    """
+    name = next(name for name, one in SCHEMES.items() if one is scheme)
+    plan = _Plan.of(scheme, window, weight, out)
+    scratch = context.cache.scratch(plan.scratch, window.device)
+    for item, result in zip(window.unbind(0), out.unbind(0), strict=True):
+        torch.ops.halovae.convolve(
+            item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, name, add, context.compiled
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a convolution is cut: `block` output channels after the other, and within, bands of `band` tile rows."""
+
+    block: int
+    band: int
+    weights: int  # elements of a block's transformed weights
+    cells: int  # of what is spread over a band, or merged from it
+    products: int  # of the products of a band
+
+    @classmethod
+    def of(cls, scheme: Scheme, window: Tensor, weight: Tensor, out: Tensor) -> _Plan:
+        """For `window` and `out` as `convolve` has them."""
+        count = scheme.products**2
+        channels, inputs, width = window.shape[1], window.shape[2], window.shape[4]
+        frames, tile_rows, tile_cols = out.shape[2], out.shape[3] // scheme.results, out.shape[4] // scheme.results
+        taps = weight.shape[2]
+        block = min(weight.shape[0], max(32, WEIGHTS // (count * taps * channels)))
+        band = min(tile_rows, max(1, math.ceil(ROWS * torch.get_num_threads() / (frames * tile_cols))))
+        tiles = band * tile_cols
+        return cls(
+            block=block,
+            band=band,
+            weights=count * taps * block * channels,
+            cells=max(count * inputs * tiles * channels, scheme.products * frames * tiles * scheme.results * block),
+            products=max(
+                count * frames * tiles * block,
+                scheme.products * inputs * band * width * channels,
+                scheme.products * 3 * taps * block * channels,
+            ),
+        )
+
+    @property
+    def scratch(self) -> int:
+        return self.weights + self.cells + self.products
+
+
+def _convolve(
+    window: Tensor, weight: Tensor, bias: Tensor, out: Tensor, scratch: Tensor, scheme: str, add: bool,
+    use_compiled: bool,
+) -> None:  # fmt: skip
+    """One item: `window` is `[T + taps - 1, H, W, C]` and `out` `[T, H', W', O]`."""
+    how, kernels = SCHEMES[scheme], compiled() if use_compiled else eager
+    plan = _Plan.of(how, window.movedim(-1, 0).unsqueeze(0), weight, out.movedim(-1, 0).unsqueeze(0))
+    tile_rows = out.shape[1] // how.results
+    weights, cells, products = scratch.split([plan.weights, plan.cells, plan.products])
+    for first in range(0, len(weight), plan.block):
+        block = slice(first, min(first + plan.block, len(weight)))
+        transformed = _transformed(weight[block], how, kernels, weights, products)
+        for row in range(0, tile_rows, plan.band):
+            rows = min(plan.band, tile_rows - row)
+            start = row * how.step
+            band = window[:, start : start + (rows - 1) * how.step + len(how.spread[0])]
+            spread = _spread(band, rows, how, kernels, products, cells)
+            multiplied = _multiplied(spread, transformed, products)
+            result = out[:, row * how.results : (row + rows) * how.results, :, block]
+            _merge(multiplied, rows, how, kernels, cells, bias[block], result, add)
+
+
+def _transformed(weight: Tensor, how: Scheme, kernels: Kernels, memory: Tensor, other: Tensor) -> Tensor:
+    """Weights `[O, C, taps, 3, 3]` as `[products, taps, O, C]` in fp32, by way of `other`."""
+    outputs, channels, taps = weight.shape[:3]
+    rows = weight.permute(0, 2, 3, 4, 1).reshape(outputs * taps, 3, 3 * channels)
+    halfway = _carved(other, (how.products, len(rows), 1, 3 * channels))
+    kernels.spread(rows, how.taps, 1, halfway)
+    out = _carved(memory, (how.products, how.products * len(rows), 1, channels))
+    kernels.spread(halfway.view(-1, 3, channels), how.taps, 1, out)
+    return out.view(how.products**2, outputs, taps, channels).transpose(1, 2)
+
+
+def _spread(band: Tensor, rows: int, how: Scheme, kernels: Kernels, memory: Tensor, target: Tensor) -> Tensor:
+    """`[T, L, W, C]` as `[products, T, tiles, C]`, by way of `memory`."""
+    frames, _, width, channels = band.shape
+    cols = (width - len(how.spread[0])) // how.step + 1
+    halfway = _carved(memory, (how.products, frames, rows, width * channels))
+    kernels.spread(band.flatten(2), how.spread, how.step, halfway)
+    out = _carved(target, (how.products, how.products * frames * rows, cols, channels))
+    kernels.spread(halfway.view(-1, width, channels), how.spread, how.step, out)
+    return out.view(how.products**2, frames, rows * cols, channels)
+
+
+def _multiplied(cells: Tensor, weights: Tensor, memory: Tensor) -> Tensor:
+    """`[products, T + taps - 1, tiles, C]` times `[products, taps, O, C]`, as `[products, T, tiles, O]`."""
+    count, inputs, tiles, channels = cells.shape
+    taps, outputs = weights.shape[1:3]
+    out = _carved(memory, (count, inputs - taps + 1, tiles, outputs))
+    for cell, weight, product in zip(cells, weights, out.view(count, -1, outputs), strict=True):
+        for tap in range(taps):
+            past = cell[tap : tap + out.shape[1]].view(-1, channels)
+            torch.addmm(product, past, weight[tap].T, beta=int(tap > 0), out=product)
+    return out
+
+
+def _merge(
+    products: Tensor, rows: int, how: Scheme, kernels: Kernels, memory: Tensor, bias: Tensor, out: Tensor, add: bool
+) -> None:
+    """`[products, T, tiles, O]` into `[T, H', W', O]`, by way of `memory`."""
+    frames, width, channels = out.shape[0], out.shape[2], out.shape[3]
+    halfway = _carved(memory, (how.products, frames, rows, width, channels))
+    kernels.merge(products.view(how.products, -1, channels), how.merge, halfway.view(-1, how.results, channels))
+    kernels.merge_into(halfway, how.merge, bias, out.unflatten(1, (rows, how.results)), add)
+
+
+def _carved(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    return memory[: math.prod(shape)].view(*shape)
+
+
+# An operator of its own, so that those who watch operators (the memory and FLOP counters) see one and not hundreds.
+# `torch.library.custom_op` would import the compiler at the first call.
+_library = torch.library.Library("halovae", "DEF")
+_library.define(
+    "convolve(Tensor window, Tensor weight, Tensor bias, Tensor(a!) out, Tensor(b!) scratch, str scheme, bool add, "
+    "bool use_compiled) -> ()"
+)
+_library.impl("convolve", _convolve, "CPU")
+_library.impl("convolve", lambda *_: None, "Meta")  # writes into what it is given: nothing to make up
+
+
+@register_flop_formula(torch.ops.halovae.convolve)
+def _flops(
+    window: Sequence[int], weight: Sequence[int], bias: Sequence[int], out: Sequence[int], scratch: Sequence[int],
+    scheme: str, *_: object, **__: object,
+) -> int:  # fmt: skip
+    how = SCHEMES[scheme]
+    tiles = out[1] // how.results * (out[2] // how.results)
+    return 2 * how.products**2 * out[0] * tiles * math.prod(weight[:3])

@@ -23,8 +23,9 @@ def latents(family: str, frames: int = 3, height: int = 7, width: int = 6, batch
     return torch.randn(batch, channels, frames, height, width, generator=generator)
 
 
-@torch.inference_mode()
 def reference(family: str, z: Tensor) -> Tensor:
     """Diffusers' own untiled decode."""
-    frames: Tensor = vae(family).decode(z).sample
+    model = vae(family)  # not in inference mode: it is kept
+    with torch.inference_mode():
+        frames: Tensor = model.decode(z).sample
     return frames

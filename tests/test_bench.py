@@ -1,5 +1,6 @@
 """`halovae bench` and `halovae validate`, their figures, and what they do when memory runs out."""
 
+import gzip
 import json
 import os
 import resource
@@ -62,10 +63,16 @@ def test_bench_writes_a_table_json_and_plots_and_keeps_those_of_an_earlier_run(f
     for name in ("results-time.png", "results-memory.png"):
         assert (tmp_path / name).stat().st_size > 1000
     before = (tmp_path / "results.json").read_bytes()
-    again = halovae(*command, "--modes", "single", "--num-gpus", "1", "--batch", "1,2")
+    again = halovae(*command, "--modes", "single", "--num-gpus", "1", "--batch", "1,2", "--profile")
     assert again.exit_code == 0, again.output
     assert (tmp_path / "results.json").read_bytes() == before
     assert [row["batch"] for row in json.loads((tmp_path / "results-2.json").read_text())["rows"]] == [1, 2]
+    profile = (tmp_path / "results-profile" / "profile.md").read_text()
+    for name in ("convolution", "norm", "copies", "exchange", "gather", "conversion"):
+        assert f"| {name} | " in profile
+    assert "of a matrix multiplication's" in again.output
+    with gzip.open(tmp_path / "results-profile" / "trace-single-1.json.gz") as trace:
+        assert any(event.get("name") == "halovae/convolution" for event in json.load(trace)["traceEvents"])
 
 
 @pytest.mark.parametrize(

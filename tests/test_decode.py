@@ -35,6 +35,12 @@ def test_one_rank_equals_diffusers(family: str, chunk: Chunk) -> None:
     assert off(decoded(family, z, chunk=chunk), reference(family, z)) <= BOUND
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 200), (3, 61), (45, 2)])
+def test_shapes_that_no_tile_fits_into(height: int, width: int) -> None:
+    z = latents("wan2.1", frames=2, height=height, width=width)
+    assert off(decoded("wan2.1", z), reference("wan2.1", z)) <= BOUND
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_image_is_one_frame(family: str) -> None:
     z = latents(family, frames=1)

@@ -21,7 +21,7 @@ FULL = torch.arange(2 * 3 * 2 * 9 * 11, dtype=torch.float32).view(2, 3, 2, 9, 11
 
 def context_of(grid: Grid, depth: int) -> tuple[Context, Mesh]:
     mesh = mesh_for(grid, CPU)
-    return Context(mesh, Cache(), True, grid.shards(2, 9, 11), {"": depth}, depth=depth), mesh
+    return Context(mesh, Cache(), True, False, grid.shards(2, 9, 11), {"": depth}, depth=depth), mesh
 
 
 def refresh_differs(grid: Grid, depth: int) -> float:

@@ -1,5 +1,6 @@
 """What a decode says it took: on one rank, on two, and on the command line."""
 
+import gc
 import io
 import json
 from collections.abc import Callable
@@ -93,6 +94,7 @@ def test_live_bytes_are_those_of_the_tensors_that_live() -> None:
 
 
 def test_a_meter_sees_what_is_taken_and_given_back() -> None:
+    gc.collect()  # else what earlier tests left goes in the meantime
     meter = MemoryMeter(Platform(torch.device("cpu")))
     with meter.counting():
         taken = torch.ones(64 * 2**18)  # 64 MiB

@@ -19,10 +19,7 @@ from halovae import winograd
 from halovae.geometry import Halo
 from halovae.kernels import compiled
 from halovae.parts import part
-from halovae.tile import Context, Tile, inside
-
-# How many past frames a causal convolution of three taps sees.
-PAST = 2
+from halovae.tile import PAST, Context, Tile, inside
 
 
 class RMSNorm(nn.Module):
@@ -65,15 +62,17 @@ class CausalConv3d(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels))
 
     def window(self, tile: Tile, context: Context, norm: RMSNorm | None = None) -> Tile:
-        """`tile`, or `silu(norm(tile))`, behind its past two frames (zeros for the first), with at least one ghost row
-        and col on each side: the neighbours', or zeros where the picture ends.
+        """`tile`, or `silu(norm(tile))`, behind its past two frames (the first one has none), with at least one ghost
+        row and col on each side: the neighbours', or zeros where the picture ends.
         """
         usable, missing = context.usable(tile)
         edges = context.edges()
-        data = context.empty(usable.data, missing.plus(edges), past=PAST)
-        with part("copies"):
-            data[:, :, :PAST] = 0 if context.first else context.cache.frames[self]
-        present = data[:, :, PAST:]
+        past = 0 if context.first else PAST
+        data = context.empty(usable.data, missing.plus(edges), past=past)
+        if not context.first:
+            with part("copies"):
+                data[:, :, :PAST] = context.cache.frames[self]
+        present = data[:, :, past:]
         bottom, right = present.shape[-2] - edges.bottom, present.shape[-1] - edges.right
         for border in (
             present[..., : edges.top, :], present[..., bottom:, :], present[..., : edges.left], present[..., right:],
@@ -87,7 +86,8 @@ class CausalConv3d(nn.Module):
         else:
             norm.silu_into(own, usable.data, context)
         context.mesh.refresh(picture, missing)
-        context.cache.keep(self, data[:, :, -PAST:])
+        if not context.last:
+            context.cache.keep(self, data)
         return Tile(data, usable.halo.plus(missing).plus(edges), tile.scale)
 
     def forward(self, window: Tile, context: Context, onto: Tile | None = None) -> Tile:
@@ -103,7 +103,7 @@ class CausalConv3d(nn.Module):
         weight: Tensor = self.weight
         if context.first:
             # Nothing lies in the past: of the three temporal taps only the last one meets data.
-            data, weight = data[:, :, -1:], weight[:, :, -1:]
+            weight = weight[:, :, -1:]
         with part("convolution"):
             data = _convolved(data, weight, self.bias, context, None if onto is None else onto.data)
         return Tile(data, halo, window.scale)
@@ -112,12 +112,12 @@ class CausalConv3d(nn.Module):
 def _convolved(window: Tensor, weight: Tensor, bias: Tensor, context: Context, onto: Tensor | None) -> Tensor:
     """`window` convolved in time and space without padding; added to `onto` if there is one."""
     frames, rows, cols = (extent - taps + 1 for extent, taps in zip(window.shape[2:], weight.shape[2:], strict=True))
-    if not winograd.pays(window, weight, frames * rows * cols):
+    # Whole tiles, then what is left below and beside them.
+    down, across = (extent - extent % winograd.PLAIN.results for extent in (rows, cols))
+    if not (down and across and winograd.pays(window, weight, frames * rows * cols)):
         data = _direct(window, weight, bias, context)
         return data if onto is None else onto.add_(data)
     out = context.empty(window, shape=(len(weight), frames, rows, cols)) if onto is None else onto
-    # Whole tiles, then what is left below and beside them.
-    down, across = (extent - extent % winograd.PLAIN.results for extent in (rows, cols))
     winograd.convolve(
         winograd.PLAIN, window[..., : down + 2, : across + 2], weight, bias, out[..., :down, :across], context,
         add=onto is not None,
@@ -238,12 +238,13 @@ class CausalTimeConv(nn.Module):
     def forward(self, x: Tensor, context: Context) -> list[Tensor]:
         """`[B, C, T, H, W]` to 2T frames `[B, C, H, W]`; the very first frame is not doubled, and leaves no past."""
         if context.first:
-            context.cache.keep(self, x.new_zeros(()).expand(*x.shape[:2], PAST, *x.shape[3:]))
+            if not context.last:
+                context.cache.keep(self, x[:, :, :0])
             return list(x.unbind(2))
+        cells = torch.cat([context.cache.frames[self].movedim(1, -1), x.movedim(1, -1)], dim=1)
+        if not context.last:
+            context.cache.keep(self, cells.movedim(-1, 1))
         frames = x.shape[2]
-        x = torch.cat([context.cache.frames[self], x], dim=2)
-        context.cache.keep(self, x[:, :, -PAST:])
-        cells = x.movedim(1, -1)
         taps = torch.cat([cells[:, tap : tap + frames] for tap in range(PAST + 1)], dim=-1).movedim(-1, 1)
         doubled = _pointwise(taps, self.weight.transpose(1, 2).flatten(1), self.bias)
         return [half for frame in doubled.unbind(2) for half in frame.chunk(2, dim=1)]

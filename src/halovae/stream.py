@@ -107,7 +107,7 @@ class FrameStream(Iterator[Tensor | None]):
         cache, start = Cache(), 0
         while start < length:
             stop = 1 if start == 0 else length if request.chunk == "all" else min(start + request.chunk, length)
-            context = Context(mesh, cache, start == 0, shards, request.depths, request.compiled)
+            context = Context(mesh, cache, start == 0, stop == length, shards, request.depths, request.compiled)
             with mesh.in_use(self._traffic), memory.counting(), self._clock.running():
                 own = _converted(model(self._tile(start, stop, shards[mesh.rank], context), context), request.dtype)
                 frames = self._gathered(own, pictures)

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from halovae.geometry import Halo, Shard
 from halovae.mesh import Mesh
 from halovae.parts import part
+from halovae.platform import Platform
 
 NO_HALO = Halo()
+# How many past frames a causal convolution of three taps sees.
+PAST = 2
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,23 @@ class Cache:
     _scratch: Tensor | None = None
 
     def keep(self, layer: nn.Module, recent: Tensor) -> None:
-        """Remember `recent`, copied: `[B, C, 2, H, W]` with whatever halo it has."""
+        """Remember the last two of `recent` `[B, C, T, H, W]`, copied, with whatever halo they have.
+
+        Before the very first frame there were zeros.
+        """
         with part("copies"):
-            if layer in self.frames:
-                self.frames[layer].copy_(recent)
-            else:
-                self.frames[layer] = recent.clone()
+            recent = recent[:, :, -PAST:]
+            if layer not in self.frames:
+                batch, channels, _, height, width = recent.shape
+                self.frames[layer] = torch.empty(
+                    (batch, channels, PAST, height, width),
+                    dtype=recent.dtype,
+                    device=recent.device,
+                    memory_format=Platform(recent.device).layout(),
+                )
+            kept = self.frames[layer]
+            kept[:, :, : PAST - recent.shape[2]] = 0
+            kept[:, :, PAST - recent.shape[2] :] = recent
 
     def scratch(self, count: int, device: torch.device) -> Tensor:
         """`count` fp32 elements that hold nothing, the same memory each time."""
@@ -81,6 +95,7 @@ class Context:
         mesh: the lines to the other ranks.
         cache: the feature caches of this decode.
         first: whether this is the chunk of the first latent frame, which has no past.
+        last: whether no other chunk follows, for which anything would have to be kept.
         shards: every rank's shard of the latent.
         depths: halo depth of each block by its name, the default under "".
         compiled: whether the passes over memory are compiled ones.
@@ -90,6 +105,7 @@ class Context:
     mesh: Mesh
     cache: Cache
     first: bool
+    last: bool
     shards: tuple[Shard, ...]
     depths: dict[str, int]
     compiled: bool = False

@@ -27,8 +27,9 @@ from halovae.tile import Context
 ROWS = 256
 # Transformed weights at a time, in elements.
 WEIGHTS = 16 * 2**20
-# Fewer cells than this do not pay for transforming the weights; fewer channels not for transforming the cells.
-CELLS, CHANNELS = 512, 64
+# Fewer cells than this do not pay for transforming the weights; fewer channels not for transforming the cells. In half
+# precision the direct way is faster (bf16 at twice the speed of fp32), so that more channels are needed.
+CELLS, CHANNELS, HALF_CHANNELS = 512, 16, 128
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,17 @@ SCHEMES = {"plain": PLAIN, "upsampling": UPSAMPLING}
 def pays(maps: Tensor, weight: Tensor, cells: int) -> bool:
     """Whether this way is the faster one for `cells` cells of maps like this and weights `[O, C, ...]`.
 
-    Measured by benchmarks/decode.py. A CPU that multiplies bf16 does so at twice the speed of fp32, so that only many
-    channels pay; with AMX at many times that, and none do.
+    Measured by benchmarks/decode.py. Where a CPU has AMX, nothing is faster than its own half precision.
     """
     if maps.device.type != "cpu" or maps.dtype == torch.float64:
         return False
-    half = maps.dtype != torch.float32
-    if half and torch.cpu._is_amx_tile_supported():
+    if maps.dtype == torch.float32:
+        least = CHANNELS
+    elif torch.cpu._is_amx_tile_supported():
         return False
-    return min(weight.shape[:2]) >= CHANNELS * (1 + half) and cells >= CELLS
+    else:
+        least = HALF_CHANNELS
+    return min(weight.shape[:2]) >= least and cells >= CELLS
 
 
 def convolve(

@@ -54,8 +54,10 @@ def from_module(vae: nn.Module) -> WanDecoder:
     config = config_of({**getattr(vae, "config", {}), "_class_name": name}, f"module {name}")
     state = vae.state_dict(keep_vars=True)
     state = {key: state[key] for key in state if not key.startswith(_ENCODER)}
-    for parameter in state.values():
-        parameter.data = parameter.data.contiguous(memory_format=Platform(parameter.device).layout(parameter.ndim))
+    with torch.inference_mode(False), torch.no_grad():  # parameters stay ones that can be trained
+        for parameter in state.values():
+            layout = Platform(parameter.device).layout(parameter.ndim)
+            parameter.data = parameter.data.contiguous(memory_format=layout)
     return _filled(config, state, name)
 
 

@@ -68,7 +68,8 @@ def estimate(
         starts = [0, *range(1, walked, chunk)]
         for start in starts:
             frames = 1 if start == 0 else min(chunk, walked - start)
-            context = Context(mesh, cache, start == 0, shards, {"": halo_depth})
+            last = start + frames == length
+            context = Context(mesh, cache, start == 0, last, shards, {"": halo_depth})
             halo = context.block("conv_in").widest(1)
             shard = shards[rank]
             rows, cols = (shard.rows.grown(halo.top, halo.bottom), shard.cols.grown(halo.left, halo.right))

@@ -83,12 +83,15 @@ UPSAMPLING = Scheme(
 SCHEMES = {"plain": PLAIN, "upsampling": UPSAMPLING}
 
 
-def pays(maps: Tensor, weight: Tensor, cells: int) -> bool:
+def pays(maps: Tensor, weight: Tensor, cells: int, use_compiled: bool) -> bool:
     """Whether this way is the faster one for `cells` cells of maps like this and weights `[O, C, ...]`.
 
-    Measured by benchmarks/decode.py. Where a CPU has AMX, nothing is faster than its own half precision.
+    Measured by benchmarks/decode.py and benchmarks/steps.py. Where a CPU has AMX, nothing is faster than its own half
+    precision. With one temporal tap there is too little to multiply for what eager passes over memory take.
     """
     if maps.device.type != "cpu" or maps.dtype == torch.float64:
+        return False
+    if not use_compiled and math.prod(weight.shape[2:]) == 9:
         return False
     if maps.dtype == torch.float32:
         least = CHANNELS

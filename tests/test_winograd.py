@@ -125,6 +125,18 @@ def test_compiled_kernels_do_what_eager_ones_do() -> None:
     assert (results[0] - results[1]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("shape", "chunk", "said"),
+    [((1, 16, 3, 8), 1, "expected 5"), ((1, 4, 3, 8, 8), 1, "4 channels"), ((1, 16, 3, 8, 8), -1, "chunk=-1")],
+)
+def test_warming_up_refuses_what_cannot_be_decoded(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], chunk: int, said: str
+) -> None:
+    monkeypatch.setattr(kernels, "works", lambda _: False)
+    with pytest.raises(ValueError, match=said):
+        halovae.load(vae("wan2.1")).warmup(shape, chunk=chunk)
+
+
 def test_without_a_compiler_warming_up_says_so_and_decodes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def norm_silu(self, *_: object) -> None:

@@ -7,9 +7,9 @@ Eager PyTorch runs them anywhere; `torch.compile` fuses each into one loop. All 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,29 +53,27 @@ def _combined(rows: Matrix, parts: Sequence[Tensor]) -> list[Tensor]:
     return sums
 
 
-class Kernels(Protocol):
+@dataclass(frozen=True)
+class Kernels:
     """The functions of this module, eager or compiled."""
 
-    norm_silu: Any
-    spread: Any
-    merge: Any
-    merge_into: Any
+    norm_silu: Callable[..., None]
+    spread: Callable[..., None]
+    merge: Callable[..., None]
+    merge_into: Callable[..., None]
 
 
-class _Compiled:
-    def __init__(self) -> None:
-        import torch._dynamo  # takes seconds, and only those who compile need it
-
-        # Each scheme and dtype, images and video: more kinds of tensors than the 8 that torch takes for a mistake.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for kernel in (norm_silu, spread, merge, merge_into):
-            setattr(self, kernel.__name__, torch.compile(kernel, dynamic=True))
+EAGER = Kernels(norm_silu, spread, merge, merge_into)
 
 
 @cache
 def compiled() -> Kernels:
     """The kernels as `torch.compile` makes them, when each meets its first tensors; it keeps them between processes."""
-    return _Compiled()  # type: ignore[return-value]
+    import torch._dynamo  # takes seconds, and only those who compile need it
+
+    # Each scheme and dtype, images and video: more kinds of tensors than the 8 that torch takes for a mistake.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return Kernels(*(torch.compile(kernel, dynamic=True) for kernel in (norm_silu, spread, merge, merge_into)))
 
 
 def works(device: torch.device) -> bool:

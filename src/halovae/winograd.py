@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-import halovae.kernels as eager
-from halovae.kernels import Kernels, Matrix, compiled
+from halovae.kernels import EAGER, Kernels, Matrix, compiled
 from halovae.tile import Context
 
 # Rows of the matrices that are multiplied, for each thread: fewer keep a CPU's units waiting, more leave its caches.
@@ -167,7 +166,7 @@ def _convolve(
     use_compiled: bool,
 ) -> None:  # fmt: skip
     """One item: `window` is `[T + taps - 1, H, W, C]` and `out` `[T, H', W', O]`."""
-    how, kernels = SCHEMES[scheme], compiled() if use_compiled else eager
+    how, kernels = SCHEMES[scheme], compiled() if use_compiled else EAGER
     plan = _Plan.of(how, window.movedim(-1, 0).unsqueeze(0), weight, out.movedim(-1, 0).unsqueeze(0))
     tile_rows = out.shape[1] // how.results
     weights, cells, products = scratch.split([plan.weights, plan.cells, plan.products])

@@ -45,7 +45,8 @@ class Profile:
 
     def conclusions(self) -> list[str]:
         """The rate in convolutions, and of all, against the peaks."""
-        rates = {"the decode": self.flops / self.seconds, "convolutions": self.flops / self.parts["convolution"]}
+        times = {"the decode": self.seconds, "convolutions": self.parts["convolution"]}
+        rates = {subject: self.flops / seconds for subject, seconds in times.items() if seconds}
         against = [
             f"{subject}: {rate / 1e9:,.1f} GFLOP/s, "
             + ", ".join(f"{rate / peak:.0%} of a {name}'s {peak / 1e9:,.1f}" for name, peak in self.peaks.items())

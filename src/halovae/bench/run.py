@@ -169,6 +169,7 @@ def run(
                     latents = latents_of(config, size, benchmark.frames, batch)
                     rows += _measured(benchmark, contestants, latents, size, say, step)
             if traces is not None:
+                traces.mkdir()
                 latents = latents_of(config, benchmark.sizes[0], benchmark.frames, benchmark.batches[0])
                 for contestant in (one for one in contestants if one.kind == "halovae"):
                     say(f"profiling {contestant.name}, {contestant.ranks} rank(s)")

@@ -88,8 +88,6 @@ def bench(
         )
         paths = free_names(output, "results.json", "results.md", "results-time.png", "results-memory.png")
         traces = free_names(output, "results-profile")[0] if profile else None
-        if traces is not None:
-            traces.mkdir()
         with progress(benchmark.steps) as (say, step):
             rows, profiles, about = run(benchmark, say, step, traces)
         weights = "random weights, " if about["random_weights"] else ""

@@ -44,8 +44,8 @@ def config_of(config: Mapping[str, Any], source: str) -> WanConfig:
 def from_module(vae: nn.Module) -> WanDecoder:
     """Build a decoder over a live diffusers VAE.
 
-    The parameters are the same objects. Those of convolutions are laid out anew in memory, one after the other, which
-    changes neither their values nor what diffusers makes of them.
+    The parameters are the same objects. Those of convolutions are laid out anew in memory, one after the other: their
+    values stay, and what diffusers makes of them changes by rounding at most.
 
     Raises:
         CheckpointError: the module's class is not supported.

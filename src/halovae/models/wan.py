@@ -168,7 +168,9 @@ class Decoder3d(nn.Module):
             within = context.block(f"up{level}")
             if block.shortcut is not None:
                 tile = within.refreshed(tile)
-                start = replace(tile, data=tile.data.clone())  # the first residual block may add to its input
+                start = tile
+                if block.resnets[0].conv_shortcut is None:  # adds to its input
+                    start = replace(tile, data=tile.data.clone())
             for layer in block.layers():
                 tile = layer(tile, within)
             if block.shortcut is not None:

@@ -73,11 +73,7 @@ class CausalConv3d(nn.Module):
             with part("copies"):
                 data[:, :, :PAST] = context.cache.frames[self]
         present = data[:, :, past:]
-        bottom, right = present.shape[-2] - edges.bottom, present.shape[-1] - edges.right
-        for border in (
-            present[..., : edges.top, :], present[..., bottom:, :], present[..., : edges.left], present[..., right:],
-        ):  # fmt: skip
-            border.zero_()
+        _clear(present, edges)
         picture = inside(present, edges)
         own = inside(picture, missing)
         if norm is None:
@@ -107,6 +103,13 @@ class CausalConv3d(nn.Module):
         with part("convolution"):
             data = _convolved(data, weight, self.bias, context, None if onto is None else onto.data)
         return Tile(data, halo, window.scale)
+
+
+def _clear(data: Tensor, ring: Halo) -> None:
+    """Set the outermost rows and cols of `data` to zero."""
+    bottom, right = data.shape[-2] - ring.bottom, data.shape[-1] - ring.right
+    for border in (data[..., : ring.top, :], data[..., bottom:, :], data[..., : ring.left], data[..., right:]):
+        border.zero_()
 
 
 def _convolved(window: Tensor, weight: Tensor, bias: Tensor, context: Context, onto: Tensor | None) -> Tensor:
@@ -268,10 +271,12 @@ class Upsample(nn.Module):
         channels, height, width = frames[0].shape[1:]
         out = context.empty(tile.data, shape=(len(self.weight), len(frames), 2 * height, 2 * width))
         if winograd.pays(out, self.weight, len(frames) * height * width, context.compiled):
-            ringed = context.empty(tile.data, shape=(channels, len(frames), height + 2, width + 2))
+            ring = Halo(1, 1, 1, 1)
+            ringed = context.empty(tile.data, ring, shape=(channels, len(frames), height, width))
             with part("copies"):
-                for target, frame in zip(ringed.unbind(2), frames, strict=True):
-                    target.copy_(F.pad(frame, (1, 1, 1, 1)))
+                _clear(ringed, ring)
+                for target, frame in zip(inside(ringed, ring).unbind(2), frames, strict=True):
+                    target.copy_(frame)
             with part("convolution"):
                 winograd.convolve(winograd.UPSAMPLING, ringed, self.weight.unsqueeze(2), self.bias, out, context)
         else:

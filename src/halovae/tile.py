@@ -11,6 +11,7 @@ from halovae.geometry import Halo, Shard
 from halovae.mesh import Mesh
 from halovae.parts import part
 from halovae.platform import Platform
+from halovae.pool import Pool
 
 NO_HALO = Halo()
 # How many past frames a causal convolution of three taps sees.
@@ -55,9 +56,11 @@ class Cache:
 
     Attributes:
         frames: the last two input frames of each causal convolution, ghost rows included.
+        pool: where its maps lie, on the CPU.
     """
 
     frames: dict[nn.Module, Tensor] = field(default_factory=dict)
+    pool: Pool = field(default_factory=Pool)
     _scratch: Tensor | None = None
 
     def keep(self, layer: nn.Module, recent: Tensor) -> None:
@@ -158,12 +161,12 @@ class Context:
         It has `ring` more rows and cols, and `past` more frames.
         """
         channels, frames, height, width = shape or like.shape[1:]
-        return torch.empty(
-            (len(like), channels, past + frames, ring.top + height + ring.bottom, ring.left + width + ring.right),
-            dtype=like.dtype,
-            device=like.device,
-            memory_format=self.mesh.platform.layout(),
-        )
+        rows, cols = ring.top + height + ring.bottom, ring.left + width + ring.right
+        extents = (len(like), channels, past + frames, rows, cols)
+        platform = self.mesh.platform
+        if platform.kind == "cpu":
+            return self.cache.pool.empty(extents, like.dtype)
+        return torch.empty(extents, dtype=like.dtype, device=like.device, memory_format=platform.layout())
 
     def gathered_tokens(self, own: Tensor, scale: int) -> Tensor:
         """The tokens `[N, tokens, C]` of all ranks that share this rank's latents, in their order."""

@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,10 +21,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from halovae import load, winograd
+from halovae import Grid, load, winograd
 from halovae.bench.measure import Contestant, Model
 from halovae.bench.models import FAMILIES, random_vae
 from halovae.bench.ranks import Ranks
+from halovae.kernels import EAGER, compiled
+from halovae.tile import Context
 
 CASES = (("wan2.1", "1x16x2x32x32"), ("qwen-image", "1x16x1x32x32"))
 _held: dict[str, Any] = {}
@@ -40,14 +43,14 @@ def never(*_: object) -> bool:
     return False
 
 
-def always(maps: torch.Tensor, weight: torch.Tensor, cells: int, _: bool) -> bool:
+def always(weight: torch.Tensor, cells: int, context: Context) -> bool:
     """Winograd also where only compiled passes make it pay."""
-    return _pays(maps, weight, cells, True)
+    return _pays(weight, cells, replace(context, kernels=compiled()))
 
 
-def not_upsampling(maps: torch.Tensor, weight: torch.Tensor, cells: int, _: bool) -> bool:
+def not_upsampling(weight: torch.Tensor, cells: int, context: Context) -> bool:
     """Winograd where there is nothing to upsample: those weights are of five dims."""
-    return weight.ndim == 5 and _pays(maps, weight, cells, True)
+    return weight.ndim == 5 and always(weight, cells, context)
 
 
 STEPS: dict[str, tuple[Callable[..., bool], bool]] = {
@@ -60,13 +63,13 @@ STEPS: dict[str, tuple[Callable[..., bool], bool]] = {
 
 def decode(latents: torch.Tensor, step: str) -> float:
     """Seconds of one decode with this step and those before it."""
-    winograd.pays, compiled = STEPS[step]
+    winograd.pays, use_compiled = STEPS[step]
     decoder = _held["decoder"]
-    if compiled and "warm" not in _held:
-        decoder.warmup(latents.shape)
+    if use_compiled and "warm" not in _held:
+        decoder.warmup(latents.shape, grid=Grid())
         _held["warm"] = True
-    decoder._compiled = compiled
-    stream = decoder.stream(latents)
+    decoder._kernels = compiled() if use_compiled else EAGER
+    stream = decoder.stream(latents, grid=Grid())
     stream.join()
     return float(stream.report.seconds)
 

@@ -76,7 +76,16 @@ def test_ranks_of_its_own(folder: Path, tmp_path: Path, grid: str) -> None:
 
 
 def test_under_torchrun_its_world_is_used(folder: Path, tmp_path: Path) -> None:
-    words = ["decode", folder / "video.safetensors", "--model", folder / "wan", "-o", tmp_path / "clip.mp4"]
+    words = [
+        "decode",
+        folder / "video.safetensors",
+        "--model",
+        folder / "wan",
+        "-o",
+        tmp_path / "clip.mp4",
+        "--mode",
+        "parallel",
+    ]
     done = shell(*words, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "by 2 ranks (2x1)" in done.stderr
@@ -136,7 +145,7 @@ def test_dtype_and_chunk(folder: Path, tmp_path: Path) -> None:
         ("video", "nowhere/clip.mp4", [], "there is no folder"),
         ("video", "clip.mp4", ["--grid", "2x1", "--num-gpus", 3], "--grid 2x1 needs 2 ranks, but --num-gpus is 3"),
         ("video", "clip.mp4", ["--grid", "2by1"], "write ROWSxCOLS"),
-        ("video", "clip.mp4", ["--num-gpus", 5], "at most 4 ranks fit"),
+        ("video", "clip.mp4", ["--num-gpus", 5, "--mode", "parallel"], "at most 4 ranks fit"),
         ("video", "clip.mp4", ["--chunk", "0"], "--chunk 0: expected a number of latent frames"),
         ("missing", "clip.mp4", [], "cannot be read as safetensors"),
     ],

@@ -13,7 +13,7 @@ import halovae
 from halovae import Grid, Mesh
 from halovae.bench.ranks import Ranks
 from halovae.decode import HaloDepth
-from halovae.stream import Chunk
+from halovae.planning.plan import Chunk
 
 BOUND = 1e-4
 

@@ -13,6 +13,7 @@ import halovae
 from halovae.bench.ranks import Ranks
 from halovae.geometry import Grid, Halo
 from halovae.mesh import Mesh, mesh_for
+from halovae.pool import Pool
 from halovae.tile import Cache, Context, Tile
 
 CPU = torch.device("cpu")
@@ -21,7 +22,9 @@ FULL = torch.arange(2 * 3 * 2 * 9 * 11, dtype=torch.float32).view(2, 3, 2, 9, 11
 
 def context_of(grid: Grid, depth: int) -> tuple[Context, Mesh]:
     mesh = mesh_for(grid, CPU)
-    return Context(mesh, Cache(), True, False, grid.shards(2, 9, 11), {"": depth}, depth=depth), mesh
+    return Context(
+        mesh, Cache(Pool(torch.device("cpu"))), True, False, grid.shards(2, 9, 11), {"": depth}, depth=depth
+    ), mesh
 
 
 def refresh_differs(grid: Grid, depth: int) -> float:

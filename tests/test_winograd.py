@@ -11,14 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import halovae
 from halovae import Grid, Mesh, kernels, winograd
+from halovae.pool import Pool
 from halovae.tile import Cache, Context
 
 LAST = torch.channels_last_3d
 
 
 def context(compiled: bool = False) -> Context:
-    grid = Grid()
-    return Context(Mesh(grid, torch.device("cpu")), Cache(), False, False, grid.shards(1, 9, 9), {"": 1}, compiled)
+    grid, cpu = Grid(), torch.device("cpu")
+    made = kernels.compiled() if compiled else kernels.EAGER
+    return Context(Mesh(grid, cpu), Cache(Pool(cpu)), False, False, grid.shards(1, 9, 9), {"": 1}, made)
 
 
 def maps(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from halovae import kernels
 from halovae.geometry import Grid
 from halovae.lines import world_size
+from halovae.loop import Gather, Request
 from halovae.mesh import Mesh, mesh_for
 from halovae.models import load as checkpoints
 from halovae.models.wan import WanConfig, WanDecoder
+from halovae.planning.choose import Question
+from halovae.planning.plan import Chunk, Plan
+from halovae.planning.planner import Planner
 from halovae.platform import Platform
-from halovae.stream import Chunk, FrameStream, Gather, Request
+from halovae.stream import FrameStream
 
 HaloDepth = int | Mapping[str, int]
+Mode = Literal["auto", "single", "parallel"]
 
 
 class Decoder:
@@ -34,7 +39,8 @@ class Decoder:
     def __init__(self, model: WanDecoder) -> None:
         self.model = model
         self._used: set[str] = set()  # what has been decoded before, for the reports
-        self._compiled = False
+        self._kernels = kernels.EAGER
+        self._planner = Planner()
 
     @property
     def config(self) -> WanConfig:
@@ -51,96 +57,78 @@ class Decoder:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
-    def warmup(
-        self,
-        shape: Sequence[int],
-        *,
-        grid: Grid | None = None,
-        chunk: Chunk = 1,
-        halo_depth: HaloDepth = 1,
-        mesh: Mesh | None = None,
-    ) -> float:
-        """Compile what later decodes are made of, and decode zeros once as those will be decoded.
+    def warmup(self, shape: Sequence[int], **options: Any) -> float:
+        """Compile what later decodes are made of, measure this machine if nobody has yet, and decode zeros once.
 
         Without it, decodes run in eager PyTorch. What is compiled serves other shapes as well, and is kept on disk, so
         that another process only loads it. On several ranks, all of them call.
 
         Args:
             shape: of the latents, `[B, C, T, H, W]`.
-            grid: as for `decode`.
-            chunk: as for `decode`.
-            halo_depth: as for `decode`.
-            mesh: as for `decode`.
+            options: `mode`, `grid`, `chunk`, `halo_depth`, `memory_budget` and `mesh` as for `stream`.
 
         Returns:
             The seconds it took.
 
         Raises:
-            ValueError: as `decode`.
+            ValueError: as `stream`.
 
         Warns:
             RuntimeWarning: nothing can be compiled here (no C++ compiler?); decodes run in eager PyTorch.
         """
         begin = time.perf_counter()
-        self._compiled = kernels.works(self.device)
-        stream = self.stream(
-            torch.zeros(*shape), grid=grid, chunk=chunk, gather="none", halo_depth=halo_depth, mesh=mesh
-        )
+        self._kernels = kernels.compiled() if kernels.works(self.device) else kernels.EAGER
+        stream = self.stream(torch.zeros(*shape), gather="none", **options)
         for _ in islice(stream, 2):  # the first chunk, and one like all others
             pass
         stream.close()
         Platform(self.device).synchronize()
         return time.perf_counter() - begin
 
-    def decode(
-        self,
-        latents: Tensor,
-        *,
-        grid: Grid | None = None,
-        chunk: Chunk = 1,
-        gather: Gather = "rank0",
-        dtype: torch.dtype | None = None,
-        halo_depth: HaloDepth = 1,
-        denormalize: bool = False,
-        mesh: Mesh | None = None,
-    ) -> Tensor | None:
-        """Decode latents to all their frames at once; see `stream` for the arguments and for what is raised.
+    def decode(self, latents: Tensor, **options: Any) -> Tensor | None:
+        """Decode latents to all their frames at once; see `stream` for the options and for what is raised.
 
         Returns:
             `[B, 3, T', H', W']` as `stream` yields it, over all frames. None on the ranks that receive nothing. With
             gather="none", this rank's shard.
         """
-        return self.stream(
-            latents, grid=grid, chunk=chunk, gather=gather, dtype=dtype,
-            halo_depth=halo_depth, denormalize=denormalize, mesh=mesh,
-        ).join()  # fmt: skip
+        return self.stream(latents, **options).join()
 
     def stream(
         self,
         latents: Tensor,
         *,
+        mode: Mode = "auto",
         grid: Grid | None = None,
-        chunk: Chunk = 1,
+        chunk: Chunk | None = None,
         gather: Gather = "rank0",
         dtype: torch.dtype | None = None,
-        halo_depth: HaloDepth = 1,
+        halo_depth: HaloDepth | None = None,
         denormalize: bool = False,
+        memory_budget: int | None = None,
+        plan: Plan | None = None,
         mesh: Mesh | None = None,
     ) -> FrameStream:
         """Decode latents chunk by chunk, and yield each chunk's frames as soon as they are final.
 
         Args:
             latents: `[B, C, T, H, W]`, floating point, the same on all ranks; T = 1 is an image.
-            grid: how the ranks share the latents; None lays all ranks of the world along the rows.
+            mode: "auto": the plan that is predicted to be the fastest, from what was measured on this machine (which
+                the first decode on several ranks does, within a minute). "single": one rank decodes. "parallel": all
+                ranks share the rows.
+            grid: how the ranks share the latents, instead of `mode`. On 1x1 each rank decodes all by itself.
             chunk: how many latent frames go through the decoder at once, after the first one, which goes alone;
-                "all" for the rest in one. Memory grows with it.
+                "all" for the rest in one. Memory grows with it. None leaves it to mode "auto", and is 1 elsewhere.
             gather: who receives frames: "rank0", "all" ranks, or "none": each rank keeps its own shard.
             dtype: None for the model's dtype, another floating dtype, or uint8 for pictures in 0..255.
             halo_depth: how many convolutions one halo exchange lasts, 1 or more: for all blocks, or by the names in
                 `config.blocks` (1 where not named). Deeper halos mean fewer messages and more rows computed twice.
-                No halo gets deeper than the smallest shard.
+                No halo gets deeper than the smallest shard. None leaves it to mode "auto", and is 1 elsewhere.
             denormalize: multiply by the config's latents_std and add latents_mean first. Off, as in diffusers, where
                 the pipeline does it.
+            memory_budget: bytes that a decode may take on each rank, above the resting process; mode "auto" plans
+                within them. None for what is free on the rank with the least.
+            plan: a plan of one's own, instead of `mode`, `grid`, `chunk` and `halo_depth`.
             mesh: a mesh to use instead of the one that all decodes with this grid share.
 
         Yields:
@@ -150,35 +138,64 @@ class Decoder:
         Raises:
             ValueError: latents of another shape than the model's, more ranks than rows or cols, a grid that does not
                 match the world, or an argument out of range.
+            TooLittleMemory: (a ValueError) no plan fits into the memory budget; says what would.
             TypeError: latents or `dtype` of a kind that cannot be decoded.
             RuntimeError: another rank refused its arguments, or was given other ones.
 
         Warns:
             RuntimeWarning: the latents hold NaN or infinite values; the decode goes on.
         """
-        if mesh is None:
-            mesh = mesh_for(grid or Grid(rows=world_size()), self.device)
-        error, depths = None, {"": 1}
+        everyone = mesh or mesh_for(Grid(rows=world_size()), self.device)
+        error, depths = None, None
         try:
-            if grid not in (None, mesh.grid):
+            if mesh is not None and grid not in (None, mesh.grid):
                 raise ValueError(f"grid {grid} is not the grid of the given mesh, {mesh.grid}: leave one of them out")
-            check_latents(self.config, latents.shape, latents.dtype, mesh.grid)
-            depths = self._depths(halo_depth)
+            if mesh is None and grid is not None:
+                mesh_for(grid, self.device)  # refuses one that does not match the world
+            if mesh is None and grid is None and mode == "parallel":
+                grid = Grid(rows=world_size())
+            check_latents(self.config, latents.shape, latents.dtype, mesh.grid if mesh else grid or Grid())
+            if plan is not None and (mesh, grid, chunk, halo_depth) != (None, None, None, None):
+                raise ValueError("plan= says it all: leave mesh, grid, chunk and halo_depth out")
+            depths = None if halo_depth is None else self._depths(halo_depth)
+            _check_choice("mode", mode, get_args(Mode))
             _check_choice("gather", gather, get_args(Gather))
-            if chunk != "all" and not (isinstance(chunk, int) and chunk >= 1):
+            if chunk not in (None, "all") and not (isinstance(chunk, int) and chunk >= 1):
                 raise ValueError(f"chunk={chunk!r}: expected a number of latent frames >= 1, or 'all'")
             if dtype is not None and not dtype.is_floating_point and dtype != torch.uint8:
                 raise TypeError(f"dtype={dtype}: expected a floating dtype or torch.uint8")
+            if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+                raise ValueError(f"memory_budget={memory_budget!r}: expected a number of bytes > 0")
         except (ValueError, TypeError) as refused:
             error = refused
-        asked = f"{list(latents.shape)}, chunk {chunk}, gather {gather}, dtype {dtype}, depths {depths}, {self.dtype}"
-        mesh.agree(asked, error)
+        asked = (
+            f"{list(latents.shape)}, mode {mode}, plan {plan}, grid {grid}, chunk {chunk}, gather {gather}, "
+            f"dtype {dtype}, depths {depths}, budget {memory_budget}, {self.dtype}"
+        )
+        free = min(everyone.agree(asked, error, everyone.platform.memory()[0]))
         _warn_unless_finite(latents)
-        key = f"{mesh.grid}: {asked}"
+        request = Request(gather, dtype or self.dtype, denormalize, self._kernels)
+        decision, batch, world = None, latents.shape[0], everyone.lines.world
+        if plan is not None:
+            _check_plan(plan, batch, world)
+        elif mesh is not None:
+            plan = Plan.of(batch, mesh.grid, chunk or 1, depths, apart=mesh.alone)
+        elif grid is not None:
+            plan = Plan.of(batch, grid, chunk or 1, depths, apart=grid.size == 1)
+        elif mode == "auto":
+            question = Question(
+                self.config, tuple(latents.shape), self.dtype, world, memory_budget, gather, request.dtype,
+                self._kernels is not kernels.EAGER, self.device.type, chunk=chunk, depths=depths,
+            )  # fmt: skip
+            decision = self._planner.decide(question, everyone, free, self._kernels)
+            plan = decision.chosen.plan
+        else:
+            plan = Plan.of(batch, Grid(), chunk or 1, depths, apart=world == 1 or gather == "all")
+        key = f"{plan}: {asked}"
         first_use = key not in self._used
         self._used.add(key)
-        request = Request(chunk, gather, dtype or self.dtype, depths, denormalize, self._compiled)
-        return FrameStream(self.model, latents, mesh, request, first_use)
+        plans = [plan] if decision is None else [plan, *decision.leaner()]
+        return FrameStream(self.model, latents, plans, request, first_use, decision, mesh)
 
     def _depths(self, halo_depth: HaloDepth) -> dict[str, int]:
         depths = {"": 1, **({"": halo_depth} if isinstance(halo_depth, int) else halo_depth)}
@@ -233,6 +250,14 @@ def check_latents(config: WanConfig, shape: Sequence[int], dtype: torch.dtype, g
     if not dtype.is_floating_point:
         raise TypeError(f"latents of dtype {dtype}; expected a floating dtype, such as torch.float32 or torch.bfloat16")
     grid.shards(shape[0], shape[3], shape[4])
+
+
+def _check_plan(plan: Plan, batch: int, world: int) -> None:
+    items = [index for stage in plan.stages for index in range(stage.items.start, stage.items.stop)]
+    if items != list(range(batch)):
+        raise ValueError(f"plan {plan}: its stages hold the latents {items}; expected each of {batch} once, in order")
+    if max(stage.grid.size for stage in plan.stages) > world:
+        raise ValueError(f"plan {plan} needs more ranks than the {world} there are")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from halovae import winograd
 from halovae.geometry import Halo
-from halovae.kernels import compiled
 from halovae.parts import part
 from halovae.tile import PAST, Context, Tile, inside
 
@@ -43,7 +42,7 @@ class RMSNorm(nn.Module):
         with part("norm"):
             if context.compiled:
                 scale = self.gamma.flatten().float() * len(self.gamma) ** 0.5
-                compiled().norm_silu(x.movedim(1, -1), scale, out.movedim(1, -1))
+                context.kernels.norm_silu(x.movedim(1, -1), scale, out.movedim(1, -1))
                 return
             for target, frame in zip(out.unbind(2), x.unbind(2), strict=True):
                 target.copy_(F.silu(self.frame(frame), inplace=True))
@@ -82,8 +81,7 @@ class CausalConv3d(nn.Module):
         else:
             norm.silu_into(own, usable.data, context)
         context.mesh.refresh(picture, missing)
-        if not context.last:
-            context.cache.keep(self, data)
+        context.keep(self, data)
         return Tile(data, usable.halo.plus(missing).plus(edges), tile.scale)
 
     def forward(self, window: Tile, context: Context, onto: Tile | None = None) -> Tile:
@@ -117,7 +115,7 @@ def _convolved(window: Tensor, weight: Tensor, bias: Tensor, context: Context, o
     frames, rows, cols = (extent - taps + 1 for extent, taps in zip(window.shape[2:], weight.shape[2:], strict=True))
     # Whole tiles, then what is left below and beside them.
     down, across = (extent - extent % winograd.PLAIN.results for extent in (rows, cols))
-    if not (down and across and winograd.pays(window, weight, frames * rows * cols, context.compiled)):
+    if not (down and across and winograd.pays(weight, frames * rows * cols, context)):
         data = _direct(window, weight, bias, context)
         return data if onto is None else onto.add_(data)
     out = context.empty(window, shape=(len(weight), frames, rows, cols)) if onto is None else onto
@@ -241,12 +239,10 @@ class CausalTimeConv(nn.Module):
     def forward(self, x: Tensor, context: Context) -> list[Tensor]:
         """`[B, C, T, H, W]` to 2T frames `[B, C, H, W]`; the very first frame is not doubled, and leaves no past."""
         if context.first:
-            if not context.last:
-                context.cache.keep(self, x[:, :, :0])
+            context.keep(self, x[:, :, :0])
             return list(x.unbind(2))
         cells = torch.cat([context.cache.frames[self].movedim(1, -1), x.movedim(1, -1)], dim=1)
-        if not context.last:
-            context.cache.keep(self, cells.movedim(-1, 1))
+        context.keep(self, cells.movedim(-1, 1))
         frames = x.shape[2]
         taps = torch.cat([cells[:, tap : tap + frames] for tap in range(PAST + 1)], dim=-1).movedim(-1, 1)
         doubled = _pointwise(taps, self.weight.transpose(1, 2).flatten(1), self.bias)
@@ -270,7 +266,7 @@ class Upsample(nn.Module):
         spoiled = Halo(1, 1, 1, 1).beyond(context.edges())
         channels, height, width = frames[0].shape[1:]
         out = context.empty(tile.data, shape=(len(self.weight), len(frames), 2 * height, 2 * width))
-        if winograd.pays(out, self.weight, len(frames) * height * width, context.compiled):
+        if winograd.pays(self.weight, len(frames) * height * width, context):
             ring = Halo(1, 1, 1, 1)
             ringed = context.empty(tile.data, ring, shape=(channels, len(frames), height, width))
             with part("copies"):

@@ -39,6 +39,7 @@ class Lines:
     """
 
     rank = 0
+    world = 1
     # Whether other ranks use this process and its device as well, so that what the device counts is everybody's.
     shared_device = False
 
@@ -61,26 +62,37 @@ class Lines:
         """Every rank's `value`, picklable, in the order of the ranks."""
         return [value]
 
+    def anyone(self, fact: bool) -> bool:
+        """Whether it is a fact on any rank."""
+        return fact
+
 
 class ProcessLines(Lines):
     """Lines between processes: a `DeviceMesh` over (batch, rows, cols), with process groups of its own.
 
+    The grid's ranks are the first ones of the world. The others only take part where all of the world does.
     Making them is a collective call: all ranks make them, in the same order.
     """
 
     def __init__(self, grid: Grid, device: torch.device) -> None:
         join_world(device)
-        self.rank = dist.get_rank()
+        self._device = device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # Groups of its own, so that the messages of two meshes cannot meet: init_device_mesh would put an axis of
         # all ranks on the default group.
         ranks = torch.arange(grid.size).view(grid.batch, grid.rows, grid.cols)
-        axes = [_group_of(ranks.movedim(dim, -1).flatten(0, 1)) for dim in range(3)]
-        names = ("batch", "rows", "cols")
-        self.axes = DeviceMesh.from_group(axes, device.type, mesh=ranks, mesh_dim_names=names)
-        self._wider = {"plane": _group_of(ranks.flatten(1)), "world": _group_of(ranks.view(1, -1))}
+        groups = [_group_of(ranks.movedim(dim, -1).flatten(0, 1)) for dim in range(3)]
+        self._groups = {"plane": _group_of(ranks.flatten(1)), "world": _group_of(torch.arange(self.world).view(1, -1))}
+        if self.rank < grid.size:
+            names = ("batch", "rows", "cols")
+            axes = [group for group in groups if group is not None]
+            self.axes = DeviceMesh.from_group(axes, device.type, mesh=ranks, mesh_dim_names=names)
+            self._groups |= {name: self.axes.get_group(name) for name in names}
 
     def _group(self, scope: Scope) -> dist.ProcessGroup:
-        return self._wider[scope] if scope in self._wider else self.axes.get_group(scope)
+        group = self._groups[scope]
+        assert group is not None
+        return group
 
     def exchange(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
@@ -98,12 +110,16 @@ class ProcessLines(Lines):
 
     def all_values(self, value: Value) -> list[Value]:
         everyone: list[Value] = [value] * dist.get_world_size()
-        dist.all_gather_object(everyone, value, self._wider["world"])
+        dist.all_gather_object(everyone, value, self._group("world"))
         return everyone
 
+    def anyone(self, fact: bool) -> bool:
+        flag = torch.tensor(int(fact), device=self._device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self._group("world"))
+        return bool(flag)
 
-def _group_of(lines: Tensor) -> dist.ProcessGroup:
-    """The group of this rank's line, all lines `[lines, ranks]` being made into groups by all ranks at once."""
+
+def _group_of(lines: Tensor) -> dist.ProcessGroup | None:
+    """The group of this rank's line, if it is on one; all ranks make all lines `[lines, ranks]` into groups at once."""
     group, _ = dist.new_subgroups_by_enumeration(lines.tolist())
-    assert group is not None
     return group

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from halovae.geometry import Grid, Halo, Shard
-from halovae.lines import Axis, Lines, ProcessLines, Scope, world_size
+from halovae.lines import Axis, Lines, ProcessLines, Scope, Value, world_size
 from halovae.parts import part
 from halovae.platform import Platform, Stopwatch
 
@@ -23,11 +23,12 @@ class Traffic:
     Attributes:
         messages: how many it sent; a gather counts as one to each other rank.
         bytes: their size.
+        calls: how often it exchanged or collected something.
         waiting: the time for halos, and for other ranks' keys and values.
     """
 
     def __init__(self, platform: Platform) -> None:
-        self.messages = self.bytes = 0
+        self.messages = self.bytes = self.calls = 0
         self.waiting = Stopwatch(platform)
 
     def sent(self, tensor: Tensor, times: int = 1) -> None:
@@ -45,7 +46,8 @@ class Mesh:
         grid: the extents of the mesh; without `lines`, `grid.size` must equal the world's size, or be 1: each rank
             then stands alone.
         device: where the exchanged tensors live.
-        lines: how the ranks reach each other; None for the processes of this world.
+        lines: how the ranks reach each other, which may be more than the grid has; None for the processes of this
+            world, or for none at all where the grid has one rank.
 
     Raises:
         ValueError: the grid does not match the world.
@@ -59,10 +61,13 @@ class Mesh:
                 f"such as {world}x1, or start {grid.size} ranks (torchrun --nproc-per-node {grid.size})"
             )
         self.grid = grid
+        self.device = device
         self.platform = Platform(device)
         self.traffic = Traffic(self.platform)
         self.lines = lines or (ProcessLines(grid, device) if grid.size > 1 else Lines())
         self.rank = self.lines.rank
+        self.alone = self.lines.world == 1
+        self.idle = self.rank >= grid.size  # has nothing to decode, but may receive frames
         self.item, self.row, self.col = grid.coordinates(self.rank)
         self._user: int | None = None
 
@@ -110,8 +115,11 @@ class Mesh:
             ghosts.copy_(dense)
 
     def _exchange(self, scope: Scope, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
+        if not (sends or receives):
+            return
         for _, tensor in sends:
             self.traffic.sent(tensor)
+        self.traffic.calls += 1
         self.lines.exchange(scope, sends, receives)
 
     def _collect(self, own: Tensor, sizes: Sequence[int], scope: Scope) -> list[Tensor]:
@@ -119,6 +127,7 @@ class Mesh:
         padded = own.new_empty(max(sizes))
         padded[: own.numel()] = own.flatten()
         self.traffic.sent(padded, len(sizes) - 1)
+        self.traffic.calls += 1
         everyone = self.lines.all_gather(scope, padded, len(sizes))
         return [flat[:size] for flat, size in zip(everyone, sizes, strict=True)]
 
@@ -136,46 +145,52 @@ class Mesh:
         """Lay the frames of several ranks into the full picture.
 
         Args:
-            own: this rank's frames `[B, C, T, H, W]`, contiguous.
-            shards: every rank's shard at the scale of the frames.
+            own: this rank's frames `[B, C, T, H, W]`, contiguous; of an idle rank, empty ones.
+            shards: the shards of the grid's ranks at the scale of the frames.
             out: the full frames to fill; None on a rank that receives nothing.
             everyone: True fills `out` on every rank, False on rank 0 only.
         """
         channels, frames = own.shape[1:3]
         shapes = [shard.shape(channels, frames) for shard in shards]
         if everyone:
-            parts = self._collect(own, [math.prod(shape) for shape in shapes], "world")
-            pictures = [one.view(shape) for one, shape in zip(parts, shapes, strict=True)]
+            sizes = [math.prod(shape) for shape in shapes]
+            parts = self._collect(own, sizes + [0] * (self.lines.world - len(sizes)), "world")
+            pictures = [one.view(shape) for one, shape in zip(parts, shapes, strict=False)]
         elif self.rank == 0:
             pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
             receives = [(peer, picture.flatten()) for peer, picture in enumerate(pictures[1:], start=1)]
             self._exchange("world", [], receives)
-        else:
+        elif not self.idle:
             self._exchange("world", [(0, own.flatten())], [])
         if out is not None:
             for shard, picture in zip(shards, pictures, strict=True):
                 out[shard.index] = picture
 
-    def agree(self, request: str, error: Exception | None) -> None:
+    def agree(self, request: str, error: Exception | None, offer: Value) -> list[Value]:
         """Make sure that all ranks are about to decode the same thing, and that none of them has refused.
 
         Args:
             request: what this rank is about to do.
             error: why this rank cannot; it is raised here, and named on the other ranks.
+            offer: what this rank has to say besides.
+
+        Returns:
+            What every rank offers.
 
         Raises:
             RuntimeError: another rank refused, or means to decode something else.
         """
         reason = "" if error is None else f"{type(error).__name__}: {error}"
-        everyone = self.lines.all_values((request, reason))
+        everyone = self.lines.all_values((request, reason, offer))
         if error is not None:
             raise error
-        refusals = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(everyone) if reason]
+        refusals = [f"rank {rank}: {reason}" for rank, (_, reason, _) in enumerate(everyone) if reason]
         if refusals:
             raise RuntimeError("this rank could decode, but others cannot; " + "; ".join(refusals))
-        if len({wish for wish, _ in everyone}) > 1:
-            wishes = "; ".join(f"rank {rank}: {wish}" for rank, (wish, _) in enumerate(everyone))
+        if len({wish for wish, _, _ in everyone}) > 1:
+            wishes = "; ".join(f"rank {rank}: {wish}" for rank, (wish, _, _) in enumerate(everyone))
             raise RuntimeError(f"all ranks must ask for the same decode, but they differ: {wishes}")
+        return [offered for _, _, offered in everyone]
 
     @contextmanager
     def in_use(self, traffic: Traffic) -> Iterator[None]:
@@ -202,16 +217,22 @@ def _flat(dense: Tensor) -> Tensor:
     return dense.as_strided((dense.numel(),), (1,))
 
 
-_meshes: dict[tuple[Grid, torch.device, object], Mesh] = {}
+_meshes: dict[tuple[Grid, torch.device, bool, object], Mesh] = {}
 
 
-def mesh_for(grid: Grid, device: torch.device) -> Mesh:
+def mesh_for(grid: Grid, device: torch.device, idle: bool = False) -> Mesh:
     """The mesh that decodes share when they name only a grid: made once per process, grid, device and process group.
+
+    Args:
+        grid: its extents.
+        device: where the exchanged tensors live.
+        idle: whether the grid may be smaller than the world, with the ranks after it idle.
 
     Raises:
         ValueError: the grid does not match the world.
     """
-    key = (grid, device, dist.group.WORLD if dist.is_initialized() else None)
+    idle = idle and world_size() > 1
+    key = (grid, device, idle, dist.group.WORLD if dist.is_initialized() else None)
     if key not in _meshes:
-        _meshes[key] = Mesh(grid, device)
+        _meshes[key] = Mesh(grid, device, ProcessLines(grid, device) if idle else None)
     return _meshes[key]

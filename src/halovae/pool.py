@@ -14,10 +14,16 @@ from torch import Tensor
 
 
 class Pool:
-    """Blocks of memory that belong to one decode."""
+    """Blocks of memory that belong to one decode.
 
-    def __init__(self) -> None:
+    Args:
+        device: the CPU, or "meta" for a walk without data.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._blocks: list[Tensor] = []
+        self._scratch = torch.empty(0)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A map of `shape` `[B, C, T, H, W]` that holds nothing, channels last, in the tightest block that is idle.
@@ -32,10 +38,17 @@ class Pool:
             gone = {id(one) for one in idle}
             idle.clear()
             self._blocks = [one for one in self._blocks if id(one) not in gone]
-            block = torch.empty(size, dtype=torch.uint8)
+            block = torch.empty(size, dtype=torch.uint8, device=self._device)
             self._blocks.append(block)
         batch, channels, *rest = shape
         return block[:size].view(dtype).view(batch, *rest, channels).movedim(-1, 1)
+
+    def scratch(self, count: int) -> Tensor:
+        """`count` fp32 elements that hold nothing, the same memory each time."""
+        if self._scratch.numel() < count:
+            self._scratch = torch.empty(0)  # let go before there is another
+            self._scratch = torch.empty(count, device=self._device)
+        return self._scratch[:count]
 
 
 def _is_idle(block: Tensor) -> bool:

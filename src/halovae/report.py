@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from halovae.memory import Memory
+from halovae.planning.plan import Chunk
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,6 +48,8 @@ class DecodeReport:
         halo_depths: by block; "" is the default.
         first_use: whether this decoder had not decoded this shape this way before, so that the time holds what is only
             done once (kernels chosen and compiled, lines between ranks opened).
+        decision: why it was decoded that way, as `Decision` has it; None if the caller said how.
+        fell_back: which plan was given up when memory ran out; empty if none was.
         ranks: one for each rank, in order; a single one for a rank that has not asked the others.
     """
 
@@ -56,9 +59,11 @@ class DecodeReport:
     dtype: str
     device: str
     grid: str
-    chunk: int | str
+    chunk: Chunk
     halo_depths: dict[str, int]
     first_use: bool
+    decision: dict[str, Any] | None
+    fell_back: str
     ranks: tuple[RankReport, ...]
 
     @property

@@ -172,7 +172,7 @@ class _ThreadLines(Lines):
     shared_device = True
 
     def __init__(self, meeting: _Meeting, rank: int, platform: Platform) -> None:
-        self.rank = rank
+        self.rank, self.world = rank, meeting.grid.size
         self.clock = self.computing = self.waiting = 0.0
         self._meeting, self._platform = meeting, platform
         self._resumed = time.perf_counter()

@@ -1,37 +1,23 @@
-"""The loop: chunks of latent frames through the decoder of each rank, and the frames gathered as they get finished."""
+"""A decode as it is measured: its frames as they get finished, and what it took."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+import traceback
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from halovae.geometry import Shard
+from halovae.fallback import is_out_of_memory, serve_out
+from halovae.lines import world_size
+from halovae.loop import Loop, Request
 from halovae.memory import MemoryMeter
-from halovae.mesh import Mesh, Traffic
+from halovae.mesh import Mesh, Traffic, mesh_for
 from halovae.models.wan import WanDecoder
-from halovae.parts import part
+from halovae.planning.choose import Decision
+from halovae.planning.plan import Plan
 from halovae.platform import Stopwatch
 from halovae.report import DecodeReport, RankReport
-from halovae.tile import Cache, Context, Tile
-
-Gather = Literal["rank0", "all", "none"]
-Chunk = int | Literal["all"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is wanted of a decode, checked; see `Decoder.stream`."""
-
-    chunk: Chunk
-    gather: Gather
-    dtype: torch.dtype
-    depths: dict[str, int]
-    denormalize: bool
-    compiled: bool
 
 
 class FrameStream(Iterator[Tensor | None]):
@@ -40,12 +26,28 @@ class FrameStream(Iterator[Tensor | None]):
     A chunk is decoded when the next item is asked for. After the last one `report` says what the decode took.
     """
 
-    def __init__(self, model: WanDecoder, latents: Tensor, mesh: Mesh, request: Request, first_use: bool) -> None:
-        self._model, self._latents, self._mesh, self._request = model, latents, mesh, request
-        self._first_use = first_use
-        self._traffic, self._clock = Traffic(mesh.platform), Stopwatch(mesh.platform)
-        self._chunks = self._decoded()
+    def __init__(
+        self, model: WanDecoder, latents: Tensor, plans: Sequence[Plan], request: Request, first_use: bool,
+        decision: Decision | None = None, mesh: Mesh | None = None,
+    ) -> None:  # fmt: skip
+        self._model, self._latents, self._plans, self._request = model, latents, list(plans), request
+        self._first_use, self._decision, self._mesh = first_use, decision, mesh
+        self._meshes = self._meshes_of(plans[0])
+        platform = self._meshes[0].platform
+        self._traffic, self._clock = Traffic(platform), Stopwatch(platform)
+        self._chunks = self._measured()
+        self._fell_back = ""
         self._own: RankReport | None = None
+
+    @property
+    def _plan(self) -> Plan:
+        return self._plans[0]
+
+    def _meshes_of(self, plan: Plan) -> list[Mesh]:
+        if self._mesh is not None:
+            return [self._mesh]
+        device, world = next(self._model.parameters()).device, world_size()
+        return [mesh_for(one.grid, device, one.grid.size < world and not plan.apart) for one in plan.stages]
 
     def __next__(self) -> Tensor | None:
         return next(self._chunks)
@@ -85,34 +87,40 @@ class FrameStream(Iterator[Tensor | None]):
             latents=tuple(latents),
             frames=(latents[0], 3, config.frames(latents[2]), latents[3] * factor, latents[4] * factor),
             dtype=str(next(self._model.parameters()).dtype).removeprefix("torch."),
-            device=self._mesh.platform.kind,
-            grid=str(self._mesh.grid),
-            chunk=self._request.chunk,
-            halo_depths=self._request.depths,
+            device=self._meshes[0].platform.kind,
+            grid=self._plan.grid,
+            chunk=self._plan.chunk,
+            halo_depths=dict(self._plan.depths),
             first_use=self._first_use,
+            decision=None if self._decision is None else self._decision.as_dict(),
+            fell_back=self._fell_back,
             ranks=(self._own,),
         )
 
     def shared_report(self) -> DecodeReport:
         """What every rank took; all ranks ask for it, and all get it."""
-        return replace(self.report, ranks=tuple(self._mesh.lines.all_values(self.report.ranks[0])))
+        return replace(self.report, ranks=tuple(self._meshes[0].lines.all_values(self.report.ranks[0])))
 
-    @torch.inference_mode()
-    def _decoded(self) -> Generator[Tensor | None, None, None]:
-        model, latents, mesh, request = self._model, self._latents, self._mesh, self._request
-        batch, _, length, height, width = latents.shape
-        shards = mesh.grid.shards(batch, height, width)
-        pictures = [shard.scaled(model.config.spatial_factor) for shard in shards]
+    def _measured(self) -> Generator[Tensor | None, None, None]:
+        mesh = self._meshes[0]
         memory = MemoryMeter(mesh.platform, by_thread=mesh.lines.shared_device)
-        cache, start = Cache(), 0
-        while start < length:
-            stop = 1 if start == 0 else length if request.chunk == "all" else min(start + request.chunk, length)
-            context = Context(mesh, cache, start == 0, stop == length, shards, request.depths, request.compiled)
-            with mesh.in_use(self._traffic), memory.counting(), self._clock.running():
-                own = _converted(model(self._tile(start, stop, shards[mesh.rank], context), context), request.dtype)
-                frames = self._gathered(own, pictures)
-            yield frames
-            start = stop
+        done = frames_yielded = 0
+        loop = self._started()
+        spans = self._plan.chunks(self._latents.shape[2])
+        while done < len(spans):
+            with memory.counting(), self._clock.running():
+                frames = self._next(loop, done)
+            if self._ran_out:
+                frames = None
+                self._lean()
+                loop, done, spans = self._started(), 0, self._plan.chunks(self._latents.shape[2])
+                continue
+            done += 1
+            final = self._model.config.frames(spans[done - 1].stop)
+            if final > frames_yielded:  # else it was yielded before memory ran out
+                fresh, frames_yielded = final - frames_yielded, final
+                yield frames if frames is None else frames[:, :, -fresh:]
+            del frames
         traffic = self._traffic
         self._own = RankReport(
             rank=mesh.rank,
@@ -123,33 +131,30 @@ class FrameStream(Iterator[Tensor | None]):
             memory=memory.read(),
         )
 
-    def _tile(self, start: int, stop: int, shard: Shard, context: Context) -> Tile:
-        """This rank's part of the latents, its first halo cut from them as well: every rank was given all of them."""
-        halo = context.block("conv_in").widest(scale=1)
-        rows, cols = shard.rows.grown(halo.top, halo.bottom), shard.cols.grown(halo.left, halo.right)
-        weights = next(self._model.parameters())
-        data = self._latents[shard.batch.slice, :, start:stop, rows.slice, cols.slice].to(weights.device, weights.dtype)
-        data = self._model.denormalized(data) if self._request.denormalize else data
-        return Tile(data.contiguous(memory_format=self._mesh.platform.layout()), halo)
+    def _started(self) -> Generator[Tensor | None, None, None]:
+        self._calls, self._ran_out = self._traffic.calls, False
+        return Loop(self._model, self._latents, self._plan, self._meshes, self._request, self._traffic).chunks()
 
-    def _gathered(self, own: Tensor, pictures: list[Shard]) -> Tensor | None:
-        """What this rank receives of the frames of all ranks."""
-        mesh, gather = self._mesh, self._request.gather
-        if gather == "none" or mesh.grid.size == 1:
-            return own
-        out, everyone = None, gather == "all"
-        if everyone or mesh.rank == 0:
-            batch, _, _, height, width = self._latents.shape
-            factor = self._model.config.spatial_factor
-            out = own.new_empty(batch, *own.shape[1:3], height * factor, width * factor)
-        with part("gather"):
-            mesh.gather_frames(own, pictures, out, everyone)
-        return out
+    def _next(self, loop: Generator[Tensor | None, None, None], done: int) -> Tensor | None:
+        """The next chunk's frames. Where there is a leaner plan and memory runs out on any rank, all ranks note it."""
+        if len(self._plans) == 1:
+            return next(loop)
+        frames, failed = None, False
+        try:
+            frames = next(loop)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # what it held
+            failed = True
+        if failed:
+            calls = self._traffic.calls - self._calls
+            serve_out(self._model, self._latents, self._plan, self._meshes, self._request, done + 1, calls)
+        self._ran_out = self._meshes[0].lines.anyone(failed)
+        return frames
 
-
-def _converted(frames: Tensor, dtype: torch.dtype) -> Tensor:
-    """Frames in [-1, 1] as contiguous `dtype`, before anybody has to carry them: uint8 is a quarter of fp32."""
-    with part("conversion"):
-        if dtype == torch.uint8:
-            frames = frames.float().add_(1).mul_(127.5).round_()
-        return frames.to(dtype, memory_format=torch.contiguous_format)
+    def _lean(self) -> None:
+        """Turn to the next plan."""
+        self._fell_back = f"memory ran out with {self._plan}"
+        del self._plans[0]
+        self._meshes = self._meshes_of(self._plan)

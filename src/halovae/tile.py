@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from halovae.geometry import Halo, Shard
+from halovae.kernels import EAGER, Kernels
 from halovae.mesh import Mesh
 from halovae.parts import part
-from halovae.platform import Platform
 from halovae.pool import Pool
 
 NO_HALO = Halo()
@@ -59,11 +59,10 @@ class Cache:
         pool: where its maps lie, on the CPU.
     """
 
+    pool: Pool
     frames: dict[nn.Module, Tensor] = field(default_factory=dict)
-    pool: Pool = field(default_factory=Pool)
-    _scratch: Tensor | None = None
 
-    def keep(self, layer: nn.Module, recent: Tensor) -> None:
+    def keep(self, layer: nn.Module, recent: Tensor, layout: torch.memory_format) -> None:
         """Remember the last two of `recent` `[B, C, T, H, W]`, copied, with whatever halo they have.
 
         Before the very first frame there were zeros.
@@ -76,18 +75,11 @@ class Cache:
                     (batch, channels, PAST, height, width),
                     dtype=recent.dtype,
                     device=recent.device,
-                    memory_format=Platform(recent.device).layout(),
+                    memory_format=layout,
                 )
             kept = self.frames[layer]
             kept[:, :, : PAST - recent.shape[2]] = 0
             kept[:, :, PAST - recent.shape[2] :] = recent
-
-    def scratch(self, count: int, device: torch.device) -> Tensor:
-        """`count` fp32 elements that hold nothing, the same memory each time."""
-        if self._scratch is None or self._scratch.numel() < count:
-            self._scratch = None  # let go before there is another
-            self._scratch = torch.empty(count, dtype=torch.float32, device=device)
-        return self._scratch[:count]
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ class Context:
         last: whether no other chunk follows, for which anything would have to be kept.
         shards: every rank's shard of the latent.
         depths: halo depth of each block by its name, the default under "".
-        compiled: whether the passes over memory are compiled ones.
+        kernels: the passes over memory, eager or compiled.
         depth: halo depth of the block that the chunk is in.
     """
 
@@ -111,8 +103,12 @@ class Context:
     last: bool
     shards: tuple[Shard, ...]
     depths: dict[str, int]
-    compiled: bool = False
+    kernels: Kernels = EAGER
     depth: int = 1
+
+    @property
+    def compiled(self) -> bool:
+        return self.kernels is not EAGER
 
     def block(self, name: str) -> Context:
         """The context within the block `name`."""
@@ -152,6 +148,11 @@ class Context:
             inside(data, missing).copy_(usable.data)
         self.mesh.refresh(data, missing)
         return replace(tile, data=data, halo=missing)
+
+    def keep(self, layer: nn.Module, recent: Tensor) -> None:
+        """Remember the last two frames of `recent` `[B, C, T, H, W]` for the next chunk, unless there is none."""
+        if not self.last:
+            self.cache.keep(layer, recent, self.mesh.platform.layout())
 
     def empty(
         self, like: Tensor, ring: Halo = NO_HALO, past: int = 0, shape: tuple[int, int, int, int] | None = None

@@ -82,17 +82,17 @@ UPSAMPLING = Scheme(
 SCHEMES = {"plain": PLAIN, "upsampling": UPSAMPLING}
 
 
-def pays(maps: Tensor, weight: Tensor, cells: int, use_compiled: bool) -> bool:
-    """Whether this way is the faster one for `cells` cells of maps like this and weights `[O, C, ...]`.
+def pays(weight: Tensor, cells: int, context: Context) -> bool:
+    """Whether this way is the faster one for `cells` cells and weights `[O, C, ...]`.
 
     Measured by benchmarks/decode.py and benchmarks/steps.py. Where a CPU has AMX, nothing is faster than its own half
     precision. With one temporal tap there is too little to multiply for what eager passes over memory take.
     """
-    if maps.device.type != "cpu" or maps.dtype == torch.float64:
+    if context.mesh.platform.kind != "cpu" or weight.dtype == torch.float64:
         return False
-    if not use_compiled and math.prod(weight.shape[2:]) == 9:
+    if not context.compiled and math.prod(weight.shape[2:]) == 9:
         return False
-    if maps.dtype == torch.float32:
+    if weight.dtype == torch.float32:
         least = CHANNELS
     elif torch.cpu._is_amx_tile_supported():
         return False
@@ -117,7 +117,7 @@ def convolve(
     """
     name = next(name for name, one in SCHEMES.items() if one is scheme)
     plan = _Plan.of(scheme, window, weight, out)
-    scratch = context.cache.scratch(plan.scratch, window.device)
+    scratch = context.cache.pool.scratch(plan.scratch)
     for item, result in zip(window.unbind(0), out.unbind(0), strict=True):
         torch.ops.halovae.convolve(
             item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, name, add, context.compiled

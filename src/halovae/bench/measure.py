@@ -19,10 +19,12 @@ from halovae import kernels
 from halovae.bench.profile import Profile, peaks, profiled
 from halovae.bench.ranks import Ranks
 from halovae.decode import Decoder, load
+from halovae.fallback import is_out_of_memory
 from halovae.geometry import Grid
 from halovae.launch import RankError
 from halovae.memory import Memory, MemoryMeter
 from halovae.platform import RANK_ENVIRONMENT, Platform, Stopwatch
+from halovae.report import DecodeReport
 from halovae.simulate import Link, Simulation, simulate
 
 # What a contestant's processes hold between calls.
@@ -56,17 +58,18 @@ class Taken:
     memory: Memory
 
 
-def _hold_halovae(model: Model, compiled: bool) -> None:
+def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
     decoder: Decoder = load(model.folder, dtype=model.dtype, device=Platform.default(model.device).device)
     if compiled:
         kernels.works(decoder.device)  # the compiler rests in memory as the weights do
 
-    def decode(latents: Tensor) -> tuple[Tensor | None, Memory]:
-        stream = decoder.stream(latents)
-        return stream.join(), stream.report.ranks[0].memory
+    def decode(latents: Tensor) -> tuple[Tensor | None, DecodeReport]:
+        stream = decoder.stream(latents, **options)
+        return stream.join(), stream.report
 
     _hold(decoder.device, decode, decoder)
+    _held["options"] = options
 
 
 def _hold_diffusers(model: Model, tiled: bool) -> None:
@@ -92,7 +95,7 @@ def _hold_diffusers(model: Model, tiled: bool) -> None:
     _hold(platform.device, decode, vae)
 
 
-def _hold(device: torch.device, decode: Callable[..., tuple[Tensor | None, Memory]], owner: Any) -> None:
+def _hold(device: torch.device, decode: Callable[..., tuple[Tensor | None, Any]], owner: Any) -> None:
     # Resting is what this process holds before its first decode: later, the allocator keeps some of what was freed.
     platform = Platform(device)
     _held.update(platform=platform, decode=decode, owner=owner, resting=MemoryMeter(platform).resting)
@@ -106,23 +109,29 @@ class OutOfMemory(RuntimeError):
         self.reserved = reserved
 
 
-def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None]:
-    """What this rank took, with the frames if they are to be kept."""
+def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None, DecodeReport | None]:
+    """What this rank took, with the frames if they are to be kept, and halovae's report."""
     platform: Platform = _held["platform"]
     if dist.is_initialized():
         dist.barrier()
     clock = Stopwatch(platform)
     with _noticing_lack_of_memory(platform):
         with clock.running():
-            frames, memory = _held["decode"](latents)
+            frames, took = _held["decode"](latents)
         seconds = clock.seconds()
     kept = frames.cpu() if keep and frames is not None else None
-    return seconds, replace(memory, resting=_held["resting"]), kept
+    report = took if isinstance(took, DecodeReport) else None
+    memory = took if report is None else report.memory
+    return seconds, replace(memory, resting=_held["resting"]), kept, report
+
+
+def _plan(latents: Tensor) -> None:
+    _held["owner"].stream(latents, **_held["options"]).close()
 
 
 def _warm_up(shape: Sequence[int]) -> float:
     with _noticing_lack_of_memory(_held["platform"]):
-        return float(_held["owner"].warmup(shape))
+        return float(_held["owner"].warmup(shape, **_held["options"]))
 
 
 def _profiled(latents: Tensor, label: str, trace: Path) -> Profile | None:
@@ -143,7 +152,7 @@ def _noticing_lack_of_memory(platform: Platform) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)):
+        if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # what it held lets the rest of this process go on
         raise OutOfMemory(whole.read().peak_reserved) from error
@@ -164,6 +173,8 @@ class Contestant:
         threads: CPU threads of each.
         kind: "halovae", "diffusers", or "tiled" for diffusers' tiling.
         compiled: whether halovae compiles its kernels before it decodes.
+        options: of its decodes; see `Decoder.stream`.
+        report: halovae's of the last decode, by rank 0.
         taken: what each decode took, in order.
         out_of_memory: the bytes reserved when memory ran out; None while it has not.
         frames: of the last decode that was told to keep them.
@@ -176,6 +187,8 @@ class Contestant:
     threads: int
     kind: str = "halovae"
     compiled: bool = False
+    options: dict[str, Any] = field(default_factory=lambda: {"mode": "parallel"})
+    report: DecodeReport | None = None
     taken: list[Taken] = field(default_factory=list)
     out_of_memory: int | None = None
     frames: Tensor | None = None
@@ -190,13 +203,15 @@ class Contestant:
             # diffusers runs as its users run it
             self._group = Ranks(self.ranks, self.threads, RANK_ENVIRONMENT if own else {})
             if own:
-                self._group.run(_hold_halovae, self.model, self.compiled)
+                self._group.run(_hold_halovae, self.model, self.compiled, self.options)
             else:
                 self._group.run(_hold_diffusers, self.model, self.kind == "tiled")
         return self._group
 
     def warm_up(self, latents: Tensor) -> None:
         """Do what is only done the first time, which nobody measures, before decodes of these latents."""
+        if self.kind == "halovae":
+            self._attempted(_plan, latents)
         if self.compiled:
             seconds = self._attempted(_warm_up, latents.shape)
         else:
@@ -209,7 +224,8 @@ class Contestant:
         """Decode once more, unless memory ran out before."""
         results = self._attempted(_decode, latents, keep)
         if results:
-            seconds, memories, _ = zip(*results, strict=True)
+            seconds, memories, *_ = zip(*results, strict=True)
+            self.report = results[0][3]
             self.taken.append(Taken(max(seconds), Memory.over(memories)))
         if results and keep:
             self.frames = results[0][2]

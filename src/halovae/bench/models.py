@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from halovae.models.wan import WanConfig
+
 _WAN22 = {
     "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
     "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
@@ -44,3 +46,14 @@ def random_vae(family: str, width: int | None = None, seed: int = 0) -> Any:
             if key.endswith("gamma"):
                 weight.add_(0.2 * torch.randn(weight.shape))
     return vae
+
+
+def named_config(family: str) -> WanConfig:
+    """The true sizes of a family in `FAMILIES`."""
+    import diffusers
+
+    name, sizes, (encoder, decoder) = FAMILIES[family]
+    widths = {"base_dim": encoder, **({"decoder_base_dim": decoder} if encoder != decoder else {})}
+    with torch.device("meta"):
+        vae = getattr(diffusers, name)(**sizes, **widths)
+    return WanConfig.from_diffusers({**vae.config, "_class_name": name})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,3 +164,21 @@ def draw(rows: Sequence[Row], time: Path, memory: Path) -> None:
         axes.set_ylabel(unit)
         axes.legend(fontsize=7)
         figure.savefig(path, dpi=120)
+
+
+def draw_plans(curves: Mapping[str, Sequence[tuple[int, float, float]]], title: str, path: Path) -> None:
+    """Draw predicted seconds, and peak GiB per rank, over numbers of ranks: `(ranks, seconds, GiB)` by case."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    for axes, column, unit in zip(figure.subplots(1, 2), (1, 2), ("time (s)", "peak per rank (GiB)"), strict=True):
+        for name, points in curves.items():
+            axes.plot([point[0] for point in points], [point[column] for point in points], "o-", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("ranks")
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)

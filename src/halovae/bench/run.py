@@ -80,7 +80,9 @@ class Benchmark:
         if "tiled" in self.modes:
             found.append(Contestant("tiled", model, 1, self.threads, kind="tiled"))
         if "auto" in self.modes:
-            found.append(Contestant("auto", model, max(self.ranks), self.threads, compiled=self.compiled))
+            options = {"mode": "auto"}
+            most = max(self.ranks)
+            found.append(Contestant("auto", model, most, self.threads, compiled=self.compiled, options=options))
         return found
 
 
@@ -227,7 +229,7 @@ def _measured(
 
 
 def _row(contestant: Contestant, case: dict[str, Any]) -> Row:
-    grid = str(Grid(rows=contestant.ranks)) if contestant.kind == "halovae" else ""
+    grid = "" if contestant.report is None else contestant.report.grid
     if contestant.out_of_memory is not None or not contestant.taken:
         return Row(contestant.name, contestant.ranks, grid, **case, out_of_memory=contestant.out_of_memory)
     seconds = [taken.seconds for taken in contestant.taken]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -18,6 +19,14 @@ from halovae.launch import RankError
 Parsed = TypeVar("Parsed")
 # Progress and remarks go to standard error, so that standard output holds results alone.
 console = Console(stderr=True)
+
+
+class Mode(str, Enum):
+    """How ranks share a decode."""
+
+    auto = "auto"
+    single = "single"
+    parallel = "parallel"
 
 
 class Dtype(str, Enum):
@@ -100,6 +109,19 @@ def parse_chunk(text: str) -> int | str:
     if not text.isdigit() or int(text) < 1:
         raise ValueError("expected a number of latent frames >= 1, or 'all'")
     return int(text)
+
+
+def parse_bytes(text: str) -> int:
+    """A size of memory: `8GiB`, `512MiB`, `64KiB`, or a number of bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]iB|B)?", text.strip())
+    size = int(float(found[1]) * 1024 ** ("B", "KiB", "MiB", "GiB").index(found[2] or "B")) if found else 0
+    if size < 1:
+        raise ValueError("expected a size such as 8GiB, 512MiB or a number of bytes")
+    return size
 
 
 def _escaped(text: str) -> str:

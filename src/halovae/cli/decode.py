@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from halovae import latents as latents_file
 from halovae import media
-from halovae.cli.common import Dtype, console, errors_shown, parse_chunk, parsed
+from halovae.cli.common import Dtype, Mode, console, errors_shown, parse_bytes, parse_chunk, parsed
 from halovae.decode import Decoder, check_latents, load
 from halovae.geometry import Grid
 from halovae.launch import launch, under_torchrun
@@ -28,10 +28,12 @@ class _Job:
     latents: Path
     folder: Path
     output: Path
-    grid: Grid
+    mode: Any
+    grid: Grid | None
     dtype: torch.dtype
     chunk: Any
-    halo_depth: int
+    halo_depth: int | None
+    memory_budget: int | None
     denormalize: bool
     fps: float
     report: Path | None
@@ -46,12 +48,23 @@ def decode(
     num_gpus: Annotated[
         int | None, typer.Option(min=1, help="How many ranks to start on this host. [default: as many as --grid has]")
     ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="auto: the plan predicted to be fastest. single: one rank. parallel: all share the rows."),
+    ] = Mode.auto,
     grid: Annotated[
-        str | None, typer.Option(help="Ranks along ROWSxCOLS, or BATCHxROWSxCOLS. [default: all along the rows]")
+        str | None, typer.Option(help="Ranks along ROWSxCOLS, or BATCHxROWSxCOLS, instead of --mode.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
-    chunk: Annotated[str, typer.Option(help="Latent frames per pass, or 'all': more need more memory.")] = "1",
-    halo_depth: Annotated[int, typer.Option(min=1, help="How many convolutions one halo exchange lasts.")] = 1,
+    chunk: Annotated[
+        str | None, typer.Option(help="Latent frames per pass, or 'all': more need more memory. [default: as planned]")
+    ] = None,
+    halo_depth: Annotated[
+        int | None, typer.Option(min=1, help="How many convolutions one halo exchange lasts. [default: as planned]")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="What a rank may take to decode, such as 8GiB. [default: what is free]")
+    ] = None,
     scaled: Annotated[
         bool | None,
         typer.Option(
@@ -72,13 +85,14 @@ def decode(
     with errors_shown():
         wanted = Grid.parse(grid) if grid is not None else None
         ranks = num_gpus or (world_size() if under_torchrun() else wanted.size if wanted else 1)
-        wanted = wanted or Grid(rows=ranks)
-        if wanted.size != ranks:
+        if mode is Mode.parallel:
+            wanted = wanted or Grid(rows=ranks)
+        if wanted is not None and wanted.size != ranks:
             raise ValueError(f"--grid {wanted} needs {wanted.size} ranks, but --num-gpus is {ranks}")
         header = latents_file.read_header(latents)
         folder = find_folder(model)
         config = read_config(folder)
-        check_latents(config, header.shape, header.dtype, wanted)
+        check_latents(config, header.shape, header.dtype, wanted or Grid())
         if header.family not in (None, config.family):
             raise ValueError(f"{latents} holds latents of {header.family}, but {folder} is a {config.family} model")
         for path in _outputs(output, header.shape[0]):
@@ -87,10 +101,12 @@ def decode(
             latents=latents,
             folder=folder,
             output=output,
+            mode=mode.value,
             grid=wanted,
             dtype=dtype.torch,
-            chunk=parsed("--chunk", chunk, parse_chunk),
+            chunk=parsed("--chunk", chunk, parse_chunk) if chunk else None,
             halo_depth=halo_depth,
+            memory_budget=parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None,
             denormalize=bool(header.scaled) if scaled is None else scaled,
             fps=fps or header.fps or 16.0,
             report=report,
@@ -117,24 +133,32 @@ def _run(job: _Job) -> None:
     latents = latents_file.read(job.latents)
     pieces = decoder.stream(
         latents,
+        mode=job.mode,
         grid=job.grid,
         chunk=job.chunk,
         dtype=torch.uint8,
         halo_depth=job.halo_depth,
+        memory_budget=job.memory_budget,
         denormalize=job.denormalize,
     )
-    if job.grid.size > 1 and dist.get_rank() > 0:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank > 0:
         pieces.join()
     else:
         _write(job, decoder, latents.shape, pieces)
     report = pieces.shared_report()
-    if job.grid.size > 1 and dist.get_rank() > 0:
+    if rank > 0:
         return
     names = ", ".join(str(path) for path in _outputs(job.output, latents.shape[0]))
     ranks = f"{len(report.ranks)} rank{'s' * (len(report.ranks) > 1)} ({report.grid})"
     frames = report.frames[0] * report.frames[2]
     console.print(f"{names}: {frames} frames by {ranks} in {report.seconds:.2f} s", soft_wrap=True)
     console.print(report.table())
+    if report.decision is not None:
+        chosen = report.decision["chosen"]
+        console.print(f"plan: {chosen['plan']} ({chosen['verdict']})", soft_wrap=True, highlight=False)
+    if report.fell_back:
+        console.print(f"[yellow]Warning:[/] {report.fell_back}; decoded by a leaner plan", soft_wrap=True)
     if job.report is not None:
         job.report.write_text(report.as_json() + "\n")
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from halovae.cli.common import Dtype, errors_shown, parse_size, parsed
 from halovae.geometry import Grid
 from halovae.models.load import find_folder, read_config
-from halovae.planning.cost import estimate
+from halovae.planning.cost import walk
+from halovae.planning.plan import Plan
 
 # What each model is mostly asked for: width, height, frames.
 USUAL = {"wan2.1": (1280, 720, 81), "wan2.2-5b": (1280, 704, 121), "qwen-image": (1328, 1328, 1)}
@@ -41,7 +42,7 @@ def inspect(
             raise ValueError(f"--frames {count}: {config.family} makes 1 frame, then {step} per latent frame")
         shape = (batch, config.z_dim, 1 + (count - 1) // step, height // factor, width // factor)
         ranks = Grid.parse(grid)
-        cost = estimate(config, shape, dtype.torch, ranks)
+        cost = walk(config, shape, dtype.torch, Plan.of(batch, ranks))
         clip = batch * config.picture_channels * count * height * width
         table = Table(title=str(folder), show_header=False, title_justify="left")
         for name, value in (

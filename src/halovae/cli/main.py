@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from halovae import __version__
-from halovae.cli import bench, decode, demo, encode, inspect, validate
+from halovae.cli import bench, calibrate, decode, demo, encode, inspect, plan, validate
 
 app = typer.Typer(
     name="halovae",
@@ -33,7 +33,10 @@ def main(
     pass
 
 
-for command in (decode.decode, encode.encode, inspect.inspect, bench.bench, validate.validate, demo.demo):
+for command in (
+    decode.decode, encode.encode, inspect.inspect, plan.plan, calibrate.calibrate, bench.bench, validate.validate,
+    demo.demo,
+):  # fmt: skip
     app.command()(command)
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _vae() -> Any:
 
 def _with_halovae(path: Path) -> tuple[Tensor | None, float, int]:
     decoder = load(MODEL, device="cpu")
-    return _measured(decoder.decode, path)
+    return _measured(partial(decoder.decode, mode="parallel"), path)
 
 
 def _with_diffusers(path: Path) -> tuple[Tensor | None, float, int]:

@@ -9,19 +9,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halovae.decode import Decoder, HaloDepth
+from halovae.decode import Decoder, HaloDepth, Mode
 from halovae.geometry import Grid
+from halovae.loop import Gather
 from halovae.models.load import from_module
-from halovae.stream import Chunk, Gather
+from halovae.planning.plan import Chunk
 
 
 def parallelize(
     pipe_or_vae: Any,
     *,
+    mode: Mode = "auto",
     grid: Grid | None = None,
-    chunk: Chunk = 1,
+    chunk: Chunk | None = None,
     gather: Gather = "all",
-    halo_depth: HaloDepth = 1,
+    halo_depth: HaloDepth | None = None,
+    memory_budget: int | None = None,
 ) -> Any:
     """Make a diffusers pipeline, or its VAE, decode through halovae on all ranks of the world.
 
@@ -31,11 +34,13 @@ def parallelize(
 
     Args:
         pipe_or_vae: a pipeline with a `vae`, or an `AutoencoderKLWan` or `AutoencoderKLQwenImage`.
-        grid: how ranks share a latent; None lays all of them along the rows.
-        chunk: latent frames per pass, see `Decoder.stream`.
+        mode: how ranks share a latent; see `Decoder.stream` for this, `grid`, `chunk` and `halo_depth`.
+        grid: instead of `mode`.
+        chunk: latent frames per pass.
         gather: "all" gives every rank the frames. "rank0" saves the other ranks the memory: they get black frames of
             the right shape, which take none.
-        halo_depth: see `Decoder.stream`.
+        halo_depth: how many convolutions one exchange lasts.
+        memory_budget: bytes that a decode may take on each rank, above the resting process.
 
     Returns:
         `pipe_or_vae` itself.
@@ -60,7 +65,9 @@ def parallelize(
                 UserWarning,
                 stacklevel=3,
             )
-        sample = decoder.decode(z, grid=grid, chunk=chunk, gather=gather, halo_depth=halo_depth)
+        sample = decoder.decode(
+            z, mode=mode, grid=grid, chunk=chunk, gather=gather, halo_depth=halo_depth, memory_budget=memory_budget
+        )
         if sample is None:
             sample = _black(decoder, z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)

@@ -1,0 +1,213 @@
+"""What mode "auto" chooses against every grid that it could have chosen, and its predictions against what was measured.
+
+    python benchmarks/auto.py [--output docs/benchmarks/auto.md]
+
+True-size models on seeded random weights, one thread a rank, eager. In each case every grid decodes with the chunk that
+auto chose, and so does auto; all take turns, and times are medians. "4,096" is what a constant of that many latent
+elements a rank would have chosen: the rows shared by all ranks, or one rank. On one rank there are no grids to choose
+from, so chunks of 1 and all stand beside auto's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from halovae import Grid, load
+from halovae.bench.models import random_vae
+from halovae.bench.ranks import Ranks
+from halovae.planning.choose import layouts
+from halovae.planning.plan import Plan
+from halovae.report import DecodeReport
+
+CONSTANT = 4096
+# Family, latent rows and cols, latent frames, batch.
+TWO = (
+    ("qwen-image", 8, 1, 1), ("qwen-image", 16, 1, 1), ("qwen-image", 32, 1, 1), ("qwen-image", 48, 1, 1),
+    ("qwen-image", 8, 1, 2), ("qwen-image", 16, 1, 2), ("qwen-image", 8, 1, 3), ("qwen-image", 16, 1, 3),
+    ("qwen-image", 8, 1, 4), ("qwen-image", 16, 1, 4), ("qwen-image", 24, 1, 4),
+    ("wan2.1", 8, 1, 1), ("wan2.1", 8, 3, 1), ("wan2.1", 16, 3, 1), ("wan2.1", 8, 3, 2), ("wan2.1", 8, 3, 3),
+    ("wan2.1", 8, 9, 1), ("wan2.1", 8, 3, 4),
+    ("wan2.2-5b", 4, 1, 1), ("wan2.2-5b", 8, 1, 1), ("wan2.2-5b", 4, 1, 2), ("wan2.2-5b", 4, 1, 4),
+    ("wan2.2-5b", 4, 3, 1), ("wan2.2-5b", 4, 9, 1),
+)  # fmt: skip
+ONE = (
+    ("qwen-image", 16, 1, 1), ("qwen-image", 16, 1, 4), ("wan2.1", 8, 3, 1), ("wan2.1", 8, 9, 1), ("wan2.1", 8, 3, 2),
+    ("wan2.2-5b", 4, 3, 1),
+)  # fmt: skip
+_held: dict[str, Any] = {}
+
+
+@dataclass
+class Way:
+    """One way to decode, and what its decodes took."""
+
+    name: str
+    options: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    report: DecodeReport | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass
+class Result:
+    """A case: its ways, auto first, and what the constant would choose."""
+
+    title: str
+    ways: list[Way]
+    constant: str | None
+
+    @property
+    def best(self) -> Way:
+        return min(self.ways[1:], key=lambda way: way.median)
+
+    @property
+    def auto(self) -> Way:
+        return self.ways[0]
+
+
+def hold(folder: Path) -> None:
+    """On each rank."""
+    _held["decoder"] = load(folder)
+
+
+def decode(latents: torch.Tensor, options: dict[str, Any]) -> tuple[float, DecodeReport]:
+    """Decode once on each rank: seconds until this one is done, and all ranks' report."""
+    decoder = _held["decoder"]
+    if dist.is_initialized():
+        dist.barrier()
+    begin = time.perf_counter()
+    stream = decoder.stream(latents, **options)
+    stream.join()
+    seconds = time.perf_counter() - begin
+    return seconds, stream.shared_report()
+
+
+def measure(ranks: Ranks, count: int, case: tuple[str, int, int, int], seconds: float, most: int) -> Result:
+    """Let all ways take turns for about so many seconds each, at least three times."""
+    family, extent, frames, batch = case
+    channels = 48 if family == "wan2.2-5b" else 16
+    shape = (batch, channels, frames, extent, extent)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(1234))
+    auto = Way("auto", {"mode": "auto"})
+    first = ranks.run(decode, latents, auto.options)[0][1]
+    if count == 1:
+        grid, steps = {"grid": Grid()}, dict.fromkeys((1, "all") if frames > 1 else (1,))
+        ways = [auto, *(Way(f"chunk {step}", {**grid, "chunk": step}) for step in steps)]
+    else:
+        plans = [Plan(stages, first.chunk) for stages in layouts(batch, count, extent, extent)]
+        ways = [auto, *(Way(plan.grid, {"plan": plan}) for plan in plans)]
+    for way in ways[1:]:
+        ranks.run(decode, latents, way.options)
+    while len(auto.seconds) < 3 or (sum(auto.seconds) < seconds and len(auto.seconds) < most):
+        for way in ways:
+            results = ranks.run(decode, latents, way.options)
+            way.seconds.append(max(result[0] for result in results))
+            way.report = results[0][1]
+    constant = None
+    if count > 1:
+        constant = str(Grid(rows=count)) if latents.numel() / count >= CONSTANT else str(Grid())
+    return Result(f"{family}, {'x'.join(map(str, shape))}, {count} rank(s)", ways, constant)
+
+
+def predictions(result: Result) -> list[tuple[Way, dict[str, Any]]]:
+    """The ways of which auto made a prediction, and that."""
+    auto = result.auto.report
+    assert auto is not None
+    assert auto.decision is not None
+    seen = {one["plan"]: one for one in (auto.decision["chosen"], *auto.decision["others"])}
+    found = []
+    for way in result.ways:
+        plan = way.options.get("plan")
+        one = auto.decision["chosen"] if plan is None and way is result.auto else seen.get(str(plan))
+        if one is not None and one["peak"] is not None:
+            found.append((way, one))
+    return found
+
+
+def lines(results: list[Result]) -> Iterator[str]:
+    """The report."""
+    yield "| case | auto (s) | its plan | best (s) | by | auto / best | 1 rank (s) | auto / 1 rank | 4,096 / best |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    over_best, over_single, constants = [], [], []
+    for one in results:
+        auto, by_name = one.auto, {way.name: way for way in one.ways}
+        report = auto.report
+        assert report is not None
+        best, single = one.best, by_name.get("1x1", by_name.get("chunk 1"))
+        assert single is not None
+        over_best.append(auto.median / best.median)
+        over_single.append(auto.median / single.median)
+        chosen = "" if one.constant is None else f"{by_name[one.constant].median / best.median:.2f} ({one.constant})"
+        if one.constant is not None:
+            constants.append(by_name[one.constant].median / best.median)
+        figures = (
+            one.title, f"{auto.median:.3f}", f"{report.grid}, chunk {report.chunk}", f"{best.median:.3f}", best.name,
+            f"{over_best[-1]:.2f}", f"{single.median:.3f}", f"{over_single[-1]:.2f}", chosen,
+        )  # fmt: skip
+        yield f"| {' | '.join(figures)} |"
+    yield ""
+    yield f"- {len(results)} cases"
+    for name, ratios in (("auto over the best", over_best), ("auto over one rank", over_single), ("4,096", constants)):
+        yield f"- {name}: median {statistics.median(ratios):.3f}, worst {max(ratios):.3f}"
+    times, peaks, exact = [], [], []
+    for one in results:
+        for way, said in predictions(one):
+            report = way.report
+            assert report is not None
+            times.append(said["seconds"] / way.median)
+            rank = max(report.ranks, key=lambda rank: rank.memory.peak_allocated)
+            peaks.append(said["peak"] / rank.memory.peak_allocated)
+            sent = {(rank.messages, rank.bytes_sent) for rank in report.ranks}
+            exact.append((said["messages"], said["bytes_sent"]) in sent)
+    off = [abs(ratio - 1) for ratio in times]
+    yield (
+        f"- predicted over measured time, {len(times)} plans: median {statistics.median(times):.3f}, "
+        f"off by {statistics.median(off):.1%} in the median, {max(off):.1%} at most"
+    )
+    yield f"- predicted over measured peak: from {min(peaks):.3f} to {max(peaks):.3f}"
+    yield f"- messages and bytes exact in {sum(exact)} of {len(exact)}"
+    for batch in (3, 4):
+        for one in results:
+            by_name = {way.name: way for way in one.ways}
+            if f", {batch}x" in one.title and "x1x" in one.title and "1x1" in by_name:
+                yield f"- {one.title}: {by_name['1x1'].median / one.auto.median:.2f}x one rank"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=4, help="how long auto decodes in each case, about")
+    parser.add_argument("--most", type=int, default=15, help="rounds of a case")
+    parser.add_argument("--output", type=Path, help="write the report there as well")
+    args = parser.parse_args()
+    results = []
+    with Console(stderr=True).status("") as status:
+        for count, cases in ((2, TWO), (1, ONE)):
+            for family in dict.fromkeys(case[0] for case in cases):
+                with TemporaryDirectory() as folder, Ranks(count) as ranks:
+                    random_vae(family).save_pretrained(folder)
+                    ranks.run(hold, Path(folder))
+                    for case in (case for case in cases if case[0] == family):
+                        status.update(f"{count} rank(s): {case}")
+                        results.append(measure(ranks, count, case, args.seconds, args.most))
+    text = "\n".join(lines(results))
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Write the calibrations of devices that nobody here has, from data sheets and figures that others published.
+
+    python scripts/estimate_devices.py
+
+`halovae calibrate` on such a device measures instead; a measured file may replace what this writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from halovae.planning.calibration import OTHER, Calibration, Line, Rates
+
+FOLDER = Path(__file__).parent.parent / "src" / "halovae" / "planning" / "devices"
+
+
+def estimated(
+    kind: str, name: str, origin: str, convolve: float, multiply: float, memory: float, launch: float,
+    near: Line, far: Line, host: Line,
+) -> Calibration:  # fmt: skip
+    """A calibration from FLOP/s of convolutions and of matrix multiplications, bytes/s, and seconds per launch."""
+    passes = Rates(calls=launch, bytes=1 / memory)
+    table = {
+        OTHER: passes,
+        "view": Rates(calls=launch / 4),
+        "convolution": Rates(calls=launch, flops=1 / convolve, bytes=1 / memory),
+        "linear": Rates(calls=launch, flops=1 / multiply, bytes=1 / memory),
+        "scaled_dot_product_attention": Rates(calls=launch, flops=1 / multiply, bytes=1 / memory),
+    }
+    lines = {"host": near, "hosts": far}
+    return Calibration(name, kind, origin, table, table, lines, lines, host)
+
+
+DEVICES = {
+    # 790 TFLOP/s in bf16 matrix multiplications: measured by others. SGLang's published decode of 1280x704x61 spends
+    # 1.26 s in convolutions, whose least work is some 445 TFLOP. Memory: 4.8 TB/s by the data sheet, of which passes
+    # reach two thirds. NVLink: 450 GB/s each way; between hosts one 400 Gbit/s adapter for each device.
+    "cuda-h200": estimated(
+        "cuda", "NVIDIA H200", "estimated from data sheets and published decodes, bf16", 350e12, 600e12, 3.2e12, 6e-6,
+        Line(30e-6, 1 / 350e9), Line(50e-6, 1 / 45e9), Line(10e-6, 1 / 50e9),
+    ),
+    # 313 TFLOP/s in fp16, 1.6 TB/s, 56 GB/s over HCCS to each of the others, by the data sheet of the 910B3; the same
+    # shares of them as on the H200.
+    "npu-ascend-910b": estimated(
+        "npu", "Ascend 910B3", "estimated from data sheets, fp16 and bf16", 110e12, 190e12, 1.05e12, 12e-6,
+        Line(60e-6, 1 / 45e9), Line(80e-6, 1 / 22e9), Line(15e-6, 1 / 25e9),
+    ),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    for name, calibration in DEVICES.items():
+        (FOLDER / f"{name}.json").write_text(calibration.as_json() + "\n")

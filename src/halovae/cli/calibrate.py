@@ -1,0 +1,71 @@
+"""`halovae calibrate`: measure this machine for the plans of later decodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from halovae import kernels
+from halovae.cli.common import Dtype, console, errors_shown, results_console
+from halovae.cli.measuring import check_ranks
+from halovae.geometry import Grid
+from halovae.launch import launch, under_torchrun
+from halovae.lines import join_world, world_size
+from halovae.mesh import mesh_for
+from halovae.planning.calibrate import calibrated, key_of
+from halovae.planning.calibration import Calibration
+from halovae.platform import Platform
+
+
+def calibrate(
+    num_gpus: Annotated[int, typer.Option(min=1, help="How many ranks decodes will have.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="What they will compute in.")] = Dtype.fp32,
+    compile_kernels: Annotated[bool, typer.Option("--compile/--eager", help="Whether they will be warmed up.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A copy, for `halovae plan` elsewhere.")] = None,
+) -> None:
+    """Measure operators and messages on this machine, within a minute or so, in place of what was measured before.
+
+    The first decode on several ranks does so by itself. Under torchrun the world that it started is measured.
+    """
+    with errors_shown():
+        ranks = world_size() if under_torchrun() else num_gpus
+        check_ranks("--num-gpus", ranks, None)
+        with console.status(f"measuring {ranks} rank(s)"):
+            path, measured = launch(ranks, _measure, dtype.torch, compile_kernels)[0]
+        if output is not None:
+            output.write_text(measured.as_json() + "\n")
+        results_console().print(_table(measured))
+        console.print(f"kept in {path}", soft_wrap=True, highlight=False)
+
+
+def _measure(dtype: torch.dtype, compiled: bool) -> tuple[str, Calibration]:
+    platform = Platform.default()
+    join_world(platform.device)
+    mesh = mesh_for(Grid(rows=world_size()), platform.device)
+    made = kernels.compiled() if compiled and kernels.works(platform.device) else kernels.EAGER
+    return str(key_of(mesh, dtype, made).path), calibrated(mesh, dtype, made, anew=True)
+
+
+def _table(measured: Calibration) -> Table:
+    table = Table(title=f"{measured.name}, {measured.origin}", title_justify="left")
+    for column in ("work", "us per call", "GFLOP/s", "GB/s", "ns per weight"):
+        table.add_column(column, justify="left" if column == "work" else "right")
+    for kind, one in sorted(measured.together.items()):
+        table.add_row(
+            kind, f"{one.calls * 1e6:.1f}", _rate(one.flops), _rate(one.bytes),
+            f"{one.weights * 1e9:.2f}" if one.weights else "",
+        )  # fmt: skip
+    lines = {"host copy": measured.host_copy}
+    lines |= {f"exchange, {pair}": line for pair, line in measured.exchange.items()}
+    lines |= {f"gather, {pair}": line for pair, line in measured.gather.items()}
+    for name, line in lines.items():
+        table.add_row(name, f"{line.latency * 1e6:.1f}", "", _rate(line.per_byte), "")
+    return table
+
+
+def _rate(seconds: float) -> str:
+    return f"{1e-9 / seconds:,.1f}" if seconds else ""

@@ -1,0 +1,72 @@
+"""When memory runs out on one rank: it goes on with the others' messages until all can turn to a leaner plan together.
+
+A rank that just stopped would leave its neighbours waiting for borders that never come. So it replays the chunk without
+data, and sends and receives in its place what is still due, with nothing of worth in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from halovae.lines import Lines, Scope
+from halovae.loop import Loop, Request
+from halovae.mesh import Mesh, Traffic
+from halovae.models.wan import WanDecoder
+from halovae.planning.cost import hollow
+from halovae.planning.plan import Plan
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had; the CPU's allocator has no class of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+class _Calls:
+    """How many messages have been exchanged before, shared by the lines of all stages."""
+
+    def __init__(self, done: int) -> None:
+        self.left = done
+
+    def is_due(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+class _Replayed(Lines):
+    """Lines that exchange with the other ranks only what was not exchanged before."""
+
+    def __init__(self, lines: Lines, calls: _Calls, device: torch.device) -> None:
+        self.rank, self.world = lines.rank, lines.world
+        self._lines, self._calls, self._device = lines, calls, device
+
+    def _void(self, tensor: Tensor) -> Tensor:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
+
+    def exchange(
+        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> None:
+        if self._calls.is_due():
+            sent, received = ([(peer, self._void(one)) for peer, one in side] for side in (sends, receives))
+            self._lines.exchange(scope, sent, received)
+
+    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
+        if self._calls.is_due():
+            self._lines.all_gather(scope, self._void(own), ranks)
+        return [torch.empty_like(own) for _ in range(ranks)]
+
+
+def serve_out(
+    model: WanDecoder, latents: Tensor, plan: Plan, meshes: Sequence[Mesh], request: Request, chunks: int, calls: int
+) -> None:
+    """Exchange what is left of the first `chunks` chunks of a decode after `calls` exchanges, without decoding."""
+    device = meshes[0].device
+    shared = _Calls(calls)
+    dtype = next(model.parameters()).dtype
+    replayed = [Mesh(mesh.grid, device, _Replayed(mesh.lines, shared, device)) for mesh in meshes]
+    empty = torch.empty(latents.shape, dtype=latents.dtype, device="meta")
+    loop = Loop(hollow(model.config, dtype), empty, plan, replayed, request, Traffic(meshes[0].platform))
+    for _, _ in zip(range(chunks), loop.chunks(), strict=False):
+        pass

@@ -1,0 +1,129 @@
+"""The loop: chunks of latent frames through the decoder of each rank, and the frames gathered as they get finished."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halovae.geometry import Span
+from halovae.kernels import EAGER, Kernels
+from halovae.mesh import Mesh, Traffic
+from halovae.models.wan import WanDecoder
+from halovae.parts import part
+from halovae.planning.plan import Plan, Stage
+from halovae.pool import Pool
+from halovae.tile import Cache, Context, Tile
+
+Gather = Literal["rank0", "all", "none"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of a decode, however it is done; see `Decoder.stream`."""
+
+    gather: Gather
+    dtype: torch.dtype
+    denormalize: bool
+    kernels: Kernels = EAGER
+
+
+class Loop:
+    """One decode on this rank.
+
+    Args:
+        model: the decoder.
+        latents: `[B, C, T, H, W]`, whole, on any device.
+        plan: how.
+        meshes: one for each stage of the plan.
+        request: what is wanted.
+        traffic: counts what this rank sends.
+    """
+
+    def __init__(
+        self, model: WanDecoder, latents: Tensor, plan: Plan, meshes: Sequence[Mesh], request: Request, traffic: Traffic
+    ) -> None:
+        self._spans = plan.chunks(latents.shape[2])
+        self._plan, self._request, self._traffic = plan, request, traffic
+        pool = Pool(next(model.parameters()).device)
+        self._stages = [
+            _Running(model, latents, stage, mesh, pool) for stage, mesh in zip(plan.stages, meshes, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def chunks(self) -> Generator[Tensor | None, None, None]:
+        """Decode, and yield each chunk's frames, or None on a rank that receives none."""
+        for span in self._spans:
+            frames = []
+            for stage in self._stages:
+                with stage.mesh.in_use(self._traffic):
+                    frames.append(stage.frames(span, self._plan, self._request))
+            received = [one for one in frames if one is not None]
+            del frames
+            if received:
+                yield received[0] if len(received) == 1 else torch.cat(received)
+            else:
+                yield None
+            received.clear()  # whoever asked has the frames now
+
+    def cached(self) -> int:
+        """Bytes of the feature caches as they are now."""
+        return sum(kept.nbytes for stage in self._stages for kept in stage.cache.frames.values())
+
+
+class _Running:
+    """A stage, and what it keeps from chunk to chunk."""
+
+    def __init__(self, model: WanDecoder, latents: Tensor, stage: Stage, mesh: Mesh, pool: Pool) -> None:
+        self.mesh = mesh
+        self.cache = Cache(pool=pool)
+        self._model, self._latents = model, latents[stage.items.slice]
+        batch, _, self._length, *self._plane = self._latents.shape
+        self._shards = stage.grid.shards(batch, *self._plane)
+        self._pictures = [shard.scaled(model.config.spatial_factor) for shard in self._shards]
+
+    def frames(self, span: Span, plan: Plan, request: Request) -> Tensor | None:
+        """What this rank receives of the frames of one chunk."""
+        mesh, config = self.mesh, self._model.config
+        frames = 1 if span.start == 0 else span.size * config.temporal_factor
+        if mesh.idle:
+            device = next(self._model.parameters()).device
+            own = torch.empty((0, config.picture_channels, frames, 0, 0), dtype=request.dtype, device=device)
+        else:
+            own = self._decoded(span, plan, request)
+        if request.gather == "none" or mesh.alone:
+            return None if mesh.idle else own
+        out, everyone = None, request.gather == "all"
+        if everyone or mesh.rank == 0:
+            height, width = (extent * config.spatial_factor for extent in self._plane)
+            out = own.new_empty(len(self._latents), config.picture_channels, frames, height, width)
+        with part("gather"):
+            mesh.gather_frames(own, self._pictures, out, everyone)
+        return out
+
+    def _decoded(self, span: Span, plan: Plan, request: Request) -> Tensor:
+        """This rank's own frames."""
+        first, last = span.start == 0, span.stop == self._length
+        context = Context(self.mesh, self.cache, first, last, self._shards, dict(plan.depths), request.kernels)
+        return _converted(self._model(self._tile(span, context, request.denormalize), context), request.dtype)
+
+    def _tile(self, span: Span, context: Context, denormalize: bool) -> Tile:
+        """This rank's part of the latents, its first halo cut from them as well: every rank was given all of them."""
+        shard = self._shards[self.mesh.rank]
+        halo = context.block("conv_in").widest(scale=1)
+        rows, cols = shard.rows.grown(halo.top, halo.bottom), shard.cols.grown(halo.left, halo.right)
+        weights = next(self._model.parameters())
+        data = self._latents[shard.batch.slice, :, span.slice, rows.slice, cols.slice].to(weights.device, weights.dtype)
+        data = self._model.denormalized(data) if denormalize else data
+        return Tile(data.contiguous(memory_format=self.mesh.platform.layout()), halo)
+
+
+def _converted(frames: Tensor, dtype: torch.dtype) -> Tensor:
+    """Frames in [-1, 1] as contiguous `dtype`, before anybody has to carry them: uint8 is a quarter of fp32."""
+    with part("conversion"):
+        if dtype == torch.uint8:
+            frames = frames.float().add_(1).mul_(127.5).round_()
+        return frames.to(dtype, memory_format=torch.contiguous_format)

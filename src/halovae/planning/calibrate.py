@@ -1,0 +1,280 @@
+"""Measure this machine once, and remember it.
+
+A decoder of the true widths but fewer blocks decodes small latents of several sizes. Each operator is timed, and for
+each kind the rates per call, FLOP, byte and weight that explain these times best become its entry.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from halovae.geometry import Grid
+from halovae.kernels import EAGER, Kernels
+from halovae.loop import Loop, Request
+from halovae.mesh import Mesh, Traffic
+from halovae.models.wan import WanConfig, WanDecoder
+from halovae.planning.calibration import OTHER, Calibration, Line, Rates
+from halovae.planning.cost import Work, described, norm_work
+from halovae.planning.plan import Plan
+from halovae.platform import Platform
+
+SAMPLE = WanConfig(
+    family="sample", base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=0,
+    temporal_upsample=(True, True, False), is_residual=False, out_channels=3, patch_size=1,
+    latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
+)  # fmt: skip
+# Latent frames, rows and cols, and the chunk, of the decodes that are timed; accelerators need more to be busy.
+SAMPLES: tuple[tuple[int, int, int, int], ...] = ((3, 4, 4, 1), (3, 8, 8, 1), (2, 16, 16, 1), (1, 32, 32, 1))
+LARGER = 4
+MESSAGES = (2**10, 2**16, 2**20, 2**24)
+FEATURES = ("calls", "flops", "bytes", "weights")
+
+Sample = tuple[str, Work, float]
+
+
+class _Timing(TorchDispatchMode):
+    """Times each operator."""
+
+    def __init__(self, platform: Platform) -> None:
+        super().__init__()
+        self.samples: list[Sample] = []
+        self._platform = platform
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        begin = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        self._platform.synchronize()
+        seconds = time.perf_counter() - begin
+        self.samples.append((*described(func, args, kwargs or {}, result), seconds))
+        return result
+
+    def kernels(self, real: Kernels) -> Kernels:
+        """Compiled kernels, which no mode sees, timed."""
+
+        def norm_silu(x: Tensor, scale: Tensor, out: Tensor) -> None:
+            begin = time.perf_counter()
+            real.norm_silu(x, scale, out)
+            self._platform.synchronize()
+            self.samples.append(("norm_silu", norm_work(x, out), time.perf_counter() - begin))
+
+        return EAGER if real is EAGER else replace(real, norm_silu=norm_silu)
+
+
+def rates(platform: Platform, dtype: torch.dtype, kernels: Kernels) -> dict[str, Rates]:
+    """Measure what this rank takes for each kind of operator."""
+    with torch.inference_mode(False), torch.no_grad():
+        model = WanDecoder(SAMPLE).to(platform.device, dtype)
+        for parameter in model.parameters():
+            parameter.normal_(std=1 / math.sqrt(max(1, parameter[0].numel())))
+            layout = platform.layout(parameter.ndim)
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    samples: list[Sample] = []
+    for frames, rows, cols, chunk in SAMPLES:
+        larger = 1 if platform.kind == "cpu" else LARGER
+        latents = torch.randn(1, SAMPLE.z_dim, frames, rows * larger, cols * larger)
+        timing = _Timing(platform)
+        _decode(model, latents, chunk, platform, kernels)
+        with timing:
+            _decode(model, latents, chunk, platform, timing.kernels(kernels))
+        samples += timing.samples
+        if len(samples) == len(timing.samples):  # the smallest, where what lies between the operators shows
+            whole = min(_decode(model, latents, chunk, platform, kernels) for _ in range(3))
+            between = max(0.0, whole - sum(seconds for *_, seconds in samples)) / len(samples)
+    fitted = fit(samples)
+    return {kind: replace(one, calls=one.calls + between) for kind, one in fitted.items()}
+
+
+def _decode(model: WanDecoder, latents: Tensor, chunk: int, platform: Platform, kernels: Kernels) -> float:
+    plan, mesh = Plan.of(1, Grid(), chunk), Mesh(Grid(), platform.device)
+    request = Request("none", next(model.parameters()).dtype, False, kernels)
+    begin = time.perf_counter()
+    for _ in Loop(model, latents, plan, [mesh], request, Traffic(platform)).chunks():
+        pass
+    platform.synchronize()
+    return time.perf_counter() - begin
+
+
+def fit(samples: Sequence[Sample]) -> dict[str, Rates]:
+    """For each kind the rates that explain the samples best, none below zero, and those of all passes over memory."""
+    kinds: dict[str, list[tuple[Work, float]]] = defaultdict(list)
+    for kind, work, seconds in samples:
+        kinds[kind].append((work, seconds))
+        if not work.flops and kind != "view":
+            kinds[OTHER].append((work, seconds))
+    return {kind: _fitted(found) for kind, found in kinds.items()}
+
+
+def _fitted(samples: Sequence[tuple[Work, float]]) -> Rates:
+    features = torch.tensor([[getattr(work, name) for name in FEATURES] for work, _ in samples], dtype=torch.float64)
+    seconds = torch.tensor([seconds for _, seconds in samples], dtype=torch.float64).clamp_min(1e-9)
+    # Between the absolute error, which would forget the small ones, and the relative one, which knows nothing else.
+    weight = seconds.rsqrt().unsqueeze(1)
+    best, found = math.inf, Rates(calls=float(seconds.mean()))
+    scale = features.amax(0)
+    usable = [index for index in range(len(FEATURES)) if scale[index] > 0]
+    for count in range(1, len(usable) + 1):
+        for chosen in map(list, combinations(usable, count)):  # as few features as there are, all may be tried
+            left = features[:, chosen] / scale[chosen] * weight
+            solution = torch.linalg.lstsq(left, seconds.unsqueeze(1) * weight, driver="gelsd").solution
+            error = float((left @ solution - seconds.unsqueeze(1) * weight).square().sum())
+            if (solution >= 0).all() and error < best * (1 - 1e-6):
+                values = (solution.flatten() / scale[chosen]).tolist()
+                best, found = (
+                    error,
+                    Rates(**{FEATURES[index]: value for index, value in zip(chosen, values, strict=True)}),
+                )
+    return found
+
+
+def _line(take: Callable[[int], object], platform: Platform) -> Line:
+    """What `take(bytes)` takes, by its medians over several sizes."""
+    samples = []
+    for size in MESSAGES:
+        seconds = []
+        for _ in range(12):
+            begin = time.perf_counter()
+            take(size)
+            platform.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        samples.append((Work(calls=1, bytes=size), statistics.median(seconds[2:])))
+    fitted = _fitted(samples)
+    return Line(fitted.calls, fitted.bytes)
+
+
+def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
+    if mesh.rank in pair:
+        peer = pair[1] if mesh.rank == pair[0] else pair[0]
+        mine, theirs = (torch.empty(size, dtype=torch.uint8, device=mesh.device) for _ in range(2))
+        mesh.lines.exchange("rows", [(peer, mine)], [(peer, theirs)])
+
+
+def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
+    """Measure; all ranks of the mesh, which spans the world along its rows, call, and all get rank 0's figures."""
+    platform = mesh.platform
+    together = rates(platform, dtype, kernels)
+    alone, hosts = together, mesh.lines.all_values(socket.gethostname())
+    if not mesh.alone:
+        alone = rates(platform, dtype, kernels) if mesh.rank == 0 else {}
+        mesh.lines.all_values(None)  # until it is done
+    size = mesh.grid.size
+    exchange, gather = {"host": Line(0, 0)}, {"host": Line(0, 0)}
+    for pair in [(rank, rank + 1) for rank in range(size - 1)]:
+        name = "host" if hosts[pair[0]] == hosts[pair[1]] else "hosts"
+        if exchange.get(name, Line(0, 0)) == Line(0, 0):
+            exchange[name] = mesh.lines.all_values(_line(lambda size: _exchange(mesh, pair, size), platform))[pair[0]]  # noqa: B023
+    if size > 1:
+
+        def everyone(count: int) -> None:
+            own = torch.empty(max(1, count // (size - 1)), dtype=torch.uint8, device=mesh.device)
+            mesh.lines.all_gather("plane", own, size)
+
+        gather = dict.fromkeys(exchange, _line(everyone, platform))
+    source = torch.empty(MESSAGES[-1], dtype=torch.uint8, device=mesh.device)
+    target = torch.empty_like(source, device="cpu")
+    copy = _line(lambda count: target[:count].copy_(source[:count]), platform)
+    own = Calibration(platform.describe()["device"], platform.kind, "measured", alone, together, exchange, gather, copy)
+    return mesh.lines.all_values(own)[0]
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What a calibration is good for."""
+
+    device: str
+    backend: str
+    dtype: str
+    ranks: int
+    threads: int
+    torch: str
+    kernels: str
+
+    @property
+    def path(self) -> Path:
+        name = "-".join(str(value) for value in vars(self).values())
+        return folder() / (re.sub(r"[^\w.+]+", "-", name) + ".json")
+
+
+def folder() -> Path:
+    """Where calibrations are kept: `HALOVAE_CACHE`, else the user's cache directory."""
+    return Path(os.environ.get("HALOVAE_CACHE") or platformdirs.user_cache_path("halovae"))
+
+
+def key_of(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> _Key:
+    platform = mesh.platform
+    return _Key(
+        device=platform.describe()["device"],
+        backend=platform.backend,
+        dtype=str(dtype).removeprefix("torch."),
+        ranks=mesh.lines.world,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        kernels="eager" if kernels is EAGER else "compiled",
+    )
+
+
+def calibrated(
+    mesh: Mesh, dtype: torch.dtype, kernels: Kernels, *, anew: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Calibration:  # fmt: skip
+    """This machine's calibration: what rank 0 has on file, else what all ranks measure now.
+
+    Args:
+        mesh: of all ranks of the world, along its rows.
+        dtype: what is computed in.
+        kernels: which ones.
+        anew: measure even if there is a file.
+        say: told, on rank 0, what takes so long.
+    """
+    path = key_of(mesh, dtype, kernels).path
+    kept = stored(path) if mesh.rank == 0 and not anew else None
+    kept = mesh.lines.all_values(kept)[0]
+    if kept is not None:
+        return kept
+    if mesh.rank == 0:
+        say(f"measuring this machine once, for {path}")
+    measured = measure(mesh, dtype, kernels)
+    if mesh.rank == 0:
+        _keep(path, measured)
+    return measured
+
+
+def stored(path: Path) -> Calibration | None:
+    """The calibration in a file, if there is one as this version writes it."""
+    try:
+        return Calibration.from_json(path.read_text())
+    except (OSError, ValueError):  # missing, broken, or of another version: measured anew
+        return None
+
+
+def _keep(path: Path, measured: Calibration) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(measured.as_json() + "\n")
+        partial.replace(path)
+    except OSError:  # a read-only home: measured anew next time
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""Decisions of one decoder on this machine: calibrated, shared by all ranks, and remembered."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from dataclasses import replace
+
+from halovae.kernels import Kernels
+from halovae.mesh import Mesh
+from halovae.planning.calibrate import calibrated, key_of, stored
+from halovae.planning.calibration import Calibration, read, shipped
+from halovae.planning.choose import Decision, Question, choose
+
+# The share of free memory that a decode may take.
+USABLE = 0.9
+
+_calibrations: dict[str, Calibration] = {}
+
+
+class Planner:
+    """Answers questions, and the same one at once the next time."""
+
+    def __init__(self) -> None:
+        self._decisions: dict[str, Decision] = {}
+
+    def decide(self, question: Question, everyone: Mesh, free: int, kernels: Kernels) -> Decision:
+        """The decision for this machine; all ranks ask together, and decide alike.
+
+        Args:
+            question: without a budget, for what is free.
+            everyone: the mesh of all ranks.
+            free: bytes that are free where the least are.
+            kernels: what the ranks compute with.
+
+        Raises:
+            TooLittleMemory: no plan fits.
+        """
+        hosts = everyone.lines.all_values(socket.gethostname())
+        if question.budget is None:
+            # Processes on the CPU share what their host has.
+            sharing = max(map(hosts.count, hosts)) if question.device == "cpu" else 1
+            budget = int(USABLE * free / sharing)
+        else:
+            budget = question.budget
+        known = self._decisions.get(str(question))
+        if known is None or not known.chosen.fits(budget):
+            calibration = _calibration(everyone, question, kernels)
+            known = choose(replace(question, budget=budget, hosts=len(set(hosts)) > 1), calibration)
+            self._decisions[str(question)] = known
+        return known
+
+
+def _calibration(everyone: Mesh, question: Question, kernels: Kernels) -> Calibration:
+    if given := os.environ.get("HALOVAE_CALIBRATION"):  # a file, or the name of one that ships
+        return read(given)
+    key = key_of(everyone, question.dtype, kernels)
+    name = str(key.path)
+    if name not in _calibrations:
+        if everyone.alone:
+            # Alone there is little to decide, which a stranger's figures do: nobody should wait for a measurement.
+            _calibrations[name] = stored(key.path) or read(_similar(question.device))
+        else:
+            _calibrations[name] = calibrated(everyone, question.dtype, kernels, say=_say)
+    return _calibrations[name]
+
+
+def _similar(device: str) -> str:
+    """The first shipped calibration for this kind of device."""
+    return next(name for name in shipped() if name.startswith(device if device != "xpu" else "cuda"))
+
+
+def _say(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=2)

@@ -1,0 +1,266 @@
+"""Plans, their predictions against real decodes, and what happens where memory ends."""
+
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import latents, reference, vae
+from torch import Tensor
+
+import halovae
+from halovae import Grid, kernels
+from halovae.bench.models import random_vae
+from halovae.bench.ranks import Ranks
+from halovae.geometry import Span
+from halovae.lines import join_world, world_size
+from halovae.loop import Gather
+from halovae.mesh import mesh_for
+from halovae.planning import calibrate
+from halovae.planning.calibration import OTHER, Calibration, Line, Rates, read, shipped
+from halovae.planning.choose import Decision, Question, TooLittleMemory, choose, layouts
+from halovae.planning.cost import Work, walk
+from halovae.planning.plan import Plan, Stage
+from halovae.report import DecodeReport
+
+CPU = torch.device("cpu")
+FREE, RATES = Line(0, 0), Rates(flops=1e-9, weights=1e-4)
+# Where nothing takes time but FLOPs, and weights for each pass: larger chunks are faster.
+IDEAL = Calibration(
+    "ideal",
+    "cpu",
+    "made up",
+    {OTHER: RATES},
+    {OTHER: RATES},
+    {"host": FREE},
+    {"host": FREE},
+    FREE,
+)
+# Where only FLOPs take time.
+QUICK = replace(IDEAL, alone={OTHER: Rates(flops=1e-9)}, together={OTHER: Rates(flops=1e-9)})
+# Where a message takes as long as a GFLOP.
+SLOW = replace(QUICK, exchange={"host": Line(1, 0)}, gather={"host": Line(1, 0)})
+
+
+def question(shape: tuple[int, ...], world: int, **options: Any) -> Question:
+    return replace(Question(halovae.load(vae("wan2.1")).config, shape, torch.float32, world), **options)
+
+
+def kept_apart(stages: tuple[Stage, ...]) -> str:
+    return Plan(stages).grid
+
+
+def test_layouts_hold_each_latent_once_and_use_up_to_all_ranks() -> None:
+    for batch, world in ((1, 1), (1, 3), (3, 2), (4, 2), (5, 4), (2, 8)):
+        found = layouts(batch, world, 5, 3)
+        assert len(set(found)) == len(found)
+        for stages in found:
+            assert [item for stage in stages for item in range(stage.items.start, stage.items.stop)] == [*range(batch)]
+            assert all(stage.grid.size <= world for stage in stages)
+            for stage in stages:
+                stage.grid.shards(stage.items.size, 5, 3)  # does not raise
+
+
+def test_layouts_of_an_uneven_batch_give_whole_items_first() -> None:
+    grids = {kept_apart(stages) for stages in layouts(3, 2, 8, 8)}
+    assert "2 on 2x1x1 then 1 on 2x1" in grids
+    assert {"1x1", "2x1", "1x2", "2x1x1"} <= grids
+
+
+def test_where_messages_cost_nothing_all_ranks_share_and_where_they_cost_all_none_do() -> None:
+    assert choose(question((1, 16, 1, 12, 12), 4), QUICK).chosen.ranks == 4
+    assert choose(question((1, 16, 1, 12, 12), 4), SLOW).chosen.ranks == 1
+
+
+def test_whole_items_travel_least() -> None:
+    chosen = choose(question((4, 16, 1, 12, 12), 2, gather="none"), SLOW).chosen
+    assert str(chosen.plan.stages[0].grid) == "2x1x1"
+    assert chosen.messages == 0
+
+
+def test_idle_ranks_are_left_over_where_they_would_not_help() -> None:
+    chosen = choose(question((4, 16, 1, 1, 1), 5), QUICK).chosen
+    assert chosen.ranks == 4
+
+
+def test_a_decision_names_its_losers() -> None:
+    decision = choose(question((1, 16, 5, 8, 8), 2), SLOW)
+    assert decision.chosen.verdict.startswith("chosen")
+    assert all(one.verdict and not one.verdict.startswith("chosen") for one in decision.candidates[1:])
+    assert "made up" in decision.calibration
+    assert decision.as_dict()["chosen"]["plan"] == str(decision.chosen.plan)
+
+
+def test_a_budget_is_kept_or_refused_with_what_would_fit() -> None:
+    ask = question((1, 16, 9, 8, 8), 2)
+    fastest = choose(ask, IDEAL).chosen
+    assert fastest.peak is not None
+    leaner = choose(replace(ask, budget=int(0.6 * fastest.peak)), IDEAL).chosen
+    assert leaner.peak is not None
+    assert leaner.peak <= 0.6 * fastest.peak
+    with pytest.raises(TooLittleMemory, match=r"memory budget of .* what would fit: .*pictures of"):
+        choose(replace(ask, budget=fastest.peak // 20), IDEAL)
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_shipped_calibrations_are_whole_and_say_where_they_are_from(name: str) -> None:
+    one = read(name)
+    assert "estimated" in one.origin or "measured" in one.origin
+    assert Calibration.from_json(one.as_json()) == one
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"name": 1}', IDEAL.as_json().replace("1e-09", "-1")])
+def test_broken_calibrations_are_refused_and_measured_anew(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no calibration"):
+        Calibration.from_json(text)
+    (tmp_path / "one.json").write_text(text)
+    assert calibrate.stored(tmp_path / "one.json") is None
+    assert calibrate.stored(tmp_path / "missing.json") is None
+
+
+def test_the_fit_finds_the_rates_it_is_given() -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for _ in range(50):
+        flops, size, weights = torch.rand(3, generator=generator).tolist()
+        work = Work(1, 1e9 * flops, 1e6 * size, 1e4 * weights)
+        samples.append(("kind", work, 1e-5 + 2e-11 * work.flops + 3e-10 * work.bytes))
+    found = calibrate.fit(samples)["kind"]
+    assert found.calls == pytest.approx(1e-5, rel=0.01)
+    assert found.flops == pytest.approx(2e-11, rel=0.01)
+    assert found.bytes == pytest.approx(3e-10, rel=0.01)
+    assert found.weights == pytest.approx(0, abs=1e-15)
+
+
+def calibrated(folder: str) -> tuple[Calibration, Calibration, list[str]]:
+    os.environ["HALOVAE_CACHE"] = folder
+    calibrate.SAMPLES = calibrate.SAMPLES[:1]
+    join_world(CPU)
+    mesh = mesh_for(Grid(rows=world_size()), CPU)
+    first = calibrate.calibrated(mesh, torch.float32, kernels.EAGER)
+    return first, calibrate.calibrated(mesh, torch.float32, kernels.EAGER), os.listdir(folder)
+
+
+def test_ranks_measure_once_and_agree(tmp_path: Path, ranks: Callable[[int], Ranks]) -> None:
+    results = ranks(2).run(calibrated, str(tmp_path))
+    assert all(result == results[0] for result in results)
+    first, second, files = results[0]
+    assert first == second
+    assert len(files) == 1
+    assert first.exchange["host"].latency > 0
+    assert "convolution" in first.together
+
+
+def decoded(z: Tensor, options: dict[str, Any], width: int) -> tuple[Tensor | None, DecodeReport]:
+    stream = halovae.load(random_vae("wan2.1", width)).stream(z, **options)
+    return stream.join(), stream.shared_report()
+
+
+CASES = [
+    ((1, 3, 8, 8), Plan.of(1, Grid(rows=2))),
+    ((1, 9, 8, 8), Plan.of(1, Grid(cols=2), 2, {"": 1, "up3": 3, "conv_out": 2})),
+    ((2, 1, 8, 8), Plan.of(2, Grid(batch=2))),
+    ((3, 3, 7, 6), Plan((Stage(Span(0, 2), Grid(batch=2)), Stage(Span(2, 3), Grid(rows=2))))),
+    ((1, 2, 6, 6), Plan.of(1, Grid())),
+]
+
+
+@pytest.mark.parametrize(("shape", "plan"), CASES)
+@pytest.mark.parametrize("gather", ["rank0", "all"])
+def test_predictions_are_what_ranks_take(
+    shape: tuple[int, ...], plan: Plan, gather: Gather, ranks: Callable[[int], Ranks]
+) -> None:
+    batch, frames, height, width = shape
+    z = latents("wan2.1", frames, height, width, batch)
+    results = ranks(2).run(decoded, z, {"plan": plan, "gather": gather}, 8)
+    for rank, (out, report) in enumerate(results):
+        assert (out is not None) == (rank == 0 or gather == "all")
+        if out is not None:
+            assert (out - reference("wan2.1", z)).abs().max() <= 1e-4
+        took = report.ranks[rank]
+        config = halovae.load(vae("wan2.1")).config
+        if plan.stages[0].grid.size == 2:
+            cost = walk(config, z.shape, torch.float32, plan, gather=gather, rank=rank)
+            assert (cost.messages, cost.bytes_sent) == (took.messages, took.bytes_sent)
+            assert cost.peak == pytest.approx(took.memory.peak_allocated, rel=0.1)
+
+
+def test_auto_decides_alike_on_all_ranks_and_tells(ranks: Callable[[int], Ranks]) -> None:
+    z = latents("wan2.1", 3, 24, 24)
+    results = ranks(2).run(decoded, z, {}, 8)
+    reports = [report for _, report in results]
+    assert reports[0].decision is not None
+    assert reports[0].decision["chosen"] == reports[1].decision["chosen"]  # type: ignore[index]
+    assert results[0][0] is not None
+    assert (results[0][0] - reference("wan2.1", z)).abs().max() <= 1e-4
+
+
+def test_a_budget_holds_in_a_real_decode(ranks: Callable[[int], Ranks]) -> None:
+    z = latents("wan2.1", 9, 16, 16)
+    free = ranks(2).run(decoded, z, {}, 16)[0][1]
+    peak = max(rank.memory.peak_allocated for rank in free.ranks)
+    budget = int(0.6 * peak)
+    out, report = ranks(2).run(decoded, z, {"memory_budget": budget}, 16)[0]
+    assert max(rank.memory.peak_allocated for rank in report.ranks) <= budget
+    assert out is not None
+    assert torch.isfinite(out).all()
+
+
+def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]:
+    """A decode in which rank 1 cannot have what the fastest plan needs."""
+    decoder = halovae.load(random_vae("wan2.1", width))
+    decoder.decode(z[:, :, :2])
+    stream = decoder.stream(z)
+    assert stream._decision is not None
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if int(os.environ["RANK"]) == 1:
+        status = Path("/proc/self/status").read_text()
+        used = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData")))
+        room = int(0.7 * (stream._decision.chosen.peak or 0))
+        resource.setrlimit(resource.RLIMIT_DATA, (used + room, before[1]))
+    try:
+        return stream.join(), stream.shared_report()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_when_memory_runs_out_on_one_rank_all_fall_back_together() -> None:
+    z = latents("wan2.1", 9, 40, 40)
+    with Ranks(2) as ranks:
+        (out, report), (_, other) = ranks.run(short_of_memory, z, 16)
+    assert report.fell_back == other.fell_back != ""
+    assert report.decision is not None
+    assert report.decision["chosen"]["plan"] in report.fell_back
+    model = random_vae("wan2.1", 16)
+    with torch.inference_mode():
+        expected = model.decode(z).sample
+    assert out is not None
+    assert (out - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": Plan.of(2, Grid())}, "expected each of 1 once"),
+        ({"plan": Plan.of(1, Grid(rows=4))}, "needs more ranks than the 1"),
+        ({"plan": Plan.of(1, Grid()), "chunk": 2}, "leave mesh, grid, chunk and halo_depth out"),
+        ({"mode": "fast"}, "mode='fast': expected one of auto, single, parallel"),
+        ({"memory_budget": 0}, "memory_budget=0: expected a number of bytes"),
+        ({"memory_budget": 1000}, "do not fit into a memory budget"),
+    ],
+)
+def test_bad_plans_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        halovae.load(vae("wan2.1")).decode(latents("wan2.1"), **options)
+
+
+def test_a_leaner_plan_takes_less() -> None:
+    decision: Decision = choose(question((1, 16, 9, 8, 8), 2), IDEAL)
+    leaner = decision.leaner()
+    assert len(leaner) == 1
+    taken = {str(one.plan): one.peak or 0 for one in decision.candidates}
+    assert taken[str(leaner[0])] < (decision.chosen.peak or 0)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from models import latents, reference, vae
 from torch import Tensor
+from typer.testing import CliRunner
 
 import halovae
 from halovae import Grid, kernels
 from halovae.bench.models import random_vae
 from halovae.bench.ranks import Ranks
+from halovae.cli.main import app
 from halovae.geometry import Span
 from halovae.lines import join_world, world_size
 from halovae.loop import Gather
@@ -48,6 +50,9 @@ SLOW = replace(QUICK, exchange={"host": Line(1, 0)}, gather={"host": Line(1, 0)}
 
 def question(shape: tuple[int, ...], world: int, **options: Any) -> Question:
     return replace(Question(halovae.load(vae("wan2.1")).config, shape, torch.float32, world), **options)
+
+
+SEVERAL = Plan((Stage(Span(0, 1), Grid()), Stage(Span(1, 2), Grid())))
 
 
 def kept_apart(stages: tuple[Stage, ...]) -> str:
@@ -246,6 +251,7 @@ def test_when_memory_runs_out_on_one_rank_all_fall_back_together() -> None:
     ("options", "message"),
     [
         ({"plan": Plan.of(2, Grid())}, "expected each of 1 once"),
+        ({"plan": SEVERAL, "gather": "none"}, "gather='none' needs a single one"),
         ({"plan": Plan.of(1, Grid(rows=4))}, "needs more ranks than the 1"),
         ({"plan": Plan.of(1, Grid()), "chunk": 2}, "leave mesh, grid, chunk and halo_depth out"),
         ({"mode": "fast"}, "mode='fast': expected one of auto, single, parallel"),
@@ -264,3 +270,55 @@ def test_a_leaner_plan_takes_less() -> None:
     assert len(leaner) == 1
     taken = {str(one.plan): one.peak or 0 for one in decision.candidates}
     assert taken[str(leaner[0])] < (decision.chosen.peak or 0)
+
+
+def test_latents_of_different_lengths_share_a_batch() -> None:
+    one, other = latents("wan2.1", 3, 6, 5)[0], latents("wan2.1", 1, 6, 5, seed=1)[0]
+    decoded = halovae.load(vae("wan2.1")).decode_many([one, other])
+    for z, frames in zip((one, other), decoded, strict=True):
+        expected = reference("wan2.1", z.unsqueeze(0))[0]
+        assert frames is not None
+        assert frames.shape == expected.shape
+        assert (frames - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("shapes", [[], [(16, 1, 4, 4), (16, 1, 4, 5)], [(1, 16, 1, 4, 4)]])
+def test_latents_that_cannot_share_a_batch_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="expected at least one"):
+        halovae.load(vae("wan2.1")).decode_many([torch.zeros(shape) for shape in shapes])
+
+
+def shell(*words: object) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    return f"{done.exit_code} {done.output}"
+
+
+def test_the_command_ranks_plans_without_a_device() -> None:
+    said = shell("plan", "--model", "wan2.1", "--size", "64x64", "--frames", 5, "--num-gpus", 2, "--dtype", "fp32")
+    assert said.startswith("0")
+    assert "chosen: the fastest" in said
+    assert "estimated from data sheets" in said
+
+
+def test_the_command_draws_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halovae.cli.plan.EXPLORED", (1, 2))
+    words = ["plan", "--model", "qwen-image", "--size", "64x64,128x64", "--frames", 1, "--explore", "-o", tmp_path]
+    for name in ("plan.png", "plan-2.png"):  # a second run replaces nothing
+        assert shell(*words).startswith("0")
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "65x64"], "makes multiples of 8"),
+        (["--frames", "4"], "makes 1 frame, then 4"),
+        (["--calibration", "abacus"], "neither a file nor one of cpu-epyc-2-cores"),
+        (["--memory-budget", "lots"], "expected a size such as 8GiB"),
+        (["--memory-budget", "1MiB", "--size", "64x64"], "do not fit into a memory budget"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_plan(options: list[str], message: str) -> None:
+    said = shell("plan", "--model", "wan2.1", "--frames", 1, *options)
+    assert said.startswith("2")
+    assert message in said.replace("\n", " ")

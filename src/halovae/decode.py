@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halovae import kernels
@@ -78,7 +80,7 @@ class Decoder:
         """
         begin = time.perf_counter()
         self._kernels = kernels.compiled() if kernels.works(self.device) else kernels.EAGER
-        stream = self.stream(torch.zeros(*shape), gather="none", **options)
+        stream = self.stream(torch.zeros(*shape), **options)
         for _ in islice(stream, 2):  # the first chunk, and one like all others
             pass
         stream.close()
@@ -93,6 +95,34 @@ class Decoder:
             gather="none", this rank's shard.
         """
         return self.stream(latents, **options).join()
+
+    def decode_many(self, latents: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
+        """Decode latents of one size, but maybe of different lengths, as one batch.
+
+        Time is causal: what comes after a latent's end cannot reach its frames. Shorter ones are filled up with zeros
+        to the longest one's length, and the frames of the filling, which cost what others do, are dropped.
+
+        Args:
+            latents: each `[C, T, H, W]`.
+            options: as for `stream`; with gather="none" nobody would know whose frames are whose, so that is refused.
+
+        Returns:
+            For each, `[3, T', H', W']`; None on the ranks that receive nothing.
+
+        Raises:
+            ValueError: there are none, they differ in more than length, or as `stream` raises it.
+        """
+        shapes = [list(one.shape) for one in latents]
+        if not latents or any(len(shape) != 4 for shape in shapes) or len({(s[0], s[2], s[3]) for s in shapes}) > 1:
+            raise ValueError(f"latents of shapes {shapes}: expected at least one, [C, T, H, W], all of one C, H and W")
+        if options.get("gather") == "none":
+            raise ValueError("gather='none': the latents of a batch need whole frames, expected 'rank0' or 'all'")
+        longest = max(shape[1] for shape in shapes)
+        filled = torch.stack([F.pad(one, (0, 0, 0, 0, 0, longest - one.shape[1])) for one in latents])
+        frames = self.decode(filled, **options)
+        if frames is None:
+            return [None] * len(latents)
+        return [own[:, : self.config.frames(shape[1])] for own, shape in zip(frames, shapes, strict=True)]
 
     def stream(
         self,
@@ -172,12 +202,12 @@ class Decoder:
             f"{list(latents.shape)}, mode {mode}, plan {plan}, grid {grid}, chunk {chunk}, gather {gather}, "
             f"dtype {dtype}, depths {depths}, budget {memory_budget}, {self.dtype}"
         )
-        free = min(everyone.agree(asked, error, everyone.platform.memory()[0]))
+        offers = everyone.agree(asked, error, (everyone.platform.memory()[0], socket.gethostname()))
         _warn_unless_finite(latents)
         request = Request(gather, dtype or self.dtype, denormalize, self._kernels)
         decision, batch, world = None, latents.shape[0], everyone.lines.world
         if plan is not None:
-            _check_plan(plan, batch, world)
+            _check_plan(plan, batch, world, gather)
         elif mesh is not None:
             plan = Plan.of(batch, mesh.grid, chunk or 1, depths, apart=mesh.alone)
         elif grid is not None:
@@ -187,7 +217,7 @@ class Decoder:
                 self.config, tuple(latents.shape), self.dtype, world, memory_budget, gather, request.dtype,
                 self._kernels is not kernels.EAGER, self.device.type, chunk=chunk, depths=depths,
             )  # fmt: skip
-            decision = self._planner.decide(question, everyone, free, self._kernels)
+            decision = self._planner.decide(question, everyone, offers, self._kernels)
             plan = decision.chosen.plan
         else:
             plan = Plan.of(batch, Grid(), chunk or 1, depths, apart=world == 1 or gather == "all")
@@ -252,7 +282,9 @@ def check_latents(config: WanConfig, shape: Sequence[int], dtype: torch.dtype, g
     grid.shards(shape[0], shape[3], shape[4])
 
 
-def _check_plan(plan: Plan, batch: int, world: int) -> None:
+def _check_plan(plan: Plan, batch: int, world: int, gather: Gather) -> None:
+    if gather == "none" and len(plan.stages) > 1:
+        raise ValueError(f"plan {plan} has several stages: gather='none' needs a single one")
     items = [index for stage in plan.stages for index in range(stage.items.start, stage.items.stop)]
     if items != list(range(batch)):
         raise ValueError(f"plan {plan}: its stages hold the latents {items}; expected each of {batch} once, in order")

@@ -27,7 +27,7 @@ def bench(
         str,
         typer.Option(
             help="single: one rank. parallel: each of --num-gpus above one. tiled: diffusers' tiling. "
-            "auto: what halovae does when no grid is given, on the most ranks."
+            "auto: as planned, on up to the most ranks."
         ),
     ] = "single,parallel,tiled,auto",
     num_gpus: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2",

@@ -107,9 +107,14 @@ class Decision:
     def chosen(self) -> Candidate:
         return self.candidates[0]
 
+    def stands(self, budget: int) -> bool:
+        """Whether it would be the same within another budget."""
+        faster = (one for one in self.candidates if one.seconds < self.chosen.seconds and not one.fits(self.budget))
+        return self.chosen.fits(budget) and not any(one.fits(budget) for one in faster)
+
     def leaner(self) -> list[Plan]:
-        """What to fall back on when memory runs out: the fastest plan that takes at most half of the chosen one's memory,
-        else the one that takes the least; none if no plan takes less.
+        """What to fall back on when memory runs out: the fastest plan that takes at most half of the chosen one's, else
+        the one that takes the least; none if no plan takes less.
         """
         peak = self.chosen.peak or 0
         others = [one for one in self.candidates[1:] if one.peak is not None and one.peak < peak]
@@ -195,10 +200,10 @@ class _Chooser:
         batch, _, length, height, width = ask.shape
         chunk, depths = ask.chunk or 1, ask.depths or {"": 1}
         alone = self.price(Plan.of(batch, Grid(), chunk, depths))
-        floors = sorted(
-            ((self._floor(stages, alone.seconds), stages) for stages in layouts(batch, ask.world, height, width)),
-            key=lambda one: one[0],
-        )
+        possible = layouts(batch, ask.world, height, width)
+        if ask.gather == "none":  # a rank's own frames are of one shard
+            possible = [stages for stages in possible if len(stages) == 1]
+        floors = sorted(((self._floor(stages, alone.seconds), stages) for stages in possible), key=lambda one: one[0])
         unseen = []
         best: Candidate | None = alone if alone.fits(ask.budget) else None
         for floor, stages in floors:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 from halovae.kernels import Kernels
@@ -25,27 +25,29 @@ class Planner:
     def __init__(self) -> None:
         self._decisions: dict[str, Decision] = {}
 
-    def decide(self, question: Question, everyone: Mesh, free: int, kernels: Kernels) -> Decision:
+    def decide(
+        self, question: Question, everyone: Mesh, offers: Sequence[tuple[int, str]], kernels: Kernels
+    ) -> Decision:
         """The decision for this machine; all ranks ask together, and decide alike.
 
         Args:
             question: without a budget, for what is free.
             everyone: the mesh of all ranks.
-            free: bytes that are free where the least are.
+            offers: every rank's free bytes, and its host.
             kernels: what the ranks compute with.
 
         Raises:
             TooLittleMemory: no plan fits.
         """
-        hosts = everyone.lines.all_values(socket.gethostname())
+        hosts = [host for _, host in offers]
         if question.budget is None:
             # Processes on the CPU share what their host has.
             sharing = max(map(hosts.count, hosts)) if question.device == "cpu" else 1
-            budget = int(USABLE * free / sharing)
+            budget = int(USABLE * min(free for free, _ in offers) / sharing)
         else:
             budget = question.budget
         known = self._decisions.get(str(question))
-        if known is None or not known.chosen.fits(budget):
+        if known is None or not known.stands(budget):
             calibration = _calibration(everyone, question, kernels)
             known = choose(replace(question, budget=budget, hosts=len(set(hosts)) > 1), calibration)
             self._decisions[str(question)] = known

@@ -315,7 +315,7 @@ def test_the_command_draws_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--frames", "4"], "makes 1 frame, then 4"),
         (["--calibration", "abacus"], "neither a file nor one of cpu-epyc-2-cores"),
         (["--memory-budget", "lots"], "expected a size such as 8GiB"),
-        (["--memory-budget", "1MiB", "--size", "64x64"], "do not fit into a memory budget"),
+        (["--memory-budget", "64KiB", "--size", "64x64"], "do not fit into a memory budget"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_plan(options: list[str], message: str) -> None:

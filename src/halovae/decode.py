@@ -23,7 +23,7 @@ from halovae.models import load as checkpoints
 from halovae.models.wan import WanConfig, WanDecoder
 from halovae.planning.choose import Question
 from halovae.planning.plan import Chunk, Plan
-from halovae.planning.planner import Planner
+from halovae.planning.planner import decide
 from halovae.platform import Platform
 from halovae.stream import FrameStream
 
@@ -42,7 +42,6 @@ class Decoder:
         self.model = model
         self._used: set[str] = set()  # what has been decoded before, for the reports
         self._kernels = kernels.EAGER
-        self._planner = Planner()
 
     @property
     def config(self) -> WanConfig:
@@ -217,7 +216,7 @@ class Decoder:
                 self.config, tuple(latents.shape), self.dtype, world, memory_budget, gather, request.dtype,
                 self._kernels is not kernels.EAGER, self.device.type, chunk=chunk, depths=depths,
             )  # fmt: skip
-            decision = self._planner.decide(question, everyone, offers, self._kernels)
+            decision = decide(question, everyone, offers, self._kernels)
             plan = decision.chosen.plan
         else:
             plan = Plan.of(batch, Grid(), chunk or 1, depths, apart=world == 1 or gather == "all")

@@ -1,4 +1,4 @@
-"""Decisions of one decoder on this machine: calibrated, shared by all ranks, and remembered."""
+"""Decisions on this machine: calibrated, shared by all ranks, and remembered by the process."""
 
 from __future__ import annotations
 
@@ -17,55 +17,45 @@ from halovae.planning.choose import Decision, Question, choose
 USABLE = 0.9
 
 _calibrations: dict[str, Calibration] = {}
+_decisions: dict[tuple[str, str], Decision] = {}
 
 
-class Planner:
-    """Answers questions, and the same one at once the next time."""
+def decide(question: Question, everyone: Mesh, offers: Sequence[tuple[int, str]], kernels: Kernels) -> Decision:
+    """The decision for this machine, at once if the same was asked before; all ranks ask together, and decide alike.
 
-    def __init__(self) -> None:
-        self._decisions: dict[str, Decision] = {}
+    Args:
+        question: without a budget, for what is free.
+        everyone: the mesh of all ranks.
+        offers: every rank's free bytes, and its host.
+        kernels: what the ranks compute with.
 
-    def decide(
-        self, question: Question, everyone: Mesh, offers: Sequence[tuple[int, str]], kernels: Kernels
-    ) -> Decision:
-        """The decision for this machine; all ranks ask together, and decide alike.
-
-        Args:
-            question: without a budget, for what is free.
-            everyone: the mesh of all ranks.
-            offers: every rank's free bytes, and its host.
-            kernels: what the ranks compute with.
-
-        Raises:
-            TooLittleMemory: no plan fits.
-        """
-        hosts = [host for _, host in offers]
-        if question.budget is None:
-            # Processes on the CPU share what their host has.
-            sharing = max(map(hosts.count, hosts)) if question.device == "cpu" else 1
-            budget = int(USABLE * min(free for free, _ in offers) / sharing)
-        else:
-            budget = question.budget
-        known = self._decisions.get(str(question))
-        if known is None or not known.stands(budget):
-            calibration = _calibration(everyone, question, kernels)
-            known = choose(replace(question, budget=budget, hosts=len(set(hosts)) > 1), calibration)
-            self._decisions[str(question)] = known
-        return known
+    Raises:
+        TooLittleMemory: no plan fits.
+    """
+    hosts = [host for _, host in offers]
+    if question.budget is None:
+        # Processes on the CPU share what their host has.
+        sharing = max(map(hosts.count, hosts)) if question.device == "cpu" else 1
+        budget = int(USABLE * min(free for free, _ in offers) / sharing)
+    else:
+        budget = question.budget
+    name = os.environ.get("HALOVAE_CALIBRATION") or str(key_of(everyone, question.dtype, kernels).path)
+    known = _decisions.get((name, str(question)))
+    if known is None or not known.stands(budget):
+        if name not in _calibrations:
+            _calibrations[name] = _calibration(everyone, question, kernels)
+        question_now = replace(question, budget=budget, hosts=len(set(hosts)) > 1)
+        known = _decisions[name, str(question)] = choose(question_now, _calibrations[name])
+    return known
 
 
 def _calibration(everyone: Mesh, question: Question, kernels: Kernels) -> Calibration:
     if given := os.environ.get("HALOVAE_CALIBRATION"):  # a file, or the name of one that ships
         return read(given)
-    key = key_of(everyone, question.dtype, kernels)
-    name = str(key.path)
-    if name not in _calibrations:
-        if everyone.alone:
-            # Alone there is little to decide, which a stranger's figures do: nobody should wait for a measurement.
-            _calibrations[name] = stored(key.path) or read(_similar(question.device))
-        else:
-            _calibrations[name] = calibrated(everyone, question.dtype, kernels, say=_say)
-    return _calibrations[name]
+    if everyone.alone:
+        # Alone there is little to decide, which a stranger's figures do: nobody should wait for a measurement.
+        return stored(key_of(everyone, question.dtype, kernels).path) or read(_similar(question.device))
+    return calibrated(everyone, question.dtype, kernels, say=_say)
 
 
 def _similar(device: str) -> str:

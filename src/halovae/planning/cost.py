@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from halovae.kernels import EAGER, Kernels
@@ -260,6 +261,7 @@ def walk(
     total: dict[tuple[str, str], Work] = defaultdict(Work)
     sent = sent_bytes = 0
     with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())  # whoever counts a decode's work does not mean this
         stack.enter_context(torch.inference_mode())
         meshes = [Mesh(stage.grid, device, lines) for stage in plan.stages]
         latents = torch.empty((batch, channels, length, height, width), dtype=dtype, device="meta")

@@ -54,7 +54,7 @@ def endless(tmp_path: Path) -> list[str]:
     long = latents("wan2.1", frames=2000, height=8, width=8)
     latents_file.save(tmp_path / "long.safetensors", long, "wan2.1", scaled=False, fps=16)
     return [
-        *(sys.executable, "-m", "halovae.cli.main", "decode", str(tmp_path / "long.safetensors")),
+        *(sys.executable, "-m", "halovae.cli.main", "decode", str(tmp_path / "long.safetensors"), "--mode", "parallel"),
         *("--model", str(tmp_path / "vae"), "--num-gpus", "2", "-o", str(tmp_path / "out.mp4")),
     ]
 

@@ -41,7 +41,9 @@ class Watch(TorchDispatchMode):
 
 def started(family: str, chunks: int, **options: Any) -> FrameStream:
     """A stream of which so many chunks are decoded."""
-    stream = halovae.load(random_vae(family, 16)).stream(latents(family, frames=6, height=12, width=12), **options)
+    stream = halovae.load(random_vae(family, 16)).stream(
+        latents(family, frames=6, height=12, width=12), chunk=1, **options
+    )
     for _ in range(chunks):
         next(stream)
     return stream

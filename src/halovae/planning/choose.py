@@ -13,7 +13,7 @@ from halovae.geometry import Grid, Span
 from halovae.loop import Gather
 from halovae.models.wan import WanConfig
 from halovae.planning.calibration import Calibration
-from halovae.planning.cost import walk
+from halovae.planning.cost import EXCHANGE, Work, walk
 from halovae.planning.plan import Chunk, Plan, Stage
 
 # What a decode may take beyond its tensors (scratch of libraries, an allocator's unused parts), as a share of them.
@@ -170,6 +170,7 @@ class _Chooser:
         self._ask, self._calibration = question, calibration
         self.seen: dict[str, Candidate] = {}
         self.by_block: dict[str, dict[str, float]] = {}
+        self.exchanging: dict[str, float] = {}
 
     def price(self, plan: Plan) -> Candidate:
         """What a plan takes, walked once."""
@@ -184,6 +185,10 @@ class _Chooser:
             )  # fmt: skip
             layers = self._calibration.seconds(cost, ranks, ask.hosts)
             self.by_block[name] = _blocks(layers)
+            line = self._calibration.exchange[
+                "hosts" if ask.hosts and "hosts" in self._calibration.exchange else "host"
+            ]
+            self.exchanging[name] = line.seconds(cost.kinds().get(EXCHANGE, Work()))
             self.seen[name] = Candidate(plan, ranks, sum(layers.values()), cost.peak, cost.messages, cost.bytes_sent)
         return self.seen[name]
 
@@ -225,7 +230,8 @@ class _Chooser:
                 smaller = larger
         best = self.best(list(self.seen.values()))
         assert best is not None
-        if ask.depths is None and best.ranks > max(stage.grid.batch for stage in best.plan.stages):
+        # Deeper halos can save no more than what exchanges take.
+        if ask.depths is None and self.exchanging[str(best.plan)] > WORTH * best.seconds:
             self._deepen(best)
             best = self.best(list(self.seen.values()))
             assert best is not None

@@ -102,7 +102,7 @@ def test_a_decision_names_its_losers() -> None:
 
 
 def test_a_budget_is_kept_or_refused_with_what_would_fit() -> None:
-    ask = question((1, 16, 9, 8, 8), 2)
+    ask = question((1, 16, 5, 8, 8), 2)
     fastest = choose(ask, IDEAL).chosen
     assert fastest.peak is not None
     leaner = choose(replace(ask, budget=int(0.6 * fastest.peak)), IDEAL).chosen
@@ -266,7 +266,7 @@ def test_bad_plans_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_leaner_plan_takes_less() -> None:
-    decision: Decision = choose(question((1, 16, 9, 8, 8), 2), IDEAL)
+    decision: Decision = choose(question((1, 16, 5, 8, 8), 2), IDEAL)
     leaner = decision.leaner()
     assert len(leaner) == 1
     taken = {str(one.plan): one.peak or 0 for one in decision.candidates}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -200,7 +201,8 @@ def test_auto_decides_alike_on_all_ranks_and_tells(ranks: Callable[[int], Ranks]
     results = ranks(2).run(decoded, z, {}, 8)
     reports = [report for _, report in results]
     assert reports[0].decision is not None
-    assert reports[0].decision["chosen"] == reports[1].decision["chosen"]  # type: ignore[index]
+    assert reports[1].decision is not None
+    assert reports[0].decision["chosen"] == reports[1].decision["chosen"]
     assert results[0][0] is not None
     assert (results[0][0] - reference("wan2.1", z)).abs().max() <= 1e-4
 
@@ -230,7 +232,8 @@ def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]
             resource.setrlimit(resource.RLIMIT_DATA, before)
             real(*args)
 
-        setattr(halovae.stream, "serve_out", freed)  # noqa: B010
+        with patch.object(halovae.stream, "serve_out", freed):
+            return stream.join(), stream.shared_report()
     return stream.join(), stream.shared_report()
 
 
@@ -312,8 +315,8 @@ def test_the_command_draws_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "65x64"], "makes multiples of 8"),
-        (["--frames", "4"], "makes 1 frame, then 4"),
+        (["--size", "65x64"], "size 65x64: wan2.1 makes multiples of 8, such as 64x64"),
+        (["--frames", "4"], "4 frames: wan2.1 makes 1 + a multiple of 4: 1 or 5"),
         (["--calibration", "abacus"], "neither a file nor one of cpu-epyc-2-cores"),
         (["--memory-budget", "lots"], "expected a size such as 8GiB"),
         (["--memory-budget", "64KiB", "--size", "64x64"], "do not fit into a memory budget"),

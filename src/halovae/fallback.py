@@ -18,10 +18,13 @@ from halovae.models.wan import WanDecoder
 from halovae.planning.cost import hollow
 from halovae.planning.plan import Plan
 
+# What a CPU says: torch's allocator, C++, and oneDNN, which does not say why (a leaner plan, tried once, tells).
+_SHORTAGES = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had; the CPU's allocator has no class of its own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether an exception says that memory could not be had; the CPU's libraries have no class of their own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _SHORTAGES)
 
 
 class _Calls:
@@ -62,7 +65,7 @@ def serve_out(
     model: WanDecoder, latents: Tensor, plan: Plan, meshes: Sequence[Mesh], request: Request, chunks: int, calls: int
 ) -> None:
     """Exchange what is left of the first `chunks` chunks of a decode after `calls` exchanges, without decoding."""
-    device = meshes[0].device
+    device = meshes[0].platform.device
     shared = _Calls(calls)
     dtype = next(model.parameters()).dtype
     replayed = [Mesh(mesh.grid, device, _Replayed(mesh.lines, shared, device)) for mesh in meshes]

@@ -61,7 +61,6 @@ class Mesh:
                 f"such as {world}x1, or start {grid.size} ranks (torchrun --nproc-per-node {grid.size})"
             )
         self.grid = grid
-        self.device = device
         self.platform = Platform(device)
         self.traffic = Traffic(self.platform)
         self.lines = lines or (ProcessLines(grid, device) if grid.size > 1 else Lines())

@@ -106,15 +106,7 @@ def latents_of(config: WanConfig, size: tuple[int, int], frames: int, batch: int
     Raises:
         ValueError: no latents decode to such frames; says which sizes are nearest.
     """
-    width, height = size
-    factor, step = config.spatial_factor, config.temporal_factor
-    if width % factor or height % factor:
-        nearest = "x".join(str(max(1, round(extent / factor)) * factor) for extent in size)
-        raise ValueError(f"size {width}x{height}: {config.family} makes multiples of {factor}, such as {nearest}")
-    if (frames - 1) % step:
-        below = 1 + (frames - 1) // step * step
-        raise ValueError(f"{frames} frames: {config.family} makes 1 + a multiple of {step}: {below} or {below + step}")
-    shape = (batch, config.z_dim, 1 + (frames - 1) // step, height // factor, width // factor)
+    shape = config.latents(size, frames, batch)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -36,11 +36,7 @@ def inspect(
             width, height = parsed("--size", size, parse_size)
         count = frames or count
         factor, step = config.spatial_factor, config.temporal_factor
-        if width % factor or height % factor:
-            raise ValueError(f"--size {width}x{height}: {config.family} makes multiples of {factor} pixels")
-        if (count - 1) % step:
-            raise ValueError(f"--frames {count}: {config.family} makes 1 frame, then {step} per latent frame")
-        shape = (batch, config.z_dim, 1 + (count - 1) // step, height // factor, width // factor)
+        shape = config.latents((width, height), count, batch)
         ranks = Grid.parse(grid)
         cost = walk(config, shape, dtype.torch, Plan.of(batch, ranks))
         clip = batch * config.picture_channels * count * height * width

@@ -59,12 +59,12 @@ def plan(
         budget = parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None
         sizes = [parsed("--size", one, parse_size) for one in size.split(",")]
         question = Question(
-            config, _shape(config, sizes[0], frames, batch), dtype.torch, num_gpus, budget,
+            config, config.latents(sizes[0], frames, batch), dtype.torch, num_gpus, budget,
             compiled=compile_kernels, device=kind,
         )  # fmt: skip
         if explore:
             check_installed("halovae plan --explore", "matplotlib")
-            cases = [replace(question, shape=_shape(config, one, frames, batch)) for one in sizes]
+            cases = [replace(question, shape=config.latents(one, frames, batch)) for one in sizes]
             _explore(cases, rates, free_names(output, "plan.png")[0])
         else:
             decision = choose(question, rates)
@@ -78,16 +78,6 @@ def _config(model: str) -> WanConfig:
         check_installed(f"--model {model}", "diffusers")
         return named_config(model)
     return read_config(find_folder(model))
-
-
-def _shape(config: WanConfig, size: tuple[int, int], frames: int, batch: int) -> tuple[int, ...]:
-    factor, step = config.spatial_factor, config.temporal_factor
-    width, height = size
-    if width % factor or height % factor:
-        raise ValueError(f"--size {width}x{height}: {config.family} makes multiples of {factor} pixels")
-    if (frames - 1) % step:
-        raise ValueError(f"--frames {frames}: {config.family} makes 1 frame, then {step} per latent frame")
-    return (batch, config.z_dim, 1 + (frames - 1) // step, height // factor, width // factor)
 
 
 def _table(question: Question, decision: Decision, show: int) -> Table:

@@ -96,6 +96,24 @@ class WanConfig:
         """How many frames so many latent frames decode to."""
         return 1 + (latent_frames - 1) * self.temporal_factor
 
+    def latents(self, size: tuple[int, int], frames: int, batch: int = 1) -> tuple[int, int, int, int, int]:
+        """The shape `[B, C, T, H, W]` of the latents that decode to frames of `size`, `(width, height)` in pixels.
+
+        Raises:
+            ValueError: none do; says which sizes and numbers of frames are nearest.
+        """
+        width, height = size
+        factor, step = self.spatial_factor, self.temporal_factor
+        if width % factor or height % factor:
+            nearest = "x".join(str(max(1, round(extent / factor)) * factor) for extent in size)
+            raise ValueError(f"size {width}x{height}: {self.family} makes multiples of {factor}, such as {nearest}")
+        if (frames - 1) % step:
+            below = 1 + (frames - 1) // step * step
+            raise ValueError(
+                f"{frames} frames: {self.family} makes 1 + a multiple of {step}: {below} or {below + step}"
+            )
+        return (batch, self.z_dim, 1 + (frames - 1) // step, height // factor, width // factor)
+
     @property
     def blocks(self) -> tuple[str, ...]:
         """The names of the blocks that may have a halo depth of their own, in the order of decoding."""

@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -143,10 +144,8 @@ def _fitted(samples: Sequence[tuple[Work, float]]) -> Rates:
             error = float((left @ solution - seconds.unsqueeze(1) * weight).square().sum())
             if (solution >= 0).all() and error < best * (1 - 1e-6):
                 values = (solution.flatten() / scale[chosen]).tolist()
-                best, found = (
-                    error,
-                    Rates(**{FEATURES[index]: value for index, value in zip(chosen, values, strict=True)}),
-                )
+                best = error
+                found = Rates(**{FEATURES[index]: value for index, value in zip(chosen, values, strict=True)})
     return found
 
 
@@ -168,7 +167,7 @@ def _line(take: Callable[[int], object], platform: Platform) -> Line:
 def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
     if mesh.rank in pair:
         peer = pair[1] if mesh.rank == pair[0] else pair[0]
-        mine, theirs = (torch.empty(size, dtype=torch.uint8, device=mesh.device) for _ in range(2))
+        mine, theirs = (torch.empty(size, dtype=torch.uint8, device=mesh.platform.device) for _ in range(2))
         mesh.lines.exchange("rows", [(peer, mine)], [(peer, theirs)])
 
 
@@ -185,15 +184,15 @@ def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
     for pair in [(rank, rank + 1) for rank in range(size - 1)]:
         name = "host" if hosts[pair[0]] == hosts[pair[1]] else "hosts"
         if exchange.get(name, Line(0, 0)) == Line(0, 0):
-            exchange[name] = mesh.lines.all_values(_line(lambda size: _exchange(mesh, pair, size), platform))[pair[0]]  # noqa: B023
+            exchange[name] = mesh.lines.all_values(_line(partial(_exchange, mesh, pair), platform))[pair[0]]
     if size > 1:
 
         def everyone(count: int) -> None:
-            own = torch.empty(max(1, count // (size - 1)), dtype=torch.uint8, device=mesh.device)
+            own = torch.empty(max(1, count // (size - 1)), dtype=torch.uint8, device=mesh.platform.device)
             mesh.lines.all_gather("plane", own, size)
 
         gather = dict.fromkeys(exchange, _line(everyone, platform))
-    source = torch.empty(MESSAGES[-1], dtype=torch.uint8, device=mesh.device)
+    source = torch.empty(MESSAGES[-1], dtype=torch.uint8, device=mesh.platform.device)
     target = torch.empty_like(source, device="cpu")
     copy = _line(lambda count: target[:count].copy_(source[:count]), platform)
     own = Calibration(platform.describe()["device"], platform.kind, "measured", alone, together, exchange, gather, copy)

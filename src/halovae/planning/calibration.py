@@ -63,11 +63,15 @@ class Calibration:
     gather: Mapping[str, Line]
     host_copy: Line
 
+    def lines(self, hosts: bool) -> dict[str, Line]:
+        """What exchanges and gathers take on one host, or on several."""
+        pair = "hosts" if hosts and "hosts" in self.exchange else "host"
+        return {EXCHANGE: self.exchange[pair], GATHER: self.gather[pair]}
+
     def seconds(self, cost: Cost, ranks: int, hosts: bool = False) -> dict[str, float]:
         """What a decode of this cost takes on `ranks` ranks, on one host or several, by layer."""
         rates = self.alone if ranks == 1 else self.together
-        pair = "hosts" if hosts and "hosts" in self.exchange else "host"
-        known: dict[str, Rates | Line] = {**rates, EXCHANGE: self.exchange[pair], GATHER: self.gather[pair]}
+        known: dict[str, Rates | Line] = {**rates, **self.lines(hosts)}
         found: dict[str, float] = {}
         for (layer, kind), work in cost.work.items():
             found[layer] = found.get(layer, 0) + known.get(kind, rates[OTHER]).seconds(work)

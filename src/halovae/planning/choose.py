@@ -185,9 +185,7 @@ class _Chooser:
             )  # fmt: skip
             layers = self._calibration.seconds(cost, ranks, ask.hosts)
             self.by_block[name] = _blocks(layers)
-            line = self._calibration.exchange[
-                "hosts" if ask.hosts and "hosts" in self._calibration.exchange else "host"
-            ]
+            line = self._calibration.lines(ask.hosts)[EXCHANGE]
             self.exchanging[name] = line.seconds(cost.kinds().get(EXCHANGE, Work()))
             self.seen[name] = Candidate(plan, ranks, sum(layers.values()), cost.peak, cost.messages, cost.bytes_sent)
         return self.seen[name]

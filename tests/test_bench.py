@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from models import latents, reference, vae
-from pipelines import make_wan
 from typer.testing import CliRunner, Result
 
 from halovae import Grid
@@ -26,6 +25,7 @@ from halovae.cli.main import app
 from halovae.cli.measuring import check_ranks
 from halovae.models.load import read_class, read_config
 from halovae.platform import Platform
+from halovae.tiny import make_model
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_validate_ends_with_1_if_a_model_falls_short(
 
 
 def test_validate_runs_a_whole_pipeline(tmp_path: Path) -> None:
-    make_wan(tmp_path / "pipeline")
+    make_model("wan2.1", tmp_path / "pipeline")
     done = halovae(
         "validate", "--model-path", tmp_path / "pipeline", "--size", "32x32", "--frames", 5, "--prompt", "a cat",
         "--steps", 2, "-o", tmp_path / "out",

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from models import FAMILIES, WIDTH, latents
-from pipelines import embeddings, make_qwen_image, make_wan, qwen_image_edit, wan_image_to_video
+from pipelines import embeddings, qwen_image_edit, wan_image_to_video
 from torch import Tensor
 
 import halovae
 from halovae import Grid
 from halovae.bench.models import random_vae
 from halovae.bench.ranks import Ranks
+from halovae.tiny import make_model
 
 BOUND = 1e-4
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -25,8 +26,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pipelines")
-    make_wan(root / "wan")
-    make_qwen_image(root / "qwen")
+    make_model("wan2.1", root / "wan")
+    make_model("qwen-image", root / "qwen")
     return {"wan": root / "wan", "qwen": root / "qwen"}
 
 

@@ -27,7 +27,7 @@ from halovae.mesh import mesh_for
 from halovae.planning import calibrate
 from halovae.planning.calibration import OTHER, Calibration, Line, Rates, read, shipped
 from halovae.planning.choose import Decision, Question, TooLittleMemory, choose, layouts
-from halovae.planning.cost import Work, walk
+from halovae.planning.cost import Cost, Work, walk
 from halovae.planning.plan import Plan, Stage
 from halovae.report import DecodeReport
 
@@ -162,8 +162,10 @@ def test_ranks_measure_once_and_agree(tmp_path: Path, ranks: Callable[[int], Ran
     assert "convolution" in first.together
 
 
-def decoded(z: Tensor, options: dict[str, Any], width: int) -> tuple[Tensor | None, DecodeReport]:
-    stream = halovae.load(random_vae("wan2.1", width)).stream(z, **options)
+def decoded(
+    z: Tensor, options: dict[str, Any], width: int, family: str = "wan2.1"
+) -> tuple[Tensor | None, DecodeReport]:
+    stream = halovae.load(random_vae(family, width)).stream(z, **options)
     return stream.join(), stream.shared_report()
 
 
@@ -205,6 +207,47 @@ def test_auto_decides_alike_on_all_ranks_and_tells(ranks: Callable[[int], Ranks]
     assert reports[0].decision["chosen"] == reports[1].decision["chosen"]
     assert results[0][0] is not None
     assert (results[0][0] - reference("wan2.1", z)).abs().max() <= 1e-4
+
+
+def predicted(shape: tuple[int, ...], plan: Plan, family: str) -> Cost:
+    """What this rank is to take: how many threads it has decides how much scratch there is."""
+    config = halovae.load(random_vae(family, 8)).config
+    return walk(config, shape, torch.float32, plan, rank=int(os.environ["RANK"]) % plan.stages[0].grid.size)
+
+
+BANDED = [
+    ("wan2.1", Plan.of(1, Grid(), 2, bands=3)),
+    ("wan2.1", Plan.of(1, Grid(rows=2), bands=2)),
+    ("wan2.1", Plan.of(1, Grid(cols=2), bands=2)),
+    ("wan2.2-5b", Plan.of(1, Grid(rows=2), bands=2)),
+]
+
+
+@pytest.mark.parametrize(("family", "plan"), BANDED)
+def test_bands_are_exact_and_take_what_was_predicted(family: str, plan: Plan, ranks: Callable[[int], Ranks]) -> None:
+    z = latents(family, 4, 41, 6)
+    results = ranks(2).run(decoded, z, {"plan": plan}, 8, family)
+    out, report = results[0]
+    model = random_vae(family, 8)
+    with torch.inference_mode():
+        expected = model.decode(z).sample
+    assert out is not None
+    assert (out - expected).abs().max() <= 1e-4
+    costs = ranks(2).run(predicted, z.shape, plan, family)
+    for cost, took in list(zip(costs, report.ranks, strict=True))[: plan.stages[0].grid.size]:
+        assert (cost.messages, cost.bytes_sent) == (took.messages, took.bytes_sent)
+        assert cost.peak == pytest.approx(took.memory.peak_allocated, rel=0.1)
+
+
+def test_bands_are_for_what_fits_no_other_way() -> None:
+    ask = question((1, 16, 5, 60, 6), 1)
+    leanest = choose(replace(ask, chunk=1), IDEAL).chosen
+    assert leanest.peak is not None
+    budget = int(0.9 * leanest.peak)
+    banded = choose(replace(ask, budget=budget), IDEAL).chosen
+    assert banded.plan.bands > 1
+    assert banded.peak is not None
+    assert 1.15 * banded.peak <= budget
 
 
 def test_a_budget_holds_in_a_real_decode(ranks: Callable[[int], Ranks]) -> None:
@@ -255,6 +298,7 @@ def test_when_memory_runs_out_on_one_rank_all_fall_back_together() -> None:
     ("options", "message"),
     [
         ({"plan": Plan.of(2, Grid())}, "expected each of 1 once"),
+        ({"plan": Plan.of(1, Grid(), bands=9)}, "bands=9, expected 1 to"),
         ({"plan": SEVERAL, "gather": "none"}, "gather='none' needs a single one"),
         ({"plan": Plan.of(1, Grid(rows=4))}, "needs more ranks than the 1"),
         ({"plan": Plan.of(1, Grid()), "chunk": 2}, "leave mesh, grid, chunk and halo_depth out"),

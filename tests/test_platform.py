@@ -37,6 +37,17 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are() -> None:
         Platform.default("npu")
 
 
+def test_on_cuda_algorithms_are_pinned_while_decoding_and_only_then() -> None:
+    cudnn = torch.backends.cudnn
+    before = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    for tf32 in (True, False):
+        with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
+            with Platform(torch.device("cuda")).repeatable():
+                assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (False, True, tf32)
+            assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+    assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
+
+
 def test_a_stopwatch_adds_up() -> None:
     watch = Stopwatch(CPU)
     assert watch.seconds() == 0

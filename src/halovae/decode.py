@@ -206,7 +206,7 @@ class Decoder:
         request = Request(gather, dtype or self.dtype, denormalize, self._kernels)
         decision, batch, world = None, latents.shape[0], everyone.lines.world
         if plan is not None:
-            _check_plan(plan, batch, world, gather)
+            _check_plan(plan, batch, latents.shape[3], world, gather)
         elif mesh is not None:
             plan = Plan.of(batch, mesh.grid, chunk or 1, depths, apart=mesh.alone)
         elif grid is not None:
@@ -281,12 +281,15 @@ def check_latents(config: WanConfig, shape: Sequence[int], dtype: torch.dtype, g
     grid.shards(shape[0], shape[3], shape[4])
 
 
-def _check_plan(plan: Plan, batch: int, world: int, gather: Gather) -> None:
+def _check_plan(plan: Plan, batch: int, height: int, world: int, gather: Gather) -> None:
     if gather == "none" and len(plan.stages) > 1:
         raise ValueError(f"plan {plan} has several stages: gather='none' needs a single one")
     items = [index for stage in plan.stages for index in range(stage.items.start, stage.items.stop)]
     if items != list(range(batch)):
         raise ValueError(f"plan {plan}: its stages hold the latents {items}; expected each of {batch} once, in order")
+    for stage in plan.stages:
+        if not 1 <= plan.bands <= (rows := height // stage.grid.rows):
+            raise ValueError(f"plan {plan}: bands={plan.bands}, expected 1 to {rows}, the rows of the smallest shard")
     if max(stage.grid.size for stage in plan.stages) > world:
         raise ValueError(f"plan {plan} needs more ranks than the {world} there are")
 

@@ -9,14 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from halovae.geometry import Span
+from halovae.bands import Bands
+from halovae.geometry import Halo, Shard, Span
 from halovae.kernels import EAGER, Kernels
 from halovae.mesh import Mesh, Traffic
 from halovae.models.wan import WanDecoder
 from halovae.parts import part
 from halovae.planning.plan import Plan, Stage
 from halovae.pool import Pool
-from halovae.tile import Cache, Context, Tile
+from halovae.tile import NO_HALO, Cache, Context, Tile
 
 Gather = Literal["rank0", "all", "none"]
 
@@ -59,7 +60,7 @@ class Loop:
         for span in self._spans:
             frames = []
             for stage in self._stages:
-                with stage.mesh.in_use(self._traffic):
+                with stage.mesh.in_use(self._traffic), stage.mesh.platform.repeatable():
                     frames.append(stage.frames(span, self._plan, self._request))
             received = [one for one in frames if one is not None]
             del frames
@@ -79,10 +80,11 @@ class _Running:
 
     def __init__(self, model: WanDecoder, latents: Tensor, stage: Stage, mesh: Mesh, pool: Pool) -> None:
         self.mesh = mesh
-        self.cache = Cache(pool=pool)
+        self.cache, self._pool = Cache(pool=pool), pool
         self._model, self._latents = model, latents[stage.items.slice]
         batch, _, self._length, *self._plane = self._latents.shape
         self._shards = stage.grid.shards(batch, *self._plane)
+        self._clip: Tensor | None = None
         self._pictures = [shard.scaled(model.config.spatial_factor) for shard in self._shards]
 
     def frames(self, span: Span, plan: Plan, request: Request) -> Tensor | None:
@@ -106,14 +108,34 @@ class _Running:
 
     def _decoded(self, span: Span, plan: Plan, request: Request) -> Tensor:
         """This rank's own frames."""
+        config = self._model.config
+        if plan.bands > 1:
+            if self._clip is None:
+                self._clip = self._in_bands(plan, request)
+            frames = self._clip[:, :, 0 if span.start == 0 else config.frames(span.start) : config.frames(span.stop)]
+            return frames.contiguous()
         first, last = span.start == 0, span.stop == self._length
         context = Context(self.mesh, self.cache, first, last, self._shards, dict(plan.depths), request.kernels)
-        return _converted(self._model(self._tile(span, context, request.denormalize), context), request.dtype)
-
-    def _tile(self, span: Span, context: Context, denormalize: bool) -> Tile:
-        """This rank's part of the latents, its first halo cut from them as well: every rank was given all of them."""
-        shard = self._shards[self.mesh.rank]
         halo = context.block("conv_in").widest(scale=1)
+        tile = self._tile(span, self._shards[self.mesh.rank], halo, request.denormalize)
+        return _converted(self._model(tile, context), request.dtype)
+
+    def _in_bands(self, plan: Plan, request: Request) -> Tensor:
+        """This rank's own frames, all of them."""
+        shard = self._shards[self.mesh.rank]
+        height, width = self._plane
+        whole = Shard(shard.batch, Span(0, height), Span(0, width))
+        bands = Bands(
+            self._model, shard, (height, width), plan.chunks(self._length), request.kernels, self.mesh, self._pool
+        )
+        return bands.decode(
+            plan.bands,
+            lambda span: self._tile(span, whole, NO_HALO, request.denormalize),
+            lambda frames: _converted(frames, request.dtype),
+        )
+
+    def _tile(self, span: Span, shard: Shard, halo: Halo, denormalize: bool) -> Tile:
+        """Some of the latents, their first halo cut from them as well: every rank was given all of them."""
         rows, cols = shard.rows.grown(halo.top, halo.bottom), shard.cols.grown(halo.left, halo.right)
         weights = next(self._model.parameters())
         data = self._latents[shard.batch.slice, :, span.slice, rows.slice, cols.slice].to(weights.device, weights.dtype)

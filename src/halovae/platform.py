@@ -90,6 +90,19 @@ class Platform:
         if self.kind != "cpu":
             self.module.synchronize(self.device)
 
+    @contextmanager
+    def repeatable(self) -> Iterator[None]:
+        """Compute alike each time: with algorithms that give the same bits, chosen without trying several.
+
+        Whether fp32 convolutions may round to TF32 stays as torch was told.
+        """
+        if self.kind == "cuda":
+            cudnn = torch.backends.cudnn
+            with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32):
+                yield
+        else:
+            yield
+
     def supports(self, dtype: torch.dtype) -> bool:
         """Whether models can compute in `dtype` here."""
         if dtype == torch.bfloat16 and self.kind != "cpu":

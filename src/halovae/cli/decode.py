@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from halovae import latents as latents_file
 from halovae import media
-from halovae.cli.common import Dtype, Mode, console, errors_shown, parse_bytes, parse_chunk, parsed
-from halovae.decode import Decoder, check_latents, load
+from halovae.cli.common import Dtype, Mode, errors_shown, parse_bytes, parse_chunk, parsed
+from halovae.cli.writing import outputs, tell, write
+from halovae.decode import check_latents, load
 from halovae.geometry import Grid
 from halovae.launch import launch, under_torchrun
 from halovae.lines import world_size
@@ -95,7 +95,7 @@ def decode(
         check_latents(config, header.shape, header.dtype, wanted or Grid())
         if header.family not in (None, config.family):
             raise ValueError(f"{latents} holds latents of {header.family}, but {folder} is a {config.family} model")
-        for path in _outputs(output, header.shape[0]):
+        for path in outputs(output, header.shape[0]):
             media.check_output(path, config.frames(header.shape[2]))
         job = _Job(
             latents=latents,
@@ -116,15 +116,8 @@ def decode(
         try:
             launch(ranks, _run, job)
         finally:  # a rank that was ended from outside could not tidy up
-            for path in _outputs(output, header.shape[0]):
+            for path in outputs(output, header.shape[0]):
                 media.discard(media.partial_of(path))
-
-
-def _outputs(output: Path, batch: int) -> list[Path]:
-    """One file or folder per latent of the batch: clip.mp4, or clip-0.mp4, clip-1.mp4."""
-    if batch == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{item}{output.suffix}") for item in range(batch)]
 
 
 def _run(job: _Job) -> None:
@@ -142,42 +135,11 @@ def _run(job: _Job) -> None:
         denormalize=job.denormalize,
     )
     rank = dist.get_rank() if dist.is_initialized() else 0
+    paths = outputs(job.output, latents.shape[0])
     if rank > 0:
         pieces.join()
     else:
-        _write(job, decoder, latents.shape, pieces)
+        write(pieces, paths, job.fps, decoder.config.frames(latents.shape[2]))
     report = pieces.shared_report()
-    if rank > 0:
-        return
-    names = ", ".join(str(path) for path in _outputs(job.output, latents.shape[0]))
-    ranks = f"{len(report.ranks)} rank{'s' * (len(report.ranks) > 1)} ({report.grid})"
-    frames = report.frames[0] * report.frames[2]
-    console.print(f"{names}: {frames} frames by {ranks} in {report.seconds:.2f} s", soft_wrap=True)
-    console.print(report.table())
-    if report.decision is not None:
-        chosen = report.decision["chosen"]
-        console.print(f"plan: {chosen['plan']} ({chosen['verdict']})", soft_wrap=True, highlight=False)
-    if report.fell_back:
-        console.print(f"[yellow]Warning:[/] {report.fell_back}; decoded by a leaner plan", soft_wrap=True)
-    if job.report is not None:
-        job.report.write_text(report.as_json() + "\n")
-
-
-def _write(job: _Job, decoder: Decoder, shape: torch.Size, pieces: Any) -> None:
-    bar = Progress(
-        TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
-    sinks = [media.Sink(path, job.fps) for path in _outputs(job.output, shape[0])]
-    with bar:
-        task = bar.add_task("decoding", total=decoder.config.frames(shape[2]))
-        done = False
-        try:
-            for piece in pieces:
-                for sink, frames in zip(sinks, piece, strict=True):
-                    sink.write(frames)
-                bar.advance(task, piece.shape[2])
-            done = True
-        finally:
-            for sink in sinks:
-                sink.close(whole=done)
+    if rank == 0:
+        tell(report, paths, job.report)

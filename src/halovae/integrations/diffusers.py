@@ -77,6 +77,19 @@ def parallelize(
     return pipe_or_vae
 
 
+def do_without_torchvision() -> None:
+    """Let Qwen's processor of pictures load where torchvision is not installed.
+
+    Only its part for videos needs that (transformers 5), which no pipeline for pictures uses. Where torchvision is
+    installed nothing changes.
+    """
+    from transformers import Qwen2VLProcessor
+    from transformers.utils import is_torchvision_available
+
+    if not is_torchvision_available():
+        Qwen2VLProcessor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
+
+
 def restore(pipe_or_vae: Any) -> Any:
     """Undo `parallelize`: the VAE decodes through diffusers again. Does nothing to one that does already.
 

@@ -177,9 +177,14 @@ class Decoder3d(nn.Module):
         self.norm_out = RMSNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
-    def forward(self, tile: Tile, context: Context) -> Tile:
+    def head(self, tile: Tile, context: Context) -> Tile:
+        """Up to the end of the middle block, the only one in which all cells of a frame see each other."""
         tile = self.conv_in(self.conv_in.window(tile, context.block("conv_in")), context)
-        tile = self.mid_block(tile, context.block("mid"))
+        middle: Tile = self.mid_block(tile, context.block("mid"))
+        return middle
+
+    def tail(self, tile: Tile, context: Context) -> Tile:
+        """All that follows; may write to `tile.data`."""
         for level, block in enumerate(self.up_blocks):
             assert isinstance(block, UpBlock)
             # A loop here, and not a call of the block: a call would hold the block's input to its end.
@@ -196,7 +201,8 @@ class Decoder3d(nn.Module):
                 del start
         window = self.conv_out.window(tile, context.block("conv_out"), self.norm_out)
         del tile
-        return self.conv_out(window, context)
+        frames: Tile = self.conv_out(window, context)
+        return frames
 
 
 class WanDecoder(nn.Module):
@@ -219,8 +225,15 @@ class WanDecoder(nn.Module):
             `[B, 3, T', H', W']` in [-1, 1]: this rank's frames without halo, one for the first latent frame and
             `temporal_factor` for each later one.
         """
-        tile = self.decoder(replace(tile, data=self.post_quant_conv(tile.data)), context)
-        tile = unpatchify(tile, self.config.patch_size)
+        return self.tail(self.head(tile, context), context)
+
+    def head(self, tile: Tile, context: Context) -> Tile:
+        """`forward` up to the end of the middle block."""
+        return self.decoder.head(replace(tile, data=self.post_quant_conv(tile.data)), context)
+
+    def tail(self, tile: Tile, context: Context) -> Tensor:
+        """What `forward` does after `head`; may write to `tile.data`."""
+        tile = unpatchify(self.decoder.tail(tile, context), self.config.patch_size)
         return tile.cropped(Halo()).data.clamp(-1, 1)
 
     def denormalized(self, latents: Tensor) -> Tensor:

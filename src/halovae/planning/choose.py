@@ -218,7 +218,8 @@ class _Chooser:
                 continue
             best = self.best([*self.seen.values(), self.price(plan)])
         if best is None:
-            raise self._too_little()
+            best = self._in_bands()
+            return self._decision(best, unseen)
         for near in sorted(self.seen.values(), key=lambda one: one.seconds)[:2]:
             smaller = near
             for chunk in (chunk for chunk in CHUNKS if 1 < chunk < length and ask.chunk is None):
@@ -233,6 +234,28 @@ class _Chooser:
             self._deepen(best)
             best = self.best(list(self.seen.values()))
             assert best is not None
+        return self._decision(best, unseen)
+
+    def _in_bands(self) -> Candidate:
+        """The leanest layout with as few bands as fit.
+
+        Raises:
+            TooLittleMemory: however many there are, they take more than there is.
+        """
+        leanest = min(self.seen.values(), key=lambda one: one.peak or 0)
+        rows = min(self._ask.shape[3] // stage.grid.rows for stage in leanest.plan.stages)  # of the smallest shard
+        bands, peak = 2, math.inf
+        while bands <= rows:
+            banded = self.price(replace(leanest.plan, depths={"": 1}, bands=bands))
+            if banded.fits(self._ask.budget):
+                return banded
+            if banded.peak is None or banded.peak >= peak:
+                break  # what all bands hold, and the rows that they share, are most of it by now
+            bands, peak = 2 * bands, banded.peak
+        raise self._too_little()
+
+    def _decision(self, best: Candidate, unseen: Sequence[Candidate]) -> Decision:
+        ask = self._ask
         others = sorted([*self.seen.values(), *unseen], key=lambda one: one.seconds)
         ranked = [best, *(one for one in others if one is not best)]
         calibration = f"{self._calibration.name} ({self._calibration.origin})"

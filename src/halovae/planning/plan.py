@@ -27,20 +27,29 @@ class Plan:
         stages: one after the other for each chunk; together they hold each latent once, in order.
         chunk: how many latent frames go through the decoder at once, after the first one; "all" for the rest in one.
         depths: halo depth of each block by its name, the default under "".
+        bands: how many bands each rank cuts its rows into, to decode them one after the other; 1 for no bands. With
+            them nobody yields frames before the last band is done.
         apart: whether every rank decodes all by itself, so that nobody has to send it frames.
     """
 
     stages: tuple[Stage, ...]
     chunk: Chunk = 1
     depths: Mapping[str, int] = field(default_factory=lambda: {"": 1})
+    bands: int = 1
     apart: bool = False
 
     @classmethod
     def of(
-        cls, batch: int, grid: Grid, chunk: Chunk = 1, depths: Mapping[str, int] | None = None, apart: bool = False
+        cls,
+        batch: int,
+        grid: Grid,
+        chunk: Chunk = 1,
+        depths: Mapping[str, int] | None = None,
+        bands: int = 1,
+        apart: bool = False,
     ) -> Plan:
         """All of a batch at once on one grid."""
-        return cls((Stage(Span(0, batch), grid),), chunk, depths or {"": 1}, apart)
+        return cls((Stage(Span(0, batch), grid),), chunk, depths or {"": 1}, bands, apart)
 
     @property
     def grid(self) -> str:
@@ -51,6 +60,8 @@ class Plan:
 
     def __str__(self) -> str:
         named = [f"{block} {depth}" for block, depth in self.depths.items() if block and depth != self.depths[""]]
+        if self.bands > 1:
+            return f"{self.grid}, chunk {self.chunk}, {self.bands} bands"
         return f"{self.grid}, chunk {self.chunk}, halo depth {', '.join([str(self.depths['']), *named])}"
 
     def chunks(self, length: int) -> list[Span]:

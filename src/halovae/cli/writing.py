@@ -1,0 +1,62 @@
+"""Frames to files as they are decoded, with a bar, and what the decode took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from halovae import media
+from halovae.cli.common import console
+from halovae.report import DecodeReport
+from halovae.stream import FrameStream
+
+
+def outputs(output: Path, batch: int) -> list[Path]:
+    """One file or folder per latent of the batch: clip.mp4, or clip-0.mp4, clip-1.mp4."""
+    if batch == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{item}{output.suffix}") for item in range(batch)]
+
+
+def bar(unit: str) -> Progress:
+    """A progress bar on standard error, gone when it is done."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+
+
+def write(pieces: FrameStream, paths: Sequence[Path], fps: float, frames: int) -> None:
+    """Write uint8 frames as they come, each latent's to a path; on a decode's rank 0."""
+    sinks = [media.Sink(path, fps) for path in paths]
+    with bar("frames") as shown:
+        task = shown.add_task("decoding", total=frames)
+        done = False
+        try:
+            for piece in pieces:
+                assert piece is not None
+                for sink, own in zip(sinks, piece, strict=True):
+                    sink.write(own)
+                shown.advance(task, piece.shape[2])
+            done = True
+        finally:
+            for sink in sinks:
+                sink.close(whole=done)
+
+
+def tell(report: DecodeReport, paths: Sequence[Path], json: Path | None) -> None:
+    """Say what was written and what the decode took; all of it to a file if one is named."""
+    names = ", ".join(str(path) for path in paths)
+    frames, ranks = report.frames[0] * report.frames[2], len(report.ranks)
+    where = f"grid {report.grid} of {ranks} rank{'s' * (ranks > 1)}"
+    console.print(f"{names}: {frames} frames decoded in {report.seconds:.2f} s ({where})", soft_wrap=True)
+    console.print(report.table())
+    if report.decision is not None:
+        chosen = report.decision["chosen"]
+        console.print(f"plan: {chosen['plan']} ({chosen['verdict']})", soft_wrap=True, highlight=False)
+    if report.fell_back:
+        console.print(f"[yellow]Warning:[/] {report.fell_back}; decoded by a leaner plan", soft_wrap=True)
+    if json is not None:
+        json.write_text(report.as_json() + "\n")

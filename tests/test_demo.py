@@ -45,6 +45,7 @@ def test_clips_are_seeded_and_held_out_ones_are_over_other_photographs() -> None
     assert not set(HELD_OUT) & set(TRAINING)
 
 
+@pytest.mark.slow
 def test_the_demo_shows_an_exact_decode_beside_an_inexact_one(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "demo.mp4").write_text("of an earlier run")

@@ -82,7 +82,7 @@ def tokens_seen(source: Path, prompt: Prompt, ulysses: int) -> int:
     """How many tokens of the picture this rank takes through the transformer's first block."""
     generator = Generator(source, torch.float32, torch.float32, ulysses)
     seen: list[int] = []
-    first = generator.pipeline.transformer.blocks[0]
+    first = generator.pipeline.transformer.blocks[0].ffn
     first.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     generator.denoise(generator.fitted(prompt))
     return seen[0]

@@ -29,6 +29,7 @@ from halovae.planning.calibration import OTHER, Calibration, Line, Rates, read, 
 from halovae.planning.choose import Decision, Question, TooLittleMemory, choose, layouts
 from halovae.planning.cost import Cost, Work, walk
 from halovae.planning.plan import Plan, Stage
+from halovae.platform import RANK_ENVIRONMENT
 from halovae.report import DecodeReport
 
 CPU = torch.device("cpu")
@@ -216,7 +217,7 @@ def predicted(shape: tuple[int, ...], plan: Plan, family: str) -> Cost:
 
 
 BANDED = [
-    ("wan2.1", Plan.of(1, Grid(), 2, bands=3)),
+    ("wan2.1", Plan.of(1, Grid(), 2, bands=2)),
     ("wan2.1", Plan.of(1, Grid(rows=2), bands=2)),
     ("wan2.1", Plan.of(1, Grid(cols=2), bands=2)),
     ("wan2.2-5b", Plan.of(1, Grid(rows=2), bands=2)),
@@ -225,7 +226,7 @@ BANDED = [
 
 @pytest.mark.parametrize(("family", "plan"), BANDED)
 def test_bands_are_exact_and_take_what_was_predicted(family: str, plan: Plan, ranks: Callable[[int], Ranks]) -> None:
-    z = latents(family, 4, 41, 6)
+    z = latents(family, 3, 33, 4)
     results = ranks(2).run(decoded, z, {"plan": plan}, 8, family)
     out, report = results[0]
     model = random_vae(family, 8)
@@ -263,7 +264,9 @@ def test_a_budget_holds_in_a_real_decode(ranks: Callable[[int], Ranks]) -> None:
 
 def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]:
     """A decode in which rank 1 cannot have what the fastest plan needs, until all ranks have turned to another."""
-    stream = halovae.load(random_vae("wan2.1", width)).stream(z)
+    decoder = halovae.load(random_vae("wan2.1", width))
+    decoder.decode(z)  # oneDNN has made its code by then: a thread in which that once failed can never make any again
+    stream = decoder.stream(z)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     if int(os.environ["RANK"]) == 1:
         status = Path("/proc/self/status").read_text()
@@ -282,7 +285,7 @@ def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]
 
 def test_when_memory_runs_out_on_one_rank_all_fall_back_together() -> None:
     z = latents("wan2.1", 5, 20, 20)
-    with Ranks(2) as ranks:
+    with Ranks(2, 1, RANK_ENVIRONMENT) as ranks:  # maps are given back at once
         (out, report), (_, other) = ranks.run(short_of_memory, z, 16)
     assert report.fell_back == other.fell_back != ""
     assert report.decision is not None

@@ -41,7 +41,7 @@ def picture(folder: Path) -> Path:
 
 
 def prompt_for(name: str, folder: Path) -> Prompt:
-    images = (picture(folder),) if name == "qwen-image-edit" else ()
+    images = (picture(folder),) if name in ("wan2.1-i2v", "qwen-image-edit") else ()
     size = (64, 64) if name == "wan2.2-5b" else SIZE
     return Prompt("a cat, playing", size, 5 if name.startswith("wan") else 1, 2, seed=3, images=images)
 
@@ -121,6 +121,7 @@ def test_the_command_writes_a_video_that_plays(
         ("qwen-image-edit", [], "needs a picture to start from"),
         ("wan2.1", ["--num-gpus", "2", "--ulysses-degree", "3"], "expected a product of 2"),
         ("wan2.1", ["--image", "missing.png"], "cannot be read"),
+        ("wan2.1", ["--model-path", "."], "expected a pipeline's folder"),
     ],
 )
 def test_bad_wishes_are_refused(

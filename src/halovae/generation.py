@@ -85,7 +85,6 @@ class Generator:
         self.pipeline.vae.to(vae_dtype)
         self.decoder = Decoder(from_module(self.pipeline.vae))
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
-        self._device = platform.device
         if ulysses * ring > 1:
             for name in ("transformer", "transformer_2"):
                 if getattr(self.pipeline, name, None) is not None:

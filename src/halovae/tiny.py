@@ -50,9 +50,9 @@ def transformer(family: str, in_channels: int = 16, out_channels: int = 16) -> A
     ).eval()
 
 
-def _wan(family: str, **options: Any) -> Any:
-    """A `WanPipeline` with a tokenizer of single characters."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+def _wan(family: str, image_to_video: bool = False, **options: Any) -> Any:
+    """A `WanPipeline` or `WanImageToVideoPipeline` with a tokenizer of single characters."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
     from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
     pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,."]
@@ -60,12 +60,14 @@ def _wan(family: str, **options: Any) -> Any:
     torch.manual_seed(0)
     config = UMT5Config(vocab_size=64, d_model=TEXT_DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     channels = 48 if family == "wan2.2-5b" else 16
-    return WanPipeline(
+    # The first frame's latents, and which frames are given, come beside the noise.
+    given = channels + 4 if image_to_video else 0
+    return (WanImageToVideoPipeline if image_to_video else WanPipeline)(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(config).eval(),
         vae=random_vae(family, _VAE_WIDTH),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=transformer("wan", channels, channels),
+        transformer=transformer("wan", channels + given, channels),
         **options,
     )
 
@@ -147,6 +149,7 @@ def _processor(tokenizer: Any) -> Any:
 # By name: as the VAE's families are called, but for Wan2.2-A14B, which has two transformers and Wan2.1's VAE.
 MODELS: dict[str, Callable[[], Any]] = {
     "wan2.1": lambda: _wan("wan2.1"),
+    "wan2.1-i2v": lambda: _wan("wan2.1", image_to_video=True),
     "wan2.2": lambda: _wan("wan2.1", transformer_2=transformer("wan"), boundary_ratio=0.875),
     "wan2.2-5b": lambda: _wan("wan2.2-5b", expand_timesteps=True),
     "qwen-image": lambda: _qwen(edit=False),

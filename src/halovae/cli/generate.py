@@ -79,6 +79,8 @@ def generate(
             raise ValueError(
                 f"--ulysses-degree {ulysses_degree} x --ring-degree {ring_degree}: expected a product of {ranks} ranks"
             )
+        if Path(model_path).is_dir() and not (Path(model_path) / "model_index.json").exists():
+            raise ValueError(f"--model-path {model_path}: expected a pipeline's folder, with a model_index.json")
         images = tuple(image or ())
         for path in images:
             media.read_clip(path)  # raises now, not on every rank

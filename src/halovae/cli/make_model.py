@@ -16,6 +16,7 @@ class Name(str, Enum):
     """What can be made."""
 
     wan21 = "wan2.1"
+    wan21_i2v = "wan2.1-i2v"
     wan22 = "wan2.2"
     wan22_5b = "wan2.2-5b"
     qwen_image = "qwen-image"

@@ -135,9 +135,8 @@ class Bands:
         context = _BandContext(self._alone, cache, *self._ends(span), self._shards, {"": 1}, self._kernels, ends=ends)
         down, across = rows.start - around[0].start, cols.start - around[1].start
         source = features[:, :, span.slice, down : down + rows.size, across : across + cols.size]
-        data = context.empty(source)
-        data.copy_(source)  # the decoder adds to what it is given, and the next band needs these rows as well
-        return self._model.tail(Tile(data, halo), context)
+        # A copy: the decoder adds to what it is given, and the next band needs these rows as well.
+        return self._model.pictures(self._model.decoder.tail(Tile(context.empty(source).copy_(source), halo), context))
 
     def _ends(self, span: Span) -> tuple[bool, bool]:
         """Whether this chunk is the first, and the last one."""

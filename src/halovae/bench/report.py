@@ -169,14 +169,20 @@ def draw(rows: Sequence[Row], time: Path, memory: Path) -> None:
 def draw_plans(curves: Mapping[str, Sequence[tuple[int, float, float]]], title: str, path: Path) -> None:
     """Draw predicted seconds, and peak GiB per rank, over numbers of ranks: `(ranks, seconds, GiB)` by case."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title, fontsize=9)
     for axes, column, unit in zip(figure.subplots(1, 2), (1, 2), ("time (s)", "peak per rank (GiB)"), strict=True):
         for name, points in curves.items():
             axes.plot([point[0] for point in points], [point[column] for point in points], "o-", label=name)
+        ranks = sorted({point[0] for points in curves.values() for point in points})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [f"{count}" for count in ranks])
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks("{x:.3g}")
         axes.set_xlabel("ranks")
         axes.set_ylabel(unit)
         axes.grid(alpha=0.3)

@@ -225,16 +225,15 @@ class WanDecoder(nn.Module):
             `[B, 3, T', H', W']` in [-1, 1]: this rank's frames without halo, one for the first latent frame and
             `temporal_factor` for each later one.
         """
-        return self.tail(self.head(tile, context), context)
+        return self.pictures(self.decoder.tail(self.head(tile, context), context))
 
     def head(self, tile: Tile, context: Context) -> Tile:
         """`forward` up to the end of the middle block."""
         return self.decoder.head(replace(tile, data=self.post_quant_conv(tile.data)), context)
 
-    def tail(self, tile: Tile, context: Context) -> Tensor:
-        """What `forward` does after `head`; may write to `tile.data`."""
-        tile = unpatchify(self.decoder.tail(tile, context), self.config.patch_size)
-        return tile.cropped(Halo()).data.clamp(-1, 1)
+    def pictures(self, tile: Tile) -> Tensor:
+        """What `forward` does after the decoder's tail."""
+        return unpatchify(tile, self.config.patch_size).cropped(Halo()).data.clamp(-1, 1)
 
     def denormalized(self, latents: Tensor) -> Tensor:
         """`latents * std + mean` per channel: from what the diffusion model works on to what the decoder takes."""

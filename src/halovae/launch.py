@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from halovae.lines import world_size
+from halovae.mesh import leave_world
 from halovae.platform import RANK_ENVIRONMENT, threads_per_rank
 
 
@@ -96,5 +96,4 @@ def _in_world(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_world()

@@ -235,3 +235,13 @@ def mesh_for(grid: Grid, device: torch.device, idle: bool = False) -> Mesh:
     if key not in _meshes:
         _meshes[key] = Mesh(grid, device, ProcessLines(grid, device) if idle else None)
     return _meshes[key]
+
+
+def leave_world() -> None:
+    """Leave the process group, if this process is in one, and let go of the meshes over it.
+
+    While they hold its parts, those would only end with the interpreter, whose threads may be gone by then.
+    """
+    _meshes.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Prompts to files: tiny pipelines made by the command, on one rank and on two, against diffusers' own pipelines."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from typer.testing import CliRunner
 from halovae import tiny
 from halovae.bench.ranks import Ranks
 from halovae.cli.main import app
-from halovae.generation import Generator, Prompt
+from halovae.generation import Generator
 from halovae.integrations.diffusers import do_without_torchvision
+from halovae.pipelines import Prompt
 
 SIZE = (64, 48)
 
@@ -41,14 +43,14 @@ def picture(folder: Path) -> Path:
 
 
 def prompt_for(name: str, folder: Path) -> Prompt:
-    images = (picture(folder),) if name in ("wan2.1-i2v", "qwen-image-edit") else ()
+    images = (picture(folder).read_bytes(),) if name in ("wan2.1-i2v", "qwen-image-edit") else ()
     size = (64, 64) if name == "wan2.2-5b" else SIZE
     return Prompt("a cat, playing", size, 5 if name.startswith("wan") else 1, 2, seed=3, images=images)
 
 
 def generated(source: Path, prompt: Prompt, ulysses: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     generator = Generator(source, torch.float32, torch.float32, ulysses)
-    latents = generator.denoise(generator.fitted(prompt))
+    latents = generator.denoise(generator.kind.fitted(prompt))
     return latents, generator.decoder.decode(latents, denormalize=True)
 
 
@@ -67,7 +69,7 @@ def test_two_ranks_make_what_diffusers_makes(
     pipeline.set_progress_bar_config(disable=True)
     given: dict[str, Any] = {"num_frames": prompt.frames} if name.startswith("wan") else {}
     if prompt.images:
-        given["image"] = Image.open(prompt.images[0])
+        given["image"] = Image.open(io.BytesIO(prompt.images[0]))
     assert prompt.size is not None
     (expected,) = pipeline(
         prompt=prompt.text, width=prompt.size[0], height=prompt.size[1], num_inference_steps=prompt.steps, **given,
@@ -84,7 +86,7 @@ def tokens_seen(source: Path, prompt: Prompt, ulysses: int) -> int:
     seen: list[int] = []
     first = generator.pipeline.transformer.blocks[0].ffn
     first.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
-    generator.denoise(generator.fitted(prompt))
+    generator.denoise(generator.kind.fitted(prompt))
     return seen[0]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +19,29 @@ from halovae.decode import Decoder
 from halovae.integrations.diffusers import do_without_torchvision
 from halovae.lines import join_world, world_size
 from halovae.models.load import from_module
+from halovae.pipelines import Pipeline, Prompt
 from halovae.platform import Platform
-
-# What the pipelines were trained for, where a request does not say: width, height, frames.
-USUAL = {"wan2.1": (832, 480, 81), "wan2.2-5b": (1280, 704, 121), "qwen-image": (1328, 1328, 1)}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is to be generated; None leaves it to the pipeline.
-
-    Attributes:
-        text: the prompt.
-        size: width and height in pixels.
-        frames: of a video; 1 for a picture.
-        steps: of denoising.
-        seed: equal seeds give equal noise, on any number of ranks.
-        negative: what to avoid; with it, or with a guidance above 1, each step runs the transformer twice.
-        guidance: how strongly the prompt leads: Wan's `guidance_scale`, Qwen-Image's `true_cfg_scale`.
-        guidance_2: likewise for the second transformer of Wan2.2-A14B.
-        images: paths of pictures to start from (the first frame of a video), or to edit.
-    """
-
-    text: str
-    size: tuple[int, int] | None = None
-    frames: int | None = None
-    steps: int | None = None
-    seed: int = 0
-    negative: str | None = None
-    guidance: float | None = None
-    guidance_2: float | None = None
-    images: tuple[Path, ...] = ()
 
 
 class Generator:
     """A pipeline in diffusers layout, on all ranks of the world, which make the same calls.
 
     Args:
-        source: its folder, or a hub id.
+        folder: where it is.
         dtype: of the transformer and the text encoder.
         vae_dtype: of the VAE.
         ulysses: over how many ranks attention is shared by heads; likewise `ring`, in turns. Their product is the
             world's size, or 1: every rank then denoises all by itself.
+        offload: keep all but the VAE in the host's memory, each part but for the time it is used.
 
     Raises:
-        ValueError: a pipeline of another kind, or degrees that do not match the world.
+        ValueError: a pipeline of another kind, degrees that do not match the world, or nowhere to offload from.
     """
 
     def __init__(
-        self, source: str | Path, dtype: torch.dtype, vae_dtype: torch.dtype, ulysses: int = 1, ring: int = 1
-    ) -> None:
+        self, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype, ulysses: int = 1, ring: int = 1,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
         from diffusers import DiffusionPipeline
 
         if ulysses * ring not in (1, world_size()):
@@ -76,13 +49,22 @@ class Generator:
                 f"ulysses degree {ulysses} x ring degree {ring}: expected a product of {world_size()} (the ranks), or 1"
             )
         platform = Platform.default()
+        if offload and platform.kind == "cpu":
+            raise ValueError("offload: all is in the host's memory already, there is no accelerator")
+        self.kind = Pipeline.read(folder)
         join_world(platform.device)
         do_without_torchvision()
         _quieten()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call it dtype, older ones know only this
-            self.pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype).to(platform.device)
+            self.pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+        self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.vae.to(vae_dtype)
+        if offload:
+            self.pipeline._exclude_from_cpu_offload = ["vae"]  # halovae reads its weights past diffusers' hooks
+            self.pipeline.enable_model_cpu_offload(device=platform.device)
+        else:
+            self.pipeline.to(platform.device)
         self.decoder = Decoder(from_module(self.pipeline.vae))
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
         if ulysses * ring > 1:
@@ -90,46 +72,12 @@ class Generator:
                 if getattr(self.pipeline, name, None) is not None:
                     _share_sequence(getattr(self.pipeline, name), platform.device, ulysses, ring)
 
-    @property
-    def makes_video(self) -> bool:
-        """Whether a result may have more than one frame."""
-        return "num_frames" in self._takes
-
-    def fitted(self, prompt: Prompt) -> Prompt:
-        """The prompt with the size and number of frames that will be made: the pipelines round both down.
-
-        Raises:
-            ValueError: pictures are missing, or not taken, or a number is out of range.
-        """
-        name = type(self.pipeline).__name__
-        wants = "image" in self._takes
-        if wants != bool(prompt.images):
-            raise ValueError(f"{name} needs a picture to start from" if wants else f"{name} takes no pictures")
-        width, height, frames = USUAL[self.decoder.config.family]
-        width, height = prompt.size or (width, height)
-        frames = prompt.frames or frames
-        if not self.makes_video and frames > 1:
-            raise ValueError(f"{frames} frames: {name} makes pictures, expected 1")
-        if prompt.steps is not None and prompt.steps < 1:
-            raise ValueError(f"{prompt.steps} steps: expected 1 or more")
-        patch = self.pipeline.transformer.config.patch_size
-        step = self.decoder.config.spatial_factor * (patch[-1] if isinstance(patch, (tuple, list)) else patch)
-        step = step if self.makes_video else self.decoder.config.spatial_factor * 2
-        if min(width, height) < step:
-            raise ValueError(f"size {width}x{height}: {name} makes multiples of {step}, from {step}x{step} on")
-        between = self.decoder.config.temporal_factor
-        return replace(
-            prompt,
-            size=(width // step * step, height // step * step),
-            frames=1 if frames == 1 else frames // between * between + 1,
-        )
-
     @torch.inference_mode()
     def denoise(self, prompt: Prompt, told: Callable[[int], None] = lambda step: None) -> Tensor:
         """Run the transformer, and give the latents `[B, C, T, H, W]`, normalized, on every rank.
 
         Args:
-            prompt: as `fitted` gave it.
+            prompt: as `Pipeline.fitted` gave it.
             told: is called after each step with its number, from 1 on; what it raises ends the denoising.
         """
         assert prompt.size is not None
@@ -144,7 +92,7 @@ class Generator:
             "negative_prompt": prompt.negative,
             "width": width,
             "height": height,
-            "num_frames": prompt.frames if self.makes_video else None,
+            "num_frames": prompt.frames if self.kind.makes_video else None,
             "num_inference_steps": prompt.steps,
             "true_cfg_scale" if "true_cfg_scale" in self._takes else "guidance_scale": prompt.guidance,
             "guidance_scale_2": prompt.guidance_2,
@@ -153,7 +101,6 @@ class Generator:
         given = {name: value for name, value in wanted.items() if value is not None}
         if unknown := given.keys() - self._takes:
             raise ValueError(f"{type(self.pipeline).__name__} takes no {', '.join(sorted(unknown))}")
-        self.pipeline.set_progress_bar_config(disable=True)
         (latents,) = self.pipeline(
             **given,
             generator=torch.Generator().manual_seed(prompt.seed),
@@ -177,11 +124,8 @@ def _quieten() -> None:
             logging.disable_progress_bar()
 
 
-def _pictures(paths: tuple[Path, ...]) -> Any:
-    pictures = []
-    for path in paths:
-        with Image.open(path) as picture:
-            pictures.append(picture.convert("RGB"))
+def _pictures(files: tuple[bytes, ...]) -> Any:
+    pictures = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
     return None if not pictures else pictures[0] if len(pictures) == 1 else pictures
 
 

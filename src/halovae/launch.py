@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -85,8 +87,20 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def end_with_parent() -> None:
+    """Wait for the end of the process that started this one, and end it too; for a thread.
+
+    A parent that is killed cannot end its ranks, and one that computes does not look at its lines.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 @record
 def _rank_main(function: Callable[..., Any], *args: Any) -> Any:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     # Ctrl-C reaches every process of the terminal; the launcher is the one to report it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return _in_world(function, *args)

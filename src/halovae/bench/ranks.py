@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from halovae.launch import RankError
+from halovae.launch import RankError, end_with_parent
 from halovae.platform import RANK_ENVIRONMENT
 
 Result = TypeVar("Result")
@@ -109,14 +109,6 @@ def _environment(added: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _end_with_parent() -> None:
-    # A parent that is killed cannot end its ranks, and one that decodes does not look at its line.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _serve(rank: int, size: int, port: int, threads: int, line: Connection) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -126,7 +118,7 @@ def _serve(rank: int, size: int, port: int, threads: int, line: Connection) -> N
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     while True:
         try:
             function, args = line.recv()

@@ -41,7 +41,7 @@ class Dtype(str, Enum):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
-def check_installed(purpose: str, *modules: str) -> None:
+def check_installed(purpose: str, *modules: str, extra: str = "diffusers,bench") -> None:
     """Check that what `purpose` needs is there.
 
     Raises:
@@ -49,7 +49,24 @@ def check_installed(purpose: str, *modules: str) -> None:
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise ValueError(f"{purpose} needs pip install 'halovae[diffusers,bench]' (no module {', '.join(missing)})")
+        raise ValueError(f"{purpose} needs pip install 'halovae[{extra}]' (no module {', '.join(missing)})")
+
+
+def degrees(ranks: int, sequence: int | None, ulysses: int | None, ring: int) -> tuple[int, int]:
+    """Over how many ranks attention is shared by heads and in turns, where options may leave that open.
+
+    Raises:
+        ValueError: they do not multiply to what shares the sequence, which is all ranks or one.
+    """
+    sequence = sequence or (ulysses or max(1, ranks // ring)) * ring
+    if sequence not in (1, ranks):
+        raise ValueError(
+            f"--sp-degree {sequence} (--ulysses-degree x --ring-degree): expected {ranks} (the ranks) or 1"
+        )
+    ulysses = ulysses or max(1, sequence // ring)
+    if ulysses * ring != sequence:
+        raise ValueError(f"--ulysses-degree {ulysses} x --ring-degree {ring}: expected a product of {sequence}")
+    return ulysses, ring
 
 
 def results_console() -> Console:

@@ -12,11 +12,12 @@ import torch.distributed as dist
 import typer
 
 from halovae import media
-from halovae.cli.common import Dtype, check_installed, console, errors_shown, parse_bytes, parse_size, parsed
+from halovae.cli.common import Dtype, check_installed, console, degrees, errors_shown, parse_bytes, parse_size, parsed
 from halovae.cli.writing import bar, outputs, tell, write
-from halovae.generation import Generator, Prompt
+from halovae.generation import Generator
 from halovae.launch import launch, under_torchrun
 from halovae.lines import world_size
+from halovae.pipelines import Pipeline, Prompt, find_pipeline
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class _Job:
     """All that a rank has to know."""
 
     prompt: Prompt
-    model: str
+    model: Path
     output: Path
     dtype: torch.dtype
     vae_dtype: torch.dtype
@@ -61,7 +62,9 @@ def generate(
     memory_budget: Annotated[
         str | None, typer.Option(help="What a rank may take to decode, such as 8GiB. [default: what is free]")
     ] = None,
-    fps: Annotated[float, typer.Option(min=0.01, help="Frames per second of a video.")] = 16.0,
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, help="Frames per second of a video. [default: the model's usual]")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="A JSON file for what the decode took; one that exists is replaced.")
     ] = None,
@@ -73,40 +76,37 @@ def generate(
     with errors_shown():
         check_installed("generate", "diffusers", "transformers")
         ranks = num_gpus or (world_size() if under_torchrun() else 1)
-        if ulysses_degree is None:
-            ulysses_degree = max(1, ranks // ring_degree)
-        if ulysses_degree * ring_degree != ranks:
-            raise ValueError(
-                f"--ulysses-degree {ulysses_degree} x --ring-degree {ring_degree}: expected a product of {ranks} ranks"
-            )
-        if Path(model_path).is_dir() and not (Path(model_path) / "model_index.json").exists():
-            raise ValueError(f"--model-path {model_path}: expected a pipeline's folder, with a model_index.json")
+        ulysses, ring = degrees(ranks, None, ulysses_degree, ring_degree)
+        model = find_pipeline(model_path)
         images = tuple(image or ())
         for path in images:
             media.read_clip(path)  # raises now, not on every rank
-        media.check_output(output)
+        wanted = Prompt(
+            text=prompt,
+            size=parsed("--size", size, parse_size) if size else None,
+            frames=num_frames,
+            steps=num_inference_steps,
+            seed=seed,
+            negative=negative_prompt,
+            guidance=guidance_scale,
+            guidance_2=guidance_scale_2,
+            images=tuple(path.read_bytes() for path in images),
+        )
+        kind = Pipeline.read(model)
+        fitted = kind.fitted(wanted)
+        media.check_output(output, fitted.frames)
         if report is not None:
             media.check_writable(report)
         job = _Job(
-            prompt=Prompt(
-                text=prompt,
-                size=parsed("--size", size, parse_size) if size else None,
-                frames=num_frames,
-                steps=num_inference_steps,
-                seed=seed,
-                negative=negative_prompt,
-                guidance=guidance_scale,
-                guidance_2=guidance_scale_2,
-                images=images,
-            ),
-            model=model_path,
+            prompt=fitted,
+            model=model,
             output=output,
             dtype=dtype.torch,
             vae_dtype=vae_precision.torch,
-            ulysses=ulysses_degree,
-            ring=ring_degree,
+            ulysses=ulysses,
+            ring=ring,
             memory_budget=parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None,
-            fps=fps,
+            fps=fps or kind.fps,
             report=report,
         )
         try:
@@ -118,9 +118,8 @@ def generate(
 def _run(job: _Job) -> None:
     """One rank's work; rank 0 writes the frames."""
     generator = Generator(job.model, job.dtype, job.vae_dtype, job.ulysses, job.ring)
-    prompt = generator.fitted(job.prompt)
+    prompt = job.prompt
     assert prompt.frames is not None
-    media.check_output(job.output, prompt.frames)
     first = not dist.is_initialized() or dist.get_rank() == 0
     with ExitStack() as stack:
         shown = stack.enter_context(bar("steps")) if first else None

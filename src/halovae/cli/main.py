@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from halovae import __version__
-from halovae.cli import bench, calibrate, decode, demo, encode, generate, inspect, make_model, plan, validate
+from halovae.cli import bench, calibrate, decode, demo, encode, generate, inspect, make_model, plan, serve, validate
 
 app = typer.Typer(
     name="halovae",
@@ -34,8 +34,8 @@ def main(
 
 
 for command in (
-    generate.generate, decode.decode, encode.encode, inspect.inspect, plan.plan, calibrate.calibrate, bench.bench,
-    validate.validate, make_model.make_model, demo.demo,
+    serve.serve, generate.generate, decode.decode, encode.encode, inspect.inspect, plan.plan, calibrate.calibrate,
+    bench.bench, validate.validate, make_model.make_model, demo.demo,
 ):  # fmt: skip
     app.command()(command)
 

@@ -92,7 +92,7 @@ def read_config(folder: Path) -> WanConfig:
         CheckpointError: there is no readable `config.json`, or it is not a supported VAE's.
     """
     path = folder / "config.json"
-    return config_of(_read_json(path), str(path))
+    return config_of(read_json(path), str(path))
 
 
 def read_class(folder: Path) -> str:
@@ -101,10 +101,10 @@ def read_class(folder: Path) -> str:
     Raises:
         CheckpointError: there is no readable `config.json` that names one.
     """
-    return str(_read_json(folder / "config.json").get("_class_name"))
+    return str(read_json(folder / "config.json").get("_class_name"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -144,7 +144,7 @@ def _download(repo: str, subfolder: str) -> Path:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
-        names = set(_read_json(index).get("weight_map", {}).values())
+        names = set(read_json(index).get("weight_map", {}).values())
         return [folder / name for name in sorted(names)]
     found = sorted(folder.glob("*.safetensors"))
     if folder / WEIGHTS in found:

@@ -1,0 +1,241 @@
+"""`halovae serve`: a server for videos and pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import ipaddress
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
+
+import psutil
+import typer
+
+from halovae.cli.common import (
+    Dtype,
+    check_installed,
+    console,
+    degrees,
+    errors_shown,
+    parse_bytes,
+    parse_size,
+    parsed,
+)  # fmt: skip
+from halovae.geometry import Grid
+from halovae.launch import under_torchrun
+from halovae.lines import world_size
+from halovae.pipelines import Pipeline, find_pipeline
+
+if TYPE_CHECKING:
+    from halovae.serving.settings import FrontSettings, RankSettings
+
+# Set in a front that a rank has started: the process of torchrun's agent, with which the front ends.
+_AGENT = "HALOVAE_AGENT"
+_LOOK = 2.0  # seconds between two looks whether the front, or the agent, is still there
+
+
+def serve(
+    model_path: Annotated[str, typer.Option(help="A pipeline's folder in diffusers layout, or a hub id.")],
+    num_gpus: Annotated[int | None, typer.Option(min=1, help="How many ranks to start here. [default: 1]")] = None,
+    sp_degree: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that share the transformer's sequence: all, or 1. [default: all]")
+    ] = None,
+    ulysses_degree: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of these, ranks that share attention by heads. [default: what ring leaves]"),
+    ] = None,
+    ring_degree: Annotated[int, typer.Option(min=1, help="Ranks that share attention in turns.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
+    dtype: Annotated[Dtype, typer.Option(help="Of the transformer and the text encoder.")] = Dtype.bf16,
+    vae_precision: Annotated[Dtype, typer.Option(help="Of the VAE.")] = Dtype.fp32,
+    vae_parallel: Annotated[
+        str, typer.Option(help="Whether ranks share a decode: auto (where that is faster), on, or off.")
+    ] = "auto",
+    vae_grid: Annotated[
+        str | None, typer.Option(help="How ranks share a decode: ROWSxCOLS, instead of --vae-parallel.")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="What a rank may take to decode, such as 8GiB. [default: what is free]")
+    ] = None,
+    cpu_offload: Annotated[
+        bool, typer.Option("--cpu-offload", help="Keep all but the VAE in the host's memory while it is not used.")
+    ] = False,
+    decode_batch: Annotated[int, typer.Option(min=1, help="How many results of one size to decode together.")] = 4,
+    warmup: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES to generate before the first request, and to compile."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="HALOVAE_API_KEY", help="What clients have to send. [default: nothing]")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where finished files and the jobs are kept.")] = Path("outputs"),
+    max_queue: Annotated[int, typer.Option(min=1, help="How many jobs may wait; more are answered with 429.")] = 100,
+    max_body: Annotated[str, typer.Option(help="The largest request.")] = "64MiB",
+    expire_after: Annotated[float, typer.Option(min=0.001, help="Hours that finished files are kept.")] = 24.0,
+    max_output: Annotated[
+        str | None, typer.Option(help="What finished files may take; the oldest go first. [default: any size]")
+    ] = None,
+    allow_url_inputs: Annotated[
+        bool, typer.Option("--allow-url-inputs", help="Fetch pictures from addresses on the public internet.")
+    ] = False,
+) -> None:
+    """Serve videos and pictures over OpenAI's HTTP shapes, and on a page at /.
+
+    On several hosts, run it under torchrun on each, with the same options and without --num-gpus.
+    """
+    with errors_shown():
+        check_installed("serve", "diffusers", "transformers", "fastapi", "uvicorn", "zmq", extra="diffusers,serve")
+        from halovae.serving.settings import FrontSettings, RankSettings
+
+        under = under_torchrun()
+        ranks = num_gpus or (world_size() if under else 1)
+        if under and ranks != world_size():
+            raise ValueError(f"--num-gpus {ranks}, but torchrun has started {world_size()} ranks: leave it out")
+        ulysses, ring = degrees(ranks, sp_degree, ulysses_degree, ring_degree)
+        if vae_parallel not in ("auto", "on", "off"):
+            raise ValueError(f"--vae-parallel {vae_parallel}: expected auto, on or off")
+        grid = parsed("--vae-grid", vae_grid, _parse_grid) if vae_grid else None
+        if grid is not None and grid.size not in (1, ranks):
+            raise ValueError(f"--vae-grid {vae_grid}: expected as many cells as there are ranks, {ranks}, or 1x1")
+        folder = find_pipeline(model_path)
+        pipeline = Pipeline.read(folder)
+        output_dir = output_dir.absolute()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        rank_settings = RankSettings(
+            model=folder,
+            output=output_dir,
+            dtype=dtype.torch,
+            vae_dtype=vae_precision.torch,
+            ulysses=ulysses,
+            ring=ring,
+            vae_mode={"auto": "auto", "on": "parallel", "off": "single"}[vae_parallel],
+            vae_grid=grid,
+            memory_budget=parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None,
+            offload=cpu_offload,
+            decode_batch=decode_batch,
+            warmup=parsed("--warmup", warmup, _parse_warmup) if warmup else None,
+        )
+        front_settings = FrontSettings(
+            name=Path(model_path).name if Path(model_path).is_dir() else model_path,
+            pipeline=pipeline,
+            host=host,
+            port=port,
+            api_key=api_key,
+            max_queue=max_queue,
+            max_body=parsed("--max-body", max_body, parse_bytes),
+            expire_after=expire_after * 3600,
+            max_output=parsed("--max-output", max_output, parse_bytes) if max_output else None,
+            allow_url_inputs=allow_url_inputs,
+        )
+        if under:
+            _run_rank(rank_settings)
+        else:
+            _run_front(rank_settings, front_settings, None if _AGENT in os.environ else ranks)
+
+
+def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> None:
+    """Be the front; with `start`, begin so many ranks too, else end with the agent of those that there are."""
+    import uvicorn
+
+    from halovae.serving.app import make_app
+    from halovae.serving.group import Group, GroupLost
+
+    lock = _locked(ranks.output)
+    if lock is None:
+        raise ValueError(f"--output-dir {ranks.output}: another server is using it")
+    if front.api_key is None and not _is_loopback(front.host):
+        console.print(f"[yellow]Warning:[/] without --api-key everyone who reaches {front.host} may use this server")
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(ranks, front), front.host, front.port, log_level="warning", timeout_graceful_shutdown=3)
+    )
+    group = Group(start, ranks) if start is not None else None
+
+    async def run() -> bool:
+        serving = asyncio.create_task(server.serve())
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.05)
+        if serving.done():
+            return False
+        address = front.host if front.host != "0.0.0.0" else "localhost"
+        console.print(f"serving {front.name} on http://{address}:{front.port} (page: /, API: /docs)", highlight=False)
+        watching = asyncio.create_task(group.run() if group is not None else _agent_gone())
+        await asyncio.wait([serving, watching], return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
+        watching.cancel()
+        return not (watching.done() and isinstance(watching.exception(), GroupLost))
+
+    try:
+        fine = asyncio.run(run())
+    finally:
+        if group is not None:
+            group.stop()
+        lock.close()
+    if not fine:
+        raise ValueError(f"--port {front.port}: the server could not be started, the lines above say why")
+
+
+async def _agent_gone() -> None:
+    agent = psutil.Process(int(os.environ[_AGENT]))
+    while agent.is_running() and agent.status() != psutil.STATUS_ZOMBIE:
+        await asyncio.sleep(_LOOK)
+
+
+def _run_rank(settings: RankSettings) -> None:
+    """Be a rank that torchrun has started. Rank 0 also sees to it that there is a front, which outlives it."""
+    from halovae.serving.engine import serve_as_rank
+
+    if os.environ["RANK"] == "0":
+        threading.Thread(target=_keep_front, args=(settings.output,), daemon=True).start()
+    serve_as_rank(settings)
+
+
+def _keep_front(output: Path) -> None:
+    ours = re.compile("RANK|WORLD_SIZE|MASTER_|TORCHELASTIC_")
+    environment = {name: value for name, value in os.environ.items() if not ours.search(name)}
+    environment[_AGENT] = str(os.getppid())
+    while True:
+        lock = _locked(output)
+        if lock is not None:
+            lock.close()
+            command = [sys.executable, "-m", "halovae.cli.main", *sys.argv[1:]]
+            subprocess.Popen(command, env=environment, start_new_session=True)
+            time.sleep(10 * _LOOK)  # until it has locked the folder itself
+        time.sleep(_LOOK)
+
+
+def _locked(output: Path) -> IO[str] | None:
+    """The output folder's lock, if no front holds it."""
+    lock = (output / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _parse_grid(text: str) -> Grid:
+    rows, cols = parse_size(text)
+    return Grid(rows=rows, cols=cols)
+
+
+def _parse_warmup(text: str) -> tuple[int, int, int]:
+    size, frames = text.rsplit("x", 1) if text.count("x") == 2 else (text, "1")
+    if not frames.isdigit() or int(frames) < 1:
+        raise ValueError("expected WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES")
+    return *parse_size(size), int(frames)

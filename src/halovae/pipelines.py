@@ -1,0 +1,168 @@
+"""What a pipeline in diffusers layout makes, read from its files: sizes, frames, whether it starts from pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from halovae.models.load import CheckpointError, read_config, read_json
+from halovae.models.wan import WanConfig
+
+# Which pipelines there are: whether they make videos, and how many pictures they start from at least and at most.
+PIPELINES = {
+    "WanPipeline": (True, 0, 0),
+    "WanImageToVideoPipeline": (True, 1, 1),
+    "QwenImagePipeline": (False, 0, 0),
+    "QwenImageEditPipeline": (False, 1, 1),
+    "QwenImageEditPlusPipeline": (False, 1, 3),
+}
+# What they were trained for, where a request does not say: width, height, frames, frames per second.
+USUAL = {
+    "wan2.1": (832, 480, 81, 16.0),
+    "wan2.2-5b": (1280, 704, 121, 24.0),
+    "qwen-image": (1328, 1328, 1, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be generated; None leaves it to the pipeline.
+
+    Attributes:
+        text: the prompt.
+        size: width and height in pixels.
+        frames: of a video; 1 for a picture.
+        steps: of denoising.
+        seed: equal seeds give equal noise, on any number of ranks.
+        negative: what to avoid; with it, or with a guidance above 1, each step runs the transformer twice.
+        guidance: how strongly the prompt leads: Wan's `guidance_scale`, Qwen-Image's `true_cfg_scale`.
+        guidance_2: likewise for the second transformer of Wan2.2-A14B.
+        images: pictures, as a file holds them, to start from (the first frame of a video) or to edit.
+    """
+
+    text: str
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    steps: int = 50
+    seed: int = 0
+    negative: str | None = None
+    guidance: float | None = None
+    guidance_2: float | None = None
+    images: tuple[bytes, ...] = ()
+
+
+class PromptError(ValueError):
+    """Something that a pipeline cannot be asked for.
+
+    Attributes:
+        field: which of the prompt's attributes is wrong.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline makes.
+
+    Attributes:
+        name: its class in diffusers.
+        vae: the sizes of its VAE.
+        patch: latent rows and cols per token of its transformer.
+        two: whether it has a second transformer.
+    """
+
+    name: str
+    vae: WanConfig
+    patch: int
+    two: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> Pipeline:
+        """Read it from a pipeline's folder.
+
+        Raises:
+            CheckpointError: the files are missing or damaged, or the pipeline is none of `PIPELINES`.
+        """
+        index = read_json(folder / "model_index.json")
+        name = index.get("_class_name")
+        if name not in PIPELINES:
+            raise CheckpointError(f"{folder}: pipeline {name!r} is not supported; supported are {', '.join(PIPELINES)}")
+        patch = read_json(folder / "transformer" / "config.json").get("patch_size", 2)
+        return cls(
+            name=str(name),
+            vae=read_config(folder / "vae"),
+            patch=int(patch[-1] if isinstance(patch, list) else patch),
+            two=any(index.get("transformer_2") or ()),
+        )
+
+    @property
+    def makes_video(self) -> bool:
+        """Whether a result may have more than one frame."""
+        return PIPELINES[self.name][0]
+
+    @property
+    def pictures(self) -> range:
+        """How many pictures it may start from."""
+        _, least, most = PIPELINES[self.name]
+        return range(least, most + 1)
+
+    @property
+    def step(self) -> int:
+        """Sizes are multiples of this many pixels. Qwen-Image packs two by two cells in a token."""
+        return self.vae.spatial_factor * (self.patch if self.makes_video else 2)
+
+    @property
+    def fps(self) -> float:
+        """Frames per second that it was trained for."""
+        return USUAL[self.vae.family][3]
+
+    def fitted(self, prompt: Prompt) -> Prompt:
+        """The prompt with the size and number of frames that will be made: the pipelines round both down.
+
+        Raises:
+            PromptError: pictures are missing, or not taken, or a number is out of range.
+        """
+        if len(prompt.images) not in self.pictures:
+            takes = {range(1): "no pictures", range(1, 2): "one picture"}.get(self.pictures, "1 to 3 pictures")
+            raise PromptError("images", f"{len(prompt.images)} pictures: {self.name} takes {takes} to start from")
+        width, height, frames, _ = USUAL[self.vae.family]
+        width, height = prompt.size or (width, height)
+        frames = prompt.frames or frames
+        if not self.makes_video and frames > 1:
+            raise PromptError("frames", f"{frames} frames: {self.name} makes pictures, expected 1")
+        if prompt.steps < 1:
+            raise PromptError("steps", f"{prompt.steps} steps: expected 1 or more")
+        if prompt.guidance_2 is not None and not self.two:
+            raise PromptError("guidance_2", f"guidance_2 {prompt.guidance_2}: this model has no second transformer")
+        if min(width, height) < self.step:
+            least = f"{self.step}x{self.step}"
+            raise PromptError(
+                "size", f"size {width}x{height}: {self.name} makes multiples of {self.step}, from {least} on"
+            )
+        return replace(
+            prompt,
+            size=(width // self.step * self.step, height // self.step * self.step),
+            frames=frames // self.vae.temporal_factor * self.vae.temporal_factor + 1,
+        )
+
+
+def find_pipeline(source: str | Path) -> Path:
+    """The folder of a pipeline: the given one, or that of a hub id, downloaded if it is not here yet.
+
+    Raises:
+        CheckpointError: there is no such thing, or the folder holds no pipeline.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from diffusers import DiffusionPipeline
+
+        try:
+            folder = Path(DiffusionPipeline.download(str(source)))
+        except Exception as error:  # of many kinds: no such name, no network, no right to it
+            raise CheckpointError(f"{source}: neither a folder nor a pipeline on the hub ({error})") from error
+    if not (folder / "model_index.json").exists():
+        raise CheckpointError(f"{folder}: expected a pipeline's folder, with a model_index.json")
+    return folder

@@ -1,0 +1,365 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from halovae import __version__
+from halovae.serving import errors, pictures, previews
+from halovae.serving.dispatch import Dispatcher, QueueFull
+from halovae.serving.errors import ApiError
+from halovae.serving.jobs import Job, Jobs, Kind, Wish
+from halovae.serving.metrics import Metrics
+from halovae.serving.requests import BodyLimit, pictures_of, read, reference_of, wish_for
+from halovae.serving.schemas import (
+    Decode,
+    Deleted,
+    EditRequest,
+    Failure,
+    ImageData,
+    ImageRequest,
+    Images,
+    Video,
+    VideoList,
+    VideoRequest,
+)  # fmt: skip
+from halovae.serving.settings import FrontSettings, RankSettings
+
+_SWEEP = 30.0  # seconds between two looks for what has expired
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text}
+    for status, text in {
+        400: "A field is wrong; `error.param` names it.",
+        401: "The key is missing or wrong.",
+        404: "There is no such thing.",
+        413: "The body is too large.",
+        429: "The queue is full.",
+    }.items()
+}
+
+
+def make_app(ranks: RankSettings, front: FrontSettings) -> FastAPI:
+    """The server's front, which works with whatever ranks come to its endpoint."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        jobs = Jobs(ranks.output / "jobs.sqlite")
+        dispatcher = app.state.dispatcher = Dispatcher(jobs, ranks, front, metrics)
+        tasks = [asyncio.create_task(dispatcher.run()), asyncio.create_task(_sweeping(dispatcher))]
+        yield
+        for task in tasks:
+            task.cancel()
+        await dispatcher.close()
+        jobs.close()
+
+    app = FastAPI(title="halovae", version=__version__, lifespan=lifespan, responses=_ERRORS)
+    app.add_middleware(BodyLimit, most=front.max_body)
+    app.state.metrics, app.state.front = metrics, front
+    errors.install(app)
+    app.include_router(_open)
+    app.include_router(_api)
+    return app
+
+
+async def _sweeping(dispatcher: Dispatcher) -> None:
+    while True:
+        dispatcher.expire()
+        await asyncio.sleep(_SWEEP)
+
+
+def _dispatcher(request: Request) -> Dispatcher:
+    found: Dispatcher = request.app.state.dispatcher
+    return found
+
+
+def _front(request: Request) -> FrontSettings:
+    found: FrontSettings = request.app.state.front
+    return found
+
+
+async def _authorized(request: Request) -> None:
+    key = _front(request).api_key
+    if key is None:
+        return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if not hmac.compare_digest(given.encode(), key.encode()):
+        raise ApiError(401, "the key is missing or wrong: send 'Authorization: Bearer KEY'", code="invalid_api_key")
+
+
+Dispatching = Annotated[Dispatcher, Depends(_dispatcher)]
+Front = Annotated[FrontSettings, Depends(_front)]
+_open = APIRouter()
+_api = APIRouter(prefix="/v1", dependencies=[Depends(_authorized)])
+
+
+def _body(schema: type) -> dict[str, Any]:
+    """How a body that the handler reads by itself is described."""
+    fields = schema.model_json_schema()  # type: ignore[attr-defined]
+    kinds = ("application/json", "multipart/form-data")
+    return {"requestBody": {"required": True, "content": {kind: {"schema": fields} for kind in kinds}}}
+
+
+@_open.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def page() -> str:
+    """The page for people."""
+    return files("halovae.serving").joinpath("page.html").read_text()
+
+
+@_open.get("/health")
+async def health(request: Request, dispatcher: Dispatching) -> JSONResponse:
+    """200 while there are ranks that work; 503 while they are being started."""
+    jobs = {status: dispatcher.jobs.count(status) for status in ("queued", "in_progress")}
+    body = {"status": "ready" if dispatcher.ready else "starting", "model": _front(request).name, "jobs": jobs}
+    return JSONResponse(body, 200 if dispatcher.ready else 503, None if dispatcher.ready else {"Retry-After": "5"})
+
+
+@_open.get("/metrics")
+async def metrics(request: Request, dispatcher: Dispatching) -> Response:
+    """Figures for Prometheus."""
+    return Response(request.app.state.metrics.text(dispatcher.jobs, dispatcher.ready), media_type="text/plain")
+
+
+@_api.get("/models")
+async def models(front: Front) -> dict[str, Any]:
+    """The one model."""
+    pipeline = front.pipeline
+    model = {
+        "id": front.name, "object": "model", "created": 0, "owned_by": "halovae", "pipeline": pipeline.name,
+        "makes": "video" if pipeline.makes_video else "image", "pictures": [*pipeline.pictures],
+        "multiple_of": pipeline.step,
+    }  # fmt: skip
+    return {"object": "list", "data": [model]}
+
+
+@_api.post("/videos", response_model=Video, openapi_extra=_body(VideoRequest))
+async def create_video(request: Request, dispatcher: Dispatching, front: Front) -> Video:
+    """Make a video; answers at once, ask for it again until it is completed."""
+    asked, uploads = await _read(request, VideoRequest)
+    if not front.pipeline.makes_video:
+        raise ApiError(400, f"{front.name} makes pictures: POST /v1/images/generations")
+    images = await reference_of(asked, uploads.get("input_reference", []), front.allow_url_inputs, front.max_body)
+    job = await _submitted(dispatcher, front, "video", wish_for(front.pipeline, asked, images), images)
+    return _shown(dispatcher, job)
+
+
+@_api.get("/videos", response_model=VideoList)
+async def list_videos(
+    dispatcher: Dispatching,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> VideoList:
+    """The videos, the newest first."""
+    start = None if after is None else _found(dispatcher, after, "video", "after", 400)
+    jobs = dispatcher.jobs.page("video", limit + 1, order == "desc", start)
+    data = [_shown(dispatcher, job) for job in jobs[:limit]]
+    ends = (data[0].id, data[-1].id) if data else (None, None)
+    return VideoList(data=data, first_id=ends[0], last_id=ends[1], has_more=len(jobs) > limit)
+
+
+@_api.get("/videos/{video_id}", response_model=Video)
+async def get_video(video_id: str, dispatcher: Dispatching) -> Video:
+    """How far a video is."""
+    return _shown(dispatcher, _found(dispatcher, video_id, "video"))
+
+
+@_api.delete("/videos/{video_id}", response_model=Deleted)
+async def delete_video(video_id: str, dispatcher: Dispatching) -> Deleted:
+    """Forget a video; one that is being made is given up within a step."""
+    await dispatcher.remove(_found(dispatcher, video_id, "video"))
+    return Deleted(id=video_id)
+
+
+@_api.get("/videos/{video_id}/content", response_class=Response)
+async def video_content(
+    video_id: str,
+    dispatcher: Dispatching,
+    variant: Literal["video", "thumbnail", "spritesheet"] = "video",
+    index: Annotated[int, Query(ge=0, le=9)] = 0,
+) -> Response:
+    """The video, its first frame as webp, or a sheet of its frames as jpeg."""
+    path = _file(dispatcher, _found(dispatcher, video_id, "video"), index)
+    if variant == "video":
+        return FileResponse(path, media_type="video/mp4", filename=path.name)
+    draw, kind = {"thumbnail": (previews.thumbnail, "webp"), "spritesheet": (previews.spritesheet, "jpeg")}[variant]
+    return Response(await anyio.to_thread.run_sync(draw, path), media_type=f"image/{kind}")
+
+
+@_api.post("/images/generations", response_model=Images, openapi_extra=_body(ImageRequest))
+async def create_image(request: Request, dispatcher: Dispatching, front: Front) -> Images:
+    """Make pictures; answers when they are made."""
+    asked, _ = await _read(request, ImageRequest)
+    return await _made(request, dispatcher, front, asked, ())
+
+
+@_api.post("/images/edits", response_model=Images, openapi_extra=_body(EditRequest))
+async def edit_image(request: Request, dispatcher: Dispatching, front: Front) -> Images:
+    """Make pictures from others; answers when they are made."""
+    asked, uploads = await _read(request, EditRequest)
+    images = await pictures_of(uploads.get("image", []), "image")
+    return await _made(request, dispatcher, front, asked, images)
+
+
+@_api.get("/images/{image_id}/content", response_class=Response)
+async def image_content(
+    image_id: str, dispatcher: Dispatching, index: Annotated[int, Query(ge=0, le=9)] = 0
+) -> Response:
+    """A picture, as PNG."""
+    path = _file(dispatcher, _found(dispatcher, image_id, "image"), index)
+    return Response(path.read_bytes(), media_type="image/png")
+
+
+@_api.delete("/images/{image_id}", include_in_schema=False)
+async def delete_image(image_id: str, dispatcher: Dispatching) -> dict[str, Any]:
+    """Forget pictures; for the page."""
+    await dispatcher.remove(_found(dispatcher, image_id, "image"))
+    return {"id": image_id, "deleted": True}
+
+
+@_api.get("/jobs", include_in_schema=False)
+async def jobs(dispatcher: Dispatching) -> StreamingResponse:
+    """The latest jobs, and then each that changes, as server-sent events; for the page."""
+
+    async def events() -> AsyncIterator[str]:
+        with dispatcher.listening() as listener:
+            for job in reversed(dispatcher.jobs.page(None, 50)):
+                yield _event(dispatcher, job.id)
+            while True:
+                try:
+                    changed = await asyncio.wait_for(listener.get(), 15)
+                except asyncio.TimeoutError:
+                    yield ": still here\n\n"
+                    continue
+                if changed is None:
+                    return
+                yield _event(dispatcher, changed.id)
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _event(dispatcher: Dispatcher, job_id: str) -> str:
+    job = dispatcher.jobs.get(job_id)
+    data = {"id": job_id, "gone": True} if job is None else _shown(dispatcher, job).model_dump()
+    return f"data: {json.dumps(data)}\n\n"
+
+
+async def _read(request: Request, schema: Any) -> Any:
+    try:
+        return await read(request, schema)
+    except ClientDisconnect as gone:
+        raise ApiError(400, "the client left before the body was whole") from gone
+
+
+async def _submitted(
+    dispatcher: Dispatcher, front: FrontSettings, kind: Kind, wish: Wish, images: Sequence[bytes]
+) -> Job:
+    job = Job.new(kind, front.name, wish)
+    paths = [dispatcher.inputs / f"{job.id}-{index}.png" for index in range(len(images))]
+    job.wish = replace(wish, images=tuple(map(str, paths)))
+    try:
+        for path, data in zip(paths, images, strict=True):
+            path.write_bytes(data)
+        await dispatcher.submit(job)
+    except (QueueFull, OSError) as refused:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        if isinstance(refused, OSError):
+            raise ApiError(507, f"the picture cannot be kept: {refused.strerror}", code="disk_full") from refused
+        message = f"{front.max_queue} jobs wait already (--max-queue)"
+        raise ApiError(429, message, code="queue_full", headers={"Retry-After": "10"}) from refused
+    return job
+
+
+async def _made(
+    request: Request, dispatcher: Dispatcher, front: FrontSettings, asked: ImageRequest, images: Sequence[bytes]
+) -> Images:
+    """The answer to a request for pictures, once they are there. A client that leaves takes its job along."""
+    if front.pipeline.makes_video:
+        raise ApiError(400, f"{front.name} makes videos: POST /v1/videos")
+    job = await _submitted(dispatcher, front, "image", wish_for(front.pipeline, asked, images), images)
+    waiting = asyncio.create_task(_ended(dispatcher, job))
+    while not waiting.done():
+        await asyncio.wait([waiting], timeout=0.5)
+        if not waiting.done() and await request.is_disconnected():
+            waiting.cancel()
+            await dispatcher.remove(job)
+            raise ApiError(400, "the client left before its pictures were made")
+    done = dispatcher.jobs.get(job.id)
+    if done is None or not done.ended:
+        raise ApiError(503, "the pictures were given up", code="cancelled", headers={"Retry-After": "10"})
+    shown = _shown(dispatcher, done)
+    if shown.error is not None:
+        raise ApiError(500, shown.error.message, code=shown.error.code)
+    if asked.response_format == "url":
+        base = str(request.base_url).rstrip("/")
+        data = [ImageData(url=f"{base}/v1/images/{done.id}/content?index={index}") for index in range(asked.n)]
+    else:
+        data = [
+            ImageData(
+                b64_json=base64.b64encode(
+                    await anyio.to_thread.run_sync(
+                        pictures.converted, path.read_bytes(), asked.output_format, asked.output_compression
+                    )
+                ).decode()
+            )
+            for path in dispatcher.paths(done)
+        ]
+    return Images(
+        created=shown.created_at, data=data, size=shown.size, output_format=asked.output_format, seed=shown.seed,
+        adjusted=shown.adjusted, inference_time_s=shown.inference_time_s, decode=shown.decode,
+    )  # fmt: skip
+
+
+async def _ended(dispatcher: Dispatcher, job: Job) -> None:
+    async for _ in dispatcher.changes(job):
+        pass
+
+
+def _found(dispatcher: Dispatcher, job_id: str, kind: Kind, param: str | None = None, status: int = 404) -> Job:
+    job = dispatcher.jobs.get(job_id)
+    if job is None or job.kind != kind:
+        raise ApiError(status, f"there is no {kind} {ascii(job_id)[:80]}", param or f"{kind}_id", "not_found")
+    return job
+
+
+def _file(dispatcher: Dispatcher, job: Job, index: int) -> Path:
+    if job.status != "completed":
+        # Not 409, which OpenAI's client would retry.
+        raise ApiError(404, f"{job.id} is {job.status}: there is no content", code=f"{job.kind}_not_ready")
+    if index >= len(job.files):
+        raise ApiError(404, f"{job.id} holds {len(job.files)} results", "index", "not_found")
+    return dispatcher.paths(job)[index]
+
+
+def _shown(dispatcher: Dispatcher, job: Job) -> Video:
+    """A job as clients see it."""
+    wish, done = job.wish, job.status == "completed"
+    end = job.completed if job.ended else None
+    expires = None if end is None else int(end + dispatcher.expire_after)
+    error = Failure(code=job.error_code, message=job.error_message or "") if job.error_code else None
+    return Video(
+        id=job.id, object=job.kind, created_at=int(job.created), completed_at=None if end is None else int(end),
+        expires_at=expires, model=job.model, status=job.status, progress=dispatcher.progress(job), prompt=wish.text,
+        seconds=f"{wish.frames / wish.fps:g}", size=f"{wish.size[0]}x{wish.size[1]}", error=error,
+        num_frames=wish.frames, fps=wish.fps, seed=wish.seed, n=wish.count, adjusted=wish.asked,
+        inference_time_s=round(end - job.started, 3) if done and end and job.started else None,
+        peak_memory_mb=job.report["peak_memory_mb"] if job.report else None,
+        url=f"/v1/{job.kind}s/{job.id}/content" if done else None,
+        file_path=str(dispatcher.paths(job)[0]) if done else None,
+        decode=Decode(**job.report) if job.report else None,
+    )  # fmt: skip

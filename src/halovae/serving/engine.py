@@ -1,0 +1,162 @@
+"""What a rank does in a server: denoise one order after the other, and pass the latents on to be decoded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import time
+from dataclasses import replace
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from halovae.generation import Generator
+from halovae.memory import MemoryMeter
+from halovae.pipelines import Prompt
+from halovae.planning.planner import USABLE
+from halovae.platform import Platform
+from halovae.serving.decoding import Decoding, survived
+from halovae.serving.files import Order
+from halovae.serving.lead import IDLE, Lead
+from halovae.serving.line import RankLine
+from halovae.serving.settings import RankSettings
+
+log = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """Nobody wants the order any more."""
+
+
+def serve_as_rank(settings: RankSettings, ready: Event | None = None) -> None:
+    """Work on what the front orders, until the process is ended.
+
+    Args:
+        settings: the same on all ranks.
+        ready: is set once orders can be worked on.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    first = int(os.environ.get("RANK", "0")) == 0
+    line = RankLine(settings.endpoint) if first else None
+    begin = time.monotonic()
+    generator = Generator(
+        settings.model, settings.dtype, settings.vae_dtype, settings.ulysses, settings.ring, settings.offload
+    )
+    engine = Engine(generator, settings, line)
+    if settings.warmup is not None:
+        engine.warm_up(*settings.warmup)
+    if line is not None:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        log.info("%s is ready on %d rank(s), after %.1f s", settings.model.name, ranks, time.monotonic() - begin)
+        line.ready = True
+    if ready is not None:
+        ready.set()
+    engine.run()
+
+
+class Engine:
+    """A rank's work; all ranks have one, and rank 0's `line` says what to do."""
+
+    def __init__(self, generator: Generator, settings: RankSettings, line: RankLine | None) -> None:
+        self._generator, self._line = generator, line
+        self._platform = Platform(generator.decoder.device)
+        self._lead = Lead()
+        self._options: dict[str, Any] = {"memory_budget": settings.memory_budget}
+        self._options |= {"grid": settings.vae_grid} if settings.vae_grid else {"mode": settings.vae_mode}
+        self._decoding = Decoding(generator.decoder, self._options, settings.decode_batch, Lead(), line)
+        self._needs: dict[tuple[Any, ...], int] = {}  # bytes that denoising took on a rank, by what was made
+        self._free = 0
+
+    def warm_up(self, width: int, height: int, frames: int) -> None:
+        """Generate something once, so that the first request need not wait for what is done only once."""
+        prompt = self._generator.kind.fitted(Prompt("", (width, height), frames, steps=1, images=()))
+        latents = self._generator.denoise(prompt)
+        self._generator.decoder.warmup(latents.shape, **self._options)
+
+    def run(self) -> None:
+        """Denoise what is ordered, for ever."""
+        self._decoding.start()
+        while True:
+            order = self._lead.say(self._next() if self._lead.first else None)
+            if order is None:
+                continue
+            with survived(self._lead, self._line, [order.id]):
+                try:
+                    latents = self._denoised(order)
+                except Cancelled:
+                    if self._line is not None:
+                        self._line.tell("cancelled", order.id)
+                else:
+                    self._decoding.add(order, latents)
+
+    def _next(self) -> Order | None:
+        """The next order, once it may be denoised beside what is being decoded; None if there is none for long."""
+        assert self._line is not None
+        try:
+            message = self._line.orders.get(timeout=IDLE)
+        except queue.Empty:
+            return None
+        try:
+            order = _order(message)
+        except OSError as error:
+            self._line.tell("failed", message["order"], code="input_lost", message=str(error))
+            return None
+        self._decoding.wait_until(lambda: self._has_room(order))
+        return order
+
+    def _has_room(self, order: Order) -> bool:
+        """Whether denoising has memory beside a decode: both have been measured before, and together are not too much.
+
+        What was not measured yet is denoised alone, and measured.
+        """
+        need, decodes = self._needs.get(_likeness(order)), self._decoding.needs.values()
+        return need is not None and bool(decodes) and need + max(decodes) <= USABLE * self._free
+
+    def _denoised(self, order: Order) -> Tensor:
+        """The latents of all of an order's results."""
+        meter = MemoryMeter(self._platform) if _likeness(order) not in self._needs else None
+        begin, prompt = time.monotonic(), order.prompt
+        latents = []
+        for index in range(len(order.paths)):
+            made = index * prompt.steps
+
+            def told(step: int, made: int = made) -> None:
+                if self._lead.say(self._line is not None and order.id in self._line.cancelled):
+                    raise Cancelled
+                if self._line is not None:
+                    self._line.tell("progress", order.id, stage="denoising", done=made + step)
+
+            if self._line is not None and index == 0:
+                self._line.tell("started", order.id)
+            told(0)
+            latents.append(self._generator.denoise(replace(prompt, seed=prompt.seed + index), told))
+        everyone = self._lead.all_say((meter.read().above_resting if meter else 0, self._platform.memory()[0]))
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self._platform.kind == "cpu" else 1
+        self._free = min(free for _, free in everyone) // sharing
+        if meter:
+            self._needs[_likeness(order)] = max(need for need, _ in everyone)
+        if self._line is not None:
+            self._line.tell("denoised", order.id, seconds=round(time.monotonic() - begin, 3))
+        return torch.cat(latents)
+
+
+def _order(message: dict[str, Any]) -> Order:
+    prompt = message["prompt"]
+    images = tuple(Path(path).read_bytes() for path in prompt["images"])
+    return Order(
+        message["order"],
+        Prompt(**{**prompt, "size": tuple(prompt["size"]), "images": images}),
+        tuple(Path(path) for path in message["paths"]),
+        message["fps"],
+    )
+
+
+def _likeness(order: Order) -> tuple[Any, ...]:
+    """What denoising memory depends on."""
+    prompt = order.prompt
+    return prompt.size, prompt.frames, len(prompt.images), prompt.negative is not None or (prompt.guidance or 0) > 1

@@ -1,0 +1,170 @@
+"""Jobs, in SQLite, so that they outlive the processes that work on them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["video", "image"]
+Status = Literal["queued", "in_progress", "completed", "failed"]
+ATTEMPTS = 2  # how often a job is begun before it fails with the ranks it ran on
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a job is to make, checked and rounded.
+
+    Attributes:
+        text: the prompt; `size`, `frames`, `steps`, `seed`, `negative`, `guidance` and `guidance_2` as in `Prompt`.
+        images: paths of pictures to start from, written by the front.
+        count: how many to make, with the seeds from `seed` on.
+        fps: of a video.
+        asked: by field of the request, what was asked for where it was rounded.
+    """
+
+    text: str
+    size: tuple[int, int]
+    frames: int
+    steps: int
+    seed: int
+    negative: str | None = None
+    guidance: float | None = None
+    guidance_2: float | None = None
+    images: tuple[str, ...] = ()
+    count: int = 1
+    fps: float = 16.0
+    asked: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Job:
+    """A job as it is kept; times are seconds since 1970.
+
+    Attributes:
+        seq: its place in the order of arrival.
+        attempts: how often ranks have begun it.
+        report: what its decode took, as `DecodeReport` has it.
+        denoised: seconds that denoising took.
+    """
+
+    id: str
+    kind: Kind
+    model: str
+    wish: Wish
+    created: float
+    seq: int = 0
+    status: Status = "queued"
+    started: float | None = None
+    completed: float | None = None
+    attempts: int = 0
+    error_code: str | None = None
+    error_message: str | None = None
+    files: list[str] = field(default_factory=list)
+    report: dict[str, Any] | None = None
+    denoised: float | None = None
+
+    @classmethod
+    def new(cls, kind: Kind, model: str, wish: Wish) -> Job:
+        return cls(f"{kind}_{uuid.uuid4().hex}", kind, model, wish, time.time())
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("completed", "failed")
+
+    def names(self) -> list[str]:
+        """The names of the files it makes."""
+        suffix = "mp4" if self.kind == "video" else "png"
+        return [f"{self.id}-{index}.{suffix}" for index in range(self.wish.count)]
+
+
+_JSON = ("wish", "files", "report")
+_COLUMNS = tuple(one.name for one in fields(Job) if one.name != "seq")
+
+
+class Jobs:
+    """All jobs of an output directory; for one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
+        self._db.execute("PRAGMA journal_mode=WAL")
+        columns = ", ".join("id TEXT UNIQUE NOT NULL" if name == "id" else name for name in _COLUMNS)
+        self._db.execute(f"CREATE TABLE IF NOT EXISTS jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, {columns})")
+        self._db.execute("CREATE INDEX IF NOT EXISTS by_status ON jobs (status, seq)")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def add(self, job: Job) -> None:
+        """Keep a new job; it is on disk when this returns."""
+        values = _row(asdict(job))
+        marks = ", ".join("?" for _ in _COLUMNS)
+        cursor = self._db.execute(
+            f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({marks})", [values[name] for name in _COLUMNS]
+        )
+        job.seq = int(cursor.lastrowid or 0)
+
+    def get(self, job: str) -> Job | None:
+        return next(iter(self._select("WHERE id = ?", job)), None)
+
+    def update(self, job: Job, **changes: Any) -> None:
+        """Change a job, here and on disk."""
+        for name, value in changes.items():
+            setattr(job, name, value)
+        assigned = ", ".join(f"{name} = ?" for name in changes)
+        self._db.execute(f"UPDATE jobs SET {assigned} WHERE id = ?", [*_row(changes).values(), job.id])
+
+    def delete(self, job: str) -> None:
+        self._db.execute("DELETE FROM jobs WHERE id = ?", (job,))
+
+    def of(self, *statuses: Status, limit: int = -1) -> list[Job]:
+        """The jobs with one of these statuses, in order of arrival."""
+        marks = ", ".join("?" for _ in statuses)
+        return self._select(f"WHERE status IN ({marks}) ORDER BY seq LIMIT ?", *statuses, limit)
+
+    def count(self, status: Status) -> int:
+        return int(self._db.execute("SELECT count(*) FROM jobs WHERE status = ?", (status,)).fetchone()[0])
+
+    def page(self, kind: Kind | None, limit: int, newest_first: bool = True, after: Job | None = None) -> list[Job]:
+        """Up to `limit` jobs in order of arrival or against it, beginning after a given one."""
+        where, values = ["1"], []
+        if kind is not None:
+            where.append("kind = ?")
+            values.append(kind)
+        if after is not None:
+            where.append(f"seq {'<' if newest_first else '>'} {after.seq}")
+        order = "DESC" if newest_first else "ASC"
+        return self._select(f"WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?", *values, limit)
+
+    def _select(self, rest: str, *values: Any) -> list[Job]:
+        return [_job(row) for row in self._db.execute(f"SELECT * FROM jobs {rest}", values)]
+
+
+def _row(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: json.dumps(_plain(value)) if name in _JSON else value for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Wish) else value
+
+
+def _job(row: sqlite3.Row) -> Job:
+    values = {name: json.loads(row[name]) if name in _JSON else row[name] for name in row.keys()}  # noqa: SIM118
+    wish = values["wish"]
+    values["wish"] = Wish(**{**wish, "size": tuple(wish["size"]), "images": tuple(wish["images"])})
+    return Job(**values)
+
+
+def tidy(folder: Path, jobs: Iterable[Job]) -> None:
+    """Remove what an ended process left behind in the folder of finished files: parts, and files of no job."""
+    known = {name for job in jobs for name in job.files}
+    for kind in ("video", "image"):
+        for path in [*folder.glob(f"{kind}_*-*"), *folder.glob(f".{kind}_*.partial")]:
+            if path.name not in known:
+                path.unlink(missing_ok=True)

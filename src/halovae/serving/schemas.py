@@ -1,0 +1,192 @@
+"""Requests and answers: OpenAI's fields for videos and images, and those that serving stacks add to them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MOST_CHARACTERS = 32_000
+MOST_PIXELS = 4096 * 4096
+MOST_FRAMES = 1025
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("not valid Unicode: it holds half of a surrogate pair") from error
+    if "\0" in text:
+        raise ValueError("it holds a NUL character")
+    return text
+
+
+def _size(text: str) -> str:
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if not found:
+        raise ValueError("expected WIDTHxHEIGHT in pixels, such as 1280x720")
+    if int(found[1]) * int(found[2]) > MOST_PIXELS:
+        raise ValueError(f"expected at most {MOST_PIXELS} pixels")
+    return text
+
+
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty: say what to make")
+    return _text(text)
+
+
+Text = Annotated[str, Field(max_length=MOST_CHARACTERS), AfterValidator(_text)]
+Prompt = Annotated[
+    str, Field(min_length=1, max_length=MOST_CHARACTERS, description="What to make."), AfterValidator(_prompt)
+]
+Size = Annotated[
+    str,
+    Field(description="WIDTHxHEIGHT in pixels; what the model cannot make is rounded down."),
+    AfterValidator(_size),
+]
+Guidance = Annotated[float, Field(ge=0, le=100)]
+
+
+class Asked(BaseModel):
+    """What all requests have in common."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: Prompt
+    model: Text | None = Field(None, description="Any name: there is one model.")
+    num_inference_steps: int = Field(50, ge=1, le=1000)
+    guidance_scale: Guidance | None = Field(None, description="How strongly the prompt leads.")
+    negative_prompt: Text | None = Field(None, description="What to avoid.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Equal seeds give equal results.")
+    n: int = Field(1, ge=1, le=10, description="How many results, with the seeds from `seed` on.")
+    user: Text | None = Field(None, description="Without effect.")
+
+
+class VideoRequest(Asked):
+    """`POST /v1/videos`."""
+
+    size: Size | None = None
+    num_frames: int | None = Field(None, ge=1, le=MOST_FRAMES)
+    seconds: float | None = Field(None, gt=0, le=120, description="Instead of `num_frames`.")
+    fps: float | None = Field(None, ge=1, le=120, description="Frames per second. [default: the model's usual]")
+    guidance_scale_2: Guidance | None = Field(None, description="The same for Wan2.2-A14B's second transformer.")
+    input_reference: Any = Field(None, description="A picture to start from: a file, or a data: URL.")
+    reference_url: Text | None = Field(None, description="Its address, where the server allows that.")
+    output_path: Text | None = Field(None, description="Refused: files are fetched by /content.")
+
+
+class ImageRequest(Asked):
+    """`POST /v1/images/generations`."""
+
+    size: Size | Literal["auto"] | None = None
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int = Field(90, ge=0, le=100, description="Quality of jpeg and webp.")
+    background: Literal["auto", "opaque"] | None = Field(None, description="Without effect.")
+    moderation: Text | None = Field(None, description="Without effect.")
+    quality: Text | None = Field(None, description="Without effect.")
+    style: Text | None = Field(None, description="Without effect.")
+
+
+class EditRequest(ImageRequest):
+    """`POST /v1/images/edits`."""
+
+    image: Any = Field(None, description="One picture, or several as `image[]`: files, or data: URLs.")
+    input_fidelity: Text | None = Field(None, description="Without effect.")
+
+
+class Failure(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str
+
+
+class Measured(BaseModel):
+    """What a plan was predicted to take."""
+
+    seconds: float
+    peak_allocated_mb: float
+
+
+class Decode(BaseModel):
+    """What the decode of a job took; sizes in MiB, of the rank with the most. With others it was `batch` results."""
+
+    seconds: float
+    plan: str
+    why: str
+    batch: int
+    peak_memory_mb: float
+    peak_allocated_mb: float
+    pool_overhead_mb: float
+    remaining_mb: float
+    predicted: Measured | None
+    one_device: Measured | None
+    fell_back: str
+
+
+class Video(BaseModel):
+    """A video, made or to be made. `object` to `error` are OpenAI's, the others as SGLang has them, or halovae's."""
+
+    id: str
+    object: Literal["video", "image"] = "video"
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    prompt: str
+    seconds: str
+    size: str
+    error: Failure | None
+    num_frames: int
+    fps: float
+    seed: int
+    n: int
+    adjusted: dict[str, Any] = Field(description="What was asked for, by field, where it had to be rounded.")
+    inference_time_s: float | None
+    peak_memory_mb: float | None
+    url: str | None
+    file_path: str | None
+    decode: Decode | None
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    """A video that is no more."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class ImageData(BaseModel):
+    """One picture: itself, or where it is."""
+
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class Images(BaseModel):
+    """Pictures that were made."""
+
+    created: int
+    data: list[ImageData]
+    size: str
+    output_format: str
+    seed: int
+    adjusted: dict[str, Any]
+    inference_time_s: float | None
+    decode: Decode | None

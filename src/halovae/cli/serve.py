@@ -7,6 +7,8 @@ import fcntl
 import ipaddress
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -152,34 +154,34 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         raise ValueError(f"--output-dir {ranks.output}: another server is using it")
     if front.api_key is None and not _is_loopback(front.host):
         console.print(f"[yellow]Warning:[/] without --api-key everyone who reaches {front.host} may use this server")
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(ranks, front), front.host, front.port, log_level="warning", timeout_graceful_shutdown=3)
-    )
+    try:
+        listening = socket.create_server((front.host, front.port), family=_family(front.host), backlog=2048)
+    except OSError as error:
+        raise OSError(f"--host {front.host} --port {front.port}: cannot be listened on ({error.strerror})") from error
+    server = uvicorn.Server(uvicorn.Config(make_app(ranks, front), log_level="warning", timeout_graceful_shutdown=3))
+    for wish in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(wish, lambda *_: setattr(server, "should_exit", True))
     group = Group(start, ranks) if start is not None else None
+    watch = group.run if group is not None else _agent_gone
 
-    async def run() -> bool:
-        serving = asyncio.create_task(server.serve())
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.05)
-        if serving.done():
-            return False
-        address = front.host if front.host != "0.0.0.0" else "localhost"
+    async def run() -> None:
+        serving, watching = asyncio.create_task(server.serve([listening])), asyncio.create_task(watch())
+        address = "localhost" if front.host in ("0.0.0.0", "::") else front.host
         console.print(f"serving {front.name} on http://{address}:{front.port} (page: /, API: /docs)", highlight=False)
-        watching = asyncio.create_task(group.run() if group is not None else _agent_gone())
         await asyncio.wait([serving, watching], return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         await serving
         watching.cancel()
-        return not (watching.done() and isinstance(watching.exception(), GroupLost))
+        if watching.done() and isinstance(watching.exception(), GroupLost):
+            raise ValueError(f"--model-path {ranks.model}: the ranks ended before they were ready, see above")
 
     try:
-        fine = asyncio.run(run())
+        asyncio.run(run())
     finally:
         if group is not None:
             group.stop()
         lock.close()
-    if not fine:
-        raise ValueError(f"--port {front.port}: the server could not be started, the lines above say why")
+    console.print(f"ended; jobs are kept in {ranks.output}", soft_wrap=True)
 
 
 async def _agent_gone() -> None:
@@ -220,6 +222,10 @@ def _locked(output: Path) -> IO[str] | None:
         lock.close()
         return None
     return lock
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _is_loopback(host: str) -> bool:

@@ -96,8 +96,8 @@ async def _authorized(request: Request) -> None:
     key = _front(request).api_key
     if key is None:
         return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not hmac.compare_digest(given.encode(), key.encode()):
+    given = request.headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")
+    if not hmac.compare_digest(given, key.encode()):
         raise ApiError(401, "the key is missing or wrong: send 'Authorization: Bearer KEY'", code="invalid_api_key")
 
 

@@ -10,20 +10,20 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 MOST_CHARACTERS = 32_000
 MOST_PIXELS = 4096 * 4096
 MOST_FRAMES = 1025
+_FILE: Any = {"type": "string", "format": "binary"}
+
+
+_SIZE = "^([1-9][0-9]{0,3})x([1-9][0-9]{0,3})$"
 
 
 def _text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("not valid Unicode: it holds half of a surrogate pair") from error
     if "\0" in text:
         raise ValueError("it holds a NUL character")
     return text
 
 
 def _size(text: str) -> str:
-    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    found = re.search(_SIZE, text)
     if not found:
         raise ValueError("expected WIDTHxHEIGHT in pixels, such as 1280x720")
     if int(found[1]) * int(found[2]) > MOST_PIXELS:
@@ -43,7 +43,10 @@ Prompt = Annotated[
 ]
 Size = Annotated[
     str,
-    Field(description="WIDTHxHEIGHT in pixels; what the model cannot make is rounded down."),
+    Field(
+        description="WIDTHxHEIGHT in pixels; what the model cannot make is rounded down.",
+        json_schema_extra={"pattern": _SIZE},
+    ),
     AfterValidator(_size),
 ]
 Guidance = Annotated[float, Field(ge=0, le=100)]
@@ -72,7 +75,9 @@ class VideoRequest(Asked):
     seconds: float | None = Field(None, gt=0, le=120, description="Instead of `num_frames`.")
     fps: float | None = Field(None, ge=1, le=120, description="Frames per second. [default: the model's usual]")
     guidance_scale_2: Guidance | None = Field(None, description="The same for Wan2.2-A14B's second transformer.")
-    input_reference: Any = Field(None, description="A picture to start from: a file, or a data: URL.")
+    input_reference: Any = Field(
+        None, description="A picture to start from: a file, or a data: URL.", json_schema_extra=_FILE
+    )
     reference_url: Text | None = Field(None, description="Its address, where the server allows that.")
     output_path: Text | None = Field(None, description="Refused: files are fetched by /content.")
 
@@ -93,7 +98,9 @@ class ImageRequest(Asked):
 class EditRequest(ImageRequest):
     """`POST /v1/images/edits`."""
 
-    image: Any = Field(None, description="One picture, or several as `image[]`: files, or data: URLs.")
+    image: Any = Field(
+        None, description="One picture, or several as `image[]`: files, or data: URLs.", json_schema_extra=_FILE
+    )
     input_fidelity: Text | None = Field(None, description="Without effect.")
 
 

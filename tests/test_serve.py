@@ -1,0 +1,210 @@
+"""`halovae serve` with real ranks: what it makes, and what happens when ranks, fronts and disks fail."""
+
+import base64
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import psutil
+import pytest
+import torch
+from PIL import Image
+from server import Server
+
+from halovae import tiny
+from halovae.generation import Generator
+from halovae.pipelines import Pipeline, Prompt
+
+LONG = {"num_inference_steps": 1000}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    home = tmp_path_factory.mktemp("models")
+
+    def of(name: str) -> Path:
+        if not (home / name).exists():
+            tiny.make_model(name, home / name)
+        return home / name
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def server(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two ranks that serve Wan2.1."""
+    with Server(model("wan2.1"), tmp_path_factory.mktemp("server") / "out") as running:
+        yield running.wait()
+        assert running.stop() == 0
+
+
+def frames_of(content: bytes) -> list[Any]:
+    with av.open(io.BytesIO(content), "r") as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def content(server: Server, video: str) -> bytes:
+    return httpx.get(f"{server.url}/v1/videos/{video}/content", timeout=30).content
+
+
+def started(server: Server, video: str) -> dict[str, Any]:
+    while (shown := server.video(video))["progress"] == 0:
+        assert shown["status"] in ("queued", "in_progress"), shown
+        time.sleep(0.01)
+    return shown
+
+
+def test_curl_gets_a_video_that_plays(server: Server) -> None:
+    body = {
+        "prompt": "A calico cat playing a piano on stage",
+        "size": "80x48",
+        "num_inference_steps": 2,
+        "num_frames": 16,
+    }
+    words = ["-H", "Content-Type: application/json", "-H", "Authorization: Empty", "-d", json.dumps(body)]
+    done = subprocess.run(
+        ["curl", "-sS", "-X", "POST", f"{server.url}/v1/videos", *words], capture_output=True, check=True
+    )
+    shown = server.ended(json.loads(done.stdout)["id"])
+    assert shown["status"] == "completed", shown
+    assert (shown["size"], shown["num_frames"], shown["adjusted"]) == ("80x48", 17, {"num_frames": 16})
+    assert shown["decode"]["peak_memory_mb"] > shown["decode"]["peak_allocated_mb"] > 0
+    assert shown["decode"]["one_device"]["peak_allocated_mb"] > 0
+    frames = frames_of(content(server, shown["id"]))
+    assert [frame.shape for frame in frames] == [(48, 80, 3)] * 17
+
+
+def test_what_is_served_is_what_one_rank_generates(server: Server, model: Callable[[str], Path]) -> None:
+    """Several results, decoded together, each with its seed; up to what an mp4 loses."""
+    shown = server.ended(server.submit(n=2, seed=11))
+    generator = Generator(model("wan2.1"), torch.float32, torch.float32)
+    for index in range(2):
+        prompt = Pipeline.read(model("wan2.1")).fitted(Prompt("a cat", (64, 48), 5, 2, seed=11 + index))
+        expected = generator.decoder.decode(generator.denoise(prompt), dtype=torch.uint8, denormalize=True)
+        assert expected is not None
+        served = httpx.get(f"{server.url}/v1/videos/{shown['id']}/content?index={index}", timeout=30).content
+        found = torch.tensor(frames_of(served)[0]).float()
+        wanted = expected[0, :, 0].permute(1, 2, 0).float()
+        assert torch.corrcoef(torch.stack([found.flatten(), wanted.flatten()]))[0, 1] > 0.9
+
+
+def test_a_running_job_is_deleted_within_a_step(server: Server) -> None:
+    long = server.submit(**LONG)
+    started(server, long)
+    assert httpx.delete(f"{server.url}/v1/videos/{long}").json()["deleted"]
+    short = server.ended(server.submit())
+    assert short["status"] == "completed"
+    assert short["completed_at"] - short["created_at"] < 10  # what took 1000 steps is gone
+
+
+def test_what_all_ranks_refuse_fails_and_they_go_on(model: Callable[[str], Path], tmp_path: Path) -> None:
+    with Server(model("wan2.1"), tmp_path / "out", "--memory-budget", "64KiB") as server:
+        before = server.wait().ranks()
+        for _ in range(2):
+            failed = server.ended(server.submit())
+            assert failed["error"]["code"] == "out_of_memory"
+            assert "budget" in failed["error"]["message"]
+        assert server.ranks() == before
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_costs_at_most_an_attempt(victim: int, server: Server) -> None:
+    before = server.ranks()
+    assert len(before) == 2
+    running, waiting = server.submit(num_inference_steps=300), server.submit()
+    started(server, running)
+    before[victim].kill()
+    assert server.ended(running)["status"] == "completed"
+    assert server.ended(waiting)["status"] == "completed"
+    assert not set(server.ranks()) & set(before)
+
+
+def test_a_job_that_kills_its_ranks_twice_fails(server: Server) -> None:
+    fatal = server.submit(**LONG)
+    for _ in range(2):
+        while server.video(fatal)["status"] != "in_progress":
+            time.sleep(0.01)
+        server.ranks()[0].kill()
+        while server.video(fatal)["status"] == "in_progress":
+            assert httpx.get(f"{server.url}/health").status_code in (200, 503)  # the front answers all the while
+            time.sleep(0.05)
+    assert server.video(fatal)["error"]["code"] == "interrupted"
+    assert server.ended(server.submit())["status"] == "completed"
+
+
+def test_a_killed_front_takes_its_ranks_along_and_another_goes_on(model: Callable[[str], Path], tmp_path: Path) -> None:
+    with Server(model("wan2.1"), tmp_path / "out") as first:
+        first.wait()
+        made = [first.submit(num_inference_steps=steps) for steps in (300, 2, 2)]
+        started(first, made[0])
+        processes = psutil.Process(first.process.pid).children(recursive=True)
+        first.stop(signal.SIGKILL)
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert not alive
+    with Server(model("wan2.1"), tmp_path / "out") as second:
+        second.wait()
+        assert [second.ended(one)["status"] for one in made] == ["completed"] * 3
+        assert all(frames_of(content(second, one)) for one in made)
+
+
+def test_a_full_disk_fails_the_job_and_leaves_nothing(model: Callable[[str], Path], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        with Server(model("wan2.1"), disk, ranks=1) as server:
+            server.wait()
+            failed = server.ended(server.submit(size="256x256", num_frames=33, num_inference_steps=1))
+            assert (failed["status"], failed["error"]["code"]) == ("failed", "disk_full"), failed
+            assert not [*disk.glob("*.mp4"), *disk.glob(".*.partial")]
+            assert server.ended(server.submit())["status"] == "completed"
+            server.stop()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("name", ["wan2.2", "qwen-image", "qwen-image-edit"])
+def test_the_other_models_are_served(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
+    with Server(model(name), tmp_path / "out") as server:
+        server.wait()
+        if name == "wan2.2":
+            shown = server.ended(server.submit(guidance_scale_2=3))
+            assert [frame.shape for frame in frames_of(content(server, shown["id"]))] == [(48, 64, 3)] * 5
+            return
+        fields: dict[str, Any] = {"prompt": "a cat", "size": "64x48", "num_inference_steps": 2}
+        if name == "qwen-image":
+            answer = httpx.post(f"{server.url}/v1/images/generations", json=fields, timeout=60)
+        else:
+            given = io.BytesIO()
+            Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).save(given, "png")
+            files = {"image": given.getvalue()}
+            answer = httpx.post(f"{server.url}/v1/images/edits", data=fields, files=files, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["decode"]["peak_allocated_mb"] > 0
+        png = base64.b64decode(answer.json()["data"][0]["b64_json"])
+        assert Image.open(io.BytesIO(png)).size == (64, 48)
+
+
+def test_what_cannot_start_ends_with_a_reason(model: Callable[[str], Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    tiny.make_model("wan2.1", broken)
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    with Server(broken, tmp_path / "out", ranks=1) as server:
+        assert server.process.wait(60) == 2
+        assert "the ranks ended before they were ready" in " ".join(server.log.read_text().split())
+    words = ["serve", "--model-path", str(model("wan2.1")), "--output-dir", str(tmp_path / "other"), "--sp-degree", "3"]
+    done = subprocess.run([sys.executable, "-m", "halovae.cli.main", *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--sp-degree 3" in done.stderr

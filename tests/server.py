@@ -13,12 +13,21 @@ import psutil
 from stub_ranks import free_port
 
 
+def _is_spawned(process: psutil.Process) -> bool:
+    """Whether multiprocessing has begun it, and it lives."""
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
 class Server:
     """A running server; `output` may hold another one's jobs."""
 
     def __init__(self, model: Path, output: Path, *options: str, ranks: int = 2, port: int = 0) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.output = output
         self.log = output.with_suffix(".log")
         command = [sys.executable, "-m", "halovae.cli.main", "serve", "--model-path", str(model), "--dtype", "fp32"]
         command += ["--num-gpus", str(ranks), "--sp-degree", str(ranks), "--port", str(self.port), *options]
@@ -39,9 +48,12 @@ class Server:
             time.sleep(0.05)
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that compute: the agent's children that have loaded torch, oldest first."""
-        agents = [one for one in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
-        return [one for agent in agents for one in agent.children() if "spawn_main" in " ".join(one.cmdline())]
+        """The processes that compute: the agent's children, oldest first."""
+        try:
+            agents = [one for one in psutil.Process(self.process.pid).children() if _is_spawned(one)]
+            return [one for agent in agents for one in agent.children() if _is_spawned(one)]
+        except psutil.NoSuchProcess:
+            return []
 
     def submit(self, **fields: Any) -> str:
         body = {"prompt": "a cat", "size": "64x48", "num_frames": 5, "num_inference_steps": 2, **fields}

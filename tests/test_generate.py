@@ -19,7 +19,7 @@ from halovae.generation import Generator
 from halovae.integrations.diffusers import do_without_torchvision
 from halovae.pipelines import Prompt
 
-SIZE = (64, 48)
+SIZE = (80, 48)  # 15 tokens a frame, which no two ranks divide
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def picture(folder: Path) -> Path:
 def prompt_for(name: str, folder: Path) -> Prompt:
     images = (picture(folder).read_bytes(),) if name in ("wan2.1-i2v", "qwen-image-edit") else ()
     size = (64, 64) if name == "wan2.2-5b" else SIZE
-    return Prompt("a cat, playing", size, 5 if name.startswith("wan") else 1, 2, seed=3, images=images)
+    return Prompt("a cat, playing", size, 9 if name.startswith("wan") else 1, 2, seed=3, images=images)
 
 
 def generated(source: Path, prompt: Prompt, ulysses: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -93,7 +93,7 @@ def tokens_seen(source: Path, prompt: Prompt, ulysses: int) -> int:
 def test_ranks_share_the_sequence(models: Callable[[str], Path], ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     prompt = prompt_for("wan2.1", tmp_path)
     alone = tokens_seen(models("wan2.1"), prompt, 1)
-    assert ranks(2).run(tokens_seen, models("wan2.1"), prompt, 2) == [alone // 2, alone // 2]
+    assert ranks(2).run(tokens_seen, models("wan2.1"), prompt, 2) == [alone - alone // 2, alone // 2]
 
 
 def test_the_command_writes_a_video_that_plays(
@@ -120,7 +120,7 @@ def test_the_command_writes_a_video_that_plays(
         ("wan2.1", ["--size", "8x8"], "makes multiples of 16"),
         ("wan2.1", ["--image", "given.png"], "takes no pictures"),
         ("qwen-image", ["--num-frames", "5"], "makes pictures, expected 1"),
-        ("qwen-image-edit", [], "needs a picture to start from"),
+        ("qwen-image-edit", [], "takes one picture to start from"),
         ("wan2.1", ["--num-gpus", "2", "--ulysses-degree", "3"], "expected a product of 2"),
         ("wan2.1", ["--image", "missing.png"], "cannot be read"),
         ("wan2.1", ["--model-path", "."], "expected a pipeline's folder"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from halovae.decode import Decoder
-from halovae.integrations.diffusers import do_without_torchvision
+from halovae.integrations.diffusers import do_without_torchvision, gather_uneven_parts
 from halovae.lines import join_world, world_size
 from halovae.models.load import from_module
 from halovae.pipelines import Pipeline, Prompt
@@ -138,6 +138,8 @@ def _share_sequence(transformer: Any, device: torch.device, ulysses: int, ring: 
     from diffusers.hooks.context_parallel import apply_context_parallel
     from diffusers.models._modeling_parallel import ParallelConfig
 
+    if Platform(device).backend == "gloo":
+        gather_uneven_parts()
     # Any length of text and picture, not only multiples of the degree.
     config = ContextParallelConfig(
         ulysses_degree=ulysses, ring_degree=ring, ulysses_anything=ring == 1, ring_anything=ulysses == 1

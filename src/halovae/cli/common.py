@@ -58,11 +58,9 @@ def degrees(ranks: int, sequence: int | None, ulysses: int | None, ring: int) ->
     Raises:
         ValueError: they do not multiply to what shares the sequence, which is all ranks or one.
     """
-    sequence = sequence or (ulysses or max(1, ranks // ring)) * ring
+    sequence = sequence or ranks
     if sequence not in (1, ranks):
-        raise ValueError(
-            f"--sp-degree {sequence} (--ulysses-degree x --ring-degree): expected {ranks} (the ranks) or 1"
-        )
+        raise ValueError(f"--sp-degree {sequence}: expected {ranks} (the ranks) or 1")
     ulysses = ulysses or max(1, sequence // ring)
     if ulysses * ring != sequence:
         raise ValueError(f"--ulysses-degree {ulysses} x --ring-degree {ring}: expected a product of {sequence}")

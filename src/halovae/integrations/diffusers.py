@@ -7,6 +7,9 @@ import types
 import warnings
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halovae.decode import Decoder, HaloDepth, Mode
@@ -88,6 +91,26 @@ def do_without_torchvision() -> None:
 
     if not is_torchvision_available():
         Qwen2VLProcessor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
+
+
+def gather_uneven_parts() -> None:
+    """Let ranks on gloo share a sequence whose length they do not divide.
+
+    diffusers (0.42) gathers the ranks' parts, which differ in length then, by one `all_gather`. NCCL does that, gloo
+    wants equal lengths. So the parts are filled up, and cut again.
+    """
+    from diffusers.hooks import context_parallel
+
+    def gathered(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+        lengths: list[int] = [0] * dist.get_world_size(group)
+        dist.all_gather_object(lengths, tensor.shape[dim], group)
+        padding = [0, 0] * (tensor.ndim - 1 - dim % tensor.ndim) + [0, max(lengths) - tensor.shape[dim]]
+        filled = F.pad(tensor, padding).contiguous()
+        parts = [torch.empty_like(filled) for _ in lengths]
+        dist.all_gather(parts, filled, group)
+        return torch.cat([part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)], dim)
+
+    context_parallel._all_gather_anything = gathered
 
 
 def restore(pipe_or_vae: Any) -> Any:

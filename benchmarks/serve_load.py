@@ -1,0 +1,234 @@
+"""A server under load while its ranks and its front are killed, and what batching of decodes gives it.
+
+    python benchmarks/serve_load.py [--jobs 200] [--clients 16] [--output docs/benchmarks/serve_load.md]
+
+A tiny pipeline on two ranks. First jobs from all clients while 5 ranks and the front are killed at random moments:
+every job that was accepted must end as completed, with files that play, or as failed with a code. Then rounds without
+kills, `--decode-batch` 4 and 1 in turns, for the throughput of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import av
+import httpx
+import psutil
+from rich.console import Console
+from rich.progress import track
+
+from halovae import tiny
+
+SIZES = ("64x48", "80x48", "64x64")
+FRAMES = 5
+RANKS = 2
+KILLED_RANKS, KILLED_FRONTS = 5, 1
+console = Console(stderr=True)
+
+
+@dataclass
+class Server:
+    """`halovae serve`, which may be killed and started again over the same jobs."""
+
+    model: Path
+    output: Path
+    batch: int
+    port: int = field(default_factory=lambda: _free_port())
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Server:
+        words = ["serve", "--model-path", self.model, "--num-gpus", RANKS, "--port", self.port, "--dtype", "fp32"]
+        words += ["--output-dir", self.output, "--decode-batch", self.batch, "--max-queue", 50]
+        command = [sys.executable, "-m", "halovae.cli.main", *map(str, words)]
+        log = self.output.with_suffix(".log").open("ab")
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return self
+
+    def wait(self) -> Server:
+        while True:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return self
+            time.sleep(0.1)
+
+    def ranks(self) -> list[psutil.Process]:
+        assert self.process is not None
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            return [one for one in children if one.is_running() and len(_spawned_by_spawned(one)) == 2]
+        return []
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+
+def _spawned_by_spawned(process: psutil.Process) -> list[psutil.Process]:
+    """Of a process and its parent those that multiprocessing has spawned: both of them, for a rank."""
+    return [one for one in (process, process.parent()) if one is not None and "spawn_main" in " ".join(one.cmdline())]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def submit(server: Server, index: int) -> str:
+    """Ask until the server accepts; a connection that breaks leaves open whether it did, so the seed tells."""
+    body = {
+        "prompt": f"job {index}", "size": SIZES[index % len(SIZES)], "num_frames": FRAMES, "num_inference_steps": 4,
+        "seed": index,
+    }  # fmt: skip
+    while True:
+        try:
+            answer = httpx.post(f"{server.url}/v1/videos", json=body, timeout=30)
+            if answer.status_code == 200:
+                return str(answer.json()["id"])
+            if answer.status_code != 429:
+                raise RuntimeError(f"job {index}: {answer.status_code} {answer.text}")
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+
+
+def ended(server: Server, video: str) -> dict[str, Any]:
+    """The job once it is completed or failed. A job that is unknown was lost."""
+    while True:
+        with suppress(httpx.TransportError):
+            answer = httpx.get(f"{server.url}/v1/videos/{video}", timeout=30)
+            if answer.status_code != 200:
+                return {"status": "lost"}
+            shown: dict[str, Any] = answer.json()
+            if shown["status"] in ("completed", "failed"):
+                return shown
+        time.sleep(0.2)
+
+
+def client(server: Server, jobs: range) -> list[dict[str, Any]]:
+    """One client, which has one job at a time."""
+    return [ended(server, submit(server, index)) for index in jobs]
+
+
+def plays(server: Server, shown: dict[str, Any]) -> bool:
+    """Whether a completed job's file holds the frames that it should."""
+    content = httpx.get(f"{server.url}/v1/videos/{shown['id']}/content", timeout=30).content
+    try:
+        with av.open(io.BytesIO(content), "r") as container:
+            frames = [(frame.width, frame.height) for frame in container.decode(video=0)]
+    except av.FFmpegError:
+        return False
+    width, _, height = shown["size"].partition("x")
+    return frames == [(int(width), int(height))] * FRAMES
+
+
+def disturb(server: Server, rng: random.Random, done: threading.Event, log: list[str]) -> None:
+    """Kill ranks and the front at random moments, each once the last one's work goes on."""
+    kills = ["rank"] * KILLED_RANKS + ["front"] * KILLED_FRONTS
+    rng.shuffle(kills)
+    begin = time.monotonic()
+    for kill in kills:
+        server.wait()
+        if done.wait(rng.uniform(1, 6)):
+            return
+        if kill == "front":
+            server.kill()
+            server.start()
+        elif ranks := server.ranks():
+            rng.choice(ranks).kill()
+        log.append(f"{kill} at {time.monotonic() - begin:.1f} s")
+
+
+def run(server: Server, jobs: int, clients: int) -> tuple[list[dict[str, Any]], float]:
+    """All jobs, shared by the clients: what became of each, and the seconds it took."""
+    begin = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        futures = [pool.submit(client, server, range(first, jobs, clients)) for first in range(clients)]
+        results = [shown for future in track(futures, "clients", console=console) for shown in future.result()]
+    return results, time.monotonic() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=2, help="rounds with and without batching")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments at which something is killed")
+    parser.add_argument("--output", type=Path, help="a file for the figures")
+    args = parser.parse_args()
+    lines: list[str] = []
+    with TemporaryDirectory() as place:
+        home = Path(place)
+        tiny.make_model("wan2.1", home / "model")
+        server = Server(home / "model", home / "killed", 4).start().wait()
+        done, log = threading.Event(), list[str]()
+        killer = threading.Thread(target=disturb, args=(server, random.Random(args.seed), done, log))
+        killer.start()
+        results, seconds = run(server, args.jobs, args.clients)
+        done.set()
+        killer.join()
+        server.wait()
+        known = httpx.get(f"{server.url}/metrics").text
+        statuses = Counter(shown["status"] for shown in results)
+        codes = Counter(shown["error"]["code"] for shown in results if shown["status"] == "failed")
+        broken = [shown["id"] for shown in results if shown["status"] == "completed" and not plays(server, shown)]
+        left = [
+            row for row in known.splitlines() if row.startswith(('halovae_jobs{status="q', 'halovae_jobs{status="i'))
+        ]
+        lines.append(f"- {args.jobs} jobs of {args.clients} clients in {seconds:.0f} s; killed: {', '.join(log)}")
+        lines.append(f"- ended as: {dict(statuses)}, failed with: {dict(codes)}; broken files: {len(broken)}")
+        server.stop()
+        parts = [path.name for path in server.output.glob(".*.partial")]
+        lines.append(f"- left at the end: {'; '.join(left)}; unfinished files: {len(parts)}")
+        rates: dict[int, list[float]] = {4: [], 1: []}
+        batches: list[int] = []
+        for round_ in range(args.repeat):
+            for batch in rates:
+                quiet = Server(home / "model", home / f"quiet-{batch}-{round_}", batch).start().wait()
+                run(quiet, args.clients, args.clients)  # what is done only once
+                results, seconds = run(quiet, args.jobs, args.clients)
+                rates[batch].append(args.jobs / seconds)
+                if batch > 1:
+                    batches += [shown["decode"]["batch"] for shown in results]
+                quiet.stop()
+        medians = {batch: statistics.median(own) for batch, own in rates.items()}
+        lines.append(
+            f"- --decode-batch 4: {medians[4]:.2f} jobs/s, 1: {medians[1]:.2f} jobs/s "
+            f"({medians[4] / medians[1]:.2f}x); jobs by batch: {dict(sorted(Counter(batches).items()))}"
+        )
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    if args.output is not None:
+        args.output.write_text(text)
+    if broken or statuses["lost"] or "None" in codes or len(results) != args.jobs:
+        sys.exit("jobs were lost, or files broken")
+
+
+if __name__ == "__main__":
+    main()

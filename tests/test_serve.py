@@ -108,6 +108,7 @@ def test_a_running_job_is_deleted_within_a_step(server: Server) -> None:
     assert short["completed_at"] - short["created_at"] < 10  # what took 1000 steps is gone
 
 
+@pytest.mark.slow
 def test_what_all_ranks_refuse_fails_and_they_go_on(model: Callable[[str], Path], tmp_path: Path) -> None:
     with Server(model("wan2.1"), tmp_path / "out", "--memory-budget", "64KiB") as server:
         before = server.wait().ranks()
@@ -148,6 +149,7 @@ def test_a_killed_front_takes_its_ranks_along_and_another_goes_on(server: Server
         assert second.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_the_job_and_leaves_nothing(model: Callable[[str], Path], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -168,6 +170,7 @@ def test_a_full_disk_fails_the_job_and_leaves_nothing(model: Callable[[str], Pat
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan2.2", "qwen-image", "qwen-image-edit"])
 def test_the_other_models_are_served(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
     with Server(model(name), tmp_path / "out") as server:

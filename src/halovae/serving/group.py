@@ -19,6 +19,11 @@ from halovae.serving.settings import RankSettings
 _PAUSE = 0.2  # seconds between two looks, and before ranks are begun anew
 
 
+# How often in a row ranks may end before they are ready, once they have been: something may kill them as they load.
+_TRIES = 5
+_GAVE_UP = 3  # exit code
+
+
 class GroupLost(RuntimeError):
     """The ranks ended before they were ready: they would do so again."""
 
@@ -39,14 +44,13 @@ class Group:
             GroupLost: they ended before they were ready.
         """
         while True:
-            self._ready.clear()
             self._process = self._context.Process(
                 target=_watch_over, args=(self._ranks, self._settings, self._ready), name="agent"
             )
             self._process.start()
             while self._process.is_alive():
                 await asyncio.sleep(_PAUSE)
-            if not self._ready.is_set():
+            if self._process.exitcode == _GAVE_UP:
                 raise GroupLost
             logging.getLogger(__name__).warning("the ranks' agent ended, and is begun anew")
 
@@ -59,8 +63,9 @@ class Group:
 
 
 def _watch_over(ranks: int, settings: RankSettings, ready: Event) -> None:
-    """Keep ranks running. Ends with an error where they end before they are ready."""
+    """Keep ranks running, unless they end before they are ready: at first, or again and again."""
     threading.Thread(target=end_with_parent, daemon=True).start()
+    left = 1
     while True:
         ready.clear()
         try:
@@ -69,6 +74,7 @@ def _watch_over(ranks: int, settings: RankSettings, ready: Event) -> None:
             return
         except Exception:
             traceback.print_exc(limit=0)
-            if not ready.is_set():
-                sys.exit(1)
+            left = _TRIES if ready.is_set() else left - 1
+            if left == 0:
+                sys.exit(_GAVE_UP)
         time.sleep(_PAUSE)

@@ -217,11 +217,12 @@ def main() -> None:
                 if batch > 1:
                     batches += [shown["decode"]["batch"] for shown in results]
                 quiet.stop()
-        medians = {batch: statistics.median(own) for batch, own in rates.items()}
-        lines.append(
-            f"- --decode-batch 4: {medians[4]:.2f} jobs/s, 1: {medians[1]:.2f} jobs/s "
-            f"({medians[4] / medians[1]:.2f}x); jobs by batch: {dict(sorted(Counter(batches).items()))}"
-        )
+        if args.repeat:
+            medians = {batch: statistics.median(own) for batch, own in rates.items()}
+            lines.append(
+                f"- --decode-batch 4: {medians[4]:.2f} jobs/s, 1: {medians[1]:.2f} jobs/s "
+                f"({medians[4] / medians[1]:.2f}x); jobs by batch: {dict(sorted(Counter(batches).items()))}"
+            )
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if args.output is not None:

@@ -109,6 +109,20 @@ def test_a_running_job_is_deleted_within_a_step(server: Server) -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_fails_alone_ends_all_and_its_job_is_tried_again(
+    model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By memory that it really cannot have."""
+    with Server(model("wan2.1"), tmp_path / "out") as server:
+        before = server.wait().ranks()
+        all_it_has = before[1].memory_info().vms
+        before[1].rlimit(psutil.RLIMIT_AS, (all_it_has, all_it_has))
+        shown = server.ended(server.submit(size="256x256", num_frames=17))
+        assert shown["status"] == "completed", shown
+        assert not set(server.ranks()) & set(before)
+
+
+@pytest.mark.slow
 def test_what_all_ranks_refuse_fails_and_they_go_on(model: Callable[[str], Path], tmp_path: Path) -> None:
     with Server(model("wan2.1"), tmp_path / "out", "--memory-budget", "64KiB") as server:
         before = server.wait().ranks()

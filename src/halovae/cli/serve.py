@@ -200,16 +200,17 @@ def _run_rank(settings: RankSettings) -> None:
 
 
 def _keep_front(output: Path) -> None:
+    """Run a front, unless one that an earlier rank 0 has begun still lives. One that cannot begin ends this rank."""
     ours = re.compile("RANK|WORLD_SIZE|MASTER_|TORCHELASTIC_")
     environment = {name: value for name, value in os.environ.items() if not ours.search(name)}
     environment[_AGENT] = str(os.getppid())
+    command = [sys.executable, "-m", "halovae.cli.main", *sys.argv[1:], "--num-gpus", str(world_size())]
     while True:
         lock = _locked(output)
         if lock is not None:
             lock.close()
-            command = [sys.executable, "-m", "halovae.cli.main", *sys.argv[1:]]
-            subprocess.Popen(command, env=environment, start_new_session=True)
-            time.sleep(10 * _LOOK)  # until it has locked the folder itself
+            if subprocess.run(command, env=environment, start_new_session=True).returncode > 0:
+                os._exit(1)
         time.sleep(_LOOK)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 Value = TypeVar("Value")
-IDLE = 60.0  # seconds after which rank 0 says that there is nothing, before the others' patience (30 minutes) ends
+IDLE = 2.0  # seconds after which rank 0 says that there is nothing, and so notices that a rank has ended
 _AGREEMENT = timedelta(seconds=10)
 
 
@@ -18,6 +18,8 @@ class Lead:
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        # Ranks other than 0 wait as long as their group lets them, whatever monitored_barrier is told.
+        self._agreement = dist.new_group(backend="gloo", timeout=_AGREEMENT) if dist.is_initialized() else None
         self.first = self._group is None or dist.get_rank() == 0
 
     def say(self, value: Value) -> Value:
@@ -41,10 +43,10 @@ class Lead:
 
         Asked by a rank that failed. If it is alone, the others wait for messages that will never come.
         """
-        if self._group is None:
+        if self._agreement is None:
             return True
         try:
-            dist.monitored_barrier(self._group, timeout=_AGREEMENT)
+            dist.monitored_barrier(self._agreement, timeout=_AGREEMENT)
         except RuntimeError:
             return False
         return True

@@ -1,0 +1,33 @@
+"""Whether a failure is everybody's, or a rank's alone."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from halovae.bench.ranks import Ranks
+from halovae.serving import lead
+
+BUSY = 3.0  # seconds
+
+
+def failed_together(alone: int | None) -> bool | None:
+    """What a rank that failed is told, while ranks that did not are busy."""
+    lead._AGREEMENT = timedelta(seconds=1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    mine, begin = lead.Lead(), time.monotonic()
+    if alone not in (None, dist.get_rank()):
+        time.sleep(BUSY)
+        return None
+    answer = mine.failed_together()
+    assert time.monotonic() - begin < BUSY
+    return answer
+
+
+@pytest.mark.parametrize("alone", [None, 0, 1])
+def test_a_rank_that_failed_learns_whether_all_did(ranks: Callable[[int], Ranks], alone: int | None) -> None:
+    expected = [True, True] if alone is None else [False if rank == alone else None for rank in range(2)]
+    assert ranks(2).run(failed_together, alone) == expected

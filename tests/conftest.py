@@ -1,9 +1,11 @@
 """Ranks for tests: real gloo processes, started once per module and shared by its tests."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from halovae.bench.ranks import Ranks
 
@@ -24,3 +26,15 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield of
     for group in groups.values():
         group.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield running
+        running.close()

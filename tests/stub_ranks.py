@@ -33,13 +33,14 @@ def free_port() -> int:
 
 
 class StubRanks(threading.Thread):
-    """Serves orders like rank 0; while `held` is set it stays at the first step."""
+    """Serves orders like rank 0; while `held` is set it stays at the first step, and orders fail if it `fails`."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(daemon=True)
         self.line = RankLine(endpoint)
         self.line.ready = True
         self.held = threading.Event()
+        self.fails = False
         self.seen: list[dict[str, Any]] = []
         self.start()
 
@@ -53,6 +54,9 @@ class StubRanks(threading.Thread):
                 time.sleep(0.01)
             if order["order"] in self.line.cancelled:
                 self.line.tell("cancelled", order["order"])
+                continue
+            if self.fails:
+                self.line.tell("failed", order["order"], code="out_of_memory", message="no plan fits")
                 continue
             self.line.tell("denoised", order["order"], seconds=0.1)
             width, height = (min(side, 64) for side in order["prompt"]["size"])  # however much a fuzzer asks for
@@ -88,7 +92,10 @@ def served(model: Path, output: Path, stub: bool = True, **options: Any) -> Iter
         expire_after=3600.0, max_output=None, allow_url_inputs=False,
     )  # fmt: skip
     front = replace(front, **options)
-    server = uvicorn.Server(uvicorn.Config(make_app(ranks, front), front.host, front.port, log_level="error"))
+    config = uvicorn.Config(
+        make_app(ranks, front), front.host, front.port, log_level="error", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import Browser, expect
 from server import Server
 
 from halovae import media, tiny
@@ -97,6 +99,27 @@ def test_what_is_served_is_what_one_rank_generates(
         served = httpx.get(f"{server.url}/v1/videos/{shown['id']}/content?index={index}", timeout=30).content
         for found, expected in zip(frames_of(served), frames_of((tmp_path / "one.mp4").read_bytes()), strict=True):
             assert abs(found.astype(int) - expected).mean() < 1
+
+
+def test_the_page_shows_what_was_made(server: Server, browser: Browser, tmp_path: Path) -> None:
+    """With HALOVAE_SCREENSHOTS=docs/images it draws the picture in docs/serving.md."""
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(server.url)
+    page.get_by_label("Prompt").fill("A calico cat playing a piano on stage")
+    page.get_by_label("Size").fill("416x240")
+    page.get_by_label("Frames").fill("16")
+    page.get_by_label("Steps").fill("4")
+    page.get_by_role("button", name="Generate").click()
+    card = page.locator("article").first
+    expect(card).to_contain_text("416x240, 17 frames")
+    expect(card).to_have_attribute("data-status", "completed", timeout=60_000)
+    expect(card.locator("video")).to_have_js_property("readyState", 4)
+    for fact in ("Plan", "maps per device", "One device"):
+        expect(card.locator("dl")).to_contain_text(fact)
+    shot = Path(os.environ.get("HALOVAE_SCREENSHOTS", tmp_path)) / "page.png"
+    page.screenshot(path=shot)
+    page.close()
+    assert Image.open(shot).size == (1280, 800)
 
 
 def test_a_running_job_is_deleted_within_a_step(server: Server) -> None:

@@ -65,6 +65,7 @@ def hosts() -> Iterator[list[Host]]:
 
 def begin(hosts: list[Host], model: Path, home: Path, *options: str) -> list[subprocess.Popen[bytes]]:
     """torchrun on each host, with a folder of its own there."""
+    environment = {"GLOO_SOCKET_IFNAME": "wire", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     agents = []
     for index, host in enumerate(hosts):
         words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{FIRST}:29400"]
@@ -75,7 +76,7 @@ def begin(hosts: list[Host], model: Path, home: Path, *options: str) -> list[sub
             agents.append(
                 host.popen(
                     sys.executable, "-m", "torch.distributed.run", *words,
-                    stdout=log, stderr=log, env={**os.environ, "GLOO_SOCKET_IFNAME": "wire", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+                    stdout=log, stderr=log, env={**os.environ, **environment},
                 )
             )  # fmt: skip
     return agents

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, FilePayload, Page, expect
 from stub_ranks import StubRanks, served
 
 from halovae import tiny
@@ -119,9 +119,8 @@ def test_a_picture_is_edited_once_the_key_is_given(browser: Browser, home: Path,
         page.get_by_label("Size").fill("64x48")
         page.get_by_role("button", name="Generate").click()
         expect(page.locator("article")).to_have_count(0)  # the browser asks for the picture
-        page.get_by_label("Picture").set_input_files(
-            [{"name": "a.png", "mimeType": "image/png", "buffer": picture.getvalue()}]
-        )
+        given: FilePayload = {"name": "a.png", "mimeType": "image/png", "buffer": picture.getvalue()}
+        page.get_by_label("Picture").set_input_files(given)
         page.get_by_role("button", name="Generate").click()
         expect(page.locator("article strong")).to_have_text("Done")
         expect(page.locator("article img")).to_have_js_property("naturalWidth", 64)

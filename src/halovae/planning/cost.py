@@ -170,7 +170,7 @@ def described(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: An
         flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
         return f"{name} {args[5]}", Work(1, flops, _bytes(window) + _bytes(out), weight.numel())
     flops, weights = 0.0, 0
-    if name in ("conv2d", "conv3d", "convolution", "linear", "addmm", "mm"):
+    if name in ("conv2d", "conv3d", "convolution", "mkldnn_convolution", "linear", "addmm", "mm"):
         weight = tensors[2 if name == "addmm" else 1]
         per_result = weight.shape[0] if name in ("addmm", "mm") else math.prod(weight.shape[1:])
         flops, weights = 2.0 * result.numel() * per_result, weight.numel()

@@ -35,7 +35,7 @@ CONSTANT = 4096
 TWO = (
     ("qwen-image", 8, 1, 1), ("qwen-image", 16, 1, 1), ("qwen-image", 32, 1, 1), ("qwen-image", 48, 1, 1),
     ("qwen-image", 8, 1, 2), ("qwen-image", 16, 1, 2), ("qwen-image", 8, 1, 3), ("qwen-image", 16, 1, 3),
-    ("qwen-image", 8, 1, 4), ("qwen-image", 16, 1, 4), ("qwen-image", 24, 1, 4),
+    ("qwen-image", 8, 1, 4), ("qwen-image", 16, 1, 4), ("qwen-image", 24, 1, 4), ("qwen-image", 32, 1, 4),
     ("wan2.1", 8, 1, 1), ("wan2.1", 8, 3, 1), ("wan2.1", 16, 3, 1), ("wan2.1", 8, 3, 2), ("wan2.1", 8, 3, 3),
     ("wan2.1", 8, 9, 1), ("wan2.1", 8, 3, 4),
     ("wan2.2-5b", 4, 1, 1), ("wan2.2-5b", 8, 1, 1), ("wan2.2-5b", 4, 1, 2), ("wan2.2-5b", 4, 1, 4),

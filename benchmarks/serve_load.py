@@ -4,13 +4,15 @@
 
 A tiny pipeline on two ranks. First jobs from all clients while 5 ranks and the front are killed at random moments:
 every job that was accepted must end as completed, with files that play, or as failed with a code. Then rounds without
-kills, `--decode-batch` 4 and 1 in turns, for the throughput of each.
+kills, `--decode-batch` 4 and 1 in turns, for the throughput of each: of jobs that take longer to decode than to
+denoise, as only these wait for one another.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import random
 import signal
 import socket
@@ -23,9 +25,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import httpx
@@ -35,11 +38,20 @@ from rich.progress import track
 
 from halovae import tiny
 
-SIZES = ("64x48", "80x48", "64x64")
 FRAMES = 5
 RANKS = 2
 KILLED_RANKS, KILLED_FRONTS = 5, 1
 console = Console(stderr=True)
+
+
+class Work(NamedTuple):
+    """What clients ask for: sizes in turns, and steps."""
+
+    sizes: tuple[str, ...]
+    steps: int
+
+
+MIXED, DECODES = Work(("64x48", "80x48", "64x64"), 4), Work(("96x96",), 1)
 
 
 @dataclass
@@ -100,11 +112,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def submit(server: Server, index: int) -> str:
+def submit(server: Server, work: Work, index: int) -> str:
     """Ask until the server accepts; a connection that breaks leaves open whether it did, so the seed tells."""
     body = {
-        "prompt": f"job {index}", "size": SIZES[index % len(SIZES)], "num_frames": FRAMES, "num_inference_steps": 4,
-        "seed": index,
+        "prompt": f"job {index}", "size": work.sizes[index % len(work.sizes)], "num_frames": FRAMES,
+        "num_inference_steps": work.steps, "seed": index,
     }  # fmt: skip
     while True:
         try:
@@ -131,9 +143,9 @@ def ended(server: Server, video: str) -> dict[str, Any]:
         time.sleep(0.2)
 
 
-def client(server: Server, jobs: range) -> list[dict[str, Any]]:
+def client(server: Server, work: Work, jobs: range) -> list[dict[str, Any]]:
     """One client, which has one job at a time."""
-    return [ended(server, submit(server, index)) for index in jobs]
+    return [ended(server, submit(server, work, index)) for index in jobs]
 
 
 def plays(server: Server, shown: dict[str, Any]) -> bool:
@@ -165,11 +177,11 @@ def disturb(server: Server, rng: random.Random, done: threading.Event, log: list
         log.append(f"{kill} at {time.monotonic() - begin:.1f} s")
 
 
-def run(server: Server, jobs: int, clients: int) -> tuple[list[dict[str, Any]], float]:
+def run(server: Server, work: Work, jobs: int, clients: int) -> tuple[list[dict[str, Any]], float]:
     """All jobs, shared by the clients: what became of each, and the seconds it took."""
     begin = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        futures = [pool.submit(client, server, range(first, jobs, clients)) for first in range(clients)]
+        futures = [pool.submit(client, server, work, range(first, jobs, clients)) for first in range(clients)]
         results = [shown for future in track(futures, "clients", console=console) for shown in future.result()]
     return results, time.monotonic() - begin
 
@@ -182,7 +194,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which something is killed")
     parser.add_argument("--output", type=Path, help="a file for the figures")
     args = parser.parse_args()
-    lines: list[str] = []
+    lines = [
+        "# The server under load\n",
+        f"`python benchmarks/serve_load.py`, {date.today()}, {os.cpu_count()} cores: a tiny Wan2.1 on {RANKS} ranks of one "
+        f"thread, {args.clients} clients with one job each at a time.\n",
+    ]
     with TemporaryDirectory() as place:
         home = Path(place)
         tiny.make_model("wan2.1", home / "model")
@@ -190,7 +206,7 @@ def main() -> None:
         done, log = threading.Event(), list[str]()
         killer = threading.Thread(target=disturb, args=(server, random.Random(args.seed), done, log))
         killer.start()
-        results, seconds = run(server, args.jobs, args.clients)
+        results, seconds = run(server, MIXED, args.jobs, args.clients)
         done.set()
         killer.join()
         server.wait()
@@ -211,8 +227,8 @@ def main() -> None:
         for round_ in range(args.repeat):
             for batch in rates:
                 quiet = Server(home / "model", home / f"quiet-{batch}-{round_}", batch).start().wait()
-                run(quiet, args.clients, args.clients)  # what is done only once
-                results, seconds = run(quiet, args.jobs, args.clients)
+                run(quiet, DECODES, args.clients, args.clients)  # what is done only once
+                results, seconds = run(quiet, DECODES, args.jobs, args.clients)
                 rates[batch].append(args.jobs / seconds)
                 if batch > 1:
                     batches += [shown["decode"]["batch"] for shown in results]
@@ -220,7 +236,7 @@ def main() -> None:
         if args.repeat:
             medians = {batch: statistics.median(own) for batch, own in rates.items()}
             lines.append(
-                f"- --decode-batch 4: {medians[4]:.2f} jobs/s, 1: {medians[1]:.2f} jobs/s "
+                f"- {DECODES.sizes[0]}, {DECODES.steps} step: --decode-batch 4: {medians[4]:.2f} jobs/s, 1: {medians[1]:.2f} jobs/s "
                 f"({medians[4] / medians[1]:.2f}x); jobs by batch: {dict(sorted(Counter(batches).items()))}"
             )
     text = "\n".join(lines) + "\n"

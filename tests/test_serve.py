@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import httpx
+import openai
 import psutil
 import pytest
 import torch
@@ -83,6 +84,18 @@ def test_curl_gets_a_video_that_plays(server: Server) -> None:
     assert [frame.shape for frame in frames] == [(48, 80, 3)] * 17
 
 
+def test_openais_client_makes_fetches_lists_and_deletes_a_video(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").videos
+    extra = {"num_frames": 5, "num_inference_steps": 2}
+    made = client.create_and_poll(prompt="a cat", size="64x48", extra_body=extra, poll_interval_ms=100)  # type: ignore[arg-type]
+    assert made.status == "completed"
+    assert len(frames_of(client.download_content(made.id).content)) == 5
+    assert next(iter(client.list(limit=1))).id == made.id
+    assert client.delete(made.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.retrieve(made.id)
+
+
 def test_what_is_served_is_what_one_rank_generates(
     server: Server, model: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -143,6 +156,12 @@ def test_a_rank_that_fails_alone_ends_all_and_its_job_is_tried_again(
         shown = server.ended(server.submit(size="256x256", num_frames=17))
         assert shown["status"] == "completed", shown
         assert not set(server.ranks()) & set(before)
+
+
+@pytest.mark.slow
+def test_a_server_that_warmed_up_decodes_by_compiled_kernels(model: Callable[[str], Path], tmp_path: Path) -> None:
+    with Server(model("wan2.1"), tmp_path / "out", "--warmup", "64x48x5") as server:
+        assert server.wait().ended(server.submit())["status"] == "completed"
 
 
 @pytest.mark.slow
@@ -216,17 +235,16 @@ def test_the_other_models_are_served(name: str, model: Callable[[str], Path], tm
             shown = server.ended(server.submit(guidance_scale_2=3))
             assert [frame.shape for frame in frames_of(content(server, shown["id"]))] == [(48, 64, 3)] * 5
             return
-        fields: dict[str, Any] = {"prompt": "a cat", "size": "64x48", "num_inference_steps": 2}
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").images
+        fields: dict[str, Any] = {"prompt": "a cat", "size": "64x48", "extra_body": {"num_inference_steps": 2}}
         if name == "qwen-image":
-            answer = httpx.post(f"{server.url}/v1/images/generations", json=fields, timeout=60)
+            answer = client.generate(**fields)
         else:
             given = io.BytesIO()
             Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).save(given, "png")
-            files = {"image": given.getvalue()}
-            answer = httpx.post(f"{server.url}/v1/images/edits", data=fields, files=files, timeout=60)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["decode"]["peak_allocated_mb"] > 0
-        png = base64.b64decode(answer.json()["data"][0]["b64_json"])
+            answer = client.edit(image=("given.png", given.getvalue()), **fields)
+        assert answer.model_dump()["decode"]["peak_allocated_mb"] > 0
+        png = base64.b64decode(answer.data[0].b64_json)
         assert Image.open(io.BytesIO(png)).size == (64, 48)
 
 

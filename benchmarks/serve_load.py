@@ -196,8 +196,8 @@ def main() -> None:
     args = parser.parse_args()
     lines = [
         "# The server under load\n",
-        f"`python benchmarks/serve_load.py`, {date.today()}, {os.cpu_count()} cores: a tiny Wan2.1 on {RANKS} ranks of one "
-        f"thread, {args.clients} clients with one job each at a time.\n",
+        f"`python benchmarks/serve_load.py`, {date.today()}, {os.cpu_count()} cores: a tiny Wan2.1 on {RANKS} ranks "
+        f"of one thread, {args.clients} clients with one job each at a time.\n",
     ]
     with TemporaryDirectory() as place:
         home = Path(place)
@@ -236,8 +236,9 @@ def main() -> None:
         if args.repeat:
             medians = {batch: statistics.median(own) for batch, own in rates.items()}
             lines.append(
-                f"- {DECODES.sizes[0]}, {DECODES.steps} step: --decode-batch 4: {medians[4]:.2f} jobs/s, 1: {medians[1]:.2f} jobs/s "
-                f"({medians[4] / medians[1]:.2f}x); jobs by batch: {dict(sorted(Counter(batches).items()))}"
+                f"- {DECODES.sizes[0]}, {DECODES.steps} step: --decode-batch 4: {medians[4]:.2f} jobs/s, 1: "
+                f"{medians[1]:.2f} jobs/s ({medians[4] / medians[1]:.2f}x); jobs by batch: "
+                f"{dict(sorted(Counter(batches).items()))}"
             )
     text = "\n".join(lines) + "\n"
     print(text, end="")

@@ -17,8 +17,6 @@ from halovae.serving.engine import serve_as_rank
 from halovae.serving.settings import RankSettings
 
 _PAUSE = 0.2  # seconds between two looks, and before ranks are begun anew
-
-
 # How often in a row ranks may end before they are ready, once they have been: something may kill them as they load.
 _TRIES = 5
 _GAVE_UP = 3  # exit code

@@ -14,6 +14,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from halovae import winograd
 from halovae.geometry import Halo
@@ -152,6 +153,12 @@ def _conv3d(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if window.device.type == "cpu" and window.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(window, weight, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
     return F.conv3d(window, weight, bias)
+
+
+@register_flop_formula(torch.ops.aten.mkldnn_convolution)
+def _conv3d_flops(window: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+    """As of the other convolutions, which torch's counter knows."""
+    return conv_flop_count(list(window), list(weight), list(out_shape))
 
 
 def _in_bands(data: Tensor, cells: int | None, convolve: Callable[[Tensor], Tensor]) -> Tensor:

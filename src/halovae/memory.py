@@ -82,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
         return True  # compiled kernels write into memory that was counted when it was made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self.called(func, args, kwargs or {})
         if _may_allocate(func):
             inputs = {id(tensor.untyped_storage()) for tensor in _tensors(args)}
             for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
@@ -93,6 +93,10 @@ class LiveBytes(TorchDispatchMode):
                     self.peak = max(self.peak, self.live)
                     self._held[weakref.ref(storage, self._freed)] = size
         return result
+
+    def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the operator returns."""
+        return func(*args, **kwargs)
 
     def _freed(self, storage: weakref.ref[Any]) -> None:
         self.live -= self._held.pop(storage)

@@ -103,9 +103,18 @@ class Recorder(LiveBytes):
         self.work: dict[tuple[str, str], Work] = defaultdict(Work)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What writes into its first argument has nothing to do where there is no data.
-        result = args[0] if _in_place(func) else super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         self.note(*described(func, args, kwargs or {}, result))
+        return result
+
+    def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the operator returns; one that writes into its first argument has nothing to do without data."""
+        if _in_place(func):
+            return args[0]
+        result = super().called(func, args, kwargs)
+        if "conv" in func._schema.name and args[0].stride(1) == 1:  # where there is data, channels stay last
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            result = torch.empty_like(result, memory_format=formats[result.ndim])
         return result
 
     def note(self, kind: str, work: Work) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ class Dispatcher:
         await self._pump()
 
     @contextmanager
-    def listening(self) -> Any:
+    def listening(self) -> Iterator[asyncio.Queue[Job | None]]:
         """A queue of the jobs that change from now on; None at the server's end."""
         listener: asyncio.Queue[Job | None] = asyncio.Queue()
         self._listeners.add(listener)

@@ -43,9 +43,16 @@ def picture(folder: Path) -> Path:
 
 
 def prompt_for(name: str, folder: Path) -> Prompt:
-    images = (picture(folder).read_bytes(),) if name in ("wan2.1-i2v", "qwen-image-edit") else ()
+    count = {"wan2.1-i2v": 1, "qwen-image-edit": 1, "qwen-image-edit-plus": 2}.get(name, 0)
     size = (64, 64) if name == "wan2.2-5b" else SIZE
-    return Prompt("a cat, playing", size, 9 if name.startswith("wan") else 1, 2, seed=3, images=images)
+    return Prompt(
+        "a cat, playing",
+        size,
+        9 if name.startswith("wan") else 1,
+        2,
+        seed=3,
+        images=(picture(folder).read_bytes(),) * count,
+    )
 
 
 def generated(source: Path, prompt: Prompt, ulysses: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -69,7 +76,8 @@ def test_two_ranks_make_what_diffusers_makes(
     pipeline.set_progress_bar_config(disable=True)
     given: dict[str, Any] = {"num_frames": prompt.frames} if name.startswith("wan") else {}
     if prompt.images:
-        given["image"] = Image.open(io.BytesIO(prompt.images[0]))
+        opened = [Image.open(io.BytesIO(image)) for image in prompt.images]
+        given["image"] = opened if len(opened) > 1 else opened[0]
     assert prompt.size is not None
     (expected,) = pipeline(
         prompt=prompt.text, width=prompt.size[0], height=prompt.size[1], num_inference_steps=prompt.steps, **given,
@@ -146,7 +154,7 @@ def test_a_made_model_replaces_only_a_model(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "precious.txt").exists()
 
 
-@pytest.mark.parametrize(("name", "start"), [("qwen-image", 34), ("qwen-image-edit", 64)])
+@pytest.mark.parametrize(("name", "start"), [("qwen-image", 34), ("qwen-image-edit", 64), ("qwen-image-edit-plus", 64)])
 def test_templates_have_the_tokens_that_the_pipelines_cut(name: str, start: int, models: Callable[[str], Path]) -> None:
     generator = Generator(models(name), torch.float32, torch.float32)
     pipeline = generator.pipeline

@@ -227,22 +227,28 @@ def test_a_full_disk_fails_the_job_and_leaves_nothing(model: Callable[[str], Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wan2.2", "qwen-image", "qwen-image-edit"])
+@pytest.mark.parametrize("name", ["wan2.2", "wan2.1-i2v", "qwen-image", "qwen-image-edit", "qwen-image-edit-plus"])
 def test_the_other_models_are_served(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).save(file, "png")
+    given = ("given.png", file.getvalue(), "image/png")
     with Server(model(name), tmp_path / "out") as server:
         server.wait()
-        if name == "wan2.2":
-            shown = server.ended(server.submit(guidance_scale_2=3))
-            assert [frame.shape for frame in frames_of(content(server, shown["id"]))] == [(48, 64, 3)] * 5
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        if name.startswith("wan"):
+            extra = {"num_inference_steps": 2, "num_frames": 5, "size": "64x48"}
+            if name == "wan2.2":
+                video = client.videos.create_and_poll(prompt="a cat", extra_body={**extra, "guidance_scale_2": 3})
+            else:
+                video = client.videos.create_and_poll(prompt="a cat", input_reference=given, extra_body=extra)
+            assert video.status == "completed", video.error
+            assert [frame.shape for frame in frames_of(content(server, video.id))] == [(48, 64, 3)] * 5
             return
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").images
         fields: dict[str, Any] = {"prompt": "a cat", "size": "64x48", "extra_body": {"num_inference_steps": 2}}
         if name == "qwen-image":
-            answer = client.generate(**fields)
+            answer = client.images.generate(**fields)
         else:
-            given = io.BytesIO()
-            Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).save(given, "png")
-            answer = client.edit(image=("given.png", given.getvalue()), **fields)
+            answer = client.images.edit(image=[given, given] if name.endswith("plus") else given, **fields)
         assert answer.model_dump()["decode"]["peak_allocated_mb"] > 0
         png = base64.b64decode(answer.data[0].b64_json)
         assert Image.open(io.BytesIO(png)).size == (64, 48)

@@ -72,16 +72,17 @@ def _wan(family: str, image_to_video: bool = False, **options: Any) -> Any:
     )
 
 
-def _qwen(edit: bool) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline, QwenImagePipeline
+def _qwen(name: str, edit: bool) -> Any:
+    """The Qwen-Image pipeline called `name` in diffusers."""
+    import diffusers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     parts = {
-        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
         "vae": random_vae("qwen-image", _VAE_WIDTH),
         "transformer": transformer("qwen-image"),
     }
-    pipeline = QwenImageEditPipeline if edit else QwenImagePipeline
+    pipeline = getattr(diffusers, name)
     unset = {"text_encoder": None, "tokenizer": None, **({"processor": None} if edit else {})}
     template = pipeline(**parts, **unset).prompt_template_encode
     tokenizer = _bpe(template)
@@ -152,8 +153,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "wan2.1-i2v": lambda: _wan("wan2.1", image_to_video=True),
     "wan2.2": lambda: _wan("wan2.1", transformer_2=transformer("wan"), boundary_ratio=0.875),
     "wan2.2-5b": lambda: _wan("wan2.2-5b", expand_timesteps=True),
-    "qwen-image": lambda: _qwen(edit=False),
-    "qwen-image-edit": lambda: _qwen(edit=True),
+    "qwen-image": lambda: _qwen("QwenImagePipeline", edit=False),
+    "qwen-image-edit": lambda: _qwen("QwenImageEditPipeline", edit=True),
+    "qwen-image-edit-plus": lambda: _qwen("QwenImageEditPlusPipeline", edit=True),
 }
 
 

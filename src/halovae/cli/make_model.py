@@ -21,6 +21,7 @@ class Name(str, Enum):
     wan22_5b = "wan2.2-5b"
     qwen_image = "qwen-image"
     qwen_image_edit = "qwen-image-edit"
+    qwen_image_edit_plus = "qwen-image-edit-plus"
 
 
 class Size(str, Enum):

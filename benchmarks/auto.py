@@ -45,6 +45,8 @@ ONE = (
     ("qwen-image", 16, 1, 1), ("qwen-image", 16, 1, 4), ("wan2.1", 8, 3, 1), ("wan2.1", 8, 9, 1), ("wan2.1", 8, 3, 2),
     ("wan2.2-5b", 4, 3, 1),
 )  # fmt: skip
+HEAD = """| case | auto (s) | its plan | best (s) | by | auto / best | 1 rank (s) | auto / 1 rank | 4,096 / best |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 _held: dict[str, Any] = {}
 
 
@@ -138,30 +140,42 @@ def predictions(result: Result) -> list[tuple[Way, dict[str, Any]]]:
     return found
 
 
+def single(result: Result) -> Way:
+    """One rank; of the cases on one rank, with as little of a clip at a time as can be."""
+    by_name = {way.name: way for way in result.ways}
+    return by_name.get("1x1") or by_name["chunk 1"]
+
+
+def over_constant(result: Result) -> float | None:
+    """What 4,096 would have chosen, over the best."""
+    times = {way.name: way.median for way in result.ways}
+    return None if result.constant is None else times[result.constant] / result.best.median
+
+
+def row(result: Result) -> str:
+    """A line of the table."""
+    auto, best, alone, fixed = result.auto, result.best, single(result), over_constant(result)
+    report = auto.report
+    assert report is not None
+    figures = (
+        result.title, f"{auto.median:.3f}", f"{report.grid}, chunk {report.chunk}", f"{best.median:.3f}", best.name,
+        f"{auto.median / best.median:.2f}", f"{alone.median:.3f}", f"{auto.median / alone.median:.2f}",
+        "" if fixed is None else f"{fixed:.2f} ({result.constant})",
+    )  # fmt: skip
+    return f"| {' | '.join(figures)} |"
+
+
 def lines(results: list[Result]) -> Iterator[str]:
     """The report."""
-    yield "| case | auto (s) | its plan | best (s) | by | auto / best | 1 rank (s) | auto / 1 rank | 4,096 / best |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    over_best, over_single, constants = [], [], []
-    for one in results:
-        auto, by_name = one.auto, {way.name: way for way in one.ways}
-        report = auto.report
-        assert report is not None
-        best, single = one.best, by_name.get("1x1", by_name.get("chunk 1"))
-        assert single is not None
-        over_best.append(auto.median / best.median)
-        over_single.append(auto.median / single.median)
-        chosen = "" if one.constant is None else f"{by_name[one.constant].median / best.median:.2f} ({one.constant})"
-        if one.constant is not None:
-            constants.append(by_name[one.constant].median / best.median)
-        figures = (
-            one.title, f"{auto.median:.3f}", f"{report.grid}, chunk {report.chunk}", f"{best.median:.3f}", best.name,
-            f"{over_best[-1]:.2f}", f"{single.median:.3f}", f"{over_single[-1]:.2f}", chosen,
-        )  # fmt: skip
-        yield f"| {' | '.join(figures)} |"
+    yield HEAD
+    yield from map(row, results)
     yield ""
     yield f"- {len(results)} cases"
-    for name, ratios in (("auto over the best", over_best), ("auto over one rank", over_single), ("4,096", constants)):
+    for name, ratios in (
+        ("auto over the best", [one.auto.median / one.best.median for one in results]),
+        ("auto over one rank", [one.auto.median / single(one).median for one in results]),
+        ("4,096", [ratio for one in results if (ratio := over_constant(one)) is not None]),
+    ):
         yield f"- {name}: median {statistics.median(ratios):.3f}, worst {max(ratios):.3f}"
     times, peaks, exact = [], [], []
     for one in results:
@@ -182,9 +196,8 @@ def lines(results: list[Result]) -> Iterator[str]:
     yield f"- messages and bytes exact in {sum(exact)} of {len(exact)}"
     for batch in (3, 4):
         for one in results:
-            by_name = {way.name: way for way in one.ways}
-            if f", {batch}x" in one.title and "x1x" in one.title and "1x1" in by_name:
-                yield f"- {one.title}: {by_name['1x1'].median / one.auto.median:.2f}x one rank"
+            if f", {batch}x" in one.title and "x1x" in one.title and one.constant is not None:
+                yield f"- {one.title}: {single(one).median / one.auto.median:.2f}x one rank"
 
 
 def main() -> None:
@@ -194,7 +207,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the report there as well")
     args = parser.parse_args()
     results = []
-    with Console(stderr=True).status("") as status:
+    console = Console(stderr=True)
+    with console.status("") as status:
         for count, cases in ((2, TWO), (1, ONE)):
             for family in dict.fromkeys(case[0] for case in cases):
                 with TemporaryDirectory() as folder, Ranks(count) as ranks:
@@ -203,6 +217,7 @@ def main() -> None:
                     for case in (case for case in cases if case[0] == family):
                         status.update(f"{count} rank(s): {case}")
                         results.append(measure(ranks, count, case, args.seconds, args.most))
+                        console.print(row(results[-1]), soft_wrap=True, highlight=False)
     text = "\n".join(lines(results))
     print(text)
     if args.output is not None:

@@ -113,7 +113,7 @@ def different_requests(z: Tensor) -> str:
 
 def test_ranks_that_ask_for_different_decodes_are_told_so(ranks: Callable[[int], Ranks]) -> None:
     for message in ranks(2).run(different_requests, latents("wan2.1")):
-        assert "all ranks must ask for the same decode" in message
+        assert "all ranks must ask for the same, but they differ" in message
         assert "chunk 2" in message
 
 

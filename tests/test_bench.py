@@ -187,6 +187,7 @@ def test_validate_ends_with_1_if_a_model_falls_short(
     assert "only 2 latent rows" in json.loads((tmp_path / "validation-cpu-2.json").read_text())["models"][0]["problem"]
 
 
+@pytest.mark.slow
 def test_validate_runs_a_whole_pipeline(tmp_path: Path) -> None:
     make_model("wan2.1", tmp_path / "pipeline")
     done = halovae(

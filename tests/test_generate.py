@@ -56,7 +56,7 @@ def prompt_for(name: str, folder: Path) -> Prompt:
 
 
 def generated(source: Path, prompt: Prompt, ulysses: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    generator = Generator(source, torch.float32, torch.float32, ulysses)
+    generator = Generator(source, torch.float32, torch.float32, ulysses, encode="parallel")
     latents = generator.denoise(generator.kind.fitted(prompt))
     return latents, generator.decoder.decode(latents, denormalize=True)
 

@@ -6,14 +6,12 @@ from hypothesis import strategies as st
 
 from halovae.geometry import Grid, Span, split
 
-extents = st.tuples(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
-
 
 @st.composite
 def grids(draw: st.DrawFn) -> Grid:
-    grid = Grid(*draw(extents.filter(lambda extent: extent[0] * extent[1] * extent[2] <= 64)))
-    assert 1 <= grid.size <= 64
-    return grid
+    batch = draw(st.integers(1, 64))
+    rows = draw(st.integers(1, 64 // batch))
+    return Grid(batch, rows, draw(st.integers(1, 64 // (batch * rows))))
 
 
 @given(length=st.integers(1, 500), parts=st.integers(1, 64))

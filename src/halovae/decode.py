@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from halovae import kernels
 from halovae.geometry import Grid
+from halovae.kernels import Kernels
 from halovae.lines import world_size
 from halovae.loop import Gather, Request
 from halovae.mesh import Mesh, mesh_for
@@ -52,6 +53,11 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         """The weights' dtype, in which the decoder computes."""
         return next(self.model.parameters()).dtype
+
+    @property
+    def kernels(self) -> Kernels:
+        """What it computes with: eager, or compiled once it is warmed up."""
+        return self._kernels
 
     @property
     def device(self) -> torch.device:
@@ -187,8 +193,8 @@ class Decoder:
             if plan is not None and (mesh, grid, chunk, halo_depth) != (None, None, None, None):
                 raise ValueError("plan= says it all: leave mesh, grid, chunk and halo_depth out")
             depths = None if halo_depth is None else self._depths(halo_depth)
-            _check_choice("mode", mode, get_args(Mode))
-            _check_choice("gather", gather, get_args(Gather))
+            check_choice("mode", mode, get_args(Mode))
+            check_choice("gather", gather, get_args(Gather))
             if chunk not in (None, "all") and not (isinstance(chunk, int) and chunk >= 1):
                 raise ValueError(f"chunk={chunk!r}: expected a number of latent frames >= 1, or 'all'")
             if dtype is not None and not dtype.is_floating_point and dtype != torch.uint8:
@@ -230,7 +236,7 @@ class Decoder:
         depths = {"": 1, **({"": halo_depth} if isinstance(halo_depth, int) else halo_depth)}
         for block, depth in depths.items():
             if block:
-                _check_choice("halo_depth", block, self.config.blocks)
+                check_choice("halo_depth", block, self.config.blocks)
             if not (isinstance(depth, int) and depth >= 1):
                 raise ValueError(f"halo_depth={halo_depth!r}: a depth must be an integer >= 1")
         return depths
@@ -294,7 +300,12 @@ def _check_plan(plan: Plan, batch: int, height: int, world: int, gather: Gather)
         raise ValueError(f"plan {plan} needs more ranks than the {world} there are")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check that an argument is one of its choices.
+
+    Raises:
+        ValueError: it is none; names all.
+    """
     if value not in choices:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")
 

@@ -15,10 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from halovae.decode import Decoder
-from halovae.integrations.diffusers import do_without_torchvision, gather_uneven_parts
+from halovae.decode import Decoder, Mode
+from halovae.encode import Encoder
+from halovae.geometry import Grid
+from halovae.integrations.diffusers import do_without_torchvision, encode_by, gather_uneven_parts
 from halovae.lines import join_world, world_size
-from halovae.models.load import from_module
+from halovae.mesh import Mesh
+from halovae.models.load import encoder_from_module, from_module
 from halovae.pipelines import Pipeline, Prompt
 from halovae.platform import Platform
 
@@ -33,6 +36,7 @@ class Generator:
         ulysses: over how many ranks attention is shared by heads; likewise `ring`, in turns. Their product is the
             world's size, or 1: every rank then denoises all by itself.
         offload: keep all but the VAE in the host's memory, each part but for the time it is used.
+        encode: how ranks share the pictures that a pipeline starts from, as a mode of `Encoder.encode`.
 
     Raises:
         ValueError: a pipeline of another kind, degrees that do not match the world, or nowhere to offload from.
@@ -40,7 +44,7 @@ class Generator:
 
     def __init__(
         self, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype, ulysses: int = 1, ring: int = 1,
-        offload: bool = False,
+        offload: bool = False, encode: Mode = "auto",
     ) -> None:  # fmt: skip
         from diffusers import DiffusionPipeline
 
@@ -66,6 +70,14 @@ class Generator:
         else:
             self.pipeline.to(platform.device)
         self.decoder = Decoder(from_module(self.pipeline.vae))
+        if self.kind.pictures.stop > 1:
+            # Of its own: the decode of what was generated before may be under way in another thread.
+            mesh = Mesh(Grid(rows=world_size()), platform.device)
+            self.encoder = Encoder(encoder_from_module(self.pipeline.vae), mesh)
+            encode_by(
+                self.pipeline.vae,
+                lambda pictures: self.encoder.encode(pictures, mode=encode, kernels=self.decoder.kernels),
+            )
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
         if ulysses * ring > 1:
             for name in ("transformer", "transformer_2"):

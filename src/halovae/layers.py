@@ -181,10 +181,10 @@ class PointwiseConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _pointwise(x, self.weight.flatten(1), self.bias)
+        return pointwise(x, self.weight.flatten(1), self.bias)
 
 
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`x` `[B, C, ..., H, W]` times `weight` `[O, C]`, cell by cell, in the layout of `x`."""
     with part("convolution"):
         if x.stride(1) == 1:  # the channels of a cell lie together: a matrix as it is
@@ -263,7 +263,7 @@ class CausalTimeConv(nn.Module):
         context.keep(self, cells.movedim(-1, 1))
         frames = x.shape[2]
         taps = torch.cat([cells[:, tap : tap + frames] for tap in range(PAST + 1)], dim=-1).movedim(-1, 1)
-        doubled = _pointwise(taps, self.weight.transpose(1, 2).flatten(1), self.bias)
+        doubled = pointwise(taps, self.weight.transpose(1, 2).flatten(1), self.bias)
         return [half for frame in doubled.unbind(2) for half in frame.chunk(2, dim=1)]
 
 

@@ -166,7 +166,7 @@ class Mesh:
                 out[shard.index] = picture
 
     def agree(self, request: str, error: Exception | None, offer: Value) -> list[Value]:
-        """Make sure that all ranks are about to decode the same thing, and that none of them has refused.
+        """Make sure that all ranks are about to do the same, and that none of them has refused.
 
         Args:
             request: what this rank is about to do.
@@ -177,7 +177,7 @@ class Mesh:
             What every rank offers.
 
         Raises:
-            RuntimeError: another rank refused, or means to decode something else.
+            RuntimeError: another rank refused, or means to do something else.
         """
         reason = "" if error is None else f"{type(error).__name__}: {error}"
         everyone = self.lines.all_values((request, reason, offer))
@@ -185,10 +185,10 @@ class Mesh:
             raise error
         refusals = [f"rank {rank}: {reason}" for rank, (_, reason, _) in enumerate(everyone) if reason]
         if refusals:
-            raise RuntimeError("this rank could decode, but others cannot; " + "; ".join(refusals))
+            raise RuntimeError("this rank could go on, but others cannot; " + "; ".join(refusals))
         if len({wish for wish, _, _ in everyone}) > 1:
             wishes = "; ".join(f"rank {rank}: {wish}" for rank, (wish, _, _) in enumerate(everyone))
-            raise RuntimeError(f"all ranks must ask for the same decode, but they differ: {wishes}")
+            raise RuntimeError(f"all ranks must ask for the same, but they differ: {wishes}")
         return [offered for _, _, offered in everyone]
 
     @contextmanager

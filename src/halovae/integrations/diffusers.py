@@ -1,10 +1,11 @@
-"""A drop-in for a diffusers pipeline's VAE: `vae.decode` goes through halovae, everything else stays as it is."""
+"""A drop-in for a diffusers pipeline's VAE: its `decode` and `encode` go through halovae, all else stays as it is."""
 
 from __future__ import annotations
 
 import functools
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halovae.decode import Decoder, HaloDepth, Mode
+from halovae.encode import Encoder
 from halovae.geometry import Grid
 from halovae.loop import Gather
-from halovae.models.load import from_module
+from halovae.models.load import encoder_from_module, from_module
 from halovae.planning.plan import Chunk
 
 
@@ -29,16 +31,18 @@ def parallelize(
     halo_depth: HaloDepth | None = None,
     memory_budget: int | None = None,
 ) -> Any:
-    """Make a diffusers pipeline, or its VAE, decode through halovae on all ranks of the world.
+    """Make a diffusers pipeline, or its VAE, decode and encode through halovae on all ranks of the world.
 
     Run it under torchrun, one process per device; every rank calls the pipeline with the same arguments and seed.
-    `vae.decode(z).sample` keeps its meaning: same shape, dtype and device, `return_dict` included. `encode`, `config`
-    and the weights, which are shared, stay untouched. Calling it again replaces the settings.
+    `vae.decode(z).sample` and `vae.encode(x).latent_dist` keep their meaning: same shape, dtype and device,
+    `return_dict` included. `config` and the weights, which are shared, stay untouched. Calling it again replaces the
+    settings.
 
     Args:
         pipe_or_vae: a pipeline with a `vae`, or an `AutoencoderKLWan` or `AutoencoderKLQwenImage`.
-        mode: how ranks share a latent; see `Decoder.stream` for this, `grid`, `chunk` and `halo_depth`.
-        grid: instead of `mode`.
+        mode: how ranks share a latent; see `Decoder.stream` for this, `grid`, `chunk` and `halo_depth`. Pictures that
+            are encoded are shared by rows, or not at all; see `Encoder.encode`.
+        grid: instead of `mode`, for decoding.
         chunk: latent frames per pass.
         gather: "all" gives every rank the frames. "rank0" saves the other ranks the memory: they get black frames of
             the right shape, which take none.
@@ -62,12 +66,7 @@ def parallelize(
 
     @functools.wraps(type(vae).decode)
     def decode(self: nn.Module, z: Tensor, return_dict: bool = True) -> Any:
-        if getattr(self, "use_tiling", False) or getattr(self, "use_slicing", False):
-            warnings.warn(
-                "tiling and slicing are not needed with halovae, and ignored: the ranks share the memory",
-                UserWarning,
-                stacklevel=3,
-            )
+        _warn_of_tiling(self)
         sample = decoder.decode(
             z, mode=mode, grid=grid, chunk=chunk, gather=gather, halo_depth=halo_depth, memory_budget=memory_budget
         )
@@ -77,7 +76,24 @@ def parallelize(
 
     # The hook moves an offloaded VAE to its device first, as around diffusers' own decode.
     vae.decode = types.MethodType(apply_forward_hook(decode), vae)
+    encoder = Encoder(encoder_from_module(vae))
+    encode_by(vae, lambda pictures: encoder.encode(pictures, mode=mode))
     return pipe_or_vae
+
+
+def encode_by(vae: Any, moments: Callable[[Tensor], Tensor]) -> None:
+    """Let a VAE's `encode` take its moments `[B, 2 * z_dim, T, H, W]` from a function of pictures `[B, 3, T, H, W]`."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
+    from diffusers.utils.accelerate_utils import apply_forward_hook
+
+    @functools.wraps(type(vae).encode)
+    def encode(self: nn.Module, x: Tensor, return_dict: bool = True) -> Any:
+        _warn_of_tiling(self)
+        posterior = DiagonalGaussianDistribution(moments(x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    vae.encode = types.MethodType(apply_forward_hook(encode), vae)
 
 
 def do_without_torchvision() -> None:
@@ -114,13 +130,24 @@ def gather_uneven_parts() -> None:
 
 
 def restore(pipe_or_vae: Any) -> Any:
-    """Undo `parallelize`: the VAE decodes through diffusers again. Does nothing to one that does already.
+    """Undo `parallelize`: the VAE works through diffusers again. Does nothing to one that does already.
 
     Raises:
         TypeError: the argument has no VAE.
     """
-    vars(_vae_of(pipe_or_vae)).pop("decode", None)
+    vae = _vae_of(pipe_or_vae)
+    for name in ("decode", "encode"):
+        vars(vae).pop(name, None)
     return pipe_or_vae
+
+
+def _warn_of_tiling(vae: nn.Module) -> None:
+    if getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False):
+        warnings.warn(
+            "tiling and slicing are not needed with halovae, and ignored: the ranks share the memory",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _vae_of(pipe_or_vae: Any) -> Any:

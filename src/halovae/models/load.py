@@ -1,23 +1,25 @@
-"""Build a decoder from a live diffusers VAE, a directory in diffusers layout, or a hub id."""
+"""Build a decoder, or an encoder, from a live diffusers VAE, a directory in diffusers layout, or a hub id."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from halovae.models.wan import WanConfig, WanDecoder
+from halovae.models.wan_encoder import WanEncoder
 from halovae.platform import Platform
 
 # Which of diffusers' VAE classes each of our decoders can stand in for.
 CLASSES = {"AutoencoderKLWan": WanDecoder, "AutoencoderKLQwenImage": WanDecoder}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ENCODER = ("encoder.", "quant_conv.")
+Half = TypeVar("Half", WanDecoder, WanEncoder)
 
 
 class CheckpointError(ValueError):
@@ -50,15 +52,28 @@ def from_module(vae: nn.Module) -> WanDecoder:
     Raises:
         CheckpointError: the module's class is not supported.
     """
+    return _over(vae, WanDecoder)
+
+
+def encoder_from_module(vae: nn.Module) -> WanEncoder:
+    """Build an encoder over a live diffusers VAE, as `from_module` builds a decoder.
+
+    Raises:
+        CheckpointError: the module's class is not supported.
+    """
+    return _over(vae, WanEncoder)
+
+
+def _over(vae: nn.Module, half: type[Half]) -> Half:
     name = type(vae).__name__
     config = config_of({**getattr(vae, "config", {}), "_class_name": name}, f"module {name}")
     state = vae.state_dict(keep_vars=True)
-    state = {key: state[key] for key in state if not key.startswith(_ENCODER)}
+    state = {key: state[key] for key in state if key.startswith(_ENCODER) == (half is WanEncoder)}
     with torch.inference_mode(False), torch.no_grad():  # parameters stay ones that can be trained
         for parameter in state.values():
             layout = Platform(parameter.device).layout(parameter.ndim)
             parameter.data = parameter.data.contiguous(memory_format=layout)
-    return _filled(config, state, name)
+    return _filled(half, config, state, name)
 
 
 def from_directory(folder: Path, dtype: torch.dtype, device: torch.device) -> WanDecoder:
@@ -82,7 +97,7 @@ def from_directory(folder: Path, dtype: torch.dtype, device: torch.device) -> Wa
                         state[key] = _packed(file.get_tensor(key).to(dtype))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be read as safetensors, is it complete? ({error})") from error
-    return _filled(config, state, str(folder)).requires_grad_(False)
+    return _filled(WanDecoder, config, state, str(folder)).requires_grad_(False)
 
 
 def read_config(folder: Path) -> WanConfig:
@@ -156,15 +171,18 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _renamed(key: str) -> str:
-    """Our name of a diffusers parameter: `upsamplers.0.resample.1` (Wan2.1) and `upsampler.resample.1` (Wan2.2)."""
+    """Our name of a diffusers parameter: `upsamplers.0.resample.1` (Wan2.1) and `upsampler.resample.1` (Wan2.2).
+
+    The encoder's downsamplers likewise.
+    """
     return key.replace(".upsamplers.0.", ".upsampler.").replace(".resample.1.", ".")
 
 
-def _filled(config: WanConfig, state: Mapping[str, Tensor], source: str) -> WanDecoder:
-    """A decoder whose parameters are the tensors of `state`."""
+def _filled(half: type[Half], config: WanConfig, state: Mapping[str, Tensor], source: str) -> Half:
+    """A decoder or encoder whose parameters are the tensors of `state`."""
     with torch.device("meta"):
-        decoder = WanDecoder(config)
-    wanted = decoder.state_dict()
+        model = half(config)
+    wanted = model.state_dict()
     given = {_renamed(key): (key, tensor) for key, tensor in state.items()}
     missing = [key for key in wanted if key not in given]
     unexpected = [key for name, (key, _) in given.items() if name not in wanted]
@@ -179,9 +197,10 @@ def _filled(config: WanConfig, state: Mapping[str, Tensor], source: str) -> WanD
         if names
     ]
     if problems:
-        raise CheckpointError(f"{source}: not the weights of a {config.family} decoder; " + "; ".join(problems))
-    decoder.load_state_dict({name: tensor for name, (_, tensor) in given.items()}, assign=True)
-    return decoder
+        kind = "decoder" if half is WanDecoder else "encoder"
+        raise CheckpointError(f"{source}: not the weights of a {config.family} {kind}; " + "; ".join(problems))
+    model.load_state_dict({name: tensor for name, (_, tensor) in given.items()}, assign=True)
+    return model
 
 
 def _packed(weight: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from halovae.kernels import Kernels
 from halovae.mesh import Mesh
 from halovae.planning.calibrate import calibrated, key_of, stored
@@ -39,23 +41,40 @@ def decide(question: Question, everyone: Mesh, offers: Sequence[tuple[int, str]]
         budget = int(USABLE * min(free for free, _ in offers) / sharing)
     else:
         budget = question.budget
-    name = os.environ.get("HALOVAE_CALIBRATION") or str(key_of(everyone, question.dtype, kernels).path)
+    name = _name(everyone, question.dtype, kernels)
     known = _decisions.get((name, str(question)))
     if known is None or not known.stands(budget):
-        if name not in _calibrations:
-            _calibrations[name] = _calibration(everyone, question, kernels)
+        calibration = calibration_of(everyone, question.dtype, kernels)
         question_now = replace(question, budget=budget, hosts=len(set(hosts)) > 1)
-        known = _decisions[name, str(question)] = choose(question_now, _calibrations[name])
+        known = _decisions[name, str(question)] = choose(question_now, calibration)
     return known
 
 
-def _calibration(everyone: Mesh, question: Question, kernels: Kernels) -> Calibration:
+def calibration_of(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
+    """What this machine takes for each kind of work, measured at most once; all ranks ask together.
+
+    Args:
+        everyone: the mesh of all ranks.
+        dtype: what is computed in.
+        kernels: what with.
+    """
+    name = _name(everyone, dtype, kernels)
+    if name not in _calibrations:
+        _calibrations[name] = _calibration(everyone, dtype, kernels)
+    return _calibrations[name]
+
+
+def _name(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> str:
+    return os.environ.get("HALOVAE_CALIBRATION") or str(key_of(everyone, dtype, kernels).path)
+
+
+def _calibration(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
     if given := os.environ.get("HALOVAE_CALIBRATION"):  # a file, or the name of one that ships
         return read(given)
     if everyone.alone:
         # Alone there is little to decide, which a stranger's figures do: nobody should wait for a measurement.
-        return stored(key_of(everyone, question.dtype, kernels).path) or read(_similar(question.device))
-    return calibrated(everyone, question.dtype, kernels, say=_say)
+        return stored(key_of(everyone, dtype, kernels).path) or read(_similar(everyone.platform.kind))
+    return calibrated(everyone, dtype, kernels, say=_say)
 
 
 def _similar(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import queue
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from halovae.generation import Generator
@@ -45,8 +47,9 @@ def serve_as_rank(settings: RankSettings, ready: Event | None = None) -> None:
     line = RankLine(settings.endpoint) if first else None
     begin = time.monotonic()
     generator = Generator(
-        settings.model, settings.dtype, settings.vae_dtype, settings.ulysses, settings.ring, settings.offload
-    )
+        settings.model, settings.dtype, settings.vae_dtype, settings.ulysses, settings.ring, settings.offload,
+        settings.vae_mode,
+    )  # fmt: skip
     engine = Engine(generator, settings, line)
     if settings.warmup is not None:
         engine.warm_up(*settings.warmup)
@@ -74,7 +77,10 @@ class Engine:
 
     def warm_up(self, width: int, height: int, frames: int) -> None:
         """Generate something once, so that the first request need not wait for what is done only once."""
-        prompt = self._generator.kind.fitted(Prompt("", (width, height), frames, steps=1, images=()))
+        kind, picture = self._generator.kind, io.BytesIO()
+        Image.new("RGB", (width, height)).save(picture, "png")
+        images = (picture.getvalue(),) * kind.pictures.start
+        prompt = kind.fitted(Prompt("", (width, height), frames, steps=1, images=images))
         latents = self._generator.denoise(prompt)
         self._generator.decoder.warmup(latents.shape, **self._options)
 

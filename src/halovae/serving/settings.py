@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from halovae.decode import Mode
 from halovae.geometry import Grid
 from halovae.pipelines import Pipeline
 
@@ -22,7 +23,9 @@ class RankSettings:
         output: where finished files go.
         dtype: of the transformer and the text encoder; likewise `vae_dtype`.
         ulysses: degree of sequence parallelism by heads; likewise `ring`, in turns.
-        vae_mode: how ranks share a decode; likewise `vae_grid`, instead of it, and `memory_budget` in bytes.
+        vae_mode: how ranks share a decode, or an encode.
+        vae_grid: how they share a decode, instead.
+        memory_budget: of a decode, in bytes.
         offload: keep all but the VAE in the host's memory.
         decode_batch: how many latents may be decoded at once.
         warmup: width, height and frames to generate once before the first request.
@@ -34,7 +37,7 @@ class RankSettings:
     vae_dtype: torch.dtype
     ulysses: int
     ring: int
-    vae_mode: str
+    vae_mode: Mode
     vae_grid: Grid | None
     memory_budget: int | None
     offload: bool

@@ -95,6 +95,11 @@ def test_idle_ranks_are_left_over_where_they_would_not_help() -> None:
     assert chosen.ranks == 4
 
 
+def test_a_chunk_that_gains_nothing_hides_no_larger_one() -> None:
+    decision = choose(question((1, 16, 9, 4, 4), 1), QUICK)
+    assert {one.plan.chunk for one in decision.candidates} == {1, 2, 4, 8}
+
+
 def test_a_decision_names_its_losers() -> None:
     decision = choose(question((1, 16, 5, 8, 8), 2), SLOW)
     assert decision.chosen.verdict.startswith("chosen")

@@ -221,12 +221,10 @@ class _Chooser:
             best = self._in_bands()
             return self._decision(best, unseen)
         for near in sorted(self.seen.values(), key=lambda one: one.seconds)[:2]:
-            smaller = near
             for chunk in (chunk for chunk in CHUNKS if 1 < chunk < length and ask.chunk is None):
-                larger = self.price(replace(near.plan, chunk=chunk))
-                if not larger.fits(ask.budget) or larger.seconds > smaller.seconds * (1 - WORTH):
-                    break  # still larger ones take more, and gain less
-                smaller = larger
+                # One that is slower may be followed by one that is faster: convolutions change their ways with size.
+                if not self.price(replace(near.plan, chunk=chunk)).fits(ask.budget):
+                    break  # still larger ones take more
         best = self.best(list(self.seen.values()))
         assert best is not None
         # Deeper halos can save no more than what exchanges take.

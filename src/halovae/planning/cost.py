@@ -113,6 +113,20 @@ class Recorder(LiveBytes):
         """What the operator returns; one that writes into its first argument has nothing to do without data."""
         if _in_place(func):
             return args[0]
+        if _named(func)[1]:
+            return super().called(func, args, kwargs)
+        # torch finds out the results of many operators in Python, at length; most calls are like an earlier one.
+        call = func, tuple(map(_likeness, args)), tuple((name, _likeness(one)) for name, one in kwargs.items())
+        if call not in _results:
+            result = self._laid_out(func, args, kwargs)
+            given = [one.untyped_storage() for one in args if isinstance(one, Tensor)]
+            if not isinstance(result, Tensor) or result.untyped_storage() in given:
+                return result
+            _results[call] = result.shape, result.stride(), result.dtype
+        shape, stride, dtype = _results[call]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+    def _laid_out(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = super().called(func, args, kwargs)
         if "conv" in func._schema.name and args[0].stride(1) == 1:  # where there is data, channels stay last
             formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -206,6 +220,16 @@ def _named(func: Any) -> tuple[str, bool]:
     if untouched or name.startswith(("empty", "new_empty", "prim")) or name in ("detach", "lift_fresh", "reshape"):
         return "view", True
     return name, False
+
+
+_results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+
+
+def _likeness(value: Any) -> Any:
+    """What of an operator's argument its result's shape and layout depend on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_likeness, value)) if isinstance(value, (list, tuple)) else value
 
 
 @cache

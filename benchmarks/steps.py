@@ -43,14 +43,14 @@ def never(*_: object) -> bool:
     return False
 
 
-def always(weight: torch.Tensor, cells: int, context: Context) -> bool:
+def always(scheme: winograd.Scheme, weight: torch.Tensor, cells: int, context: Context) -> bool:
     """Winograd also where only compiled passes make it pay."""
-    return _pays(weight, cells, replace(context, kernels=compiled()))
+    return _pays(scheme, weight, cells, replace(context, kernels=compiled()))
 
 
-def not_upsampling(weight: torch.Tensor, cells: int, context: Context) -> bool:
-    """Winograd where there is nothing to upsample: those weights are of five dims."""
-    return weight.ndim == 5 and always(weight, cells, context)
+def not_upsampling(scheme: winograd.Scheme, weight: torch.Tensor, cells: int, context: Context) -> bool:
+    """Winograd where there is nothing to upsample."""
+    return scheme is winograd.PLAIN and always(scheme, weight, cells, context)
 
 
 STEPS: dict[str, tuple[Callable[..., bool], bool]] = {

@@ -116,7 +116,7 @@ def _convolved(window: Tensor, weight: Tensor, bias: Tensor, context: Context, o
     frames, rows, cols = (extent - taps + 1 for extent, taps in zip(window.shape[2:], weight.shape[2:], strict=True))
     # Whole tiles, then what is left below and beside them.
     down, across = (extent - extent % winograd.PLAIN.results for extent in (rows, cols))
-    if not (down and across and winograd.pays(weight, frames * rows * cols, context)):
+    if not (down and across and winograd.pays(winograd.PLAIN, weight, frames * rows * cols, context)):
         data = _direct(window, weight, bias, context)
         return data if onto is None else onto.add_(data)
     out = context.empty(window, shape=(len(weight), frames, rows, cols)) if onto is None else onto
@@ -284,7 +284,7 @@ class Upsample(nn.Module):
         spoiled = Halo(1, 1, 1, 1).beyond(context.edges())
         channels, height, width = frames[0].shape[1:]
         out = context.empty(tile.data, shape=(len(self.weight), len(frames), 2 * height, 2 * width))
-        if winograd.pays(self.weight, len(frames) * height * width, context):
+        if winograd.pays(winograd.UPSAMPLING, self.weight, len(frames) * height * width, context):
             ring = Halo(1, 1, 1, 1)
             ringed = context.empty(tile.data, ring, shape=(channels, len(frames), height, width))
             with part("copies"):

@@ -26,9 +26,11 @@ from halovae.tile import Context
 ROWS = 256
 # Transformed weights at a time, in elements.
 WEIGHTS = 16 * 2**20
-# Fewer cells than this do not pay for transforming the weights; fewer channels not for transforming the cells. In half
-# precision the direct way is faster (bf16 at twice the speed of fp32), so that more channels are needed.
-CELLS, CHANNELS, HALF_CHANNELS = 512, 16, 128
+# Fewer channels than this do not pay for transforming the cells. In half precision the direct way is faster (bf16 at
+# twice the speed of fp32), so that more are needed.
+CHANNELS, HALF_CHANNELS = 16, 128
+# Fewer cells do not pay for transforming the weights by eager kernels; by compiled ones, see `Scheme`.
+EAGER_CELLS = 2560
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Scheme:
         taps: `[products, 3]`, for the weights.
         merge: `[results of a tile, products]`.
         step: input cells from tile to tile.
+        cells: fewer of them, over all frames, do not pay for transforming the weights by compiled kernels.
     """
 
     spread: Matrix
     taps: Matrix
     merge: Matrix
     step: int
+    cells: int
 
     @property
     def products(self) -> int:
@@ -68,7 +72,7 @@ def _toom_cook(points: Sequence[float], results: int) -> Scheme:
     taps[-1], merge[:, -1] = torch.eye(3, dtype=torch.float64)[-1], torch.eye(results, dtype=torch.float64)[-1]
     largest = spread.abs().amax(1, keepdim=True)  # moved to the weights, so that the inputs keep their magnitude
     spread[spread.abs() < 1e-12] = 0
-    return Scheme((spread / largest).tolist(), (taps * largest).tolist(), merge.tolist(), results)
+    return Scheme((spread / largest).tolist(), (taps * largest).tolist(), merge.tolist(), results, 1024)
 
 
 PLAIN = _toom_cook((0, 0.75, -0.75, 1.5, -1.5), 4)
@@ -78,11 +82,12 @@ UPSAMPLING = Scheme(
     taps=((1, 0, 0), (1, 1, 1), (0, 0, 1)),
     merge=((1, 1, 0), (0, 1, -1)),
     step=1,
+    cells=256,
 )
 SCHEMES = {"plain": PLAIN, "upsampling": UPSAMPLING}
 
 
-def pays(weight: Tensor, cells: int, context: Context) -> bool:
+def pays(scheme: Scheme, weight: Tensor, cells: int, context: Context) -> bool:
     """Whether this way is the faster one for `cells` cells and weights `[O, C, ...]`.
 
     Measured by benchmarks/decode.py and benchmarks/steps.py. Where a CPU has AMX, nothing is faster than its own half
@@ -98,7 +103,7 @@ def pays(weight: Tensor, cells: int, context: Context) -> bool:
         return False
     else:
         least = HALF_CHANNELS
-    return min(weight.shape[:2]) >= least and cells >= CELLS
+    return min(weight.shape[:2]) >= least and cells >= (scheme.cells if context.compiled else EAGER_CELLS)
 
 
 def convolve(

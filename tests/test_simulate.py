@@ -16,7 +16,7 @@ from halovae.simulate import Link, simulate
     ("family", "grid", "size"),
     [
         ("wan2.1", "8x1", (8, 5)),
-        ("wan2.1", "8x8", (8, 8)),
+        pytest.param("wan2.1", "8x8", (8, 8), marks=pytest.mark.slow),
         ("wan2.1", "2x3x2", (7, 5)),
         ("wan2.2-5b", "4x4", (9, 7)),
         ("qwen-image", "16x1", (17, 3)),

@@ -96,14 +96,10 @@ class Encoder:
             return False
         dtype = next(self.model.parameters()).dtype
         calibration = calibration_of(everyone, dtype, kernels)
-        alone, shared = (
-            sum(
-                calibration.seconds(
-                    walk_encoder(self.model.config, shape, dtype, grid, kernels is not EAGER, platform.device),
-                    ranks,
-                    hosts,
-                ).values()
-            )
+        costs = [
+            walk_encoder(self.model.config, shape, dtype, grid, kernels is not EAGER, platform.device)
             for grid in (Grid(), everyone.grid)
-        )
+        ]
+        # Both ways all ranks compute at the same time.
+        alone, shared = (sum(calibration.seconds(cost, ranks, hosts).values()) for cost in costs)
         return shared < alone * (1 - WORTH)

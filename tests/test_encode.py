@@ -118,6 +118,11 @@ def test_bad_pictures_are_refused(shape: tuple[int, ...], message: str) -> None:
         encoded("wan2.1", torch.zeros(shape))
 
 
+def test_pictures_in_bytes_are_refused() -> None:
+    with pytest.raises(TypeError, match="dtype torch.uint8; expected a floating dtype"):
+        encoded("wan2.1", torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize(
     ("rows", "mode", "message"),
     [

@@ -45,14 +45,8 @@ def picture(folder: Path) -> Path:
 def prompt_for(name: str, folder: Path) -> Prompt:
     count = {"wan2.1-i2v": 1, "qwen-image-edit": 1, "qwen-image-edit-plus": 2}.get(name, 0)
     size = (64, 64) if name == "wan2.2-5b" else SIZE
-    return Prompt(
-        "a cat, playing",
-        size,
-        9 if name.startswith("wan") else 1,
-        2,
-        seed=3,
-        images=(picture(folder).read_bytes(),) * count,
-    )
+    images = (picture(folder).read_bytes(),) * count
+    return Prompt("a cat, playing", size, 9 if name.startswith("wan") else 1, 2, seed=3, images=images)
 
 
 def generated(source: Path, prompt: Prompt, ulysses: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -54,15 +55,16 @@ class Encoder:
         Raises:
             ValueError: pictures of a shape that the model does not take, more ranks than latent rows, or an unknown
                 mode.
+            TypeError: pictures that are not floating point.
             RuntimeError: another rank refused its arguments, or was given other ones.
         """
         config, dtype = self.model.config, next(self.model.parameters()).dtype
         everyone = self._mesh or mesh_for(Grid(rows=world_size()), self._alone.platform.device)
-        error = None
+        error: Exception | None = None
         try:
-            check_choice("mode", mode, ("auto", "single", "parallel"))
-            self._check(pictures.shape, everyone.grid if mode == "parallel" else Grid())
-        except ValueError as refused:
+            check_choice("mode", mode, get_args(Mode))
+            self._check(pictures, everyone.grid if mode == "parallel" else Grid())
+        except (ValueError, TypeError) as refused:
             error = refused
         hosts = everyone.agree(f"encode {list(pictures.shape)}, mode {mode}, {dtype}", error, socket.gethostname())
         pictures = pictures[:, :, : pictures.shape[2] - (pictures.shape[2] - 1) % config.temporal_factor]
@@ -80,14 +82,16 @@ class Encoder:
         mesh.gather_frames(own, mesh.grid.shards(batch, rows, cols), whole, everyone=True)
         return whole
 
-    def _check(self, shape: Sequence[int], grid: Grid) -> None:
-        config = self.model.config
+    def _check(self, pictures: Tensor, grid: Grid) -> None:
+        config, shape = self.model.config, pictures.shape
         factor = config.spatial_factor
         expected = f"[B, {config.picture_channels}, T, H, W] for {config.family}, H and W multiples of {factor}"
         if len(shape) != 5 or shape[1] != config.picture_channels or min(shape) < 1:
             raise ValueError(f"pictures of shape {list(shape)}: expected {expected}, none of them 0")
         if shape[3] % factor or shape[4] % factor:
             raise ValueError(f"pictures of {shape[4]}x{shape[3]}: expected {expected}")
+        if not pictures.dtype.is_floating_point:
+            raise TypeError(f"pictures of dtype {pictures.dtype}; expected a floating dtype, in [-1, 1]")
         grid.shards(shape[0], shape[3] // factor, shape[4] // factor)
 
     def _is_faster_shared(self, shape: Sequence[int], everyone: Mesh, hosts: bool, kernels: Kernels) -> bool:

@@ -73,10 +73,10 @@ class Generator:
         if self.kind.pictures.stop > 1:
             # Of its own: the decode of what was generated before may be under way in another thread.
             mesh = Mesh(Grid(rows=world_size()), platform.device)
-            self.encoder = Encoder(encoder_from_module(self.pipeline.vae), mesh)
+            encoder = Encoder(encoder_from_module(self.pipeline.vae), mesh)
             encode_by(
                 self.pipeline.vae,
-                lambda pictures: self.encoder.encode(pictures, mode=encode, kernels=self.decoder.kernels),
+                lambda pictures: encoder.encode(pictures, mode=encode, kernels=self.decoder.kernels),
             )
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
         if ulysses * ring > 1:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # Set in a front that a rank has started: the process of torchrun's agent, with which the front ends.
 _AGENT = "HALOVAE_AGENT"
-VAE_MODES: dict[str, Mode] = {"auto": "auto", "on": "parallel", "off": "single"}
+_VAE_MODES: dict[str, Mode] = {"auto": "auto", "on": "parallel", "off": "single"}
 _LOOK = 2.0  # seconds between two looks whether the front, or the agent, is still there
 
 
@@ -103,8 +103,8 @@ def serve(
         if under and ranks != world_size():
             raise ValueError(f"--num-gpus {ranks}, but torchrun has started {world_size()} ranks: leave it out")
         ulysses, ring = degrees(ranks, sp_degree, ulysses_degree, ring_degree)
-        if vae_parallel not in VAE_MODES:
-            raise ValueError(f"--vae-parallel {vae_parallel}: expected {', '.join(VAE_MODES)}")
+        if vae_parallel not in _VAE_MODES:
+            raise ValueError(f"--vae-parallel {vae_parallel}: expected {', '.join(_VAE_MODES)}")
         grid = parsed("--vae-grid", vae_grid, _parse_grid) if vae_grid else None
         if grid is not None and grid.size not in (1, ranks):
             raise ValueError(f"--vae-grid {vae_grid}: expected as many cells as there are ranks, {ranks}, or 1x1")
@@ -119,7 +119,7 @@ def serve(
             vae_dtype=vae_precision.torch,
             ulysses=ulysses,
             ring=ring,
-            vae_mode=VAE_MODES[vae_parallel],
+            vae_mode=_VAE_MODES[vae_parallel],
             vae_grid=grid,
             memory_budget=parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None,
             offload=cpu_offload,

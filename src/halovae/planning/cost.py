@@ -103,6 +103,7 @@ class Recorder(LiveBytes):
         super().__init__()
         self.layer = ""
         self.work: dict[tuple[str, str], Work] = defaultdict(Work)
+        self._results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}  # by the calls that had them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -117,13 +118,13 @@ class Recorder(LiveBytes):
             return super().called(func, args, kwargs)
         # torch finds out the results of many operators in Python, at length; most calls are like an earlier one.
         call = func, tuple(map(_likeness, args)), tuple((name, _likeness(one)) for name, one in kwargs.items())
-        if call not in _results:
+        if call not in self._results:
             result = self._laid_out(func, args, kwargs)
             given = [one.untyped_storage() for one in args if isinstance(one, Tensor)]
             if not isinstance(result, Tensor) or result.untyped_storage() in given:
                 return result
-            _results[call] = result.shape, result.stride(), result.dtype
-        shape, stride, dtype = _results[call]
+            self._results[call] = result.shape, result.stride(), result.dtype
+        shape, stride, dtype = self._results[call]
         return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
     def _laid_out(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -222,14 +223,13 @@ def _named(func: Any) -> tuple[str, bool]:
     return name, False
 
 
-_results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
-
-
 def _likeness(value: Any) -> Any:
     """What of an operator's argument its result's shape and layout depend on."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
-    return tuple(map(_likeness, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_likeness, value))
+    return type(value), value  # 1 and 1.0 make different results
 
 
 @cache

@@ -26,6 +26,7 @@ from halovae.serving.jobs import Job, Jobs, Kind, Wish
 from halovae.serving.metrics import Metrics
 from halovae.serving.requests import BodyLimit, pictures_of, read, reference_of, wish_for
 from halovae.serving.schemas import (
+    Asked,
     Decode,
     Deleted,
     EditRequest,
@@ -107,9 +108,9 @@ _open = APIRouter()
 _api = APIRouter(prefix="/v1", dependencies=[Depends(_authorized)])
 
 
-def _body(schema: type) -> dict[str, Any]:
+def _body(schema: type[Asked]) -> dict[str, Any]:
     """How a body that the handler reads by itself is described."""
-    fields = schema.model_json_schema()  # type: ignore[attr-defined]
+    fields = schema.model_json_schema()
     kinds = ("application/json", "multipart/form-data")
     return {"requestBody": {"required": True, "content": {kind: {"schema": fields} for kind in kinds}}}
 

@@ -155,7 +155,7 @@ def _plain(value: Any) -> Any:
 
 
 def _job(row: sqlite3.Row) -> Job:
-    values = {name: json.loads(row[name]) if name in _JSON else row[name] for name in row.keys()}  # noqa: SIM118
+    values = {name: json.loads(value) if name in _JSON else value for name, value in dict(row).items()}
     wish = values["wish"]
     values["wish"] = Wish(**{**wish, "size": tuple(wish["size"]), "images": tuple(wish["images"])})
     return Job(**values)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from halovae import winograd
 from halovae.geometry import Halo
 from halovae.parts import part
-from halovae.tile import PAST, Context, Tile, copied, inside
+from halovae.tile import PAST, Context, Tile, inside
 
 
 class RMSNorm(nn.Module):
@@ -39,7 +38,7 @@ class RMSNorm(nn.Module):
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
         return (x * (x.shape[1] ** 0.5 / length)).mul_(self.gamma.view(-1, 1, 1))
 
-    def silu_into(self, context: Context, out: Tensor, x: Tensor) -> None:
+    def silu_into(self, out: Tensor, x: Tensor, context: Context) -> None:
         """Write `silu(norm(x))` into `out`, both `[B, C, T, H, W]`."""
         with part("norm"):
             if context.compiled:
@@ -76,7 +75,13 @@ class CausalConv3d(nn.Module):
         present = data[:, :, past:]
         _clear(present, edges)
         picture = inside(present, edges)
-        context.fill(picture, missing, usable.data, copied if norm is None else partial(norm.silu_into, context))
+        own = inside(picture, missing)
+        if norm is None:
+            with part("copies"):
+                own.copy_(usable.data)
+        else:
+            norm.silu_into(own, usable.data, context)
+        context.mesh.refresh(picture, missing)
         context.keep(self, data)
         return Tile(data, usable.halo.plus(missing).plus(edges), tile.scale)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -45,13 +45,13 @@ class Lines:
 
     def exchange(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> Callable[[], None]:
-        """Begin to send tensors to ranks and to fill others with what ranks send; all of them flat and contiguous.
+    ) -> None:
+        """Send tensors to ranks and fill others with what ranks send; all of them flat and contiguous.
 
-        Returns:
-            What waits until that is done; on an accelerator, what is queued next on the current stream waits.
+        On an accelerator the tensors are ready for what is queued next on the current stream.
         """
-        raise NotImplementedError("a rank that stands alone has nobody to exchange with")
+        assert not sends
+        assert not receives
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         """Every rank's flat `own`, all of one length, in the order of the scope's `ranks` ranks."""
@@ -96,17 +96,12 @@ class ProcessLines(Lines):
 
     def exchange(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> Callable[[], None]:
+    ) -> None:
         group = self._group(scope)
         operations = [dist.P2POp(dist.isend, tensor, peer, group) for peer, tensor in sends]
         operations += [dist.P2POp(dist.irecv, tensor, peer, group) for peer, tensor in receives]
-        begun = dist.batch_isend_irecv(operations)
-
-        def wait() -> None:
-            for work in begun:
-                work.wait()
-
-        return wait
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         everyone = [torch.empty_like(own) for _ in range(ranks)]

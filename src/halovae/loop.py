@@ -119,8 +119,7 @@ class _Running:
             frames = self._clip[:, :, 0 if span.start == 0 else config.frames(span.start) : config.frames(span.stop)]
             return frames.contiguous()
         first, last = span.start == 0, span.stop == self._length
-        depths = dict(plan.depths)
-        context = Context(self.mesh, self.cache, first, last, self._shards, depths, request.kernels, plan.overlap)
+        context = Context(self.mesh, self.cache, first, last, self._shards, dict(plan.depths), request.kernels)
         halo = context.block("conv_in").widest(scale=1)
         tile = self._tile(span, self._shards[self.mesh.rank], halo, request.denormalize)
         return _converted(self._model(tile, context), request.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -79,35 +79,24 @@ class Mesh:
         after = self.rank + step if position < extent - 1 else None
         return before, after
 
-    @contextmanager
-    def refreshing(self, data: Tensor, halo: Halo) -> Iterator[None]:
-        """Fill the ghosts of `data` in place with the neighbours' nearest rows and cols, by the end of the block.
+    def refresh(self, data: Tensor, halo: Halo) -> None:
+        """Fill the ghosts of `data` in place with the neighbours' nearest rows and cols.
 
-        Along the rows first, then along the cols with the ghost rows among them, which brings the corners. What the
-        first of the two sends is on its way during the block, in which the rest of this rank's own part may be filled.
+        Along the rows first, then along the cols with the ghost rows among them, which brings the corners.
 
         Args:
-            data: `[B, C, T, top + H + bottom, left + W + right]`, its `borders` filled.
+            data: `[B, C, T, top + H + bottom, left + W + right]`, its own part filled.
             halo: the ghosts' widths: 0 where this rank has no neighbour, else the same on all ranks along that axis,
                 and no more than any of them owns.
         """
-        own_cols = data[..., halo.left : data.shape[-1] - halo.right]
-        swaps: list[tuple[Axis, Tensor, int, int, int]] = []
-        if halo.top or halo.bottom:
-            swaps.append(("rows", own_cols, data.ndim - 2, halo.top, halo.bottom))
-        if halo.left or halo.right:
-            swaps.append(("cols", data, data.ndim - 1, halo.left, halo.right))
-        finish = self._swap(*swaps[0]) if swaps else None
-        try:
-            yield
-        finally:
-            if finish is not None:
-                finish()
-        for swap in swaps[1:]:
-            self._swap(*swap)()
+        with part("exchange"):
+            if halo.top or halo.bottom:
+                own_cols = data[..., halo.left : data.shape[-1] - halo.right]
+                self._swap("rows", own_cols, data.ndim - 2, halo.top, halo.bottom)
+            if halo.left or halo.right:
+                self._swap("cols", data, data.ndim - 1, halo.left, halo.right)
 
-    def _swap(self, axis: Axis, data: Tensor, dim: int, before: int, after: int) -> Callable[[], None]:
-        """Begin to swap borders; what is returned waits for the neighbours' and puts them in place."""
+    def _swap(self, axis: Axis, data: Tensor, dim: int, before: int, after: int) -> None:
         end = data.shape[dim]
         sides = [
             (peer, data.narrow(dim, nearest, width), data.narrow(dim, ghost, width))
@@ -116,28 +105,21 @@ class Mesh:
             )
             if peer is not None
         ]
-        with part("exchange"):
-            sends = [(peer, _flat(torch.empty_like(nearest).copy_(nearest))) for peer, nearest, _ in sides]
-            received = [torch.empty_like(ghosts) for _, _, ghosts in sides]
-            receives = [(peer, _flat(dense)) for (peer, _, _), dense in zip(sides, received, strict=True)]
-            arrive = self._exchange(axis, sends, receives)
+        sends = [(peer, _flat(torch.empty_like(nearest).copy_(nearest))) for peer, nearest, _ in sides]
+        received = [torch.empty_like(ghosts) for _, _, ghosts in sides]
+        receives = [(peer, _flat(dense)) for (peer, _, _), dense in zip(sides, received, strict=True)]
+        with self.traffic.waiting.running():
+            self._exchange(axis, sends, receives)
+        for (_, _, ghosts), dense in zip(sides, received, strict=True):
+            ghosts.copy_(dense)
 
-        def finish() -> None:
-            with part("exchange"):
-                with self.traffic.waiting.running():
-                    arrive()
-                for (_, _, ghosts), dense in zip(sides, received, strict=True):
-                    ghosts.copy_(dense)
-
-        return finish
-
-    def _exchange(
-        self, scope: Scope, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]
-    ) -> Callable[[], None]:
+    def _exchange(self, scope: Scope, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
+        if not (sends or receives):
+            return
         for _, tensor in sends:
             self.traffic.sent(tensor)
         self.traffic.calls += 1
-        return self.lines.exchange(scope, sends, receives)
+        self.lines.exchange(scope, sends, receives)
 
     def _collect(self, own: Tensor, sizes: Sequence[int], scope: Scope) -> list[Tensor]:
         """Every rank's flat `own`, whose lengths may differ, in the order of the scope's ranks."""
@@ -176,10 +158,9 @@ class Mesh:
         elif self.rank == 0:
             pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
             receives = [(peer, picture.flatten()) for peer, picture in enumerate(pictures[1:], start=1)]
-            if receives:
-                self._exchange("world", [], receives)()
+            self._exchange("world", [], receives)
         elif not self.idle:
-            self._exchange("world", [(0, own.flatten())], [])()
+            self._exchange("world", [(0, own.flatten())], [])
         if out is not None:
             for shard, picture in zip(shards, pictures, strict=True):
                 out[shard.index] = picture

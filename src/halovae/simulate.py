@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,22 +192,16 @@ class _ThreadLines(Lines):
 
     def exchange(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> Callable[[], None]:
+    ) -> None:
         self.pause()
         for peer, tensor in sends:
             self._meeting.post(self.rank, peer, tensor, self.clock)
-        self._resume([])
-
-        def wait() -> None:
-            self.pause()
-            arrivals = []
-            for peer, tensor in receives:
-                content, sent = self._meeting.collect(peer, self.rank)
-                tensor.copy_(content)
-                arrivals.append(sent + self._meeting.link.seconds(content))
-            self._resume(arrivals)
-
-        return wait
+        arrivals = []
+        for peer, tensor in receives:
+            content, sent = self._meeting.collect(peer, self.rank)
+            tensor.copy_(content)
+            arrivals.append(sent + self._meeting.link.seconds(content))
+        self._resume(arrivals)
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         contents, last = self._all(scope, own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -95,7 +94,6 @@ class Context:
         shards: every rank's shard of the latent.
         depths: halo depth of each block by its name, the default under "".
         kernels: the passes over memory, eager or compiled.
-        overlap: whether borders travel while the rest of a map is written.
         depth: halo depth of the block that the chunk is in.
     """
 
@@ -106,7 +104,6 @@ class Context:
     shards: tuple[Shard, ...]
     depths: dict[str, int]
     kernels: Kernels = EAGER
-    overlap: bool = False
     depth: int = 1
 
     @property
@@ -147,26 +144,10 @@ class Context:
         if not any(missing):
             return usable
         data = self.empty(usable.data, missing)
-        self.fill(data, missing, usable.data, copied)
+        with part("copies"):
+            inside(data, missing).copy_(usable.data)
+        self.mesh.refresh(data, missing)
         return replace(tile, data=data, halo=missing)
-
-    def fill(self, data: Tensor, missing: Halo, source: Tensor, write: Callable[[Tensor, Tensor], object]) -> None:
-        """Let `write(out, part)` fill this rank's own part of `data` from `source`, and the neighbours its ghosts.
-
-        With `overlap`, what the neighbours wait for is written first, so that it travels while the rest is.
-        """
-        own = inside(data, missing)
-        dim = -2 if missing.top or missing.bottom else -1
-        before, after = missing[:2] if dim == -2 else missing[2:]
-        end = own.shape[dim]
-        cuts = (before, end - after) if self.overlap else (end, end)
-        (first, rest, last), parts = own.tensor_split(cuts, dim), source.tensor_split(cuts, dim)
-        for border, its in ((first, parts[0]), (last, parts[2])):
-            if border.numel():
-                write(border, its)
-        with self.mesh.refreshing(data, missing):
-            if rest.numel():
-                write(rest, parts[1])
 
     def keep(self, layer: nn.Module, recent: Tensor) -> None:
         """Remember the last two frames of `recent` `[B, C, T, H, W]` for the next chunk, unless there is none."""
@@ -194,9 +175,3 @@ class Context:
         members = self.shards[self.mesh.item * plane : (self.mesh.item + 1) * plane]
         counts = [shard.rows.size * shard.cols.size * scale * scale for shard in members]
         return self.mesh.gather_tokens(own, counts)
-
-
-def copied(out: Tensor, source: Tensor) -> None:
-    """Copy `source` into `out`."""
-    with part("copies"):
-        out.copy_(source)

@@ -168,7 +168,7 @@ def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
     if mesh.rank in pair:
         peer = pair[1] if mesh.rank == pair[0] else pair[0]
         mine, theirs = (torch.empty(size, dtype=torch.uint8, device=mesh.platform.device) for _ in range(2))
-        mesh.lines.exchange("rows", [(peer, mine)], [(peer, theirs)])()
+        mesh.lines.exchange("rows", [(peer, mine)], [(peer, theirs)])
 
 
 def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:

@@ -68,27 +68,14 @@ class Calibration:
         pair = "hosts" if hosts and "hosts" in self.exchange else "host"
         return {EXCHANGE: self.exchange[pair], GATHER: self.gather[pair]}
 
-    def hides(self, hosts: bool) -> bool:
-        """Whether borders travel by themselves while ranks compute.
-
-        Within a host, the cores that compute copy the messages of ranks on CPU
-        (docs/benchmarks/overlap.md).
-        """
-        return hosts or self.device != "cpu"
-
     def seconds(self, cost: Cost, ranks: int, hosts: bool = False) -> dict[str, float]:
         """What a decode of this cost takes on `ranks` ranks, on one host or several, by layer."""
         rates = self.alone if ranks == 1 else self.together
         known: dict[str, Rates | Line] = {**rates, **self.lines(hosts)}
         found: dict[str, float] = {}
-        hidden: dict[str, dict[bool, float]] = {}
         for (layer, kind), work in cost.work.items():
             found[layer] = found.get(layer, 0) + known.get(kind, rates[OTHER]).seconds(work)
-        if self.hides(hosts):
-            for (layer, kind), work in cost.meanwhile.items():
-                both = hidden.setdefault(layer, {True: 0.0, False: 0.0})
-                both[kind == EXCHANGE] += known.get(kind, rates[OTHER]).seconds(work)
-        return {layer: seconds - min(hidden.get(layer, {True: 0.0}).values()) for layer, seconds in found.items()}
+        return found
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -227,12 +227,11 @@ class _Chooser:
                     break  # still larger ones take more
         best = self.best(list(self.seen.values()))
         assert best is not None
-        # Deeper halos, and borders that travel meanwhile, can save no more than what exchanges take.
-        for vary in (self._deepen, self._overlap):
-            if self.exchanging[str(best.plan)] > WORTH * best.seconds:
-                vary(best)
-                best = self.best(list(self.seen.values()))
-                assert best is not None
+        # Deeper halos can save no more than what exchanges take.
+        if ask.depths is None and self.exchanging[str(best.plan)] > WORTH * best.seconds:
+            self._deepen(best)
+            best = self.best(list(self.seen.values()))
+            assert best is not None
         return self._decision(best, unseen)
 
     def _in_bands(self) -> Candidate:
@@ -271,8 +270,6 @@ class _Chooser:
 
     def _deepen(self, best: Candidate) -> None:
         """Price halos that are deeper in the blocks where that is predicted to pay."""
-        if self._ask.depths is not None:
-            return
         blocks = self._ask.config.blocks
         times = {1: self.by_block[str(best.plan)]}
         for depth in DEPTHS:
@@ -282,11 +279,6 @@ class _Chooser:
         depths = {block: min(times, key=lambda depth: times[depth].get(block, 0.0)) for block in blocks}
         if set(depths.values()) != {1}:
             self.price(replace(best.plan, depths={"": 1, **{b: d for b, d in depths.items() if d > 1}}))
-
-    def _overlap(self, best: Candidate) -> None:
-        """Price borders that travel while the rest is written, where they do so by themselves."""
-        if self._calibration.hides(self._ask.hosts):
-            self.price(replace(best.plan, overlap=True))
 
     def _judged(self, one: Candidate, best: Candidate) -> Candidate:
         budget = self._ask.budget
@@ -341,7 +333,7 @@ def _plainness(one: Candidate) -> tuple[float, ...]:
     plan = one.plan
     held = plan.chunk if isinstance(plan.chunk, int) else math.inf
     cols = max(stage.grid.cols for stage in plan.stages)  # their borders are not in one piece of memory
-    return (one.ranks, len(plan.stages), max(plan.depths.values()), plan.overlap, held, cols, one.seconds)
+    return (one.ranks, len(plan.stages), max(plan.depths.values()), held, cols, one.seconds)
 
 
 def _blocks(layers: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -66,12 +66,10 @@ class Cost:
         messages: how many it sends, a gather being one to each other rank; likewise `bytes_sent`.
         weights: bytes of the decoder's parameters.
         caches: bytes of the feature caches, held from chunk to chunk.
-        meanwhile: of `work`, the exchanges during which other work is done, and that other work.
         peak: bytes of live tensors at the highest point, caches included, weights and the finished clip not.
     """
 
     work: dict[tuple[str, str], Work]
-    meanwhile: dict[tuple[str, str], Work]
     messages: int
     bytes_sent: int
     weights: int
@@ -99,20 +97,12 @@ class Cost:
 
 
 class Recorder(LiveBytes):
-    """Notes what each operator on tensors without data does, besides the bytes that would live.
-
-    Attributes:
-        times: how often all that comes now is done.
-        layer: where it is done.
-        work: what was done, by layer and kind; `meanwhile` as in `Cost`.
-    """
+    """Notes what each operator on tensors without data does, besides the bytes that would live."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.times, self.layer = 1, ""
+        self.layer = ""
         self.work: dict[tuple[str, str], Work] = defaultdict(Work)
-        self.meanwhile: dict[tuple[str, str], Work] = defaultdict(Work)
-        self._since: dict[str, Work] | None = None  # what was done since borders are on their way, by kind
         self._results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}  # by the calls that had them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,23 +136,7 @@ class Recorder(LiveBytes):
 
     def note(self, kind: str, work: Work) -> None:
         """Count the work of one operator."""
-        self.work[self.layer, kind].add(work, self.times)
-        if self._since is not None:
-            self._since[kind].add(work)
-
-    def exchanged(self, size: int) -> Callable[[], None]:
-        """Count an exchange of so many bytes; it is over when what is returned is called."""
-        exchange = Work(calls=1, bytes=size)
-        self.note(EXCHANGE, exchange)
-        self._since = defaultdict(Work)
-
-        def over() -> None:
-            since, self._since = self._since, None
-            if since:
-                for kind, work in {**since, EXCHANGE: exchange}.items():
-                    self.meanwhile[self.layer, kind].add(work, self.times)
-
-        return over
+        self.work[self.layer, kind].add(work)
 
     def kernels(self) -> Kernels:
         """Kernels that stand for compiled ones, which no mode sees, and do nothing but be noted."""
@@ -172,9 +146,10 @@ class Recorder(LiveBytes):
 
         return replace(EAGER, norm_silu=norm_silu)
 
-    def cost(self, messages: int, bytes_sent: int, weights: int, caches: int) -> Cost:
-        """All that was noted."""
-        return Cost(dict(self.work), dict(self.meanwhile), messages, bytes_sent, weights, caches, self.peak)
+    def taken(self) -> dict[tuple[str, str], Work]:
+        """What was noted since this was last asked."""
+        work, self.work = self.work, defaultdict(Work)
+        return dict(work)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -319,6 +294,7 @@ def walk(
     model = hollow(config, dtype)
     kernels = recorder.kernels() if compiled else EAGER
     request = Request(gather, out_dtype or dtype, False, kernels)
+    total: dict[tuple[str, str], Work] = defaultdict(Work)
     sent = sent_bytes = 0
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())  # whoever counts a decode's work does not mean this
@@ -332,13 +308,14 @@ def walk(
         chunks = loop.chunks()
         for times in repeats:
             before = traffic.messages, traffic.bytes
-            recorder.times = times
             next(chunks)
+            for key, work in recorder.taken().items():
+                total[key].add(work, times)
             sent += times * (traffic.messages - before[0])
             sent_bytes += times * (traffic.bytes - before[1])
             caches.append(loop.cached())
     weights = sum(_bytes(parameter) for parameter in model.parameters())
-    return recorder.cost(sent, sent_bytes, weights, max(caches))
+    return Cost(dict(total), sent, sent_bytes, weights, max(caches), recorder.peak)
 
 
 def walk_encoder(
@@ -364,6 +341,7 @@ def walk_encoder(
     recorder = Recorder()
     rank = _busiest(Plan.of(batch, grid), (batch, channels, 1, height // scale, width // scale))
     mesh = Mesh(grid, device, _WalkedLines(rank, grid.size, recorder))
+    total: dict[tuple[str, str], Work] = defaultdict(Work)
     sent = sent_bytes = 0
     with _disable_current_modes(), torch.inference_mode():
         with torch.device("meta"):
@@ -371,14 +349,13 @@ def walk_encoder(
         pictures = torch.empty((batch, channels, min(length, 1 + step), height, width), dtype=dtype, device="meta")
         with recorder:
             kernels = recorder.kernels() if compiled else EAGER
-            encoded = moments(model, pictures, mesh, kernels)
-            for times in filter(None, chunks):
-                recorder.times = times
-                next(encoded)
+            for times, _ in zip(chunks, moments(model, pictures, mesh, kernels), strict=False):
+                for key, work in recorder.taken().items():
+                    total[key].add(work, times)
                 sent, sent_bytes = sent + times * mesh.traffic.messages, sent_bytes + times * mesh.traffic.bytes
                 mesh.traffic.messages = mesh.traffic.bytes = 0
     weights = sum(_bytes(parameter) for parameter in model.parameters())
-    return recorder.cost(sent, sent_bytes, weights, 0)
+    return Cost(dict(total), sent, sent_bytes, weights, 0, recorder.peak)
 
 
 def _busiest(plan: Plan, shape: Sequence[int]) -> int:
@@ -403,8 +380,9 @@ class _WalkedLines(Lines):
 
     def exchange(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> Callable[[], None]:
-        return self._recorder.exchanged(max(_bytes(tensor) for _, tensor in (*sends, *receives)))
+    ) -> None:
+        largest = max(_bytes(tensor) for _, tensor in (*sends, *receives))
+        self._recorder.note(EXCHANGE, Work(calls=1, bytes=largest))
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         self._recorder.note(GATHER, Work(calls=1, bytes=(ranks - 1) * _bytes(own)))

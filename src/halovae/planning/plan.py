@@ -29,7 +29,6 @@ class Plan:
         depths: halo depth of each block by its name, the default under "".
         bands: how many bands each rank cuts its rows into, to decode them one after the other; 1 for no bands. With
             them nobody yields frames before the last band is done.
-        overlap: whether borders travel while the rest of a map is written.
         apart: whether every rank decodes all by itself, so that nobody has to send it frames.
     """
 
@@ -37,7 +36,6 @@ class Plan:
     chunk: Chunk = 1
     depths: Mapping[str, int] = field(default_factory=lambda: {"": 1})
     bands: int = 1
-    overlap: bool = False
     apart: bool = False
 
     @classmethod
@@ -48,11 +46,10 @@ class Plan:
         chunk: Chunk = 1,
         depths: Mapping[str, int] | None = None,
         bands: int = 1,
-        overlap: bool = False,
         apart: bool = False,
     ) -> Plan:
         """All of a batch at once on one grid."""
-        return cls((Stage(Span(0, batch), grid),), chunk, depths or {"": 1}, bands, overlap, apart)
+        return cls((Stage(Span(0, batch), grid),), chunk, depths or {"": 1}, bands, apart)
 
     @property
     def grid(self) -> str:
@@ -65,8 +62,7 @@ class Plan:
         named = [f"{block} {depth}" for block, depth in self.depths.items() if block and depth != self.depths[""]]
         if self.bands > 1:
             return f"{self.grid}, chunk {self.chunk}, {self.bands} bands"
-        early = ", overlapped" if self.overlap else ""
-        return f"{self.grid}, chunk {self.chunk}, halo depth {', '.join([str(self.depths['']), *named])}{early}"
+        return f"{self.grid}, chunk {self.chunk}, halo depth {', '.join([str(self.depths['']), *named])}"
 
     def chunks(self, length: int) -> list[Span]:
         """The latent frames of each pass: the first one alone, the last pass with what is left."""

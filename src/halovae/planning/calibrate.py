@@ -85,14 +85,18 @@ class _Timing(TorchDispatchMode):
         return EAGER if real is EAGER else replace(real, norm_silu=norm_silu)
 
 
-def rates(platform: Platform, dtype: torch.dtype, kernels: Kernels) -> dict[str, Rates]:
-    """Measure what this rank takes for each kind of operator."""
+def _sample(platform: Platform, dtype: torch.dtype) -> WanDecoder:
     with torch.inference_mode(False), torch.no_grad():
         model = WanDecoder(SAMPLE).to(platform.device, dtype)
         for parameter in model.parameters():
             parameter.normal_(std=1 / math.sqrt(max(1, parameter[0].numel())))
             layout = platform.layout(parameter.ndim)
             parameter.data = parameter.data.contiguous(memory_format=layout)
+    return model
+
+
+def rates(model: WanDecoder, platform: Platform, kernels: Kernels) -> dict[str, Rates]:
+    """Measure what this rank takes for each kind of operator."""
     samples: list[Sample] = []
     for frames, rows, cols, chunk in SAMPLES:
         larger = 1 if platform.kind == "cpu" else LARGER
@@ -110,13 +114,26 @@ def rates(platform: Platform, dtype: torch.dtype, kernels: Kernels) -> dict[str,
 
 
 def _decode(model: WanDecoder, latents: Tensor, chunk: int, platform: Platform, kernels: Kernels) -> float:
-    plan, mesh = Plan.of(1, Grid(), chunk), Mesh(Grid(), platform.device)
-    request = Request("none", next(model.parameters()).dtype, False, kernels)
     begin = time.perf_counter()
-    for _ in Loop(model, latents, plan, [mesh], request, Traffic(platform)).chunks():
-        pass
+    _shared(model, latents, chunk, Mesh(Grid(), platform.device), kernels)
     platform.synchronize()
     return time.perf_counter() - begin
+
+
+def _shared(model: WanDecoder, latents: Tensor, chunk: int, mesh: Mesh, kernels: Kernels) -> Traffic:
+    request, traffic = Request("none", next(model.parameters()).dtype, False, kernels), Traffic(mesh.platform)
+    for _ in Loop(model, latents, Plan.of(1, mesh.grid, chunk), [mesh], request, traffic).chunks():
+        pass
+    return traffic
+
+
+def _meeting(model: WanDecoder, mesh: Mesh, kernels: Kernels) -> float:
+    """Seconds that ranks wait for each other at a message amid a decode: none is ever quite as fast as the others."""
+    _, rows, cols, _ = SAMPLES[1]
+    latents = torch.randn(1, SAMPLE.z_dim, 1, rows * mesh.grid.size, cols)
+    taken = [_shared(model, latents, 1, mesh, kernels) for _ in range(12)][2:]
+    own = statistics.median(one.waiting.seconds() / one.calls for one in taken)
+    return statistics.mean(mesh.lines.all_values(own))
 
 
 def fit(samples: Sequence[Sample]) -> dict[str, Rates]:
@@ -174,10 +191,11 @@ def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
 def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
     """Measure; all ranks of the mesh, which spans the world along its rows, call, and all get rank 0's figures."""
     platform = mesh.platform
-    together = rates(platform, dtype, kernels)
+    model = _sample(platform, dtype)
+    together = rates(model, platform, kernels)
     alone, hosts = together, mesh.lines.all_values(socket.gethostname())
     if not mesh.alone:
-        alone = rates(platform, dtype, kernels) if mesh.rank == 0 else {}
+        alone = rates(model, platform, kernels) if mesh.rank == 0 else {}
         mesh.lines.all_values(None)  # until it is done
     size = mesh.grid.size
     exchange, gather = {"host": Line(0, 0)}, {"host": Line(0, 0)}
@@ -192,6 +210,11 @@ def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
             mesh.lines.all_gather("plane", own, size)
 
         gather = dict.fromkeys(exchange, _line(everyone, platform))
+        meeting = _meeting(model, mesh, kernels)
+        exchange, gather = (
+            {pair: replace(line, latency=max(line.latency, meeting)) for pair, line in lines.items()}
+            for lines in (exchange, gather)
+        )
     source = torch.empty(MESSAGES[-1], dtype=torch.uint8, device=mesh.platform.device)
     target = torch.empty_like(source, device="cpu")
     copy = _line(lambda count: target[:count].copy_(source[:count]), platform)

@@ -149,22 +149,25 @@ def test_the_fit_finds_the_rates_it_is_given() -> None:
     assert found.weights == pytest.approx(0, abs=1e-15)
 
 
-def calibrated(folder: str) -> tuple[Calibration, Calibration, list[str]]:
+def calibrated(folder: str) -> tuple[Calibration, Calibration, Calibration, list[str]]:
     os.environ["HALOVAE_CACHE"] = folder
     calibrate.SAMPLES = calibrate.SAMPLES[:1]
     join_world(CPU)
     mesh = mesh_for(Grid(rows=world_size()), CPU)
     first = calibrate.calibrated(mesh, torch.float32, kernels.EAGER)
-    return first, calibrate.calibrated(mesh, torch.float32, kernels.EAGER), os.listdir(folder)
+    second, files = calibrate.calibrated(mesh, torch.float32, kernels.EAGER), os.listdir(folder)
+    calibrate._meeting = lambda *_: 1.5  # a second and a half, amid a decode
+    return first, second, calibrate.calibrated(mesh, torch.float32, kernels.EAGER, anew=True), files
 
 
 def test_ranks_measure_once_and_agree(tmp_path: Path, ranks: Callable[[int], Ranks]) -> None:
     results = ranks(2).run(calibrated, str(tmp_path))
     assert all(result == results[0] for result in results)
-    first, second, files = results[0]
+    first, second, late, files = results[0]
     assert first == second
     assert len(files) == 1
-    assert first.exchange["host"].latency > 0
+    assert 0 < first.exchange["host"].latency < 1.5
+    assert late.exchange["host"].latency == late.gather["host"].latency == 1.5
     assert "convolution" in first.together
 
 
@@ -288,9 +291,11 @@ def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]
     return stream.join(), stream.shared_report()
 
 
-def test_when_memory_runs_out_on_one_rank_all_fall_back_together() -> None:
+def test_when_memory_runs_out_on_one_rank_all_fall_back_together(tmp_path: Path) -> None:
     z = latents("wan2.1", 5, 20, 20)
-    with Ranks(2, 1, RANK_ENVIRONMENT) as ranks:  # maps are given back at once
+    ideal = tmp_path / "ideal.json"  # by which so small a model is shared as well
+    ideal.write_text(IDEAL.as_json())
+    with Ranks(2, 1, {**RANK_ENVIRONMENT, "HALOVAE_CALIBRATION": str(ideal)}) as ranks:  # maps are given back at once
         (out, report), (_, other) = ranks.run(short_of_memory, z, 16)
     assert report.fell_back == other.fell_back != ""
     assert report.decision is not None

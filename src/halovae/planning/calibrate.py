@@ -43,6 +43,8 @@ SAMPLE = WanConfig(
 # Latent frames, rows and cols, and the chunk, of the decodes that are timed; accelerators need more to be busy.
 SAMPLES: tuple[tuple[int, int, int, int], ...] = ((3, 4, 4, 1), (3, 8, 8, 1), (2, 16, 16, 1), (1, 32, 32, 1))
 LARGER = 4
+# Rows and cols of each rank in the decode that is shared.
+SHARED = 8
 MESSAGES = (2**10, 2**16, 2**20, 2**24)
 FEATURES = ("calls", "flops", "bytes", "weights")
 
@@ -129,8 +131,7 @@ def _shared(model: WanDecoder, latents: Tensor, chunk: int, mesh: Mesh, kernels:
 
 def _meeting(model: WanDecoder, mesh: Mesh, kernels: Kernels) -> float:
     """Seconds that ranks wait for each other at a message amid a decode: none is ever quite as fast as the others."""
-    _, rows, cols, _ = SAMPLES[1]
-    latents = torch.randn(1, SAMPLE.z_dim, 1, rows * mesh.grid.size, cols)
+    latents = torch.randn(1, SAMPLE.z_dim, 1, SHARED * mesh.grid.size, SHARED)
     taken = [_shared(model, latents, 1, mesh, kernels) for _ in range(12)][2:]
     own = statistics.median(one.waiting.seconds() / one.calls for one in taken)
     return statistics.mean(mesh.lines.all_values(own))

@@ -149,25 +149,24 @@ def test_the_fit_finds_the_rates_it_is_given() -> None:
     assert found.weights == pytest.approx(0, abs=1e-15)
 
 
-def calibrated(folder: str) -> tuple[Calibration, Calibration, Calibration, list[str]]:
+def calibrated(folder: str) -> tuple[Calibration, Calibration, list[str]]:
     os.environ["HALOVAE_CACHE"] = folder
     calibrate.SAMPLES = calibrate.SAMPLES[:1]
     join_world(CPU)
     mesh = mesh_for(Grid(rows=world_size()), CPU)
+    meeting = calibrate._meeting
+    calibrate._meeting = lambda *given: 100 + meeting(*given)  # beyond what anything else takes
     first = calibrate.calibrated(mesh, torch.float32, kernels.EAGER)
-    second, files = calibrate.calibrated(mesh, torch.float32, kernels.EAGER), os.listdir(folder)
-    calibrate._meeting = lambda *_: 1.5  # a second and a half, amid a decode
-    return first, second, calibrate.calibrated(mesh, torch.float32, kernels.EAGER, anew=True), files
+    return first, calibrate.calibrated(mesh, torch.float32, kernels.EAGER), os.listdir(folder)
 
 
 def test_ranks_measure_once_and_agree(tmp_path: Path, ranks: Callable[[int], Ranks]) -> None:
     results = ranks(2).run(calibrated, str(tmp_path))
     assert all(result == results[0] for result in results)
-    first, second, late, files = results[0]
+    first, second, files = results[0]
     assert first == second
     assert len(files) == 1
-    assert 0 < first.exchange["host"].latency < 1.5
-    assert late.exchange["host"].latency == late.gather["host"].latency == 1.5
+    assert 100 < first.exchange["host"].latency == first.gather["host"].latency < 101
     assert "convolution" in first.together
 
 

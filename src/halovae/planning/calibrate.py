@@ -117,12 +117,12 @@ def rates(model: WanDecoder, platform: Platform, kernels: Kernels) -> dict[str, 
 
 def _decode(model: WanDecoder, latents: Tensor, chunk: int, platform: Platform, kernels: Kernels) -> float:
     begin = time.perf_counter()
-    _shared(model, latents, chunk, Mesh(Grid(), platform.device), kernels)
+    _run(model, latents, chunk, Mesh(Grid(), platform.device), kernels)
     platform.synchronize()
     return time.perf_counter() - begin
 
 
-def _shared(model: WanDecoder, latents: Tensor, chunk: int, mesh: Mesh, kernels: Kernels) -> Traffic:
+def _run(model: WanDecoder, latents: Tensor, chunk: int, mesh: Mesh, kernels: Kernels) -> Traffic:
     request, traffic = Request("none", next(model.parameters()).dtype, False, kernels), Traffic(mesh.platform)
     for _ in Loop(model, latents, Plan.of(1, mesh.grid, chunk), [mesh], request, traffic).chunks():
         pass
@@ -132,7 +132,7 @@ def _shared(model: WanDecoder, latents: Tensor, chunk: int, mesh: Mesh, kernels:
 def _meeting(model: WanDecoder, mesh: Mesh, kernels: Kernels) -> float:
     """Seconds that ranks wait for each other at a message amid a decode: none is ever quite as fast as the others."""
     latents = torch.randn(1, SAMPLE.z_dim, 1, SHARED * mesh.grid.size, SHARED)
-    taken = [_shared(model, latents, 1, mesh, kernels) for _ in range(12)][2:]
+    taken = [_run(model, latents, 1, mesh, kernels) for _ in range(12)][2:]
     own = statistics.median(one.waiting.seconds() / one.calls for one in taken)
     return statistics.mean(mesh.lines.all_values(own))
 

@@ -241,6 +241,7 @@ def test_bands_are_exact_and_take_what_was_predicted(family: str, plan: Plan, ra
         expected = model.decode(z).sample
     assert out is not None
     assert (out - expected).abs().max() <= 1e-4
+    assert report.bands == plan.bands
     costs = ranks(2).run(predicted, z.shape, plan, family)
     for cost, took in list(zip(costs, report.ranks, strict=True))[: plan.stages[0].grid.size]:
         assert (cost.messages, cost.bytes_sent) == (took.messages, took.bytes_sent)

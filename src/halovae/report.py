@@ -46,6 +46,7 @@ class DecodeReport:
         grid: ranks along the rows x cols, or batch x rows x cols.
         chunk: latent frames per pass, or "all".
         halo_depths: by block; "" is the default.
+        bands: how many each rank cut its rows into; 1 for none.
         first_use: whether this decoder had not decoded this shape this way before, so that the time holds what is only
             done once (kernels chosen and compiled, lines between ranks opened).
         decision: why it was decoded that way, as `Decision` has it; None if the caller said how.
@@ -61,6 +62,7 @@ class DecodeReport:
     grid: str
     chunk: Chunk
     halo_depths: dict[str, int]
+    bands: int
     first_use: bool
     decision: dict[str, Any] | None
     fell_back: str

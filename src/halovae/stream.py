@@ -91,6 +91,7 @@ class FrameStream(Iterator[Tensor | None]):
             grid=self._plan.grid,
             chunk=self._plan.chunk,
             halo_depths=dict(self._plan.depths),
+            bands=self._plan.bands,
             first_use=self._first_use,
             decision=None if self._decision is None else self._decision.as_dict(),
             fell_back=self._fell_back,

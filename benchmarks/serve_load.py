@@ -220,7 +220,7 @@ def main() -> None:
         lines.append(f"- {args.jobs} jobs of {args.clients} clients in {seconds:.0f} s; killed: {', '.join(log)}")
         lines.append(f"- ended as: {dict(statuses)}, failed with: {dict(codes)}; broken files: {len(broken)}")
         server.stop()
-        parts = [path.name for path in server.output.glob(".*.partial")]
+        parts = [path.name for path in server.output.rglob(".*.partial")]
         lines.append(f"- left at the end: {'; '.join(left)}; unfinished files: {len(parts)}")
         rates: dict[int, list[float]] = {4: [], 1: []}
         batches: list[int] = []

@@ -236,7 +236,7 @@ def test_a_full_disk_fails_the_job_and_leaves_nothing(model: Callable[[str], Pat
             server.wait()
             failed = server.ended(server.submit(size="256x256", num_frames=33, num_inference_steps=1))
             assert (failed["status"], failed["error"]["code"]) == ("failed", "disk_full"), failed
-            assert not [*disk.glob("*.mp4"), *disk.glob(".*.partial")]
+            assert not [*disk.rglob("*.mp4"), *disk.rglob(".*.partial")]
             assert server.ended(server.submit())["status"] == "completed"
             server.stop()
     finally:

@@ -16,12 +16,12 @@ import httpx
 import openai
 import pytest
 from PIL import Image
+from serving import SMALL, finished
 from stub_ranks import StubRanks, served
 
 from halovae import tiny
 from halovae.serving.jobs import Job, Jobs, Wish
 
-SMALL = {"size": "64x48", "num_frames": 5, "num_inference_steps": 2}
 Server = tuple[str, StubRanks]
 
 
@@ -55,14 +55,6 @@ def picture(kind: str = "png", mode: str = "RGB", size: tuple[int, int] = (64, 4
     out = io.BytesIO()
     Image.new(mode, size, "red" if mode != "CMYK" else (0, 255, 255, 0)).save(out, kind, **options)
     return out.getvalue()
-
-
-def finished(url: str, video: str) -> dict[str, Any]:
-    while True:
-        answer: dict[str, Any] = httpx.get(f"{url}/v1/videos/{video}").json()
-        if answer["status"] in ("completed", "failed"):
-            return answer
-        time.sleep(0.02)
 
 
 def test_openais_client_makes_lists_fetches_and_deletes_videos(videos: Server) -> None:
@@ -102,7 +94,7 @@ def test_openais_client_edits_images(edits: Server) -> None:
     assert httpx.get(linked.data[0].url).content.startswith(b"\x89PNG")
     jpeg = edit(image=[picture()], prompt="bluer", size="64x48", output_format="jpeg")
     assert base64.b64decode(jpeg.data[0].b64_json).startswith(b"\xff\xd8")
-    assert not list(Path(stub.seen[-1]["paths"][0]).parent.glob(".inputs/*"))
+    assert not list(Path(stub.seen[-1]["paths"][0]).parents[1].glob(".inputs/*"))
 
 
 def test_openais_client_generates_images(home: Path, tmp_path: Path) -> None:
@@ -272,12 +264,14 @@ def test_a_job_that_was_running_is_tried_once_more(
     jobs.add(job)
     jobs.update(job, status="in_progress", attempts=attempts)
     jobs.close()
-    (tmp_path / f".{job.names()[0]}.partial").touch()
+    partial = tmp_path / "results" / f".{job.names()[0]}.partial"
+    partial.parent.mkdir()
+    partial.touch()
     with served(home / "wan2.1", tmp_path) as (url, _):
         done = finished(url, job.id)
         assert done["status"] == status
         assert (done["error"] or {}).get("code") == code
-        assert not list(tmp_path.glob(".*.partial"))
+        assert not partial.exists()
 
 
 def test_a_running_job_is_given_up_when_it_is_deleted(videos: Server) -> None:
@@ -323,13 +317,13 @@ def test_urls_never_reach_inside(url: str, home: Path, tmp_path: Path) -> None:
 def test_old_and_large_output_goes(home: Path, tmp_path: Path) -> None:
     with served(home / "wan2.1", tmp_path) as (url, _):
         made = [httpx.post(f"{url}/v1/videos", json={"prompt": "a", **SMALL}).json()["id"] for _ in range(3)]
-        size = [(tmp_path / f"{one}-0.mp4").stat().st_size for one in made if finished(url, one)]
+        size = [(tmp_path / "results" / f"{one}-0.mp4").stat().st_size for one in made if finished(url, one)]
     with served(home / "wan2.1", tmp_path, max_output=size[0] + size[1] + 10) as (url, _):
         assert [one["id"] for one in httpx.get(f"{url}/v1/videos").json()["data"]] == [made[2], made[1]]
-        assert not (tmp_path / f"{made[0]}-0.mp4").exists()
+        assert not (tmp_path / "results" / f"{made[0]}-0.mp4").exists()
     with served(home / "wan2.1", tmp_path, expire_after=0.0) as (url, _):
         assert httpx.get(f"{url}/v1/videos").json()["data"] == []
-        assert not list(tmp_path.glob("*.mp4"))
+        assert not list(tmp_path.rglob("*.mp4"))
 
 
 def test_jobs_are_told_as_they_change(videos: Server) -> None:

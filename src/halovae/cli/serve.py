@@ -79,7 +79,7 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="HALOVAE_API_KEY", help="What clients have to send. [default: nothing]")
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where finished files and the jobs are kept.")] = Path("outputs"),
+    output_dir: Annotated[Path, typer.Option(help="Where the jobs and, in results/, finished files are kept.")] = Path("outputs"),
     max_queue: Annotated[int, typer.Option(min=1, help="How many jobs may wait; more are answered with 429.")] = 100,
     max_body: Annotated[str, typer.Option(help="The largest request.")] = "64MiB",
     expire_after: Annotated[float, typer.Option(min=0.001, help="Hours that finished files are kept.")] = 24.0,

@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from halovae.media import discard
-from halovae.serving.jobs import ATTEMPTS, Job, Jobs, Wish, tidy
+from halovae.serving.jobs import ATTEMPTS, Job, Jobs, Wish, adopt, tidy
 from halovae.serving.line import BEAT
 from halovae.serving.metrics import Metrics
 from halovae.serving.settings import FrontSettings, RankSettings
@@ -53,9 +53,11 @@ class Dispatcher:
         self._listeners: set[asyncio.Queue[Job | None]] = set()
         self.inputs = ranks.output / ".inputs"
         self.inputs.mkdir(exist_ok=True)
+        ranks.results.mkdir(exist_ok=True)
         for job in jobs.of("in_progress"):
             self._retry(job, "the server was ended while it was being made")
-        tidy(ranks.output, jobs.of("completed"))
+        tidy(ranks.results)
+        adopt(ranks.output, ranks.results, jobs.of("completed"))
         context = zmq.asyncio.Context.instance()
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -156,7 +158,7 @@ class Dispatcher:
 
     def paths(self, job: Job) -> list[Path]:
         """Where a job's results are, or will be."""
-        return [self._ranks.output / name for name in job.names()]
+        return [self._ranks.results / name for name in job.names()]
 
     async def _send(self, message: dict[str, Any]) -> None:
         if self._peer is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sqlite3
 import time
 import uuid
@@ -83,6 +85,8 @@ class Job:
         return [f"{self.id}-{index}.{suffix}" for index in range(self.wish.count)]
 
 
+# Of a result that is being written: a name of `Job.names`, as `media.partial_of` changes it.
+_PARTIAL = re.compile(r"\.(video|image)_[0-9a-f]{32}-[0-9]+\.(mp4|png)\.partial")
 _JSON = ("wish", "files", "report")
 _COLUMNS = tuple(one.name for one in fields(Job) if one.name != "seq")
 
@@ -161,10 +165,18 @@ def _job(row: sqlite3.Row) -> Job:
     return Job(**values)
 
 
-def tidy(folder: Path, jobs: Iterable[Job]) -> None:
-    """Remove what an ended process left behind in the folder of finished files: parts, and files of no job."""
-    known = {name for job in jobs for name in job.files}
-    for kind in ("video", "image"):
-        for path in [*folder.glob(f"{kind}_*-*"), *folder.glob(f".{kind}_*.partial")]:
-            if path.name not in known:
-                path.unlink(missing_ok=True)
+def tidy(results: Path) -> None:
+    """Remove the partial results of ended processes. A finished result of an unknown job stays: its database may be
+    lost. So does every file that has another name.
+    """
+    for path in results.glob(".*.partial"):
+        if _PARTIAL.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+def adopt(output: Path, results: Path, completed: Iterable[Job]) -> None:
+    """Move the results of these jobs from `output` itself, where an earlier version kept them."""
+    for job in completed:
+        for name in job.names():
+            if (output / name).is_file() and not (results / name).exists():
+                shutil.move(output / name, results / name)

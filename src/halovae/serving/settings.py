@@ -20,7 +20,7 @@ class RankSettings:
 
     Attributes:
         model: the pipeline's folder.
-        output: where finished files go.
+        output: where the jobs and their results are kept.
         dtype: of the transformer and the text encoder; likewise `vae_dtype`.
         ulysses: degree of sequence parallelism by heads; likewise `ring`, in turns.
         vae_mode: how ranks share a decode, or an encode.
@@ -43,6 +43,11 @@ class RankSettings:
     offload: bool
     decode_batch: int
     warmup: tuple[int, int, int] | None
+
+    @property
+    def results(self) -> Path:
+        """Where finished files go: a folder of the server's own, as `output` may hold other programs' files."""
+        return self.output / "results"
 
     @property
     def endpoint(self) -> str:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 # Set in a front that a rank has started: the process of torchrun's agent, with which the front ends.
 _AGENT = "HALOVAE_AGENT"
+_KEY = "HALOVAE_API_KEY"
 _VAE_MODES: dict[str, Mode] = {"auto": "auto", "on": "parallel", "off": "single"}
 _LOOK = 2.0  # seconds between two looks whether the front, or the agent, is still there
 
@@ -77,9 +78,13 @@ def serve(
         typer.Option(help="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES to generate before the first request, and to compile."),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="HALOVAE_API_KEY", help="What clients have to send. [default: nothing]")
+        str | None,
+        typer.Option(envvar=_KEY, help="What clients have to send. [default: nothing, on a loopback address only]"),
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where the jobs and, in results/, finished files are kept.")] = Path("outputs"),
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let everyone who reaches --host use the server without a key.")
+    ] = False,
+    output_dir: Annotated[Path, typer.Option(help="For the jobs and, in results/, finished files.")] = Path("outputs"),
     max_queue: Annotated[int, typer.Option(min=1, help="How many jobs may wait; more are answered with 429.")] = 100,
     max_body: Annotated[str, typer.Option(help="The largest request.")] = "64MiB",
     expire_after: Annotated[float, typer.Option(min=0.001, help="Hours that finished files are kept.")] = 24.0,
@@ -98,6 +103,7 @@ def serve(
         check_installed("serve", "diffusers", "transformers", "fastapi", "uvicorn", "zmq", extra="diffusers,serve")
         from halovae.serving.settings import FrontSettings, RankSettings
 
+        key = _key(api_key, host, no_auth)
         under = under_torchrun()
         ranks = num_gpus or (world_size() if under else 1)
         if under and ranks != world_size():
@@ -131,7 +137,7 @@ def serve(
             pipeline=pipeline,
             host=host,
             port=port,
-            api_key=api_key,
+            api_key=key,
             max_queue=max_queue,
             max_body=parsed("--max-body", max_body, parse_bytes),
             expire_after=expire_after * 3600,
@@ -154,8 +160,6 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
     lock = _locked(ranks.output)
     if lock is None:
         raise ValueError(f"--output-dir {ranks.output}: another server is using it")
-    if front.api_key is None and not _is_loopback(front.host):
-        console.print(f"[yellow]Warning:[/] without --api-key everyone who reaches {front.host} may use this server")
     try:
         listening = socket.create_server((front.host, front.port), family=_family(front.host), backlog=2048)
     except OSError as error:
@@ -225,6 +229,25 @@ def _locked(output: Path) -> IO[str] | None:
         lock.close()
         return None
     return lock
+
+
+def _key(option: str | None, host: str, no_auth: bool) -> str | None:
+    """What clients have to send; None for nothing.
+
+    Raises:
+        ValueError: the key is blank, or there is none where others could reach the server.
+    """
+    given = os.environ.get(_KEY) if option is None else option  # typer takes a blank variable for none
+    if given is None:
+        if not (no_auth or _is_loopback(host)):
+            raise ValueError(f"--host {host}: others could reach it; give --api-key or {_KEY}, or --no-auth")
+        return None
+    key = given.strip()
+    if not (key and key.isprintable()):
+        raise ValueError(f"--api-key (or {_KEY}) is blank, or has characters that cannot be sent")
+    if no_auth:
+        raise ValueError(f"--no-auth, but also a key (--api-key or {_KEY}): leave one out")
+    return key
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -64,7 +64,7 @@ class FrontSettings:
         name: the model's, for clients.
         pipeline: what it makes.
         host: to listen on; likewise `port`.
-        api_key: what clients have to send; None for anyone.
+        api_key: what clients have to send; None for nothing.
         max_queue: how many jobs may wait.
         max_body: the largest request in bytes.
         expire_after: seconds that finished files are kept.

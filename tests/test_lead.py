@@ -5,9 +5,11 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from halovae.bench.ranks import Ranks
+from halovae.lines import join_world
 from halovae.serving import lead
 
 BUSY = 3.0  # seconds
@@ -16,8 +18,7 @@ BUSY = 3.0  # seconds
 def failed_together(alone: int | None) -> bool | None:
     """What a rank that failed is told, while ranks that did not are busy."""
     lead._AGREEMENT = timedelta(seconds=1)
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
+    join_world(torch.device("cpu"))
     mine, begin = lead.Lead(), time.monotonic()
     if alone not in (None, dist.get_rank()):
         time.sleep(BUSY)

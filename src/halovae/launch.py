@@ -6,16 +6,27 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from halovae.lines import world_size
+from halovae.lines import meet_in_file, world_size
 from halovae.mesh import leave_world
 from halovae.platform import RANK_ENVIRONMENT, threads_per_rank
 
@@ -40,6 +51,9 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     One rank runs in this process. Several are new processes; `function` and `args` must be picklable. Under torchrun
     this process is a rank already: the function runs here, and `ranks` must be the world's size.
 
+    New processes meet in a file that only this user can open, and listen on the loopback interface only. They join
+    their process group by `halovae.lines.join_world`: there is no `MASTER_ADDR`.
+
     Returns:
         What the function returned, by rank; under torchrun, for this rank alone.
 
@@ -57,18 +71,20 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     for name, value in {"OMP_NUM_THREADS": str(threads_per_rank(ranks)), **RANK_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are shown once, by us
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
     try:
-        results = elastic_launch(config, _rank_main)(function, *args)
+        with tempfile.TemporaryDirectory(prefix="halovae-ranks-", ignore_cleanup_errors=True) as folder:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=ranks,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend=_OneAgent.NAME,
+                local_addr="127.0.0.1",
+                max_restarts=0,
+                monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
+            )
+            results = elastic_launch(config, _rank_main)(Path(folder, "store"), function, *args)
     except SignalException as stopped:
         raise KeyboardInterrupt from stopped
     except ChildFailedError as failed:
@@ -80,6 +96,44 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             reason = reason.get("extraInfo", {}).get("py_callstack") or reason.get("message", str(reason))
         raise RankError(f"rank {rank} failed, and all ranks were ended:\n{str(reason).rstrip()}") from failed
     return [results[rank] for rank in range(ranks)]
+
+
+class _OneAgent(RendezvousHandler):
+    """Rendezvous of the only agent. Its store is its own memory.
+
+    torch's handlers open a TCP store on all interfaces, and unpickle what anybody writes there.
+    """
+
+    NAME = "halovae"
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        self._run_id = parameters.run_id
+
+    def get_backend(self) -> str:
+        return self.NAME
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        # torch takes an empty MASTER_ADDR for a missing one, so no rank can open a TCP store by accident.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo("", 0))
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        pass
+
+    def shutdown(self) -> bool:
+        return True
+
+
+rendezvous_handler_registry.register(_OneAgent.NAME, _OneAgent)
 
 
 def under_torchrun() -> bool:
@@ -99,7 +153,8 @@ def end_with_parent() -> None:
 
 
 @record
-def _rank_main(function: Callable[..., Any], *args: Any) -> Any:
+def _rank_main(store: Path, function: Callable[..., Any], *args: Any) -> Any:
+    meet_in_file(store)
     threading.Thread(target=end_with_parent, daemon=True).start()
     # Ctrl-C reaches every process of the terminal; the launcher is the one to report it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.geometry import Grid
-from halovae.platform import Platform
+from halovae.platform import INTERFACES, Platform
 
 Axis = Literal["rows", "cols"]
 Scope = Literal["rows", "cols", "plane", "world"]
@@ -24,12 +26,41 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+_meeting_file: Path | None = None
+
+
+def meet_in_file(file: Path) -> None:
+    """Let `join_world` meet the other ranks in `file`, on loopback; for a rank that this package started.
+
+    Args:
+        file: in a folder that only this user can enter. The ranks make it.
+    """
+    global _meeting_file
+    _meeting_file = file
+    for variable in INTERFACES.values():  # meant for worlds of several hosts
+        os.environ.pop(variable, None)
+
+
 def join_world(device: torch.device) -> None:
-    """Join the process group that torchrun's environment describes, unless this process is in one already."""
-    if world_size() > 1 and not dist.is_initialized():
-        platform = Platform(device)
-        platform.enter()
+    """Join the world's process group, unless this process is in one already.
+
+    Ranks that this package started meet in a file, others as torchrun's environment says.
+
+    Raises:
+        ValueError: the ranks span hosts, and the environment does not name the network interface to use.
+    """
+    if world_size() == 1 or dist.is_initialized():
+        return
+    platform = Platform(device)
+    platform.enter()
+    platform.choose_interfaces()
+    if _meeting_file is None:
         dist.init_process_group(platform.backend)
+    else:
+        rank, world = int(os.environ["RANK"]), world_size()
+        store = dist.FileStore(str(_meeting_file), world)  # type: ignore[attr-defined]
+        store.set_timeout(default_pg_timeout)
+        dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world)
 
 
 class Lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform as host
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ ACCELERATORS = ("cuda", "npu", "xpu")
 # What a rank process on the CPU is started with. glibc keeps freed memory below a threshold that grows to 32 MiB, which
 # is where feature maps lie; a fixed one gives maps back at once (mallopt(3)). Huge pages then make fresh maps cheap.
 RANK_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "THP_MEM_ALLOC_ENABLE": "1"}
+
+# The variables that tell collective backends which network interface to listen on.
+INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME", "hccl": "HCCL_SOCKET_IFNAME"}
 
 # Convolutions of larger maps have failed on Ascend 910B ("Conv2D" errors in the VAE at 720p, sgl-project/sglang#27853).
 # Where the border lies is not published: this is a quarter of 1280 x 720, to be replaced by a measurement.
@@ -85,6 +89,23 @@ class Platform:
         if self.kind != "cpu":
             self.module.set_device(self.device)
 
+    def choose_interfaces(self) -> None:
+        """Make gloo and this device's backend listen on one network interface; before the process group is made.
+
+        All ranks on one host: loopback, unless the environment names an interface. Ranks on several hosts: the
+        environment must name it.
+
+        Raises:
+            ValueError: ranks span hosts, and a variable does not name one interface of this host.
+        """
+        one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        for backend in sorted({"gloo", self.backend} & INTERFACES.keys()):
+            variable = INTERFACES[backend]
+            if one_host and variable in os.environ:
+                continue
+            exactly = "" if backend == "gloo" else "="  # NCCL and HCCL take a bare name for a prefix
+            os.environ[variable] = exactly + (_loopback() if one_host else _named_interface(variable))
+
     def synchronize(self) -> None:
         """Wait until the device has done all that is queued."""
         if self.kind != "cpu":
@@ -149,6 +170,32 @@ def _module(kind: str) -> Any:
     """torch's module for an accelerator, if that is installed and has a device; torch loads torch_npu by itself."""
     module = getattr(torch, kind, None)
     return module if isinstance(module, ModuleType) and module.is_available() else None
+
+
+def _loopback() -> str:
+    """The name of the interface that has 127.0.0.1: lo on Linux, lo0 on macOS."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == "127.0.0.1" for one in addresses):
+            return name
+    raise OSError("no network interface has the address 127.0.0.1, over which ranks of one host reach each other")
+
+
+def _named_interface(variable: str) -> str:
+    """The interface that an environment variable names for ranks of several hosts.
+
+    Raises:
+        ValueError: it names none, several, loopback, or one that is not here.
+    """
+    loopback = _loopback()
+    accepted = sorted(name for name in psutil.net_if_addrs() if name != loopback)
+    named = os.environ.get(variable, "")
+    if named.removeprefix("=") not in accepted:
+        raise ValueError(
+            f"{variable}={named}: the ranks span hosts, so it must name the one interface of their private network; "
+            f"here: {', '.join(accepted) or 'none but loopback'}. Ranks on one host need LOCAL_WORLD_SIZE, as torchrun "
+            "sets it"
+        )
+    return named.removeprefix("=")
 
 
 def _processor() -> str:

@@ -9,25 +9,27 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from halovae.launch import RankError, end_with_parent
+from halovae.lines import meet_in_file
 from halovae.platform import RANK_ENVIRONMENT
 
 Result = TypeVar("Result")
 
 
 class Ranks:
-    """A group of processes with torchrun's environment, which meet at the first collective call.
+    """A group of processes on this host, which meet at the first collective call.
 
     Args:
         size: how many ranks.
@@ -36,16 +38,15 @@ class Ranks:
     """
 
     def __init__(self, size: int, threads: int = 1, environment: Mapping[str, str] = RANK_ENVIRONMENT) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self._folder = tempfile.TemporaryDirectory(prefix="halovae-ranks-", ignore_cleanup_errors=True)
+        store = Path(self._folder.name, "store")
         context = multiprocessing.get_context("spawn")
         self._lines: list[Connection] = []
         self._processes = []
         with _environment(environment):
             for rank in range(size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, size, port, threads, theirs), daemon=True)
+                process = context.Process(target=_serve, args=(rank, size, store, threads, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 self._lines.append(ours)
@@ -90,6 +91,7 @@ class Ranks:
             process.terminate()
         for process in self._processes:
             process.join()
+        self._folder.cleanup()
 
     def __enter__(self) -> Ranks:
         return self
@@ -109,14 +111,10 @@ def _environment(added: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _serve(rank: int, size: int, port: int, threads: int, line: Connection) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _serve(rank: int, size: int, store: Path, threads: int, line: Connection) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    meet_in_file(store)
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
     while True:

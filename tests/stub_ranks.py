@@ -69,11 +69,8 @@ class StubRanks(threading.Thread):
             self.line.tell("finished", order["order"], decode=DECODE)
 
 
-@contextmanager
-def served(model: Path, output: Path, stub: bool = True, **options: Any) -> Iterator[tuple[str, StubRanks | None]]:
-    """A front for a model's folder: its URL, and its ranks."""
-    output.mkdir(exist_ok=True)
-    ranks = RankSettings(
+def rank_settings(model: Path, output: Path) -> RankSettings:
+    return RankSettings(
         model,
         output,
         torch.float32,
@@ -87,11 +84,23 @@ def served(model: Path, output: Path, stub: bool = True, **options: Any) -> Iter
         decode_batch=4,
         warmup=None,
     )
+
+
+def front_settings(model: Path, **options: Any) -> FrontSettings:
+    """For one machine and everyone on it, but for what `options` say."""
     front = FrontSettings(
         "tiny", Pipeline.read(model), "127.0.0.1", free_port(), None, max_queue=100, max_body=2**20,
         expire_after=3600.0, max_output=None, allow_url_inputs=False,
     )  # fmt: skip
-    front = replace(front, **options)
+    return replace(front, **options)
+
+
+@contextmanager
+def served(model: Path, output: Path, stub: bool = True, **options: Any) -> Iterator[tuple[str, StubRanks | None]]:
+    """A front for a model's folder: its URL, and its ranks."""
+    output.mkdir(exist_ok=True)
+    ranks = rank_settings(model, output)
+    front = front_settings(model, **options)
     config = uvicorn.Config(
         make_app(ranks, front), front.host, front.port, log_level="error", timeout_graceful_shutdown=1
     )

@@ -1,23 +1,119 @@
 """What a server keeps: the files of others, its results, and what became of each job."""
 
+import asyncio
+import base64
+import io
+import json
+import queue
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from serving import finished, submitted
-from stub_ranks import served
+import typer
+import zmq
+from PIL import Image
+from serving import SMALL, finished, submitted
+from stub_ranks import DECODE, front_settings, rank_settings, served
 
-from halovae import tiny
+from halovae import media, tiny
+from halovae.cli import serve
+from halovae.serving import app
+from halovae.serving.dispatch import Dispatcher
 from halovae.serving.jobs import Job, Jobs, Wish
 
 ID = "0123456789abcdef" * 2
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "wan2.1"
-    tiny.make_model("wan2.1", folder)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("wan2.1", "wan2.1-i2v", "qwen-image"):
+        tiny.make_model(name, folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(home: Path) -> Path:
+    return home / "wan2.1"
+
+
+class Rank:
+    """Rank 0 as the front knows it, for tests that say each word themselves."""
+
+    def __init__(self, model: Path, output: Path) -> None:
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVTIMEO, 60_000)
+        self._socket.connect(rank_settings(model, output).endpoint)
+        self.tell("beat", ready=True)
+        assert self.hear()["kind"] == "welcome"
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        self._socket.send(json.dumps({"kind": kind, **facts}).encode())
+
+    def hear(self) -> dict[str, Any]:
+        said: dict[str, Any] = json.loads(self._socket.recv())
+        return said
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`heard(kind)` waits until the front has taken the next message of this kind."""
+    kinds: queue.Queue[str] = queue.Queue()
+    take = Dispatcher._take
+
+    async def noted(self: Dispatcher, peer: bytes, message: dict[str, Any]) -> None:
+        try:
+            await take(self, peer, message)
+        finally:
+            kinds.put(message["kind"])
+
+    def wait(kind: str) -> None:
+        while kinds.get(timeout=60) != kind:
+            pass
+
+    monkeypatch.setattr(Dispatcher, "_take", noted)
+    return wait
+
+
+@pytest.fixture
+def swept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], BaseException | None]:
+    """`swept()` waits for the next sweep to end, and gives the error that it ended with."""
+    ends: queue.Queue[BaseException | None] = queue.Queue()
+    expire = Dispatcher.expire
+
+    def noted(self: Dispatcher) -> None:
+        error: BaseException | None = None
+        try:
+            expire(self)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            ends.put(error)
+
+    monkeypatch.setattr(Dispatcher, "expire", noted)
+    monkeypatch.setattr(app, "_SWEEP", 0.01)
+    return lambda: ends.get(timeout=20)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Another process, such as a backup, that keeps everyone from writing to the database."""
+    other = sqlite3.connect(output / "jobs.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        other.close()
 
 
 @pytest.mark.parametrize("folder", [".", "results"])
@@ -71,3 +167,237 @@ def test_results_of_an_earlier_version_are_found(model: Path, tmp_path: Path) ->
         with served(model, tmp_path, stub=False) as (url, _):
             assert httpx.get(f"{url}/v1/videos/{job.id}/content").content == b"a video"
     assert [path.parent.name for path in tmp_path.rglob("*.mp4")] == ["results"]
+
+
+def test_what_is_not_on_disk_is_not_believed(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path / "jobs.sqlite")
+    job = Job.new("video", "tiny", Wish("a", (64, 48), 5, 2, 0))
+    jobs.add(job)
+    jobs.close()
+    with pytest.raises(sqlite3.ProgrammingError):
+        jobs.update(job, status="completed", files=job.names())
+    assert (job.status, job.files) == ("queued", [])
+
+
+def test_jobs_that_end_while_the_database_is_locked_end(
+    model: Path, tmp_path: Path, heard: Callable[[str], None]
+) -> None:
+    with served(model, tmp_path, stub=False) as (url, _):
+        rank = Rank(model, tmp_path)
+        videos = [submitted(url) for _ in range(2)]
+        orders = [rank.hear()["order"] for _ in videos]
+        with locked(tmp_path):
+            for order in orders:
+                rank.tell("started", order=order)
+            rank.tell("finished", order=orders[0], decode=DECODE)
+            rank.tell("failed", order=orders[1], code="out_of_memory", message="no plan fits \ud800")
+            heard("failed")
+            assert [finished(url, video, 0)["status"] for video in videos] == ["queued"] * 2
+        shown = [finished(url, video) for video in videos]
+    assert [one["status"] for one in shown] == ["completed", "failed"]
+    assert shown[1]["error"] == {"code": "out_of_memory", "message": "no plan fits ?"}
+
+
+def test_ranks_have_work_while_the_database_is_locked(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, stub=False) as (url, _):
+        rank = Rank(model, tmp_path)
+        videos = [submitted(url) for _ in range(3)]
+        orders = [rank.hear()["order"] for _ in range(2)]
+        with locked(tmp_path):
+            rank.tell("started", order=orders[0])
+            rank.tell("denoised", order=orders[0], seconds=0.1)
+            orders.append(rank.hear()["order"])
+        for order in orders:
+            rank.tell("finished", order=order, decode=DECODE)
+        assert [finished(url, video)["status"] for video in videos] == ["completed"] * 3
+
+
+def test_pictures_that_are_made_while_the_database_is_locked_are_answered(
+    home: Path, tmp_path: Path, heard: Callable[[str], None]
+) -> None:
+    with served(home / "qwen-image", tmp_path) as (url, stub), ThreadPoolExecutor(1) as pool:
+        assert stub is not None
+        stub.held.set()
+        body = {"prompt": "a", "size": "64x48", "response_format": "url"}
+        asked = pool.submit(httpx.post, f"{url}/v1/images/generations", json=body, timeout=60)
+        heard("progress")
+        with locked(tmp_path):
+            stub.held.clear()
+            heard("finished")
+        answer = asked.result(timeout=20)
+        assert answer.status_code == 200, answer.text
+        assert httpx.get(answer.json()["data"][0]["url"]).content.startswith(b"\x89PNG")
+
+
+def test_what_ranks_had_when_they_ended_is_tried_again_though_the_database_was_locked(
+    model: Path, tmp_path: Path, heard: Callable[[str], None]
+) -> None:
+    with served(model, tmp_path, stub=False) as (url, _):
+        first = Rank(model, tmp_path)
+        video = submitted(url)
+        first.tell("started", order=first.hear()["order"])
+        heard("beat")
+        heard("started")
+        with locked(tmp_path):
+            second = Rank(model, tmp_path)
+            heard("beat")
+        order = second.hear()["order"]
+        second.tell("started", order=order)
+        second.tell("finished", order=order, decode=DECODE)
+        assert finished(url, video)["status"] == "completed"
+
+
+def test_a_job_deleted_before_its_end_is_on_disk_stays_deleted(
+    model: Path, tmp_path: Path, heard: Callable[[str], None]
+) -> None:
+    with served(model, tmp_path, stub=False) as (url, _):
+        rank = Rank(model, tmp_path)
+        video, other = submitted(url), submitted(url)
+        orders = [rank.hear()["order"] for _ in range(2)]
+        with locked(tmp_path):
+            rank.tell("finished", order=orders[0], decode=DECODE)
+            rank.tell("finished", order=orders[1], decode=DECODE)
+            heard("finished")
+            heard("finished")
+            refused = httpx.delete(f"{url}/v1/videos/{video}", timeout=30)
+            assert (refused.status_code, refused.headers["retry-after"].isdigit()) == (503, True)
+        httpx.delete(f"{url}/v1/videos/{video}").raise_for_status()
+        assert finished(url, other)["status"] == "completed"
+        assert httpx.get(f"{url}/v1/videos/{video}").status_code == 404
+
+
+def test_a_job_that_cannot_be_written_is_refused(home: Path, tmp_path: Path) -> None:
+    png = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(png, "png")
+    picture = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    body = {"prompt": "a", "input_reference": picture, **SMALL}
+    with served(home / "wan2.1-i2v", tmp_path, stub=False) as (url, _):
+        with locked(tmp_path):
+            refused = httpx.post(f"{url}/v1/videos", json=body, timeout=30)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"].isdigit()
+        error = refused.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "database_unavailable")
+        assert not list((tmp_path / ".inputs").iterdir())
+        assert httpx.post(f"{url}/v1/videos", json=body).status_code == 200
+
+
+def test_a_job_for_which_the_disk_has_no_room_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Jobs.__init__
+
+    def no_room(self: Jobs, path: Path) -> None:
+        begin(self, path)
+        self._db.execute("PRAGMA max_page_count = 1")  # it never holds less than it does
+
+    monkeypatch.setattr(Jobs, "__init__", no_room)
+    with served(model, tmp_path, stub=False) as (url, _):
+        refused = httpx.post(f"{url}/v1/videos", json={"prompt": "a" * 30_000, **SMALL})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (507, "disk_full")
+
+
+def test_a_job_that_ends_while_the_disk_is_full_ends_once_there_is_room(
+    model: Path, tmp_path: Path, heard: Callable[[str], None]
+) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        with served(model, tmp_path, stub=False) as (url, _):
+            rank = Rank(model, tmp_path)
+            video = submitted(url)
+            order = rank.hear()["order"]
+            filling = tmp_path / "filling"
+            with filling.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            rank.tell("started", order=order)
+            rank.tell("finished", order=order, decode=DECODE)
+            heard("finished")
+            assert finished(url, video, 0)["status"] == "queued"
+            filling.unlink()
+            assert finished(url, video)["status"] == "completed"
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_sweep_that_fails_is_logged_and_tried_again(
+    model: Path, tmp_path: Path, swept: Callable[[], BaseException | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(model, tmp_path) as (url, _):
+        finished(url, submitted(url))
+    with ExitStack() as lock:
+        lock.enter_context(locked(tmp_path))
+        with served(model, tmp_path, stub=False, expire_after=0.0) as (url, _):
+            while swept() is None:
+                pass
+            lock.close()
+            while swept() is not None:
+                pass
+            assert httpx.get(f"{url}/v1/videos").json()["data"] == []
+    assert not list(tmp_path.rglob("*.mp4"))
+    assert "old results could not be removed" in caplog.text
+
+
+def test_a_result_that_cannot_be_removed_keeps_no_other_one(
+    model: Path, tmp_path: Path, swept: Callable[[], BaseException | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(model, tmp_path) as (url, _):
+        stuck = [finished(url, submitted(url))["id"] for _ in range(3)][1]
+    refuse = True
+
+    def discard(path: Path) -> None:
+        if refuse and stuck in path.name:
+            raise PermissionError(path)
+        media.discard(path)
+
+    monkeypatch.setattr("halovae.serving.dispatch.discard", discard)
+    with served(model, tmp_path, stub=False, expire_after=0.0) as (url, _):
+        while [one["id"] for one in httpx.get(f"{url}/v1/videos").json()["data"]] != [stuck]:
+            swept()
+        refuse = False
+        while httpx.get(f"{url}/v1/videos").json()["data"]:
+            swept()
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_server_that_no_longer_hears_its_ranks_ends(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    async def broken(self: Dispatcher) -> None:
+        raise zmq.ContextTerminated
+
+    async def agent_gone() -> None:
+        """Ends a server that would live on."""
+        await asyncio.sleep(20)
+
+    monkeypatch.setattr(Dispatcher, "run", broken)
+    monkeypatch.setattr(serve, "_agent_gone", agent_gone)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(typer.Exit) as ended:
+        serve._run_front(rank_settings(model, tmp_path), front_settings(model), None)
+    assert ended.value.exit_code == 1
+    assert "the dispatcher ended" in caplog.text
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1
+    assert "the dispatcher ended (ContextTerminated" in errors[0]
+
+
+def test_what_no_waiting_mends_ends_the_dispatcher(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def damaged(self: Jobs, job: Job, **changes: Any) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    monkeypatch.setattr(Jobs, "update", damaged)
+    with served(model, tmp_path, stub=False) as (url, _):
+        rank = Rank(model, tmp_path)
+        submitted(url)
+        rank.tell("started", order=rank.hear()["order"])
+        deadline = time.monotonic() + 20
+        while "the dispatcher ended: so does the server" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert "the dispatcher ended: so does the server" in caplog.text
+    assert "malformed" in caplog.text

@@ -25,6 +25,7 @@ from halovae.cli.common import (
     console,
     degrees,
     errors_shown,
+    fail,
     parse_bytes,
     parse_size,
     parsed,
@@ -164,7 +165,14 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         listening = socket.create_server((front.host, front.port), family=_family(front.host), backlog=2048)
     except OSError as error:
         raise OSError(f"--host {front.host} --port {front.port}: cannot be listened on ({error.strerror})") from error
-    server = uvicorn.Server(uvicorn.Config(make_app(ranks, front), log_level="warning", timeout_graceful_shutdown=3))
+    failures: list[str] = []
+
+    def give_up(reason: str) -> None:
+        failures.append(reason)
+        server.should_exit = True
+
+    app = make_app(ranks, front, give_up)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
     for wish in (signal.SIGINT, signal.SIGTERM):
         signal.signal(wish, lambda *_: setattr(server, "should_exit", True))
     group = Group(start, ranks) if start is not None else None
@@ -177,9 +185,12 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         await asyncio.wait([serving, watching], return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         await serving
+        error = watching.exception() if watching.done() else None
         watching.cancel()
-        if watching.done() and isinstance(watching.exception(), GroupLost):
+        if isinstance(error, GroupLost):
             raise ValueError(f"--model-path {ranks.model}: the ranks ended before they were ready, see above")
+        if error is not None:
+            failures.append(f"the watch over the ranks ended ({error!r})")
 
     try:
         asyncio.run(run())
@@ -187,6 +198,8 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         if group is not None:
             group.stop()
         lock.close()
+    if failures:
+        fail(f"the server gave up: {'; '.join(failures)}; jobs are kept in {ranks.output}", 1)
     console.print(f"ended; jobs are kept in {ranks.output}", soft_wrap=True)
 
 

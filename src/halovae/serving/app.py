@@ -6,9 +6,12 @@ import asyncio
 import base64
 import hmac
 import json
-from collections.abc import AsyncIterator, Sequence
+import logging
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +43,7 @@ from halovae.serving.schemas import (
 )  # fmt: skip
 from halovae.serving.settings import FrontSettings, RankSettings
 
+log = logging.getLogger(__name__)
 _SWEEP = 30.0  # seconds between two looks for what has expired
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
@@ -49,19 +53,29 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         404: "There is no such thing.",
         413: "The body is too large.",
         429: "The queue is full.",
+        503: "The jobs cannot be read or written at the moment.",
+        507: "The disk is full.",
     }.items()
 }
 
 
-def make_app(ranks: RankSettings, front: FrontSettings) -> FastAPI:
-    """The server's front, which works with whatever ranks come to its endpoint."""
+def make_app(ranks: RankSettings, front: FrontSettings, fail: Callable[[str], object] = lambda reason: None) -> FastAPI:
+    """The server's front. It works with whatever ranks come to its endpoint.
+
+    `fail` is called with a reason when the front can no longer do its work. It has to end the server.
+    """
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         jobs = Jobs(ranks.output / "jobs.sqlite")
         dispatcher = app.state.dispatcher = Dispatcher(jobs, ranks, front, metrics)
-        tasks = [asyncio.create_task(dispatcher.run()), asyncio.create_task(_sweeping(dispatcher))]
+        tasks = [
+            asyncio.create_task(dispatcher.run(), name="the dispatcher"),
+            asyncio.create_task(_sweeping(dispatcher), name="the sweep of old results"),
+        ]
+        for task in tasks:
+            task.add_done_callback(partial(_ended_early, fail))
         yield
         for task in tasks:
             task.cancel()
@@ -79,8 +93,18 @@ def make_app(ranks: RankSettings, front: FrontSettings) -> FastAPI:
 
 async def _sweeping(dispatcher: Dispatcher) -> None:
     while True:
-        dispatcher.expire()
+        try:
+            dispatcher.expire()
+        except Exception:
+            log.exception("old results could not be removed: tried again in %g s", _SWEEP)
         await asyncio.sleep(_SWEEP)
+
+
+def _ended_early(fail: Callable[[str], object], task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        error = task.exception()
+        log.critical("%s ended: so does the server", task.get_name(), exc_info=error)
+        fail(f"{task.get_name()} ended ({error!r})")
 
 
 def _dispatcher(request: Request) -> Dispatcher:
@@ -276,9 +300,11 @@ async def _submitted(
         for path, data in zip(paths, images, strict=True):
             path.write_bytes(data)
         await dispatcher.submit(job)
-    except (QueueFull, OSError) as refused:
+    except (QueueFull, OSError, sqlite3.OperationalError) as refused:
         for path in paths:
             path.unlink(missing_ok=True)
+        if isinstance(refused, sqlite3.OperationalError):
+            raise
         if isinstance(refused, OSError):
             raise ApiError(507, f"the picture cannot be kept: {refused.strerror}", code="disk_full") from refused
         message = f"{front.max_queue} jobs wait already (--max-queue)"
@@ -300,6 +326,7 @@ async def _made(
             waiting.cancel()
             await dispatcher.remove(job)
             raise ApiError(400, "the client left before its pictures were made")
+    await waiting
     done = dispatcher.jobs.get(job.id)
     if done is None or not done.ended:
         raise ApiError(503, "the pictures were given up", code="cancelled", headers={"Retry-After": "10"})
@@ -344,7 +371,10 @@ def _file(dispatcher: Dispatcher, job: Job, index: int) -> Path:
         raise ApiError(404, f"{job.id} is {job.status}: there is no content", code=f"{job.kind}_not_ready")
     if index >= len(job.files):
         raise ApiError(404, f"{job.id} holds {len(job.files)} results", "index", "not_found")
-    return dispatcher.paths(job)[index]
+    path = dispatcher.paths(job)[index]
+    if not path.is_file():
+        raise ApiError(404, f"the file of {job.id} is gone", code="not_found")
+    return path
 
 
 def _shown(dispatcher: Dispatcher, job: Job) -> Video:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sqlite3
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 import zmq.asyncio
@@ -26,6 +29,8 @@ log = logging.getLogger(__name__)
 _SILENCE = 10 * BEAT  # after which ranks count as gone
 _AHEAD = 2  # orders that are not denoised yet: one at work, and one for when it is done
 _DENOISING = 80  # percent of a job's progress; the rest is decoding
+_BUSY = 0.05  # seconds that the event loop waits for another process that writes to the database
+_PAUSES = 0.1, 2.0  # seconds until news that could not be written is tried again: at first, and at most
 
 
 class QueueFull(Exception):
@@ -39,6 +44,20 @@ class _Flight:
     job: Job
     stage: str = "waiting"
     done: int = 0
+    over: bool = False  # the ranks have let go of it, which is not on disk yet
+
+
+class _News(NamedTuple):
+    """What has become of an order, until it is on disk.
+
+    Attributes:
+        write: puts it on disk before it does anything else.
+        last: nothing more will come of the order.
+    """
+
+    order: str
+    write: Callable[[Job], None]
+    last: bool
 
 
 class Dispatcher:
@@ -48,6 +67,8 @@ class Dispatcher:
         self.jobs, self._ranks, self._front, self._metrics = jobs, ranks, front, metrics
         self._flights: dict[str, _Flight] = {}
         self._removed: dict[str, Job] = {}  # by order, until the ranks have let go of it
+        self._news: deque[_News] = deque()
+        self._pause, self._next_try = _PAUSES[0], 0.0
         self._peer: bytes | None = None
         self._ready, self._heard = False, 0.0
         self._listeners: set[asyncio.Queue[Job | None]] = set()
@@ -62,6 +83,7 @@ class Dispatcher:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(ranks.endpoint)
+        jobs.wait_for_others(_BUSY)
 
     @property
     def expire_after(self) -> float:
@@ -74,15 +96,23 @@ class Dispatcher:
         return self._ready and time.monotonic() - self._heard < _SILENCE
 
     async def run(self) -> None:
-        """Hear what the ranks have to say, for ever."""
+        """Hear what the ranks have to say, and write it down, for ever."""
         while True:
-            peer, message = await self._socket.recv_multipart()
-            try:
-                await self._take(peer, json.loads(message))
-            except Exception:  # one job's trouble must not end the others'
-                log.exception("a message of the ranks was not understood")
+            pause = max(0.0, self._next_try - time.monotonic()) if self._news else None
+            if await self._socket.poll(None if pause is None else round(1000 * pause)):
+                parts = await self._socket.recv_multipart()
+                try:
+                    peer, message = parts
+                    await self._take(peer, json.loads(message))
+                except Exception:  # one job's trouble must not end the others'
+                    log.exception("a message of the ranks was not understood")
+            if time.monotonic() >= self._next_try:
+                self._write()
+            await self._pump()
 
     async def close(self) -> None:
+        with suppress(sqlite3.Error):  # a job whose end is not written is made again after the next start
+            self._write()
         self._socket.close()
         for listener in self._listeners:
             listener.put_nowait(None)
@@ -116,8 +146,10 @@ class Dispatcher:
         self.jobs.delete(job.id)
         for order, flight in list(self._flights.items()):
             if flight.job.id == job.id:
-                await self._send({"kind": "cancel", "order": order})
-                self._removed[order] = self._flights.pop(order).job
+                del self._flights[order]
+                if not flight.over:
+                    self._removed[order] = job
+                    await self._send({"kind": "cancel", "order": order})
         self._discard(job)
         self._publish(job)
         await self._pump()
@@ -149,12 +181,15 @@ class Dispatcher:
         """Forget ended jobs that are too old, and the oldest ones while all files together are too large."""
         now, size = time.time(), 0
         for job in reversed(self.jobs.of("completed", "failed")):
-            size += sum(path.stat().st_size for path in self.paths(job) if path.exists())
-            old = now - (job.completed or job.created) > self._front.expire_after
-            if old or (self._front.max_output is not None and size > self._front.max_output):
-                self.jobs.delete(job.id)
-                self._discard(job)
-                self._publish(job)
+            try:
+                size += sum(path.stat().st_size for path in self.paths(job) if path.exists())
+                old = now - (job.completed or job.created) > self._front.expire_after
+                if old or (self._front.max_output is not None and size > self._front.max_output):
+                    self._discard(job)  # first: what is no longer in the database would never be removed
+                    self.jobs.delete(job.id)
+                    self._publish(job)
+            except OSError:
+                log.exception("%s cannot be removed, and is tried again at the next sweep", job.id)
 
     def paths(self, job: Job) -> list[Path]:
         """Where a job's results are, or will be."""
@@ -175,10 +210,8 @@ class Dispatcher:
             self._ready = bool(message["ready"])
         elif flight := self._flights.get(message["order"]):
             self._advance(message["order"], flight, kind, message)
-            self._publish(flight.job)
         elif kind in ("finished", "failed", "cancelled") and message["order"] in self._removed:
             self._discard(self._removed.pop(message["order"]))
-        await self._pump()
 
     async def _greet(self, peer: bytes) -> None:
         """New ranks: what others were given is to be done again."""
@@ -186,34 +219,74 @@ class Dispatcher:
             self._metrics.restarts.inc()
         self._peer, self._ready = peer, False
         await self._send({"kind": "welcome"})
-        flights, self._flights = self._flights, {}
-        for flight in flights.values():
-            if flight.stage != "waiting":
-                self._retry(flight.job, "a rank ended while it was being made")
-            self._publish(flight.job)
+        for order, flight in list(self._flights.items()):
+            if flight.stage == "waiting":
+                del self._flights[order]
+            elif not flight.over:
+                flight.over = True
+                self._news.append(
+                    _News(order, partial(self._retry, reason="a rank ended while it was being made"), True)
+                )
 
     def _advance(self, order: str, flight: _Flight, kind: str, message: dict[str, Any]) -> None:
-        job, now = flight.job, time.time()
+        """What the ranks are at is known at once; what becomes of the job only once it is written."""
+        now = time.time()
+        write: Callable[[Job], None]
         if kind == "started":
+            write = partial(self._begin, now=now)
             flight.stage = "denoising"
-            self.jobs.update(job, status="in_progress", started=now, attempts=job.attempts + 1)
         elif kind == "progress":
             flight.stage, flight.done = message["stage"], message["done"]
+            return self._publish(flight.job)
         elif kind == "denoised":
+            write = partial(self._denoised, seconds=message["seconds"])
             flight.stage, flight.done = "decoding", 0
-            self.jobs.update(job, denoised=message["seconds"])
-            self._metrics.denoising.labels(job.kind).observe(message["seconds"])
-        else:
-            del self._flights[order]
-            if kind == "finished":
-                decode = message["decode"]
-                self.jobs.update(job, status="completed", completed=now, files=job.names(), report=decode)
-                self._metrics.finished(job, decode)
-                self._drop_inputs(job)
-            elif kind == "failed":
-                self._fail(job, message["code"], message["message"])
-            else:  # cancelled by nobody here: the ranks let go of it
-                self._retry(job, "the ranks gave it up")
+        elif kind == "finished":
+            write = partial(self._complete, now=now, decode=message["decode"])
+        elif kind == "failed":
+            write = partial(self._fail, code=message["code"], message=message["message"])
+        else:  # cancelled by nobody here: the ranks let go of it
+            write = partial(self._retry, reason="the ranks gave it up")
+        flight.over = kind not in ("started", "denoised")
+        self._news.append(_News(order, write, flight.over))
+
+    def _write(self) -> None:
+        """Write the news in order. What cannot be written now, and what comes after it, is tried again later."""
+        while self._news:
+            order, write, last = self._news[0]
+            flight = self._flights.get(order)
+            if flight is not None:  # else its job was removed meanwhile
+                try:
+                    write(flight.job)
+                except sqlite3.OperationalError as error:
+                    if self._pause == _PAUSES[0]:
+                        log.warning("the jobs cannot be written (%s): this is tried again until they are", error)
+                    self._next_try = time.monotonic() + self._pause
+                    self._pause = min(2 * self._pause, _PAUSES[1])
+                    return
+                except sqlite3.Error:
+                    raise  # waiting would not help
+                except Exception:
+                    log.exception("%s is written, but not all was done that follows", flight.job.id)
+                if last:
+                    del self._flights[order]
+                self._publish(flight.job)
+            self._news.popleft()
+        if self._pause != _PAUSES[0]:
+            self._pause = _PAUSES[0]
+            log.warning("the jobs are written again")
+
+    def _begin(self, job: Job, now: float) -> None:
+        self.jobs.update(job, status="in_progress", started=now, attempts=job.attempts + 1)
+
+    def _denoised(self, job: Job, seconds: float) -> None:
+        self.jobs.update(job, denoised=seconds)
+        self._metrics.denoising.labels(job.kind).observe(seconds)
+
+    def _complete(self, job: Job, now: float, decode: dict[str, Any]) -> None:
+        self.jobs.update(job, status="completed", completed=now, files=job.names(), report=decode)
+        self._metrics.finished(job, decode)
+        self._drop_inputs(job)
 
     def _retry(self, job: Job, reason: str) -> None:
         if job.attempts < ATTEMPTS:
@@ -222,7 +295,8 @@ class Dispatcher:
             self._fail(job, "interrupted", f"{reason}, {ATTEMPTS} times")
 
     def _fail(self, job: Job, code: str, message: str) -> None:
-        self.jobs.update(job, status="failed", completed=time.time(), error_code=code, error_message=message)
+        text = message.encode(errors="replace").decode()  # SQLite takes no lone surrogates
+        self.jobs.update(job, status="failed", completed=time.time(), error_code=code, error_message=text)
         self._metrics.failed.labels(job.kind, code).inc()
         self._drop_inputs(job)
 
@@ -244,12 +318,15 @@ class Dispatcher:
         if not self._ready:
             return
         most = _AHEAD + 2 * self._ranks.decode_batch
-        ahead = sum(flight.stage in ("waiting", "denoising") for flight in self._flights.values())
+        ahead = sum(flight.stage in ("waiting", "denoising") for flight in self._flights.values() if not flight.over)
         room = min(_AHEAD - ahead, most - len(self._flights))
         if room <= 0:
             return
         given = {flight.job.id for flight in self._flights.values()}
-        waiting = [job for job in self.jobs.of("queued", limit=len(given) + room) if job.id not in given]
+        try:
+            waiting = [job for job in self.jobs.of("queued", limit=len(given) + room) if job.id not in given]
+        except sqlite3.OperationalError as error:  # the ranks' next beat comes here again
+            return log.warning("the jobs cannot be read (%s)", error)
         for job in waiting[:room]:
             order = uuid.uuid4().hex
             self._flights[order] = _Flight(job)

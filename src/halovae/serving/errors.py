@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -50,6 +51,14 @@ def from_validation(error: ValidationError | RequestValidationError) -> ApiError
     return ApiError(400, f"{param}: {first['msg']}{given}" if param else str(first["msg"]), param, "invalid_value")
 
 
+def from_database(error: sqlite3.OperationalError) -> ApiError:
+    """What a client is told when the jobs cannot be read or written: nothing was changed."""
+    if "full" in str(error):
+        return ApiError(507, "the disk is full: jobs cannot be kept", code="disk_full")
+    message = f"the jobs cannot be reached at the moment ({error}): try again"
+    return ApiError(503, message, code="database_unavailable", headers={"Retry-After": "2"})
+
+
 def _short(value: Any) -> str:
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -65,6 +74,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
         return from_validation(error).response()
+
+    @app.exception_handler(sqlite3.OperationalError)
+    async def database(request: Request, error: sqlite3.OperationalError) -> JSONResponse:
+        return from_database(error).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:

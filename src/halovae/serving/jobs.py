@@ -105,6 +105,10 @@ class Jobs:
     def close(self) -> None:
         self._db.close()
 
+    def wait_for_others(self, seconds: float) -> None:
+        """How long a call waits for another process that writes, before it raises sqlite3.OperationalError."""
+        self._db.execute(f"PRAGMA busy_timeout = {round(1000 * seconds)}")
+
     def add(self, job: Job) -> None:
         """Keep a new job; it is on disk when this returns."""
         values = _row(asdict(job))
@@ -118,11 +122,11 @@ class Jobs:
         return next(iter(self._select("WHERE id = ?", job)), None)
 
     def update(self, job: Job, **changes: Any) -> None:
-        """Change a job, here and on disk."""
-        for name, value in changes.items():
-            setattr(job, name, value)
+        """Change a job on disk, and then here: a change that cannot be written is not made."""
         assigned = ", ".join(f"{name} = ?" for name in changes)
         self._db.execute(f"UPDATE jobs SET {assigned} WHERE id = ?", [*_row(changes).values(), job.id])
+        for name, value in changes.items():
+            setattr(job, name, value)
 
     def delete(self, job: str) -> None:
         self._db.execute("DELETE FROM jobs WHERE id = ?", (job,))

@@ -1,0 +1,281 @@
+"""What listens on the network while ranks of this host work: loopback only, and nothing that unpickles.
+
+`listening` is `ss -ltn`: it is compared before and during a two-rank run of each command.
+"""
+
+import ipaddress
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from models import latents, vae
+from PIL import Image
+from server import Server
+from typer.testing import CliRunner
+
+from halovae import Grid, Mesh, tiny
+from halovae import latents as latents_file
+from halovae.bench.ranks import Ranks
+from halovae.cli.main import app
+from halovae.encode import Encoder
+from halovae.launch import launch
+from halovae.models.load import encoder_from_module
+from halovae.platform import Platform
+from halovae.serving.lead import Lead
+
+pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp6").exists(), reason="reads Linux's tables of sockets")
+
+_LOOK_S = 0.02
+_LONG_S = 60
+
+
+def listening() -> dict[tuple[str, int], int | None]:
+    """Address and port of each listening TCP socket of this machine, and the process that holds it."""
+    sockets = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    return {(one.laddr.ip, one.laddr.port): one.pid for one in sockets if one.laddr}
+
+
+def _table() -> str:
+    """The kernel's lines about listening TCP sockets (state 0A), without the processes: quick to read."""
+    lines = [line for version in ("tcp", "tcp6") for line in Path(f"/proc/net/{version}").read_text().splitlines()]
+    return "\n".join(sorted(line for line in lines if " 0A " in line))
+
+
+def is_loopback(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+class Watch:
+    """Looks all the time for sockets that this process and its descendants open to listen on."""
+
+    def __init__(self) -> None:
+        self._before = listening()
+        self._family = {os.getpid()}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.opened: set[tuple[str, int]] = set()
+
+    def _run(self) -> None:
+        seen = ""
+        while not self._ended.wait(_LOOK_S):
+            seen, before = _table(), seen
+            if seen == before:
+                continue
+            now = listening()
+            self._family |= {child.pid for child in psutil.Process().children(recursive=True)}
+            self.opened |= {one for one, pid in now.items() if pid in self._family and one not in self._before}
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """The ranks listened, and everything that listened did so on loopback."""
+        assert self.opened, "nothing was seen: the ranks did not reach each other"
+        others = sorted(one for one in self.opened if not is_loopback(one[0]))
+        assert not others, f"listened to other hosts: {others}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VAE `vae`, its latents `video.safetensors`, a picture `picture.png`, a pipeline `pipeline`."""
+    root = tmp_path_factory.mktemp("models")
+    vae("wan2.1").save_pretrained(root / "vae")
+    z = latents("wan2.1", frames=1, height=4, width=4)
+    latents_file.save(root / "video.safetensors", z, "wan2.1", scaled=False, fps=12)
+    Image.new("RGB", (32, 32)).save(root / "picture.png")
+    tiny.make_model("wan2.1", root / "pipeline")
+    return root
+
+
+COMMANDS = {
+    "decode": "{root}/video.safetensors --model {root}/vae -o {out}/clip.mp4 --num-gpus 2 --grid 2x1",
+    "generate": "cat --model-path {root}/pipeline -o {out}/clip.mp4 --size 32x32 --num-frames 1"
+    " --num-inference-steps 1 --num-gpus 2",
+    "bench": "--model {root}/vae --size 32x32 --frames 1 --modes parallel --num-gpus 2 --repeat 1 -o {out}",
+    "validate": "--model-path {root}/vae --size 32x32 --frames 1 --num-gpus 2 -o {out}",
+    "calibrate": "--num-gpus 2",
+    "demo": "--output {out}",
+}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "decode",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name != "decode"),
+    ],
+)
+def test_a_command_on_two_ranks_listens_on_loopback_only(
+    command: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "cache"))
+    words = COMMANDS[command].format(root=folder, out=tmp_path).split()
+    with Watch() as watch:
+        done = CliRunner().invoke(app, [command, *words])
+    assert done.exit_code == 0, done.output
+    watch.check()
+
+
+def test_encode_listens_on_nothing(folder: Path, tmp_path: Path) -> None:
+    words = ["encode", folder / "picture.png", "--model", folder / "vae", "-o", tmp_path / "z.safetensors"]
+    with Watch() as watch:
+        done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    assert not watch.opened
+
+
+def test_a_server_listens_on_loopback_only(folder: Path, tmp_path: Path) -> None:
+    with Watch() as watch, Server(folder / "pipeline", tmp_path / "served") as server:
+        server.wait()
+        server.stop()
+    watch.check()
+    assert ("127.0.0.1", server.port) in watch.opened
+
+
+def encode() -> list[int]:
+    encoder = Encoder(encoder_from_module(vae("wan2.1")))
+    return list(encoder.encode(torch.zeros(1, 3, 1, 32, 32), mode="parallel").shape)
+
+
+@pytest.mark.slow
+def test_an_encode_on_two_ranks_listens_on_loopback_only() -> None:
+    with Watch() as watch:
+        assert launch(2, encode) == [[1, 32, 1, 4, 4]] * 2
+    watch.check()
+
+
+def all_lines() -> list[int]:
+    """Talk over every kind of process group that a decode or a server makes."""
+    mesh = Mesh(Grid(rows=2), torch.device("cpu"))
+    Lead().say("a word")
+    return mesh.lines.all_values(mesh.rank)
+
+
+def test_ranks_for_measurements_listen_on_loopback_only() -> None:
+    with Watch() as watch, Ranks(2) as ranks:
+        assert ranks.run(all_lines) == [[0, 1]] * 2
+    watch.check()
+
+
+def all_lines_until(enough: Path) -> None:
+    all_lines()
+    enough.with_name(str(dist.get_rank())).touch()
+    wait_for(enough.exists)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + _LONG_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(_LOOK_S)
+
+
+def is_store(port: int) -> bool:
+    """Whether torch's TCP store, whose values torch unpickles, answers its VALIDATE and PING at a port."""
+    token = b"ping"
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=2) as line:
+            line.sendall(b"\x00" + (0x3C85F7CE).to_bytes(4, "little") + b"\x0d" + token)
+            return line.recv(len(token)) == token
+    except OSError:  # nobody there, or one that waits for other words
+        return False
+
+
+def test_the_probe_knows_a_store() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    assert is_store(store.port)
+
+
+def test_launch_listens_on_loopback_only_and_a_stranger_finds_no_store(tmp_path: Path) -> None:
+    enough = tmp_path / "enough"
+    tried: dict[tuple[str, int], bool] = {}
+
+    def attack() -> None:
+        try:
+            wait_for(lambda: enough.exists() or all((tmp_path / str(rank)).exists() for rank in range(2)))
+            there = sorted(watch.opened & listening().keys())
+            with ThreadPoolExecutor() as pool:
+                tried.update(zip(there, pool.map(is_store, [port for _, port in there]), strict=True))
+        finally:
+            enough.touch()
+
+    stranger = threading.Thread(target=attack)
+    with Watch() as watch:
+        stranger.start()
+        try:
+            launch(2, all_lines_until, enough)
+        finally:
+            enough.touch()
+            stranger.join()
+    assert tried, "no port was tried"
+    stores = [one for one, answered in tried.items() if answered]
+    assert not stores, f"stores that anybody may write pickles to: {stores}"
+    watch.check()
+
+
+@pytest.fixture
+def on_hosts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Platform]:
+    """`on_hosts(2)`: the platform of a rank of two on so many hosts, without any interface named."""
+
+    def of(hosts: int) -> Platform:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 // hosts))
+        monkeypatch.setattr(Platform, "backend", "nccl")  # which needs a name beside gloo's
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            monkeypatch.setenv(variable, "")
+            monkeypatch.delenv(variable)
+        return Platform(torch.device("cpu"))
+
+    return of
+
+
+def interfaces() -> tuple[str | None, str | None]:
+    return os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")
+
+
+def test_on_one_host_loopback_is_used_unless_the_user_names_an_interface(
+    on_hosts: Callable[[int], Platform], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = on_hosts(1)
+    platform.choose_interfaces()
+    assert interfaces() == ("lo", "=lo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "wire")
+    platform.choose_interfaces()
+    assert interfaces() == ("wire", "=lo")
+
+
+@pytest.mark.parametrize("named", [None, "", "wire,wire2", "wir", "^lo", "lo", "0.0.0.0"])
+@pytest.mark.parametrize("variable", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
+def test_on_several_hosts_one_interface_must_be_named(
+    variable: str, named: str | None, on_hosts: Callable[[int], Platform], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = on_hosts(2)
+    address = psutil.net_if_addrs()["lo"]
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": address, "wire": [], "wire2": []})
+    for each in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(each, "wire")
+    platform.choose_interfaces()
+    assert interfaces() == ("wire", "=wire")
+    platform.choose_interfaces()
+    assert interfaces() == ("wire", "=wire")
+    if named is None:
+        monkeypatch.delenv(variable)
+    else:
+        monkeypatch.setenv(variable, named)
+    with pytest.raises(ValueError, match=f"{variable}=.*here: wire, wire2"):
+        platform.choose_interfaces()

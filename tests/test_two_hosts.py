@@ -63,15 +63,17 @@ def hosts() -> Iterator[list[Host]]:
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True)
 
 
-def begin(hosts: list[Host], model: Path, home: Path, *options: str) -> list[subprocess.Popen[bytes]]:
+def begin(
+    hosts: list[Host], model: Path, home: Path, *options: str, interface: str = "wire"
+) -> list[subprocess.Popen[bytes]]:
     """torchrun on each host, with a folder of its own there."""
-    environment = {"GLOO_SOCKET_IFNAME": "wire", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {"GLOO_SOCKET_IFNAME": interface, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     agents = []
     for index, host in enumerate(hosts):
         words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{FIRST}:29400"]
         words += [option.format(index=index, address=host.address, host=index == 0) for option in options]
         words += ["-m", "halovae.cli.main", "serve", "--model-path", str(model), "--sp-degree", "2", "--dtype", "fp32"]
-        words += ["--port", "8080", "--host", "0.0.0.0", "--output-dir", str(home / str(index))]
+        words += ["--port", "8080", "--host", "0.0.0.0", "--no-auth", "--output-dir", str(home / str(index))]
         with (home / f"{index}.log").open("w") as log:
             agents.append(
                 host.popen(
@@ -133,6 +135,18 @@ def test_a_video_is_served_and_all_end_when_a_host_loses_its_rank(hosts: list[Ho
     finally:
         end(agents)
     assert not (tmp_path / "1" / "jobs.sqlite").exists()  # the second host had no front
+
+
+def test_without_a_named_interface_no_rank_starts(hosts: list[Host], tmp_path: Path) -> None:
+    tiny.make_model("wan2.1", tmp_path / "model")
+    agents = begin(hosts, tmp_path / "model", tmp_path, "--node-rank={index}", interface="")
+    try:
+        assert [agent.wait(120) for agent in agents] == [1, 1]
+    finally:
+        end(agents)
+    said = " ".join((tmp_path / "0.log").read_text().split())
+    assert "GLOO_SOCKET_IFNAME=: the ranks span hosts" in said
+    assert "here: wire." in said
 
 
 @pytest.mark.slow

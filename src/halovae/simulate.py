@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from halovae.decode import Decoder
@@ -20,6 +21,8 @@ from halovae.geometry import Grid
 from halovae.lines import Lines, Scope, Value
 from halovae.mesh import Mesh
 from halovae.platform import Platform
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -91,23 +94,53 @@ def simulate(decoder: Decoder, latents: Tensor, grid: Grid, link: Link | None = 
     Raises:
         ValueError: as `Decoder.stream` raises it.
     """
-    meeting = _Meeting(grid, link or Link())
-    platform = Platform(decoder.device)
-    results: list[tuple[Tensor | None, SimulatedRank, float] | None] = [None] * grid.size
+
+    def work(mesh: Mesh, lines: _ThreadLines) -> tuple[Tensor | None, SimulatedRank, float]:
+        stream = decoder.stream(latents, mesh=mesh, **options)
+        frames = stream.join()
+        lines.pause()
+        took = stream.report.ranks[0]
+        allocated = took.memory.peak_allocated
+        simulated = SimulatedRank(mesh.rank, lines.computing, lines.waiting, allocated, took.messages, took.bytes_sent)
+        return frames, simulated, lines.clock
+
+    done = _on_threads(grid, decoder.device, work, link or Link())
+    frames = done[0][0]
+    assert frames is not None
+    return Simulation(frames, grid, tuple(rank for _, rank, _ in done), max(clock for _, _, clock in done))
+
+
+def on_threads(grid: Grid, device: torch.device, function: Callable[[Mesh], Result]) -> list[Result]:
+    """Call a function on each rank of a grid, every rank a thread of this process. One computes at a time.
+
+    Args:
+        grid: of the ranks.
+        device: which all of them use.
+        function: takes the rank's mesh.
+
+    Returns:
+        What it returned, by rank.
+
+    Raises:
+        BaseException: what the first rank that failed raised.
+    """
+    return _on_threads(grid, device, lambda mesh, _: function(mesh), Link())
+
+
+def _on_threads(
+    grid: Grid, device: torch.device, function: Callable[[Mesh, _ThreadLines], Result], link: Link
+) -> list[Result]:
+    meeting, platform = _Meeting(grid, link), Platform(device)
+    results: dict[int, Result] = {}
+
+    random = torch.get_rng_state()
 
     def work(rank: int) -> None:
         try:
             with meeting.turn:
+                torch.set_rng_state(random)
                 lines = _ThreadLines(meeting, rank, platform)
-                stream = decoder.stream(latents, mesh=Mesh(grid, decoder.device, lines), **options)
-                frames = stream.join()
-                lines.pause()
-                took = stream.report.ranks[0]
-                allocated = took.memory.peak_allocated
-                simulated = SimulatedRank(
-                    rank, lines.computing, lines.waiting, allocated, took.messages, took.bytes_sent
-                )
-                results[rank] = frames, simulated, lines.clock
+                results[rank] = function(Mesh(grid, device, lines), lines)
         except BaseException as error:
             meeting.fail(error)
 
@@ -118,10 +151,7 @@ def simulate(decoder: Decoder, latents: Tensor, grid: Grid, link: Link | None = 
         thread.join()
     if meeting.failure is not None:
         raise meeting.failure
-    done = [result for result in results if result is not None]
-    frames = done[0][0]
-    assert frames is not None
-    return Simulation(frames, grid, tuple(rank for _, rank, _ in done), max(clock for _, _, clock in done))
+    return [results[rank] for rank in range(grid.size)]
 
 
 class _Meeting:
@@ -180,6 +210,7 @@ class _ThreadLines(Lines):
     def pause(self) -> None:
         """Put what was computed since the last turn on the clock."""
         self._platform.synchronize()
+        self._random = torch.get_rng_state()  # each rank draws the numbers that a process of its own would
         took = time.perf_counter() - self._resumed
         self.clock += took
         self.computing += took
@@ -188,6 +219,7 @@ class _ThreadLines(Lines):
         later = max([self.clock, *arrivals])
         self.waiting += later - self.clock
         self.clock = later
+        torch.set_rng_state(self._random)
         self._resumed = time.perf_counter()
 
     def exchange(

@@ -1,0 +1,90 @@
+"""What a recorded graph computes without its input: masks, positions, schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+_LARGEST = 2**20  # bytes of a constant that is computed once; larger ones are computed whenever the graph runs
+
+
+@dataclass
+class Memory:
+    """A storage of a recorded graph.
+
+    Attributes:
+        storage: itself, so that no other one gets its id.
+        constant: whether nothing in it depends on the input.
+        attribute: whether it is from outside of the graph.
+        written: whether an operator writes to it.
+        nodes: the tensors in it.
+    """
+
+    storage: Any
+    constant: bool
+    attribute: bool
+    written: bool = False
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    def write(self, constant: bool) -> None:
+        """Note that something is written to it, constant or not."""
+        self.written = True
+        self.constant = self.constant and constant
+
+
+class Constants:
+    """The values of a graph's constant nodes, computed in order, each once."""
+
+    def __init__(self) -> None:
+        self._values: dict[fx.Node, Any] = {}
+
+    def call(self, func: Any, arguments: tuple[Any, Any], graph: fx.Graph, attributes: dict[str, Tensor]) -> Any:
+        """The result of an operator on constant nodes, at this point of the graph."""
+        with _disable_current_modes(), torch.no_grad():
+            for node in graph.nodes:
+                self._compute(node, attributes, limited=False)
+            args, kwargs = fx.node.map_arg((tuple(arguments[0]), arguments[1]), self._values.__getitem__)
+            return func(*args, **kwargs)
+
+    def fold(self, graph: fx.Graph, attributes: dict[str, Tensor]) -> None:
+        """Make attributes of the constants that other nodes use."""
+        self._values.clear()
+        made: dict[tuple[fx.Node, int], fx.Node] = {}
+        with _disable_current_modes(), torch.no_grad():
+            for node in list(graph.nodes):
+                if self._compute(node, attributes, limited=True):
+                    continue
+                for source in node.all_input_nodes:
+                    value = self._values.get(source)
+                    if not isinstance(value, Tensor) or source.op == "get_attr":
+                        continue
+                    key = source, value._version
+                    if key not in made:
+                        name = f"constant_{len(attributes)}"
+                        attributes[name] = value.clone()
+                        with graph.inserting_before(node):
+                            made[key] = graph.create_node("get_attr", name)
+                        made[key].meta = {**source.meta}
+                    node.replace_input_with(source, made[key])
+
+    def _compute(self, node: fx.Node, attributes: dict[str, Tensor], limited: bool) -> bool:
+        """Compute a node, if that is possible. Returns whether its value is known."""
+        if node in self._values:
+            return True
+        if not node.meta.get("constant") or node.op == "output":
+            return False
+        if limited and node.meta.get("bytes", 0) > _LARGEST:
+            return False
+        if node.op == "get_attr":
+            self._values[node] = attributes[str(node.target)]
+            return True
+        if any(source not in self._values for source in node.all_input_nodes):
+            return False
+        function: Any = node.target
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        self._values[node] = function(*args, **kwargs)
+        return True

@@ -1,0 +1,270 @@
+"""One rank's view of a partitioned plane: how tensors get onto it, move between layouts, and come off it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halovae.lines import Scope
+from halovae.mesh import Mesh
+from halovae.plane import operators
+from halovae.plane.layout import (
+    Coordinates,
+    Factor,
+    Layout,
+    MeshDim,
+    Uneven,
+    even,
+    is_partitioned,
+    joined,
+    local_extent,
+    partitioned,
+    ranges,
+    regrouped,
+    replicated,
+    rounded,
+    shape,
+)  # fmt: skip
+from halovae.plane.operators import Wanted
+from halovae.plane.tensor import PlaneTensor
+
+if TYPE_CHECKING:
+    from halovae.plane.trace import Recorder
+
+
+class Plane:
+    """What one rank knows of the plane that it shares with others.
+
+    Args:
+        mesh: the ranks. Those along its batch each have a plane of their own.
+        recorder: notes operators instead of computing them; None to compute.
+
+    Attributes:
+        extents: ranks along each mesh dim that has more than one.
+        coordinates: where this rank is along these.
+        fallbacks: calls of each operator that no rule covers: they ran replicated on all ranks.
+        gathered: bytes that these received.
+        received: bytes that all operators received.
+        computed: bytes of the results of all operators.
+        inside: how many rules are at work, one within the other.
+    """
+
+    def __init__(self, mesh: Mesh, recorder: Recorder | None = None) -> None:
+        self.mesh = mesh
+        self.recorder = recorder
+        everyone: dict[MeshDim, int] = {"rows": mesh.grid.rows, "cols": mesh.grid.cols}
+        places: Coordinates = {"rows": mesh.row, "cols": mesh.col}
+        self.extents = {name: ranks for name, ranks in everyone.items() if ranks > 1}
+        self.coordinates: Coordinates = {name: places[name] for name in self.extents}
+        self.fallbacks: Counter[str] = Counter()
+        self.gathered: Counter[str] = Counter()
+        self.received = self.computed = 0
+        self.inside = 0
+        self._seen: dict[tuple[int, ...], Layout] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let operators of this thread use this plane's ranks. Buffers of a plane's size are made partitioned."""
+        from halovae.plane.rules.creation import Factories
+
+        # Operators on inference tensors arrive undecomposed, so that mode gives way to one that differs in speed only.
+        with operators.on(self.mesh), torch.inference_mode(False), torch.no_grad(), Factories(self):
+            yield
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Be at work on an operator."""
+        self.inside += 1
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self.inside -= 1
+
+    def run(self, operator: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Call an operator between ranks, or record it."""
+        return operator(*args) if self.recorder is None else self.recorder.operator(operator, args, self.mesh)
+
+    def lift(self, x: Any) -> PlaneTensor:
+        """A tensor that every rank has all of, as a plane tensor."""
+        return x if isinstance(x, PlaneTensor) else self.wrap(x, replicated(tuple(x.shape)))
+
+    def wrap(self, local: Tensor, layout: Layout, frozen: str = "") -> PlaneTensor:
+        """A plane tensor of this rank's part of it."""
+        return PlaneTensor(local, layout, self, frozen)
+
+    def scatter(self, x: Tensor, multiple: int = 1) -> PlaneTensor:
+        """Partition the last two dims of a tensor that every rank has all of. No data moves.
+
+        Args:
+            x: `[..., H, W]`.
+            multiple: of which all bounds are to be multiples, where H and W are.
+        """
+        with self.working():
+            return self.to_layout(self.lift(x), self.layout_of(tuple(x.shape), multiple))
+
+    def layout_of(self, sizes: tuple[int, ...], multiple: int = 1) -> Layout:
+        """The layout of a map `[..., H, W]` whose last two dims are partitioned."""
+        layout = list(replicated(sizes))
+        dims: tuple[tuple[int, MeshDim], ...] = ((-2, "rows"), (-1, "cols"))
+        for dim, mesh_dim in dims:
+            layout[dim] = joined((self.factor(sizes[dim], mesh_dim, multiple),))
+        self.note(tuple(layout))
+        return tuple(layout)
+
+    def factor(self, size: int, mesh_dim: MeshDim, multiple: int = 1) -> Factor:
+        """A dim of a plane, partitioned evenly where it has a cell for every rank."""
+        ranks = self.extents.get(mesh_dim, 1)
+        step = multiple if size % multiple == 0 else 1
+        if ranks == 1 or size // step < ranks:
+            return Factor(size)
+        return Factor(size // step, mesh_dim, even(size // step, ranks)).times(step)
+
+    def full(self, x: Any) -> Any:
+        """All of a plane tensor, on every rank; other values as they are."""
+        with self.working():
+            return self.to_whole(x, range(x.ndim)).local if isinstance(x, PlaneTensor) else x
+
+    def to_whole(self, x: PlaneTensor, dims: Sequence[int]) -> PlaneTensor:
+        """The tensor with these dims on every rank."""
+        for dim in dims:
+            while is_partitioned(x.partition[dim]):
+                index, factor = next((i, f) for i, f in enumerate(x.partition[dim]) if f.mesh_dim)
+                ranks = len(factor.bounds) - 1
+                x = self.moved(x, dim, index, (((0, factor.size),),) * ranks, Factor(factor.size))
+        return x
+
+    def moved(self, x: PlaneTensor, dim: int, index: int, wanted: Wanted, result: Factor) -> PlaneTensor:
+        """The tensor with one factor's data where they are wanted.
+
+        Args:
+            x: the tensor.
+            dim: which dim.
+            index: which of the dim's factors; a partitioned one.
+            wanted: what each rank along its mesh dim wants.
+            result: the factor that these intervals make up.
+        """
+        factors = x.partition[dim]
+        factor = factors[index]
+        assert factor.mesh_dim is not None
+        layout = (
+            *x.partition[:dim],
+            joined((*factors[:index], result, *factors[index + 1 :])),
+            *x.partition[dim + 1 :],
+        )
+        local, at = x.local, dim
+        if len(factors) > 1:
+            sizes = [one.local(self.coordinates) for one in factors]
+            local, at = local.unflatten(dim, sizes), dim + index
+        local = self.fetch(local, at, factor, wanted)
+        if len(factors) > 1:
+            local = local.flatten(dim, dim + len(factors) - 1)
+        return self.wrap(local, layout, "it was made of other ranks' data")
+
+    def fetch(self, local: Tensor, dim: int, factor: Factor, wanted: Wanted) -> Tensor:
+        """`operators.fetch` over a factor; where no rank wants what others have, the part that it wants."""
+        assert factor.mesh_dim is not None
+        position = self.coordinates[factor.mesh_dim]
+        owned = ranges(factor.bounds)
+        pairs = list(zip(owned, wanted, strict=True))
+        if all(len(mine) == 1 and own[0] <= mine[0][0] and mine[0][1] <= own[1] for own, mine in pairs):
+            start, stop = wanted[position][0]
+            own = owned[position]
+            return local if (start, stop) == own else local.narrow(dim, start - own[0], stop - start)
+        inside = [(max(a, 0), min(b, factor.size)) for a, b in wanted[position]]
+        kept = sum(max(0, min(b, owned[position][1]) - max(a, owned[position][0])) for a, b in inside)
+        cells = local.numel() // local.shape[dim] * local.element_size()
+        self.received += (sum(max(0, b - a) for a, b in inside) - kept) * cells
+        return self.run(operators.fetch, local, dim, factor.mesh_dim, factor.bounds, wanted)
+
+    def gather(self, local: Tensor, mesh_dims: set[MeshDim]) -> Tensor:
+        """Every rank's small tensor `[ranks, ...]`, over the ranks along these mesh dims."""
+        scope, ranks = self.scope(mesh_dims)
+        self.received += (ranks - 1) * local.numel() * local.element_size()
+        return self.run(operators.gather, local, scope, ranks)
+
+    def scope(self, mesh_dims: set[MeshDim]) -> tuple[Scope, int]:
+        """The ranks along these mesh dims, and their number."""
+        if len(mesh_dims) == 2:
+            return "plane", self.extents["rows"] * self.extents["cols"]
+        (mesh_dim,) = mesh_dims
+        return mesh_dim, self.extents[mesh_dim]
+
+    def places(self, mesh_dims: set[MeshDim]) -> list[Coordinates]:
+        """Where the ranks of such a scope are, in order."""
+        rows = range(self.extents["rows"]) if "rows" in mesh_dims else [self.coordinates.get("rows", 0)]
+        cols = range(self.extents["cols"]) if "cols" in mesh_dims else [self.coordinates.get("cols", 0)]
+        return [{"rows": row, "cols": col} for row in rows for col in cols]
+
+    def to_layout(self, x: PlaneTensor, layout: Layout) -> PlaneTensor:
+        """The tensor in another layout of the same shape."""
+        assert shape(layout) == tuple(x.shape), (layout, x.shape)
+        for dim, (now, then) in enumerate(zip(x.partition, layout, strict=True)):
+            if now == then:
+                continue
+            ours, theirs = [(f.size, f.mesh_dim) for f in now], [(f.size, f.mesh_dim) for f in then]
+            if ours == theirs:  # other bounds
+                for index, (mine, wished) in enumerate(zip(now, then, strict=True)):
+                    if mine != wished:
+                        x = self.moved(x, dim, index, tuple((one,) for one in ranges(wished.bounds)), wished)
+            else:
+                x = self.to_whole(x, [dim])
+        for dim, (now, then) in enumerate(zip(x.partition, layout, strict=True)):
+            if now != then:
+                x = self.cut(x, dim, then)
+        return x
+
+    def cut(self, x: PlaneTensor, dim: int, factors: tuple[Factor, ...]) -> PlaneTensor:
+        """Leave this rank its part of a dim that it has all of. No data moves."""
+        local = x.local
+        if len(factors) > 1:
+            local = local.unflatten(dim, [factor.size for factor in factors])
+        for index, factor in enumerate(factors):
+            if factor.mesh_dim is not None:
+                start = factor.bounds[self.coordinates[factor.mesh_dim]]
+                local = local.narrow(dim + index, start, factor.local(self.coordinates))
+        if len(factors) > 1:
+            local = local.flatten(dim, dim + len(factors) - 1)
+        return self.wrap(
+            local, (*x.partition[:dim], factors, *x.partition[dim + 1 :]), "it is part of what every rank has"
+        )
+
+    def viewed(self, x: PlaneTensor, sizes: tuple[int, ...]) -> tuple[PlaneTensor, Layout]:
+        """The tensor in a layout in which it can be viewed in other sizes, and the view's layout."""
+        while True:
+            try:
+                return x, regrouped(x.partition, sizes)
+            except Uneven as uneven:
+                cut = uneven.factor
+                if cut.mesh_dim is None:
+                    raise
+                dim, factor = next((dim, one) for dim, one in partitioned(x.partition) if one.mesh_dim == cut.mesh_dim)
+                # What was cut is the factor with whole ones merged into it, or what an earlier cut left of it.
+                multiple = uneven.multiple // math.gcd(uneven.multiple, cut.size // factor.size or 1)
+                multiple *= factor.size // cut.size or 1
+                bounds = rounded(factor.bounds, multiple) if multiple else None
+                if bounds is None or bounds == factor.bounds:
+                    x = self.to_whole(x, [dim])
+                else:
+                    index, wished = x.partition[dim].index(factor), factor._replace(bounds=bounds)
+                    x = self.moved(x, dim, index, tuple((one,) for one in ranges(bounds)), wished)
+
+    def local_sizes(self, layout: Layout) -> list[int]:
+        """The extents of this rank's part."""
+        return [local_extent(dim, self.coordinates) for dim in layout]
+
+    def note(self, layout: Layout) -> None:
+        """Remember the bounds of a map, so that buffers of its size get them too."""
+        if len(layout) >= 3 and any(map(is_partitioned, layout[-2:])):
+            self._seen[shape(layout)[-2:]] = layout[-2:]
+
+    def like_seen(self, sizes: tuple[int, ...]) -> Layout | None:
+        """The layout of a new buffer, if maps of its size were seen."""
+        found = self._seen.get(sizes[-2:]) if len(sizes) >= 3 else None
+        return None if found is None else (*replicated(sizes[:-2]), *found)

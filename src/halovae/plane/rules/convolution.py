@@ -1,0 +1,233 @@
+"""Convolutions of any kernel, stride, dilation, padding and groups; transposed ones; pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae.plane.layout import Bounds, Factor, MeshDim, even, is_partitioned, proper, ranges, sole
+from halovae.plane.rules.registry import rule
+from halovae.plane.tensor import PlaneTensor
+
+if TYPE_CHECKING:
+    from halovae.plane.plane import Plane
+
+aten = torch.ops.aten
+Reach = Callable[[int, int], tuple[int, int]]  # the inputs that a range of outputs depends on
+
+
+def output_factor(plane: Plane, before: Factor, size: int, bounds: Callable[[int], int], mesh_dim: MeshDim) -> Factor:
+    """The factor of an operator's result: cut where the input is, else evenly, else not at all.
+
+    Args:
+        plane: the plane.
+        before: the input's.
+        size: extent of the result.
+        bounds: where in the result a bound of the input lies.
+        mesh_dim: over which to partition.
+    """
+    ranks = plane.extents.get(mesh_dim, 1)
+    if ranks == 1 or size < ranks:
+        return Factor(size)
+    if before.mesh_dim is not None:
+        cut: Bounds = (0, *(bounds(bound) for bound in before.bounds[1:-1]), size)
+        if proper(cut, size):
+            return Factor(size, mesh_dim, cut)
+    return Factor(size, mesh_dim, even(size, ranks))
+
+
+def supply(plane: Plane, local: Tensor, dim: int, before: Factor, result: Factor, reach: Reach) -> tuple[Tensor, int]:
+    """This rank's part of a map with all that its part of the result depends on, zeros outside of the map included.
+
+    Args:
+        plane: the plane.
+        local: this rank's part.
+        dim: the dim to extend it along.
+        before: the dim's factor.
+        result: the result's.
+        reach: the inputs that a range of outputs depends on.
+
+    Returns:
+        The data, and the index in the whole map of their first row (or col).
+    """
+    parts = ranges(result.bounds) if result.mesh_dim is not None else ((0, result.size),)
+    wanted = tuple((reach(start, stop),) for start, stop in parts)
+    mesh_dim = result.mesh_dim or before.mesh_dim
+    assert mesh_dim is not None
+    if result.mesh_dim is None:
+        wanted *= plane.extents[mesh_dim]
+    (mine,) = wanted[plane.coordinates[mesh_dim]]
+    if before.mesh_dim is None:
+        return zero_extended(local, dim, mine, before.size), mine[0]
+    return plane.fetch(local, dim, before, wanted), mine[0]
+
+
+def zero_extended(x: Tensor, dim: int, interval: tuple[int, int], size: int) -> Tensor:
+    """An interval of a dim, with zeros for what lies outside of it."""
+    start, stop = interval
+    inner = x.narrow(dim, max(start, 0), min(stop, size) - max(start, 0))
+    before, after = max(-start, 0), max(stop - size, 0)
+    return F.pad(inner, [0, 0] * (x.ndim - 1 - dim) + [before, after]) if before or after else inner
+
+
+def prepared(plane: Plane, x: PlaneTensor, spatial: int) -> PlaneTensor:
+    """A convolution's input `[N, C, *]`: channels whole, and each spatial dim one factor, or whole."""
+    tangled = [dim for dim in range(x.ndim - spatial, x.ndim) if sole(x.partition[dim]) is None]
+    return plane.to_whole(x, [dim for dim in (x.ndim - spatial - 1, *tangled) if is_partitioned(x.partition[dim])])
+
+
+def mesh_dim_of(plane: Plane, x: PlaneTensor, dim: int) -> MeshDim | None:
+    """Over which mesh dim a spatial dim is partitioned, or may be once it is large enough."""
+    factor = sole(x.partition[dim])
+    if factor is not None:
+        return factor.mesh_dim
+    wished: MeshDim | None = {x.ndim - 2: "rows", x.ndim - 1: "cols"}.get(dim)  # type: ignore[assignment]
+    taken = {one.mesh_dim for other in x.partition for one in other}
+    return wished if wished in plane.extents and wished not in taken else None
+
+
+def windows(
+    plane: Plane,
+    x: PlaneTensor,
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, list[int], list[Factor]]:
+    """This rank's part of the input of a sliding window over the spatial dims.
+
+    Returns:
+        The data, with what is padded of partitioned dims; the padding left to do; the factors of the result.
+    """
+    spatial = len(kernel)
+    local, left, factors = x.local, list(padding), []
+    for index, (size, k, s, p, d) in enumerate(zip(sizes, kernel, stride, padding, dilation, strict=True)):
+        dim = x.ndim - spatial + index
+        mesh_dim, before = mesh_dim_of(plane, x, dim), sole(x.partition[dim]) or Factor(x.shape[dim])
+        if mesh_dim is None:
+            factors.append(Factor(size))
+            continue
+
+        def middle(bound: int, k: int = k, s: int = s, p: int = p, d: int = d) -> int:
+            return -((d * (k - 1) - 2 * (bound + p)) // (2 * s))  # ceil((bound + p - d (k - 1) / 2) / s)
+
+        def reach(start: int, stop: int, k: int = k, s: int = s, p: int = p, d: int = d) -> tuple[int, int]:
+            return start * s - p, (stop - 1) * s - p + d * (k - 1) + 1
+
+        factor = output_factor(plane, before, size, middle, mesh_dim)
+        if factor.mesh_dim is None and before.mesh_dim is None:
+            factors.append(factor)
+            continue
+        local, _ = supply(plane, local, dim, before, factor, reach)
+        left[index] = 0
+        factors.append(factor)
+    return local, left, factors
+
+
+@rule(aten.convolution, aten._convolution, aten.convolution_overrideable)
+def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each rank fetches what its part of the result depends on, and pads nothing of what is partitioned."""
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, *rest = args
+    if not isinstance(x, PlaneTensor) or isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
+        return NotImplemented
+    spatial = weight.ndim - 2
+    if x.ndim != weight.ndim:
+        return NotImplemented
+    stride, padding, dilation, output_padding = (
+        list(one) * (spatial if len(one) == 1 else 1) for one in (stride, padding, dilation, output_padding)
+    )
+    kernel = weight.shape[2:]
+    x = prepared(plane, x, spatial)
+    channels = weight.shape[0]
+    if transposed:
+        channels = weight.shape[1] * groups
+        local, factors = _transposed(plane, x, weight, bias, stride, padding, dilation, output_padding, groups)
+    else:
+        sizes = [
+            (x.shape[2 + index] + 2 * p - d * (k - 1) - 1) // s + 1
+            for index, (k, s, p, d) in enumerate(zip(kernel, stride, padding, dilation, strict=True))
+        ]
+        data, left, factors = windows(plane, x, sizes, kernel, stride, padding, dilation)
+        local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
+    layout = (x.partition[0], (Factor(channels),) if channels != 1 else (), *(_dim(factor) for factor in factors))
+    plane.note(layout)
+    return plane.wrap(local, layout)
+
+
+def _dim(factor: Factor) -> tuple[Factor, ...]:
+    return (factor,) if factor.size != 1 else ()
+
+
+def _transposed(
+    plane: Plane, x: PlaneTensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], output_padding: Sequence[int], groups: int,
+) -> tuple[Tensor, list[Factor]]:  # fmt: skip
+    """A transposed convolution: input i reaches the outputs `i * s - p + d * t`."""
+    spatial = weight.ndim - 2
+    local, factors = x.local, []
+    cuts: list[tuple[int, int, int]] = []
+    left, extra = list(padding), list(output_padding)
+    for index in range(spatial):
+        dim, k, s, p, d = 2 + index, weight.shape[2 + index], stride[index], padding[index], dilation[index]
+        length = x.shape[dim]
+        size = (length - 1) * s - 2 * p + d * (k - 1) + output_padding[index] + 1
+        mesh_dim, before = mesh_dim_of(plane, x, dim), sole(x.partition[dim]) or Factor(length)
+        if mesh_dim is None:
+            factors.append(Factor(size))
+            continue
+
+        def middle(bound: int, k: int = k, s: int = s, p: int = p, d: int = d) -> int:
+            return -((-(2 * bound - 1) * s + 2 * p - d * (k - 1)) // 2)
+
+        def reach(
+            start: int, stop: int, k: int = k, s: int = s, p: int = p, d: int = d, n: int = length
+        ) -> tuple[int, int]:
+            first, last = max(0, -((d * (k - 1) - start - p) // s)), min(n - 1, (stop - 1 + p) // s)
+            return min(first, n - 1), max(last, min(first, n - 1)) + 1
+
+        factor = output_factor(plane, before, size, middle, mesh_dim)
+        if factor.mesh_dim is None and before.mesh_dim is None:
+            factors.append(factor)
+            continue
+        local, first = supply(plane, local, dim, before, factor, reach)
+        start = factor.bounds[plane.coordinates[mesh_dim]] if factor.mesh_dim else 0
+        wanted = factor.local(plane.coordinates)
+        left[index], extra[index] = 0, 0
+        cuts.append((dim, start + p - first * s, wanted))
+        factors.append(factor)
+    result: Tensor = aten.convolution(local, weight, bias, stride, left, dilation, True, extra, groups)
+    for dim, start, wanted in cuts:
+        missing = start + wanted - result.shape[dim]
+        if missing > 0:  # output padding, which nothing reaches
+            shape = [*result.shape[:dim], missing, *result.shape[dim + 1 :]]
+            filling = result.new_zeros(shape)
+            if bias is not None:
+                filling = filling + bias.view(-1, *[1] * spatial)
+            result = torch.cat([result, filling], dim)
+        if (start, wanted) != (0, result.shape[dim]):
+            result = result.narrow(dim, start, wanted)
+    return result.contiguous() if cuts else result, factors
+
+
+@rule(aten.avg_pool2d, aten.avg_pool3d)
+def pooling(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pooling without padding, whose windows end within the map."""
+    x, kernel = args[:2]
+    stride, padding = (args[at] if len(args) > at else None for at in (2, 3))
+    rest = args[4:]
+    spatial = 3 if "3d" in func._schema.name else 2
+    kernel = list(kernel) * (spatial if len(kernel) == 1 else 1)
+    stride = list(stride or kernel) * (spatial if len(stride or kernel) == 1 else 1)
+    if any(padding or [0]) or any(rest[:1]) or kwargs:
+        return NotImplemented
+    dims = [dim for dim in range(x.ndim - spatial, x.ndim) if sole(x.partition[dim]) is None]
+    x = plane.to_whole(x, dims)
+    sizes = [(x.shape[x.ndim - spatial + i] - k) // s + 1 for i, (k, s) in enumerate(zip(kernel, stride, strict=True))]
+    data, _, factors = windows(plane, x, sizes, kernel, stride, [0] * spatial, [1] * spatial)
+    layout = (*x.partition[: x.ndim - spatial], *(_dim(factor) for factor in factors))
+    return plane.wrap(func(data, kernel, stride, [0] * spatial, *rest), layout)

@@ -1,0 +1,74 @@
+"""New tensors, and random ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from halovae.plane.layout import replicated
+from halovae.plane.rules.registry import rule
+
+if TYPE_CHECKING:
+    from halovae.plane.plane import Plane
+
+aten = torch.ops.aten
+
+
+@rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
+def like(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each rank makes its part."""
+    x, *rest = args
+    return plane.wrap(func(x.local, *rest, **kwargs), x.partition)
+
+
+@rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
+def new(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A buffer of a map's size is partitioned as that map is; others are whole."""
+    x, sizes, *rest = args
+    layout = plane.like_seen(tuple(sizes)) or replicated(tuple(sizes))
+    return plane.wrap(func(x.local, plane.local_sizes(layout), *rest, **kwargs), layout)
+
+
+@rule(
+    aten.rand_like, aten.randn_like, aten.randint_like, aten.normal_, aten.uniform_, aten.bernoulli_, aten.bernoulli,
+    aten.random_, aten.exponential_,
+)  # fmt: skip
+def random(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Every rank draws the whole plane's numbers, the same as one device does, and keeps its part."""
+    x, *rest = args
+    if func._schema.name == "aten::bernoulli":
+        return NotImplemented
+    blank = torch.empty(x.shape, dtype=x.dtype, device=x.local.device)
+    drawn = func(blank, *rest, **kwargs)
+    part = plane.to_layout(plane.lift(drawn), x.partition)
+    if func._schema.name.endswith("_"):
+        x.local.copy_(part.local)
+        return x
+    return plane.wrap(part.local, part.partition, "")
+
+
+_MAKERS = (torch.zeros, torch.ones, torch.empty, torch.full)
+
+
+class Factories(TorchFunctionMode):
+    """Makes buffers of a map's size partitioned as that map is, so that writing a map into one stays on each rank."""
+
+    def __init__(self, plane: Plane) -> None:
+        super().__init__()
+        self._plane = plane
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _MAKERS and not self._plane.inside:
+            sizes = args[0] if args and isinstance(args[0], (tuple, list)) else kwargs.get("size", args)
+            layout = self._plane.like_seen(tuple(sizes))
+            if layout is not None:
+                rest = args[1:] if args and sizes is args[0] else ()
+                with self._plane.working():
+                    local = func(
+                        self._plane.local_sizes(layout), *rest, **{k: v for k, v in kwargs.items() if k != "size"}
+                    )
+                return self._plane.wrap(local, layout)
+        return func(*args, **kwargs)

@@ -1,0 +1,70 @@
+"""Concatenation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halovae.plane.layout import Factor, Layout, is_partitioned, joined, partitioned, ranges, sole
+from halovae.plane.rules.pointwise import common
+from halovae.plane.rules.registry import rule
+
+if TYPE_CHECKING:
+    from halovae.plane.plane import Plane
+
+aten = torch.ops.aten
+
+
+def _without(layout: Layout, dim: int) -> Layout:
+    return (*layout[:dim], (), *layout[dim + 1 :])
+
+
+@rule(aten.cat)
+def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Along a dim that is whole, on each rank; along a partitioned one, each rank fetches its part of the result."""
+    tensors, dim = (*args, kwargs.get("dim", 0))[:2]
+    ndim = max(one.ndim for one in tensors)
+    pieces = [plane.lift(one) for one in tensors if one.ndim == ndim and one.numel()]
+    dim %= ndim
+    if not pieces:
+        return NotImplemented
+    others = common([_without(one.partition, dim) for one in pieces])
+    taken = {factor.mesh_dim for _, factor in partitioned(others)}
+    sizes = [one.shape[dim] for one in pieces]
+    total = sum(sizes)
+    mesh_dims = {
+        factor.mesh_dim for one in pieces for factor in one.partition[dim] if factor.mesh_dim is not None
+    } - taken
+    kept = []
+    for one in pieces:
+        entangled = is_partitioned(one.partition[dim]) and (sole(one.partition[dim]) is None or not mesh_dims)
+        kept.append(plane.to_whole(one, [dim]) if entangled else one)
+    mesh_dim = next(iter(sorted(mesh_dims)), None)
+    result = plane.factor(total, mesh_dim) if mesh_dim is not None and len(mesh_dims) == 1 else Factor(total)
+    if result.mesh_dim is None:
+        kept = [plane.to_whole(one, [dim]) for one in kept]
+    kept = [plane.to_layout(one, (*others[:dim], one.partition[dim], *others[dim + 1 :])) for one in kept]
+    layout = (*others[:dim], joined((result,)), *others[dim + 1 :])
+    if result.mesh_dim is None:
+        return plane.wrap(func([one.local for one in kept], dim), layout)
+    locals_, offset = [], 0
+    position = plane.coordinates[result.mesh_dim]
+    for one, size in zip(kept, sizes, strict=True):
+        clipped = [(min(max(a - offset, 0), size), min(max(b - offset, 0), size)) for a, b in ranges(result.bounds)]
+        wanted = tuple((one,) for one in clipped)
+        factor = sole(one.partition[dim])
+        if factor is None:
+            start, stop = wanted[position][0]
+            locals_.append(one.local.narrow(dim, start, stop - start))
+        else:
+            locals_.append(plane.fetch(one.local, dim, factor, wanted))
+        offset += size
+    return plane.wrap(func([one for one in locals_ if one.shape[dim]], dim), layout)
+
+
+@rule(aten.stack)
+def stack(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Along a new dim."""
+    tensors, dim = (*args, kwargs.get("dim", 0))[:2]
+    return aten.cat.default([plane.lift(one).unsqueeze(dim) for one in tensors], dim % (tensors[0].ndim + 1))

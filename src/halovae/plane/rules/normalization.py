@@ -1,0 +1,64 @@
+"""Normalizations. Those over the plane reduce their statistics over its ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halovae.plane import operators
+from halovae.plane.layout import is_partitioned, local_shape
+from halovae.plane.rules.registry import rule
+from halovae.plane.tensor import PlaneTensor
+
+if TYPE_CHECKING:
+    from halovae.plane.plane import Plane
+
+aten = torch.ops.aten
+
+
+@rule(aten.native_group_norm)
+def group_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each rank normalizes its part with statistics of all; alone among those that have parts, with PyTorch's own."""
+    x, weight, bias, _, channels, _, groups, eps = args
+    if isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
+        return NotImplemented
+    x = plane.to_whole(x, [1])
+    local, own = x.local, x.local.shape[0]
+    mesh_dims = {factor.mesh_dim for dim in x.partition[2:] for factor in dim if factor.mesh_dim is not None}
+    if not mesh_dims:
+        result = plane.run(operators.whole_group_norm, local, groups, weight, bias, eps)
+    else:
+        scope, _ = plane.scope(mesh_dims)
+        counts = []
+        for place in plane.places(mesh_dims):
+            _, _, *sizes = local_shape(x.partition, {**plane.coordinates, **place})
+            counts.append(torch.Size(sizes).numel() * (channels // groups))
+        plane.received += (len(counts) - 1) * 2 * own * groups * max(4, local.element_size())
+        result = plane.run(operators.group_norm, local, weight, bias, groups, eps, scope, tuple(counts))
+    # The statistics that the operator returns besides serve training only.
+    return plane.wrap(result, x.partition), None, None
+
+
+@rule(aten.native_layer_norm, aten._fused_rms_norm, aten.rms_norm)
+def layer_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Over the last dims, which every rank has whole."""
+    x, normalized, *rest = args
+    if any(isinstance(one, PlaneTensor) for one in rest):
+        return NotImplemented
+    x = plane.to_whole(x, range(x.ndim - len(normalized), x.ndim))
+    result = func(x.local, normalized, *rest, **kwargs)
+    if isinstance(result, tuple):
+        return plane.wrap(result[0], x.partition), *(None for _ in result[1:])
+    return plane.wrap(result, x.partition)
+
+
+@rule(aten.native_batch_norm, aten._native_batch_norm_legit_no_training, aten._batch_norm_impl_index)
+def batch_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """With given statistics."""
+    x, *rest = args
+    training = func._schema.name != "aten::_native_batch_norm_legit_no_training" and rest[4]
+    if training or any(isinstance(one, PlaneTensor) for one in rest) or is_partitioned(x.partition[1]):
+        return NotImplemented
+    result = func(x.local, *rest, **kwargs)
+    return plane.wrap(result[0], x.partition), *result[1:]

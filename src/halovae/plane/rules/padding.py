@@ -1,0 +1,149 @@
+"""Padding of every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halovae.plane.layout import Factor, joined, proper, ranges, sole
+from halovae.plane.rules.registry import rule
+from halovae.plane.tensor import PlaneTensor
+
+if TYPE_CHECKING:
+    from halovae.plane.plane import Plane
+
+aten = torch.ops.aten
+
+
+@rule(aten.constant_pad_nd)
+def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Ranks at the border pad; a negative width cuts."""
+    x, widths, *value = args
+    if any(width < 0 for width in widths):
+        for at in range(len(widths) // 2):
+            before, after = (min(width, 0) for width in widths[2 * at : 2 * at + 2])
+            x = x.narrow(x.ndim - 1 - at, -before, x.shape[x.ndim - 1 - at] + before + after)
+        return func(x, [max(width, 0) for width in widths], *value, **kwargs)
+    layout, pads = list(x.partition), list(widths) + [0] * (2 * x.ndim - len(widths))
+    for dim in range(x.ndim):
+        at = 2 * (x.ndim - 1 - dim)
+        before, after = pads[at : at + 2]
+        if not before and not after:
+            continue
+        factor = sole(x.partition[dim])
+        if factor is None:
+            x = plane.to_whole(x, [dim])
+            size = x.shape[dim] + before + after
+            layout[dim] = joined((Factor(size),))
+            continue
+        assert factor.mesh_dim is not None
+        size = factor.size + before + after
+        bounds = (0, *(bound + before for bound in factor.bounds[1:-1]), size)
+        position = plane.coordinates[factor.mesh_dim]
+        if position > 0:
+            pads[at] = 0
+        if position < len(factor.bounds) - 2:
+            pads[at + 1] = 0
+        layout[dim] = (Factor(size, factor.mesh_dim, bounds),)
+    if any(pads):
+        return plane.wrap(func(x.local, pads, *value, **kwargs), tuple(layout))
+    return plane.wrap(x.local, tuple(layout), "shared")
+
+
+def reindexed(
+    plane: Plane, x: PlaneTensor, dim: int, size: int, source: Callable[[int], int], result: Factor | None = None
+) -> PlaneTensor:
+    """The tensor whose index i along `dim` is index `source(i)` of `x`.
+
+    Args:
+        plane: the plane.
+        x: the tensor.
+        dim: the dim.
+        size: its extent in the result.
+        source: which of x's indices.
+        result: the result's factor; None to cut it where the padded input is cut.
+    """
+    factor = sole(x.partition[dim])
+    if factor is None:
+        x = plane.to_whole(x, [dim])
+        index = torch.tensor([source(i) for i in range(size)], device=x.device)
+        layout = (*x.partition[:dim], joined((Factor(size),)), *x.partition[dim + 1 :])
+        return plane.wrap(x.local.index_select(dim, index), layout)
+    if result is None:
+        result = factor
+    assert factor.mesh_dim is not None
+    wanted, picks = [], []
+    parts = ranges(result.bounds) if result.mesh_dim else ((0, size),) * plane.extents[factor.mesh_dim]
+    for start, stop in parts:
+        indices = [source(i) for i in range(start, stop)]
+        cuts = [at for at in range(1, len(indices)) if abs(indices[at] - indices[at - 1]) > 1]
+        intervals: list[tuple[int, int]] = []
+        pick: list[int] = []
+        for a, b in zip([0, *cuts], [*cuts, len(indices)], strict=True):
+            run, offset = indices[a:b], sum(high - low for low, high in intervals)
+            intervals.append((min(run), max(run) + 1))
+            pick += [one - min(run) + offset for one in run]
+        wanted.append(tuple(intervals))
+        picks.append(pick)
+    local = plane.fetch(x.local, dim, factor, tuple(wanted))
+    pick = picks[plane.coordinates[factor.mesh_dim]]
+    if pick != list(range(local.shape[dim])):
+        local = local.index_select(dim, torch.tensor(pick, device=x.device))
+    return plane.wrap(local, (*x.partition[:dim], joined((result,)), *x.partition[dim + 1 :]))
+
+
+def _padded(plane: Plane, x: PlaneTensor, widths: Sequence[int], source: Callable[[int, int], int]) -> Any:
+    for at in range(len(widths) // 2):
+        dim, (before, after) = x.ndim - 1 - at, widths[2 * at : 2 * at + 2]
+        if not before and not after:
+            continue
+        length, factor = x.shape[dim], sole(x.partition[dim])
+        size, result = length + before + after, None
+        if factor is not None:
+            bounds = (0, *(bound + before for bound in factor.bounds[1:-1]), size)
+            if not proper(bounds, size):
+                return NotImplemented
+            result = Factor(size, factor.mesh_dim, bounds)
+        x = reindexed(plane, x, dim, size, lambda i, n=length, b=before: source(i - b, n), result)  # type: ignore[misc]
+    return x
+
+
+@rule(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d)
+def reflect(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rows inside of the border, mirrored."""
+    return _padded(plane, args[0], args[1], lambda i, n: -i if i < 0 else 2 * (n - 1) - i if i >= n else i)
+
+
+@rule(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d)
+def replicate(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The rows at the border, repeated."""
+    return _padded(plane, args[0], args[1], lambda i, n: min(max(i, 0), n - 1))
+
+
+@rule(aten._pad_circular)
+def circular(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rows from the other end."""
+    return _padded(plane, args[0], args[1], lambda i, n: i % n)
+
+
+@rule(aten.flip)
+def flip(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rows in reverse order: ranks swap what they own."""
+    x, dims = args
+    for dim in {dim % x.ndim for dim in dims}:
+        x = reindexed(plane, x, dim, x.shape[dim], lambda i, n=x.shape[dim]: n - 1 - i, sole(x.partition[dim]))  # type: ignore[misc]
+    return x
+
+
+@rule(aten.roll)
+def roll(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rows moved along, around the end."""
+    if len(args) < 3:
+        return NotImplemented
+    x, shifts, dims = args
+    for shift, dim in zip(shifts, dims, strict=True):
+        at = dim % x.ndim
+        x = reindexed(plane, x, at, x.shape[at], lambda i, s=shift, n=x.shape[at]: (i - s) % n, sole(x.partition[at]))  # type: ignore[misc]
+    return x

@@ -1,0 +1,146 @@
+"""Which rule an operator has, and what happens to those that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halovae.plane.layout import partitioned
+from halovae.plane.tensor import PlaneTensor
+
+if TYPE_CHECKING:
+    from halovae.plane.plane import Plane
+
+Rule = Callable[["Plane", Any, tuple[Any, ...], dict[str, Any]], Any]
+_RULES: dict[Any, Rule] = {}
+
+
+def rule(*operators: Any) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of ATen operators, all overloads of each.
+
+    It takes the plane, the operator, and its arguments, and returns what the operator returns. `NotImplemented` says
+    that it does not cover the case.
+    """
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            _RULES[operator] = function
+        return function
+
+    return register
+
+
+@cache
+def rule_of(func: Any) -> Rule | None:
+    """The rule of an operator: its own, or that of all pointwise ones."""
+    from halovae.plane.rules.pointwise import pointwise
+
+    found = _RULES.get(func) or _RULES.get(func.overloadpacket)
+    return pointwise if found is None and torch.Tag.pointwise in func.tags else found
+
+
+@cache
+def is_composite(func: Any) -> bool:
+    """Whether an operator is made of others. Some operators are and have kernels of their own besides."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@cache
+def written(func: Any) -> tuple[int, ...]:
+    """The positions of the arguments that an operator writes to."""
+    return tuple(
+        index
+        for index, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+@cache
+def returns_view(func: Any) -> bool:
+    """Whether an operator returns a view of its argument."""
+    infos = [one.alias_info for one in func._schema.returns]
+    return any(info is not None and not info.is_write for info in infos)
+
+
+def plane_tensors(values: Iterable[Any]) -> Iterator[PlaneTensor]:
+    """The plane tensors among arguments, in lists too."""
+    for value in values:
+        if isinstance(value, PlaneTensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from plane_tensors(value)
+
+
+def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operator on plane tensors."""
+    found = next(plane_tensors((*args, *kwargs.values())))
+    plane = found.plane
+    plane.inside += 1
+    try:
+        with torch._C.DisableTorchFunction():  # rules make plain tensors
+            return _dispatched(plane, func, args, kwargs)
+    finally:
+        plane.inside -= 1
+
+
+def _dispatched(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    targets = written(func)
+    for index in targets:
+        target = args[index] if index < len(args) else kwargs.get(func._schema.arguments[index].name)
+        if isinstance(target, PlaneTensor) and target.frozen:
+            writable(target, func)
+    chosen = rule_of(func)
+    if chosen is not None:
+        result = chosen(plane, func, args, kwargs)
+        if result is not NotImplemented:
+            plane.computed += sum(one.local.numel() * one.local.element_size() for one in plane_tensors([result]))
+            return result
+    elif is_composite(func):
+        result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    return fallback(plane, func, args, kwargs)
+
+
+def writable(x: PlaneTensor, func: Any) -> None:
+    """Make sure that writing to a tensor in place does what it does in plain PyTorch.
+
+    Raises:
+        RuntimeError: it would not: the tensor is a view of another, but its memory is not.
+    """
+    if x.frozen != "shared":
+        raise RuntimeError(f"{func}: cannot write in place to a view of a partitioned tensor: {x.frozen}")
+    x.local, x.frozen = x.local.clone(), ""
+
+
+def fallback(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operator that no rule covers: on all of the data, on every rank."""
+    before = plane.received
+    full_args, full_kwargs = torch.utils._pytree.tree_map(plane.full, (args, kwargs))
+    if any(True for one in plane_tensors((*args, *kwargs.values())) for _ in partitioned(one.partition)):
+        plane.fallbacks[str(func)] += 1
+        plane.gathered[str(func)] += plane.received - before
+    result = func(*full_args, **full_kwargs)
+    targets = {}
+    for index in written(func):
+        name = func._schema.arguments[index].name
+        target, value = (args[index], full_args[index]) if index < len(args) else (kwargs[name], full_kwargs[name])
+        if isinstance(target, PlaneTensor):
+            targets[id(value)] = target
+            target.local.copy_(plane.to_layout(plane.lift(value), target.partition).local)
+    frozen = "it was made of other ranks' data" if returns_view(func) else ""
+
+    def back(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in targets:
+            return targets[id(value)]
+        lifted = plane.lift(value)
+        lifted.frozen = frozen
+        return lifted
+
+    return torch.utils._pytree.tree_map(back, result)

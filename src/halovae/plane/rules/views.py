@@ -1,0 +1,197 @@
+"""Views: they regroup, order, cut or add dims. Data moves only where a cut is not where the ranks' bounds are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halovae.plane.layout import Factor, Layout, even, extent, is_partitioned, joined, local_shape, proper, sole, whole
+from halovae.plane.rules.registry import rule
+from halovae.plane.tensor import PlaneTensor
+
+if TYPE_CHECKING:
+    from halovae.plane.plane import Plane
+
+aten = torch.ops.aten
+
+
+def _resolved(x: torch.Tensor, sizes: Any) -> tuple[int, ...]:
+    known = 1
+    for size in sizes:
+        known *= size if size != -1 else 1
+    return tuple(size if size != -1 else x.numel() // max(known, 1) for size in sizes)
+
+
+@rule(aten.view, aten.reshape, aten._unsafe_view, aten._reshape_alias)
+def view(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Partitioned dims stay so where the view leaves each rank's part in one piece."""
+    x, sizes = args[:2]
+    if isinstance(sizes, torch.dtype) or x.numel() == 0:
+        return NotImplemented
+    moved, layout = plane.viewed(x, _resolved(x, sizes))
+    local = moved.local.reshape(local_shape(layout, plane.coordinates))
+    fresh = func is aten._unsafe_view.default
+    frozen = "" if fresh else moved.frozen or x.frozen
+    if not fresh and plane.recorder is None and local.data_ptr() != moved.local.data_ptr():
+        frozen = frozen or "it had to be copied"
+    return plane.wrap(local, layout, frozen)
+
+
+def _ordered(plane: Plane, x: PlaneTensor, order: list[int]) -> Any:
+    return plane.wrap(x.local.permute(order), tuple(x.partition[dim] for dim in order), x.frozen)
+
+
+@rule(aten.permute)
+def permute(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dims in another order."""
+    x, order = args
+    return _ordered(plane, x, [dim % x.ndim for dim in order])
+
+
+@rule(aten.transpose)
+def transpose(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Two dims swapped."""
+    x, first, second = args
+    order = list(range(x.ndim))
+    order[first], order[second] = order[second], order[first]
+    return _ordered(plane, x, order)
+
+
+@rule(aten.t)
+def t(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A matrix transposed."""
+    return _ordered(plane, args[0], list(range(args[0].ndim))[::-1])
+
+
+@rule(aten.squeeze)
+def squeeze(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dims of extent 1 dropped."""
+    x, *rest = args
+    dims = range(x.ndim) if not rest else [rest[0]] if isinstance(rest[0], int) else rest[0]
+    gone = [dim % x.ndim for dim in dims if x.shape[dim] == 1]
+    return plane.wrap(x.local.squeeze(gone), tuple(d for i, d in enumerate(x.partition) if i not in gone), x.frozen)
+
+
+@rule(aten.unsqueeze)
+def unsqueeze(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A dim of extent 1 added."""
+    x, dim = args
+    at = dim % (x.ndim + 1)
+    return plane.wrap(x.local.unsqueeze(at), (*x.partition[:at], (), *x.partition[at:]), x.frozen)
+
+
+@rule(aten.expand)
+def expand(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dims of extent 1 repeated."""
+    x, sizes = args[:2]
+    new = len(sizes) - x.ndim
+    layout: list[Any] = []
+    for index, size in enumerate(sizes):
+        dim = x.partition[index - new] if index >= new else ()
+        layout.append(dim if size in (-1, extent(dim)) else whole(size))
+    return plane.wrap(x.local.expand(plane.local_sizes(tuple(layout))), tuple(layout), x.frozen)
+
+
+@rule(aten.slice)
+def slice_(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A range of a dim: each rank keeps what it owns of it, if it owns any."""
+    x, dim, start, end, step = tuple([*args, *[0, None, None, 1][len(args) - 1 :]])
+    dim, size = dim % x.ndim, x.shape[dim]
+    start, stop, step = slice(start, end, step).indices(size)
+    length = max(0, -(-(stop - start) // step))
+    if length == size:
+        return plane.wrap(x.local, x.partition, x.frozen)
+    layout = list(x.partition)
+    factor = sole(x.partition[dim])
+    if factor is None or length == 0:
+        if is_partitioned(x.partition[dim]):
+            x = plane.to_whole(x, [dim])
+        layout[dim] = joined((Factor(length),)) if length else (Factor(0),)
+        return plane.wrap(x.local[(slice(None),) * dim + (slice(start, stop, step),)], tuple(layout), x.frozen)
+    assert factor.mesh_dim is not None
+    ranks = len(factor.bounds) - 1
+    bounds = (0, *(min(max(-(-(bound - start) // step), 0), length) for bound in factor.bounds[1:-1]), length)
+    if not proper(bounds, length):
+        bounds = even(length, ranks) if length >= ranks else ()
+    result = Factor(length, factor.mesh_dim, bounds) if bounds else Factor(length)
+    owned = [(factor.bounds[i], factor.bounds[i + 1]) for i in range(ranks)]
+    parts = list(zip(bounds, bounds[1:], strict=False)) if bounds else [(0, length)] * ranks
+    wanted = tuple(((start + a * step, start + (b - 1) * step + 1),) for a, b in parts)
+    free = all(own[0] <= mine[0] and mine[1] <= own[1] for own, (mine,) in zip(owned, wanted, strict=True))
+    local = plane.fetch(x.local, dim, factor, wanted)
+    if step != 1:
+        local = local[(slice(None),) * dim + (slice(None, None, step),)]
+    layout[dim] = joined((result,))
+    return plane.wrap(local, tuple(layout), x.frozen if free else "it was made of other ranks' data")
+
+
+@rule(aten.select)
+def select(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One index of a dim."""
+    x, dim, index = args
+    dim = dim % x.ndim
+    index = index % x.shape[dim]
+    return slice_(plane, func, (x, dim, index, index + 1), {}).squeeze(dim)
+
+
+@rule(aten.split, aten.split_with_sizes)
+def split(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A dim cut into ranges."""
+    x, sizes, *rest = args
+    dim = (rest[0] if rest else kwargs.get("dim", 0)) % x.ndim
+    if isinstance(sizes, int):
+        sizes = [min(sizes, x.shape[dim] - at) for at in range(0, x.shape[dim], sizes)]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [slice_(plane, func, (x, dim, a, a + size), {}) for a, size in zip(starts, sizes, strict=True)]
+
+
+@rule(aten.unbind)
+def unbind(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Every index of a dim."""
+    x, dim = (*args, 0)[:2]
+    return [select(plane, func, (x, dim, index), {}) for index in range(x.shape[dim])]
+
+
+@rule(aten.repeat)
+def repeat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The tensor put side by side: the repetition is a factor before the dim's own."""
+    x, times = args
+    new = len(times) - x.ndim
+    own = [x.partition[index - new] if index >= new else () for index in range(len(times))]
+    if any(n == 0 and is_partitioned(dim) for n, dim in zip(times, own, strict=True)):
+        return NotImplemented
+    layout: Layout = tuple(joined((Factor(n), *dim)) if n else (Factor(0),) for n, dim in zip(times, own, strict=True))
+    return plane.wrap(x.local.repeat(times), layout)
+
+
+@rule(aten.repeat_interleave)
+def repeat_interleave(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each index repeated by a number."""
+    x, times, dim = (*args, kwargs.get("dim"))[:3]
+    if not isinstance(times, int) or dim is None or times < 1:
+        return NotImplemented
+    at = dim % x.ndim
+    layout = (*x.partition[:at], joined((*x.partition[at], Factor(times))), *x.partition[at + 1 :])
+    return plane.wrap(x.local.repeat_interleave(times, at), layout)
+
+
+@rule(aten.index_select)
+def index_select(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Indices of a dim."""
+    x, dim, index = args
+    if isinstance(index, PlaneTensor) or not isinstance(x, PlaneTensor):
+        return NotImplemented
+    x = plane.to_whole(x, [dim])
+    at = dim % x.ndim
+    layout = (*x.partition[:at], whole(index.numel()), *x.partition[at + 1 :])
+    return plane.wrap(func(x.local, at, index), layout)
+
+
+@rule(aten.embedding)
+def embedding(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rows of a table that every rank has."""
+    table, index, *rest = args
+    if isinstance(table, PlaneTensor):
+        return NotImplemented
+    return plane.wrap(func(table, index.local, *rest, **kwargs), (*index.partition, whole(table.shape[1])))

@@ -1,0 +1,310 @@
+"""Record what one rank does as a flat graph: local operators and operators between ranks, nothing else.
+
+Operators run on meta tensors while they are recorded: no device, no other rank and no memory is needed. What can be
+known without the input (masks, positions, schedules) is computed once and becomes a constant of the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
+
+from halovae.mesh import Mesh
+from halovae.plane import operators
+from halovae.plane.constants import Constants, Memory
+from halovae.plane.layout import local_shape
+from halovae.plane.plane import Plane
+from halovae.plane.program import Program
+from halovae.plane.rules.registry import plane_tensors, written
+
+aten = torch.ops.aten
+_TALKING = (operators.fetch, operators.gather, operators.group_norm)
+_RECORDING = threading.Lock()  # hooks on modules serve one recording at a time
+
+
+class TraceError(RuntimeError):
+    """A function cannot be recorded: what it does depends on the values in its input. Says where."""
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operators of one rank.
+
+    Args:
+        device: where the graph will run.
+        names: parameters and buffers by `id`, with their names. They stay attributes of the graph.
+
+    Attributes:
+        graph: what was recorded.
+        attributes: the tensors that it reads, by name.
+        module: the path of the submodule that is being called.
+        plane: the plane that records.
+    """
+
+    def __init__(self, device: torch.device, names: dict[int, str]) -> None:
+        super().__init__()
+        self.device = device
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Tensor] = {}
+        self.module = ""
+        self.plane: Plane | None = None
+        self._names = names
+        self._lifted: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by identity and version: itself, and its twin
+        self._known: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+        self._memory: dict[int, Memory] = {}  # of each storage, by its id
+        self._values = Constants()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call imports all of torch._dynamo, which takes seconds
+
+    def input(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that the graph takes."""
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            x = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return self._noted(x, self.graph.placeholder("x"), False)
+
+    def operator(self, function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh) -> Tensor:
+        """Record a call of an operator between ranks, or of one that PyTorch would take apart."""
+        with _disable_current_modes():
+            args = tuple(self._twin(one) if isinstance(one, Tensor) else one for one in args)
+            result, messages, sent = operators.shape_of(function, args, mesh)
+        node = self.graph.call_function(function, tuple(map(self._node, args)))
+        node.meta |= {"messages": messages, "sent": sent}
+        return self._noted(result, node, False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(True for _ in plane_tensors((*args, *kwargs.values()))):
+            return NotImplemented
+        result = self._recorded(func, args, kwargs)
+        if self.plane is None or self.plane.inside:
+            return result
+        # Outside of rules nobody may see a meta tensor: modules ask tensors for their device.
+        lift, is_ours = self.plane.lift, lambda one: isinstance(one, Tensor) and hasattr(one, "halovae_node")
+        return tree_map(lambda one: lift(one) if is_ours(one) else one, result)
+
+    def _recorded(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if func in (aten.lift_fresh.default, aten.detach_.default):  # what torch.tensor ends with
+            return self._twin(args[0])
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if random and isinstance(kwargs.get("generator"), torch.Generator):
+            raise TraceError(f"{func} draws from a generator that is an argument of the call{_place()}")
+        args, kwargs = tree_map(lambda one: self._twin(one) if isinstance(one, Tensor) else one, (args, kwargs))
+        constant = not random and all(self._memory[id(self._twin(one).untyped_storage())].constant for one in tensors)
+        if func in (aten._local_scalar_dense.default, aten.item.default) or torch.Tag.dynamic_output_shape in func.tags:
+            if not constant:
+                raise TraceError(f"{func} reads values that depend on the input{_place()}")
+            nodes = tree_map(self._node, (args, kwargs))
+            result = self._values.call(func, nodes, self.graph, self.attributes)
+            return tree_map(lambda one: self._twin(one) if isinstance(one, Tensor) else one, result)
+        node = self.graph.call_function(func, *self._nodes(args, kwargs))
+        node.meta["constant"] = constant
+        if targets := written(func):
+            target: Tensor = args[targets[0]]
+            memory = self._memory[id(target.untyped_storage())]
+            if memory.attribute:
+                raise TraceError(f"{func} writes to a tensor that is not of this call{_place()}")
+            memory.write(constant)
+            return target
+        return self._results(self._on_meta(func, args, kwargs), node, constant)
+
+    def _on_meta(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": False}
+        if func is not aten.convolution.default:
+            return func(*args, **kwargs)
+        key = tuple(_likeness(one) for one in args)
+        if key not in self._known:
+            result = func(*args, **kwargs)
+            # On devices that know channels-last, an input or weights that are make the result so.
+            format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(result.ndim)
+            if format_ is not None and any(_channels_last(one) for one in args[:2]):
+                result = torch.empty_like(result, memory_format=format_)
+            self._known[key] = result.shape, result.stride(), result.dtype
+        shape, strides, dtype = self._known[key]
+        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+    def _results(self, result: Any, node: fx.Node, constant: bool) -> Any:
+        if isinstance(result, Tensor):
+            return self._noted(result, node, constant)
+        if isinstance(result, (tuple, list)):
+            found = []
+            for index, one in enumerate(result):
+                if isinstance(one, Tensor):
+                    item = self.graph.call_function(operator.getitem, (node, index))
+                    item.meta["constant"] = constant
+                    one = self._noted(one, item, constant)
+                found.append(one)
+            return type(result)(found)
+        return result
+
+    def _noted(self, result: Tensor, node: fx.Node, constant: bool, attribute: bool = False) -> Tensor:
+        node.meta |= {"shape": tuple(result.shape), "dtype": result.dtype, "module": self.module}
+        node.meta["bytes"] = result.numel() * result.element_size()
+        result.halovae_node = node  # type: ignore[attr-defined]
+        storage = result.untyped_storage()
+        memory = self._memory.setdefault(id(storage), Memory(storage, constant, attribute))
+        memory.nodes.append(node)
+        return result
+
+    def _twin(self, x: Tensor) -> Tensor:
+        """A tensor of the graph, or the meta twin of one from outside, which becomes an attribute."""
+        if hasattr(x, "halovae_node"):
+            return x
+        named = id(x) in self._names
+        key = (id(x), 0 if named else x._version)
+        if key not in self._lifted:
+            name = self._names[id(x)] if named else f"constant_{len(self.attributes)}"
+            self.attributes[name] = x if named else x.clone()  # it may be written to later
+            twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+            node = self.graph.create_node("get_attr", name)
+            node.meta["constant"] = not named
+            self._lifted[key] = x, self._noted(twin, node, not named, True)
+        return self._lifted[key][1]
+
+    def _node(self, value: Any) -> Any:
+        return self._twin(value).halovae_node if isinstance(value, Tensor) else value  # type: ignore[attr-defined]
+
+    def _nodes(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        args, kwargs = tree_map(self._node, (args, kwargs))
+        return tuple(args), kwargs
+
+    def finish(self, result: Tensor) -> fx.Graph:
+        """The graph that returns `result`: constants are computed, and what nobody uses is left out."""
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            self.graph.output(self._node(result))
+        for memory in self._memory.values():
+            for node in memory.nodes:
+                node.meta["constant"] = node.meta.get("constant", False) and memory.constant
+                if node.target is aten.view.default and not memory.written:
+                    # Its input may lie in memory otherwise on a device than on meta.
+                    node.target = aten.reshape.default
+        self._values.fold(self.graph, self.attributes)
+        # A rank that wants nothing of a fetch may have to send for it.
+        self.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target in _TALKING)
+        self.graph.lint()
+        return self.graph
+
+
+def trace(
+    function: Callable[[Tensor], Tensor],
+    modules: Sequence[nn.Module],
+    mesh: Mesh,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    multiple: int = 1,
+) -> Program:
+    """Record what this mesh's rank does when a function is called with a tensor that is partitioned over the mesh.
+
+    Args:
+        function: from latents to pictures, or the reverse: `[..., H, W]` to `[..., H', W']`.
+        modules: whose parameters and buffers it uses; they are shared with the program.
+        mesh: this rank's place. Nothing is sent.
+        shape: of the whole input.
+        dtype: of the input.
+        device: where the program will run.
+        multiple: of which the input's bounds are to be multiples, where its extents are.
+
+    Raises:
+        TraceError: the function reads values of its input, or draws from a generator of its own.
+    """
+    names: dict[int, str] = {}
+    for index, module in enumerate(modules):
+        prefix = f"module_{index}." if len(modules) > 1 else ""
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            names.setdefault(id(tensor), prefix + name)
+    recorder = Recorder(device, names)
+    plane = recorder.plane = Plane(mesh, recorder)
+    layout = plane.layout_of(tuple(shape), multiple)
+    with _RECORDING, ExitStack() as stack:
+        stack.enter_context(plane.active())
+        stack.enter_context(recorder)
+        for module in modules:
+            stack.enter_context(untouched(module))
+            stack.enter_context(_paths(module, recorder))
+        with torch.inference_mode(False):
+            x = recorder.input(local_shape(layout, plane.coordinates), dtype)
+            result = function(plane.wrap(x, layout))
+            if not isinstance(result, Tensor):
+                raise TypeError(f"expected a function that returns a tensor, but it returned {type(result).__name__}")
+            lifted = plane.lift(result)
+        graph = recorder.finish(lifted.local)
+    return Program(graph, recorder.attributes, plane, layout, lifted.partition, lifted.dtype)
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Put back what a module keeps on itself, such as caches between chunks."""
+    before = [(vars(one), dict(vars(one))) for one in module.modules()]
+    lists = [(value, list(value)) for _, saved in before for value in saved.values() if isinstance(value, list)]
+    try:
+        yield
+    finally:
+        for now, saved in before:
+            now.clear()
+            now.update(saved)
+        for value, items in lists:
+            value[:] = items
+
+
+@contextmanager
+def _paths(module: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Tell the recorder which submodule is being called."""
+    handles, before = [], []
+
+    def hooks(name: str) -> tuple[Any, Any]:
+        def enter(*_: Any) -> None:
+            before.append(recorder.module)
+            recorder.module = name
+
+        def leave(*_: Any) -> None:
+            recorder.module = before.pop()
+
+        return enter, leave
+
+    for name, submodule in module.named_modules():
+        enter, leave = hooks(name)
+        handles.append(submodule.register_forward_pre_hook(enter))
+        handles.append(submodule.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _likeness(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _channels_last(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim in (4, 5) and not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _place() -> str:
+    """The line outside of PyTorch and of this package that the program is at."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/torch/" not in frame.filename and "/halovae/plane/" not in frame.filename:
+            return f", at {frame.filename}:{frame.lineno} ({frame.line})"
+    return ""

@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halovae.plane.layout import Factor, Layout, even, extent, is_partitioned, joined, local_shape, proper, sole, whole
+from halovae.plane.layout import (
+    Factor,
+    Layout,
+    even,
+    extent,
+    is_partitioned,
+    joined,
+    local_shape,
+    proper,
+    ranges,
+    sole,
+    whole,
+)
 from halovae.plane.rules.registry import rule
 from halovae.plane.tensor import PlaneTensor
 
@@ -115,8 +127,8 @@ def slice_(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if not proper(bounds, length):
         bounds = even(length, ranks) if length >= ranks else ()
     result = Factor(length, factor.mesh_dim, bounds) if bounds else Factor(length)
-    owned = [(factor.bounds[i], factor.bounds[i + 1]) for i in range(ranks)]
-    parts = list(zip(bounds, bounds[1:], strict=False)) if bounds else [(0, length)] * ranks
+    owned = ranges(factor.bounds)
+    parts = list(ranges(bounds)) if bounds else [(0, length)] * ranks
     wanted = tuple(((start + a * step, start + (b - 1) * step + 1),) for a, b in parts)
     free = all(own[0] <= mine[0] and mine[1] <= own[1] for own, (mine,) in zip(owned, wanted, strict=True))
     local = plane.fetch(x.local, dim, factor, wanted)

@@ -10,7 +10,8 @@ from halovae.geometry import Grid, Shard
 from halovae.integrations.diffusers import parallelize, restore
 from halovae.mesh import Mesh
 from halovae.models.load import CheckpointError
+from halovae.plane import shard
 from halovae.planning.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "Decoder", "Grid", "Mesh", "Plan", "Shard", "load", "parallelize", "restore"]
+__all__ = ["CheckpointError", "Decoder", "Grid", "Mesh", "Plan", "Shard", "load", "parallelize", "restore", "shard"]

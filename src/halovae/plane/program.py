@@ -42,24 +42,25 @@ class Program:
         self.received, self.computed = plane.received, plane.computed
         self._module = fx.GraphModule(attributes, graph)
 
-    def __call__(self, local: Tensor, mesh: Mesh) -> Tensor:
+    def __call__(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Tensor:
         """Run it.
 
         Args:
             local: this rank's part of the input, as `takes` says.
             mesh: the ranks. All of them run their programs.
+            extras: the further arguments that it was recorded with.
 
         Returns:
             This rank's part of the result, as `returns` says.
         """
         with operators.on(mesh), torch.no_grad():
-            result: Tensor = self._module(local)
+            result: Tensor = self._module(local, *extras)
         return result
 
-    def profiled(self, local: Tensor, mesh: Mesh) -> Tensor:
+    def profiled(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Tensor:
         """Run it with a profiler region for each submodule that it was recorded from."""
         with operators.on(mesh), torch.no_grad():
-            result: Tensor = _Regions(self._module).run(local)
+            result: Tensor = _Regions(self._module).run(local, *extras)
         return result
 
     @property

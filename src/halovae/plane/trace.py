@@ -66,11 +66,11 @@ class Recorder(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # else the first call imports all of torch._dynamo, which takes seconds
 
-    def input(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def input(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor that the graph takes."""
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             x = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        return self._noted(x, self.graph.placeholder("x"), False)
+        return self._noted(x, self.graph.placeholder(name), False)
 
     def operator(self, function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh) -> Tensor:
         """Record a call of an operator between ranks, or of one that PyTorch would take apart."""
@@ -197,13 +197,14 @@ class Recorder(TorchDispatchMode):
 
 
 def trace(
-    function: Callable[[Tensor], Tensor],
+    function: Callable[..., Tensor],
     modules: Sequence[nn.Module],
     mesh: Mesh,
     shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
     multiple: int = 1,
+    extras: Sequence[tuple[Sequence[int], torch.dtype]] = (),
 ) -> Program:
     """Record what this mesh's rank does when a function is called with a tensor that is partitioned over the mesh.
 
@@ -215,6 +216,7 @@ def trace(
         dtype: of the input.
         device: where the program will run.
         multiple: of which the input's bounds are to be multiples, where its extents are.
+        extras: shapes and dtypes of further arguments of the function, which every rank has all of.
 
     Raises:
         TraceError: the function reads values of its input, or draws from a generator of its own.
@@ -234,8 +236,9 @@ def trace(
             stack.enter_context(untouched(module))
             stack.enter_context(_paths(module, recorder))
         with torch.inference_mode(False):
-            x = recorder.input(local_shape(layout, plane.coordinates), dtype)
-            result = function(plane.wrap(x, layout))
+            x = plane.wrap(recorder.input("x", local_shape(layout, plane.coordinates), dtype), layout)
+            inputs = [recorder.input(f"extra_{index}", *one) for index, one in enumerate(extras)]
+            result = function(x, *map(plane.lift, inputs))
             if not isinstance(result, Tensor):
                 raise TypeError(f"expected a function that returns a tensor, but it returned {type(result).__name__}")
             lifted = plane.lift(result)

@@ -69,8 +69,9 @@ def supply(plane: Plane, local: Tensor, dim: int, before: Factor, result: Factor
 def zero_extended(x: Tensor, dim: int, interval: tuple[int, int], size: int) -> Tensor:
     """An interval of a dim, with zeros for what lies outside of it."""
     start, stop = interval
-    inner = x.narrow(dim, max(start, 0), min(stop, size) - max(start, 0))
-    before, after = max(-start, 0), max(stop - size, 0)
+    low = min(max(start, 0), size)
+    inner = x.narrow(dim, low, max(min(stop, size) - low, 0))
+    before, after = max(min(stop, 0) - start, 0), max(stop - max(start, size), 0)
     return F.pad(inner, [0, 0] * (x.ndim - 1 - dim) + [before, after]) if before or after else inner
 
 
@@ -145,6 +146,9 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
     x = prepared(plane, x, spatial)
     channels = weight.shape[0]
     if transposed:
+        lengths = zip(x.shape[2:], kernel, stride, padding, dilation, output_padding, strict=True)
+        if any((n - 1) * s - 2 * p + d * (k - 1) + extra < 0 for n, k, s, p, d, extra in lengths):
+            return NotImplemented  # PyTorch refuses it
         channels = weight.shape[1] * groups
         local, factors = _transposed(plane, x, weight, bias, stride, padding, dilation, output_padding, groups)
     else:
@@ -187,8 +191,9 @@ def _transposed(
         def reach(
             start: int, stop: int, k: int = k, s: int = s, p: int = p, d: int = d, n: int = length
         ) -> tuple[int, int]:
-            first, last = max(0, -((d * (k - 1) - start - p) // s)), min(n - 1, (stop - 1 + p) // s)
-            return min(first, n - 1), max(last, min(first, n - 1)) + 1
+            # A stride beyond the kernel leaves gaps: the first input is one that begins no later than the outputs.
+            first = max(0, min(-((d * (k - 1) - start - p) // s), (start + p) // s, n - 1))
+            return first, min(n - 1, (stop - 1 + p) // s) + 1
 
         factor = output_factor(plane, before, size, middle, mesh_dim)
         if factor.mesh_dim is None and before.mesh_dim is None:

@@ -94,7 +94,13 @@ def reindexed(
     return plane.wrap(local, (*x.partition[:dim], joined((result,)), *x.partition[dim + 1 :]))
 
 
-def _padded(plane: Plane, x: PlaneTensor, widths: Sequence[int], source: Callable[[int, int], int]) -> Any:
+def _padded(
+    plane: Plane, x: PlaneTensor, widths: Sequence[int], source: Callable[[int, int], int], short: int | None = None
+) -> Any:
+    for at in range(len(widths) // 2):
+        size, pads = x.shape[x.ndim - 1 - at], widths[2 * at : 2 * at + 2]
+        if size + sum(pads) < 1 or (short is not None and max(pads) > size - short):
+            return NotImplemented  # PyTorch refuses it
     for at in range(len(widths) // 2):
         dim, (before, after) = x.ndim - 1 - at, widths[2 * at : 2 * at + 2]
         if not before and not after:
@@ -113,7 +119,7 @@ def _padded(plane: Plane, x: PlaneTensor, widths: Sequence[int], source: Callabl
 @rule(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d)
 def reflect(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows inside of the border, mirrored."""
-    return _padded(plane, args[0], args[1], lambda i, n: -i if i < 0 else 2 * (n - 1) - i if i >= n else i)
+    return _padded(plane, args[0], args[1], lambda i, n: -i if i < 0 else 2 * (n - 1) - i if i >= n else i, 1)
 
 
 @rule(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d)
@@ -125,7 +131,7 @@ def replicate(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 @rule(aten._pad_circular)
 def circular(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows from the other end."""
-    return _padded(plane, args[0], args[1], lambda i, n: i % n)
+    return _padded(plane, args[0], args[1], lambda i, n: i % n, 0)
 
 
 @rule(aten.flip)

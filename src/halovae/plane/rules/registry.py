@@ -88,8 +88,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _dispatched(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    targets = written(func)
-    for index in targets:
+    views = torch.Tag.inplace_view in func.tags  # these change a tensor's sizes, not its values
+    for index in () if views else written(func):
         target = args[index] if index < len(args) else kwargs.get(func._schema.arguments[index].name)
         if isinstance(target, PlaneTensor) and target.frozen:
             writable(target, func)
@@ -119,6 +119,8 @@ def writable(x: PlaneTensor, func: Any) -> None:
 
 def fallback(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an operator that no rule covers: on all of the data, on every rank."""
+    if torch.Tag.inplace_view in func.tags:
+        raise RuntimeError(f"{func}: cannot change the sizes of a partitioned tensor in place")
     before = plane.received
     full_args, full_kwargs = torch.utils._pytree.tree_map(plane.full, (args, kwargs))
     if any(True for one in plane_tensors((*args, *kwargs.values())) for _ in partitioned(one.partition)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 
 from halovae.plane.layout import (
     Factor,
@@ -91,6 +92,19 @@ def unsqueeze(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     x, dim = args
     at = dim % (x.ndim + 1)
     return plane.wrap(x.local.unsqueeze(at), (*x.partition[:at], (), *x.partition[at:]), x.frozen)
+
+
+@rule(aten.squeeze_, aten.unsqueeze_, aten.transpose_, aten.t_)
+def in_place(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Views that replace the tensor itself."""
+    x = args[0]
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    rules = {"squeeze": squeeze, "unsqueeze": unsqueeze, "transpose": transpose, "t": t}
+    made = rules[name](plane, func, args, kwargs)
+    x.local, x.partition = made.local, made.partition
+    with no_dispatch():  # changes the sizes that the wrapper reports
+        func(*args, **kwargs)
+    return x
 
 
 @rule(aten.expand)

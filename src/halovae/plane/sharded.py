@@ -1,0 +1,319 @@
+"""Any function from latents to pictures, or the reverse, on a grid of ranks."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from halovae.geometry import Grid, Shard, Span, split
+from halovae.lines import world_size
+from halovae.mesh import Mesh, Traffic, mesh_for
+from halovae.plane.layout import Layout, extent, sole
+from halovae.plane.plane import Plane
+from halovae.plane.program import Program
+from halovae.plane.tensor import PlaneTensor
+from halovae.plane.trace import TraceError, trace, untouched
+
+Gather = Literal["rank0", "all", "none"]
+_PROGRAMS = 16  # that a function keeps: one for each shape, dtype and grid
+_ALARMING = 0.05  # share of the received bytes of all computed ones from which fallbacks are warned of
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a call took on this rank.
+
+    Attributes:
+        grid: how the ranks shared the plane.
+        eager: why the function was not recorded; empty if it was.
+        recorded: seconds that recording took; 0 if the program was there already.
+        seconds: of the call, without recording.
+        messages: sent by this rank, and their `bytes_sent`.
+        fallbacks: operators that no rule covers, with their calls: they ran replicated on all ranks.
+        gathered: the share of all computed bytes that these received.
+        peak: bytes of live tensors at the highest point, weights apart, by the recorded graph; 0 without one.
+    """
+
+    grid: Grid
+    eager: str
+    recorded: float
+    seconds: float
+    messages: int
+    bytes_sent: int
+    fallbacks: Mapping[str, int]
+    gathered: float
+    peak: int
+
+
+class Sharded:
+    """A function whose input's plane is partitioned over ranks; every rank calls it with the same arguments.
+
+    Args:
+        function: takes a tensor `[..., H, W]`, and returns one `[..., H', W']` of which H' and W' are multiples or
+            divisors of H and W. It runs unmodified.
+        modules: whose weights it uses. They are shared, and stay as they are.
+        multiple: of which the ranks' bounds are to be multiples: an encoder's compression ratio saves messages.
+
+    Attributes:
+        report: what the last call took; None before the first.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], modules: Sequence[nn.Module], multiple: int = 1) -> None:
+        self._function, self._modules, self._multiple = function, tuple(modules), multiple
+        self._programs: OrderedDict[Any, Program | TraceError] = OrderedDict()
+        self._digests: dict[Any, str] = {}
+        self.report: ShardReport | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        *extras: Tensor,
+        grid: Grid | None = None,
+        mesh: Mesh | None = None,
+        gather: Gather = "all",
+        options: Mapping[str, Any] | None = None,
+    ) -> Tensor | None:
+        """Call the function on all ranks. Collective.
+
+        Args:
+            x: `[B, ..., H, W]`, the same on all ranks.
+            extras: further tensors for the function, which every rank has all of.
+            grid: how ranks share the plane, and the batch; None to share the rows of all ranks. On 1x1 each rank
+                computes all of it by itself.
+            mesh: a mesh to use instead of the one that all calls with this grid share.
+            gather: who receives the result: "all" ranks, "rank0", or "none": each rank keeps its own part.
+            options: keyword arguments for the function; no tensors.
+
+        Returns:
+            The result, None on the ranks that receive nothing. With gather="none", this rank's part.
+
+        Raises:
+            ValueError: a grid that does not match the world or has more ranks than there are rows, cols or items; a
+                result without the input's plane; an unknown `gather`; weights on several devices, or in need of
+                gradients.
+            TypeError: the input is not a floating tensor `[..., H, W]`, or the result is no tensor.
+            RuntimeError: another rank refused, or has other arguments or weights.
+        """
+        options = dict(options or {})
+        device = _device(self._modules, x)
+        everyone = mesh or mesh_for(Grid(rows=world_size()), device)
+        error: Exception | None = None
+        try:
+            used = mesh or mesh_for(grid or Grid(rows=world_size()), device)
+            self._check(x, used.grid, gather)
+        except (ValueError, TypeError) as refused:
+            error = refused
+        asked = f"{list(x.shape)}, {x.dtype}, {[list(one.shape) for one in extras]}, grid {grid}, gather {gather}"
+        key = self._key(used if error is None else everyone, x, extras, options)
+        everyone.agree(f"{asked}, weights {self._digest(key)}", error, None)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._call(x.detach(), extras, used, gather, options, key)
+
+    def _digest(self, key: Any) -> str:
+        """Tells the weights of ranks apart; computed once."""
+        if key not in self._digests:
+            self._digests = {key: _digest(self._modules)}
+        return self._digests[key]
+
+    def _call(
+        self, x: Tensor, extras: Sequence[Tensor], mesh: Mesh, gather: Gather, options: dict[str, Any], key: Any
+    ) -> Tensor | None:
+        items = split(x.shape[0], mesh.grid.batch)
+        mine = x[items[mesh.item].slice] if mesh.grid.batch > 1 else x
+        begin = time.perf_counter()
+        program = self._program(mine, extras, mesh, options, key)
+        recorded = time.perf_counter() - begin
+        traffic = Traffic(mesh.platform)
+        begin = time.perf_counter()
+        with mesh.in_use(traffic):
+            plane = Plane(mesh)
+            if isinstance(program, Program):
+                local = plane.scatter(mine, self._multiple).local
+                own, layout = program(local, mesh, *extras), program.returns
+                told: Plane | Program = program
+            else:
+                with plane.active():
+                    result = self._call_eagerly(plane, mine, extras, options)
+                own, layout, told = result.local, result.partition, plane
+            _check_result(x, layout)
+            full = _gathered(own, layout, plane, items, gather)
+        mesh.platform.synchronize()
+        self.report = ShardReport(
+            mesh.grid,
+            "" if isinstance(program, Program) else str(program),
+            recorded if recorded > 1e-3 else 0.0,
+            time.perf_counter() - begin,
+            traffic.messages,
+            traffic.bytes,
+            dict(told.fallbacks),
+            sum(told.gathered.values()) / max(1, told.computed),
+            program.peak if isinstance(program, Program) else 0,
+        )
+        _warn(told.fallbacks, told.gathered, told.computed)
+        return full
+
+    def _call_eagerly(self, plane: Plane, x: Tensor, extras: Sequence[Tensor], options: dict[str, Any]) -> PlaneTensor:
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.enter_context(untouched(module))
+            result = self._function(plane.scatter(x, self._multiple), *extras, **options)
+        if not isinstance(result, Tensor):
+            raise TypeError(f"expected a function that returns a tensor, but it returned {type(result).__name__}")
+        return plane.lift(result)
+
+    def _program(
+        self, x: Tensor, extras: Sequence[Tensor], mesh: Mesh, options: dict[str, Any], key: Any
+    ) -> Program | TraceError:
+        """The recorded program of this rank, or why there is none."""
+        found = self._programs.get(key)
+        if found is None:
+            try:
+                found = trace(
+                    lambda z, *rest: self._function(z, *rest, **options), self._modules, mesh, x.shape, x.dtype,
+                    x.device, self._multiple, [(one.shape, one.dtype) for one in extras],
+                )  # fmt: skip
+            except TraceError as error:
+                found = error
+            self._programs[key] = found
+            while len(self._programs) > _PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return found
+
+    def _key(self, mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[str, Any]) -> Any:
+        """What a recorded graph depends on. Weights are read when it runs; other ones, or other flags, make another."""
+        simple = (bool, int, float, str, type(None))
+        flags = tuple(
+            (name, value)
+            for module in self._modules
+            for name, value in vars(module).items()
+            if isinstance(value, simple) and not name.startswith("__")
+        )
+        weights = hash(tuple(id(one) for module in self._modules for one in module.parameters()))
+        told = tuple((name, value if isinstance(value, simple) else type(value)) for name, value in options.items())
+        shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
+        return mesh.grid, mesh.rank, shapes, x.device, flags, weights, told
+
+    def _check(self, x: Tensor, grid: Grid, gather: Gather) -> None:
+        if not isinstance(x, Tensor) or x.ndim < 3 or not x.is_floating_point():
+            described = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"input: expected a floating tensor [B, ..., H, W], got {described}")
+        if min(x.shape) < 1:
+            raise ValueError(f"input of shape {list(x.shape)} is empty: expected [B, ..., H, W], each at least 1")
+        if gather not in get_args(Gather):
+            raise ValueError(f"gather={gather!r}: expected one of {', '.join(get_args(Gather))}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                "input requires gradients, but halovae is for inference only: call it under torch.no_grad()"
+            )
+        grid.shards(x.shape[0], x.shape[-2], x.shape[-1])
+
+
+def shard(
+    function: Callable[..., Tensor] | nn.Module, modules: nn.Module | Sequence[nn.Module] = (), *, multiple: int = 1
+) -> Sharded:
+    """Run any function from latents to pictures on a grid of ranks, unmodified and exactly.
+
+    Args:
+        function: a module, a module's method such as `vae.decoder.forward`, or a function that closes over modules.
+        modules: whose weights it uses, where it is neither a module nor a module's method.
+        multiple: of which the ranks' bounds are to be multiples; see `Sharded`.
+
+    Returns:
+        A function of the same tensors, which every rank calls: `halovae.shard(vae.decoder)(latents, grid=Grid(2, 2))`.
+
+    Raises:
+        TypeError: the function cannot be called.
+        ValueError: it is a plain function, and no modules are given.
+    """
+    if not callable(function):
+        raise TypeError(f"function: expected a module or a function, got {type(function).__name__}")
+    given = [modules] if isinstance(modules, nn.Module) else list(modules)
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    if isinstance(owner, nn.Module):
+        given = [owner, *(one for one in given if one is not owner)]
+    if not given:
+        raise ValueError("modules: name the modules whose weights the function uses, modules=()  if there are none")
+    return Sharded(function, given, multiple)
+
+
+def _device(modules: Sequence[nn.Module], x: Any) -> torch.device:
+    devices = {one.device for module in modules for one in module.parameters()}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the module's weights are on several devices ({names}): expected all of them on one")
+    return devices.pop() if devices else x.device if isinstance(x, Tensor) else torch.device("cpu")
+
+
+def _digest(modules: Sequence[nn.Module]) -> str:
+    """Tells weights of ranks apart: their names, shapes and sums."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return ""
+    sums = [one.detach().double().sum() for module in modules for one in module.parameters()]
+    shapes = hash(tuple(tuple(one.shape) for module in modules for one in module.parameters()))
+    total = float(torch.stack(sums).mul(torch.arange(1, len(sums) + 1, device=sums[0].device)).sum()) if sums else 0.0
+    return f"{shapes:x}/{total!r}"
+
+
+def _check_result(x: Tensor, layout: Layout) -> None:
+    sizes = [extent(dim) for dim in layout]
+    if len(sizes) < 3 or any(now % then and then % now for now, then in zip(sizes[-2:], x.shape[-2:], strict=True)):
+        raise ValueError(
+            f"the function made a result of shape {sizes} of an input of shape {list(x.shape)}: expected "
+            f"[..., H', W'] with multiples or divisors of {x.shape[-2]} and {x.shape[-1]}"
+        )
+
+
+def _gathered(own: Tensor, layout: Layout, plane: Plane, items: Sequence[Span], gather: Gather) -> Tensor | None:
+    """The whole result where it is wanted."""
+    mesh = plane.mesh
+    if gather == "none":
+        return own
+    rows, cols = (sole(dim) for dim in layout[-2:])
+    plain = all(sole(dim) is not None or all(f.mesh_dim is None for f in dim) for dim in layout[-2:])
+    if not plain or any(factor.mesh_dim for dim in layout[:-2] for factor in dim):
+        own, rows, cols = plane.full(plane.wrap(own, layout)), None, None
+    if mesh.grid.size == 1:
+        return own
+    height, width = (extent(dim) for dim in layout[-2:])
+    middle = own.shape[1:-2]
+    ratio = extent(layout[0]) // items[mesh.item].size  # frames may be in the batch
+    shards = []
+    for rank in range(mesh.grid.size):
+        item, row, col = mesh.grid.coordinates(rank)
+        whole = (rows is None and row > 0) or (cols is None and col > 0)  # what every rank has, only one gives
+        part_rows = Span(rows.bounds[row], rows.bounds[row + 1]) if rows else Span(0, 0 if whole else height)
+        part_cols = Span(cols.bounds[col], cols.bounds[col + 1]) if cols else Span(0, 0 if whole else width)
+        shards.append(Shard(items[item].scaled(ratio), part_rows, part_cols))
+    given = shards[mesh.rank]
+    own = own[..., : given.rows.size, : given.cols.size].contiguous()
+    total = items[-1].stop * ratio
+    wanted = gather == "all" or mesh.rank == 0
+    # A message may not be empty, a part of a collective call may.
+    everyone = gather == "all" or any(0 in (one.rows.size, one.cols.size) for one in shards)
+    count = middle.numel()
+    out = own.new_empty((total, count, 1, height, width)) if wanted else None
+    flat = own.reshape(given.batch.size, count, 1, given.rows.size, given.cols.size)
+    mesh.gather_frames(flat, shards, out, everyone)
+    return None if out is None else out.view(total, *middle, height, width)
+
+
+def _warn(fallbacks: Counter[str], gathered: Counter[str], computed: int) -> None:
+    share = sum(gathered.values()) / max(1, computed)
+    if share > _ALARMING:
+        names = ", ".join(
+            f"{name}: {calls} calls, {gathered[name] / max(1, computed):.1%} of bytes"
+            for name, calls in fallbacks.items()
+        )
+        warnings.warn(
+            f"these operators have no rule and run replicated on all ranks: {names}", RuntimeWarning, stacklevel=4
+        )

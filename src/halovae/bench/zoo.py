@@ -6,12 +6,22 @@ tests or near them, the weights random.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from halovae.geometry import Grid
+from halovae.mesh import Mesh
+from halovae.plane import Plane
+from halovae.plane.program import Program
+from halovae.plane.trace import trace
+from halovae.simulate import on_threads
+
+Direction = Literal["decode", "encode"]
 
 LEFT_OUT: dict[str, str] = {
     "AutoencoderKLKVAEAudio": "audio",
@@ -28,6 +38,11 @@ LEFT_OUT: dict[str, str] = {
     "RFD4ProteinaAutoencoder": "proteins: no plane",
 }
 """Classes in diffusers' folder of autoencoders that have no entry, and why."""
+
+FALLBACKS: dict[tuple[str, Direction], dict[str, str]] = {
+    ("AutoencoderRAE (mae)", "encode"): {"aten.gather.default": "tokens are shuffled by an index"},
+}
+"""Operators that no rule covers, by name of the entry and direction, and why they are called."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,24 @@ class Entry:
     factor_fp32: bool = False
     random: bool = False
     quantized: bool = False
+
+    @property
+    def class_name(self) -> str:
+        """The class, without the variant."""
+        return self.name.split(" ")[0]
+
+    @property
+    def bound(self) -> float:
+        """The largest error in fp64, as `error` measures it, that rounding explains."""
+        return 1e-6 if self.factor_fp32 else 1e-12
+
+    def shape(self, direction: Direction) -> tuple[int, ...] | None:
+        """Of what goes in; None where that direction is not tried."""
+        return self.latents if direction == "decode" else self.pictures
+
+    def multiple(self, direction: Direction) -> int:
+        """Of which the bounds of what goes in are multiples."""
+        return 1 if direction == "decode" else self.ratio
 
 
 def _class(name: str, **config: Any) -> Callable[[], nn.Module]:
@@ -534,3 +567,72 @@ def encode(module: nn.Module, pictures: Tensor) -> Tensor:
         if hasattr(out, name):
             return getattr(out, name)
     return out.latent_dist.parameters
+
+
+CALLS: dict[Direction, Callable[[nn.Module, Tensor], Tensor]] = {"decode": decode, "encode": encode}
+
+
+def example(entry: Entry, direction: Direction, dtype: torch.dtype) -> Tensor:
+    """What goes in: seeded noise, the same in every dtype but for rounding."""
+    shape = entry.shape(direction)
+    assert shape is not None
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+
+
+def plain(entry: Entry, direction: Direction, dtype: torch.dtype) -> Tensor:
+    """What the unmodified module gives on its own."""
+    with torch.no_grad():
+        return CALLS[direction](build(entry, dtype), example(entry, direction, dtype))
+
+
+def eager(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[tuple[Tensor, Plane]]:
+    """What each rank of a grid gives, operator by operator. Ranks are threads of this process."""
+    x, device = example(entry, direction, dtype), torch.device("cpu")
+    module = build(entry, dtype)
+
+    def rank(mesh: Mesh) -> tuple[Tensor, Plane]:
+        own, plane = copy.deepcopy(module), Plane(mesh)  # some classes keep caches on themselves
+        with plane.active():
+            return plane.full(CALLS[direction](own, plane.scatter(x, entry.multiple(direction)))), plane
+
+    return on_threads(grid, device, rank)
+
+
+def record(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[Program]:
+    """Each rank's program.
+
+    Raises:
+        TraceError: the call cannot be recorded.
+    """
+    module, device, shape = build(entry, dtype), torch.device("cpu"), entry.shape(direction)
+    assert shape is not None
+
+    def rank(mesh: Mesh) -> Program:
+        call = CALLS[direction]
+        return trace(lambda x: call(module, x), [module], mesh, shape, dtype, device, entry.multiple(direction))
+
+    return on_threads(grid, device, rank)
+
+
+def replay(programs: list[Program], entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[Tensor]:
+    """What each rank's program gives, the global generator seeded as `decode` seeds it."""
+    x = example(entry, direction, dtype)
+
+    def rank(mesh: Mesh) -> Tensor:
+        program, plane = programs[mesh.rank], Plane(mesh)
+        local = plane.scatter(x, entry.multiple(direction)).local
+        torch.manual_seed(0)
+        result = program(local, mesh)
+        with plane.active():
+            return plane.full(plane.wrap(result, program.returns))
+
+    with torch.random.fork_rng(devices=[]):
+        return on_threads(grid, torch.device("cpu"), rank)
+
+
+def error(results: list[Tensor], reference: Tensor) -> float:
+    """The largest difference of any rank's result, relative to the largest value of the reference, or to 1."""
+    if any(result.shape != reference.shape or not result.isfinite().all() for result in results):
+        return float("inf")
+    largest = max((result - reference).abs().max().item() for result in results)
+    return largest / max(1.0, reference.abs().max().item())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from halovae import kernels
 from halovae.geometry import Grid
+from halovae.integrations.autoencoder import Autoencoder
 from halovae.kernels import Kernels
 from halovae.lines import world_size
 from halovae.loop import Gather, Request
@@ -248,23 +249,30 @@ def load(
     subfolder: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-) -> Decoder:
+) -> Any:
     """Make a decoder from a diffusers VAE, a directory in diffusers layout, or a hub id.
 
     Args:
-        source: a live `AutoencoderKLWan` or `AutoencoderKLQwenImage`, whose parameters are shared, not copied; a folder
-            with `config.json` and `.safetensors` files, or a pipeline's folder with such a one as `vae/`; or a hub id.
+        source: a live diffusers autoencoder, whose parameters are shared, not copied; a folder with `config.json` and
+            `.safetensors` files, or a pipeline's folder with such a one as `vae/`; or a hub id.
         subfolder: where in the folder or the repository the VAE is; None tries the top and `vae/`.
         dtype: what weights that come from files are converted to.
         device: where weights that come from files go; None for this process's accelerator, or the CPU without one.
+
+    Returns:
+        A `Decoder` for `AutoencoderKLWan` and `AutoencoderKLQwenImage`; for other classes an `Autoencoder`, which
+        needs diffusers.
 
     Raises:
         halovae.CheckpointError: an unsupported class, damaged files, missing or unexpected weights (named).
     """
     if isinstance(source, nn.Module):
-        return Decoder(checkpoints.from_module(source))
+        known = type(source).__name__ in checkpoints.CLASSES
+        return Decoder(checkpoints.from_module(source)) if known else Autoencoder(source)
     folder = checkpoints.find_folder(source, subfolder)
     target = Platform.default().device if device is None else torch.device(device)
+    if checkpoints.read_class(folder) not in checkpoints.CLASSES:
+        return Autoencoder(checkpoints.diffusers_module(folder, dtype).to(target))
     return Decoder(checkpoints.from_directory(folder, dtype, target))
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from halovae.decode import Decoder, HaloDepth, Mode
 from halovae.encode import Encoder
 from halovae.geometry import Grid
+from halovae.integrations.autoencoder import parallelize_plane, tiles_only
 from halovae.loop import Gather
-from halovae.models.load import encoder_from_module, from_module
+from halovae.models.load import CLASSES, encoder_from_module, from_module
 from halovae.planning.plan import Chunk
 
 
@@ -39,7 +40,8 @@ def parallelize(
     settings.
 
     Args:
-        pipe_or_vae: a pipeline with a `vae`, or an `AutoencoderKLWan` or `AutoencoderKLQwenImage`.
+        pipe_or_vae: a pipeline with a `vae`, or any diffusers autoencoder with rows and cols. `AutoencoderKLWan` and
+            `AutoencoderKLQwenImage` have decoders of halovae's own; others run unmodified on a partitioned plane.
         mode: how ranks share a latent; see `Decoder.stream` for this, `grid`, `chunk` and `halo_depth`. Pictures that
             are encoded are shared by rows, or not at all; see `Encoder.encode`.
         grid: instead of `mode`, for decoding.
@@ -54,7 +56,7 @@ def parallelize(
 
     Raises:
         TypeError: the argument has no VAE.
-        ValueError: the VAE's class is not supported, or `gather` is neither "all" nor "rank0".
+        ValueError: `gather` is neither "all" nor "rank0", or an option that the VAE's path does not have.
     """
     from diffusers.models.autoencoders.vae import DecoderOutput
     from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -62,6 +64,14 @@ def parallelize(
     if gather not in ("all", "rank0"):
         raise ValueError(f"gather={gather!r}: a pipeline needs whole frames, expected 'all' or 'rank0'")
     vae = _vae_of(pipe_or_vae)
+    if type(vae).__name__ not in CLASSES:
+        for name, value in (("chunk", chunk), ("halo_depth", halo_depth), ("memory_budget", memory_budget)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r}: {type(vae).__name__} runs on the plane path, which has no {name} yet"
+                )
+        parallelize_plane(vae, mode, grid, gather, _warn_of_tiling)
+        return pipe_or_vae
     decoder = Decoder(from_module(vae))
 
     @functools.wraps(type(vae).decode)
@@ -142,7 +152,8 @@ def restore(pipe_or_vae: Any) -> Any:
 
 
 def _warn_of_tiling(vae: nn.Module) -> None:
-    if getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False):
+    tiled = getattr(vae, "use_tiling", False) and not tiles_only(vae)
+    if tiled or getattr(vae, "use_slicing", False):
         warnings.warn(
             "tiling and slicing are not needed with halovae, and ignored: the ranks share the memory",
             UserWarning,

@@ -119,6 +119,33 @@ def read_class(folder: Path) -> str:
     return str(read_json(folder / "config.json").get("_class_name"))
 
 
+def diffusers_module(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a VAE of any class by diffusers.
+
+    Args:
+        folder: with `config.json` and `.safetensors` files.
+        dtype: what the weights are converted to.
+
+    Raises:
+        CheckpointError: diffusers is not installed, has no autoencoder of this class, or cannot load the files.
+    """
+    name = read_class(folder)
+    try:
+        import diffusers
+    except ImportError as error:
+        raise CheckpointError(f"{folder}: VAE class {name!r} needs pip install 'halovae[diffusers]'") from error
+    found = (
+        getattr(diffusers, name, None) if name.startswith(("Autoencoder", "Asymmetric", "VQ", "Consistency")) else None
+    )
+    if found is None:
+        raise CheckpointError(f"{folder}: VAE class {name!r} is no autoencoder of diffusers {diffusers.__version__}")
+    try:
+        vae: nn.Module = found.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: diffusers cannot load this {name} ({error})") from error
+    return vae.eval().requires_grad_(False)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())

@@ -33,6 +33,7 @@ class ShardReport:
     """What a call took on this rank.
 
     Attributes:
+        shape: of the whole result.
         grid: how the ranks shared the plane.
         eager: why the function was not recorded; empty if it was.
         recorded: seconds that recording took; 0 if the program was there already.
@@ -43,6 +44,7 @@ class ShardReport:
         peak: bytes of live tensors at the highest point, weights apart, by the recorded graph; 0 without one.
     """
 
+    shape: tuple[int, ...]
     grid: Grid
     eager: str
     recorded: float
@@ -147,7 +149,9 @@ class Sharded:
             _check_result(x, layout)
             full = _gathered(own, layout, plane, items, gather)
         mesh.platform.synchronize()
+        sizes = tuple(map(extent, layout))
         self.report = ShardReport(
+            (sizes[0] // mine.shape[0] * x.shape[0], *sizes[1:]),
             mesh.grid,
             "" if isinstance(program, Program) else str(program),
             recorded if recorded > 1e-3 else 0.0,

@@ -40,7 +40,8 @@ def random(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     x, *rest = args
     if func._schema.name == "aten::bernoulli":
         return NotImplemented
-    blank = torch.empty(x.shape, dtype=x.dtype, device=x.local.device)
+    # PyTorch draws in the order of memory.
+    blank = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.local.device)
     drawn = func(blank, *rest, **kwargs)
     part = plane.to_layout(plane.lift(drawn), x.partition)
     if func._schema.name.endswith("_"):

@@ -23,6 +23,8 @@ def group_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     x, weight, bias, _, channels, _, groups, eps = args
     if isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
         return NotImplemented
+    if torch.Size(x.shape[1:]).numel() == groups:
+        return NotImplemented  # groups of one value: PyTorch refuses these for a rank's part, if that is one item
     x = plane.to_whole(x, [1])
     local, own = x.local, x.local.shape[0]
     mesh_dims = {factor.mesh_dim for dim in x.partition[2:] for factor in dim if factor.mesh_dim is not None}

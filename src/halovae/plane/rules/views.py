@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from halovae.plane.layout import (
     local_shape,
     proper,
     ranges,
+    shape,
     sole,
     whole,
 )
@@ -44,11 +47,27 @@ def view(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return NotImplemented
     moved, layout = plane.viewed(x, _resolved(x, sizes))
     local = moved.local.reshape(local_shape(layout, plane.coordinates))
-    fresh = func is aten._unsafe_view.default
-    frozen = "" if fresh else moved.frozen or x.frozen
-    if not fresh and plane.recorder is None and local.data_ptr() != moved.local.data_ptr():
+    if func is aten._unsafe_view.default:
+        return plane.wrap(local, layout)
+    frozen = moved.frozen or x.frozen
+    if not _is_free(moved, shape(layout)):
         frozen = frozen or "it had to be copied"
+        if plane.recorder is None and local.data_ptr() == moved.local.data_ptr():
+            local = local.clone()  # as for ranks that have more than one row
     return plane.wrap(local, layout, frozen)
+
+
+def _is_free(x: PlaneTensor, sizes: tuple[int, ...]) -> bool:
+    """Whether ranks can view their parts in these sizes without a copy: all of them or none, however few rows one has.
+
+    Dims that do not lie one after the other in memory must stay apart.
+    """
+    real = [dim for dim in range(x.ndim) if x.shape[dim] > 1]
+    ends = {math.prod(sizes[at:]) for at in range(len(sizes))}
+    return all(
+        x.local.stride(outer) == x.local.shape[inner] * x.local.stride(inner) or math.prod(x.shape[inner:]) in ends
+        for outer, inner in pairwise(real)
+    )
 
 
 def _ordered(plane: Plane, x: PlaneTensor, order: list[int]) -> Any:
@@ -208,8 +227,8 @@ def index_select(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[st
     x, dim, index = args
     if isinstance(index, PlaneTensor) or not isinstance(x, PlaneTensor):
         return NotImplemented
-    x = plane.to_whole(x, [dim])
     at = dim % x.ndim
+    x = plane.to_whole(x, [at])
     layout = (*x.partition[:at], whole(index.numel()), *x.partition[at + 1 :])
     return plane.wrap(func(x.local, at, index), layout)
 

@@ -1,0 +1,230 @@
+"""`halovae.shard`, `parallelize` and `load` for any autoencoder, on real gloo ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halovae
+from halovae.bench import zoo
+from halovae.bench.ranks import Ranks
+from halovae.geometry import Grid
+from halovae.launch import RankError
+
+Group = Callable[[int], Ranks]
+ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
+KL = ENTRIES["AutoencoderKL"]
+
+
+class Small(nn.Module):
+    """A convolution, a norm over the plane, and an upsampling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, times: int = 2) -> Tensor:
+        y = self.norm(self.conv(x))
+        y = y if shift is None else y + shift
+        return nn.functional.interpolate(y, scale_factor=times)
+
+
+def small(seed: int = 0) -> Small:
+    torch.manual_seed(seed)
+    return Small().double().eval().requires_grad_(False)
+
+
+def picture(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def decoded(name: str, call: str, grid: Grid | None, gather: str) -> tuple[float, list[int] | None, Any]:
+    """The error of an entry's call on this rank, the result's shape, and the report."""
+    entry = ENTRIES[name]
+    module, plain = zoo.build(entry, torch.float64), zoo.build(entry, torch.float64)
+    shape = entry.latents if call == "decode" else entry.pictures
+    assert shape is not None
+    x = picture(*shape)
+    sharded: Any = halovae.load(module)
+    with torch.no_grad():
+        expected = getattr(zoo, call)(plain, x)
+    found = getattr(sharded, call)(x, grid=grid, gather=gather)
+    if found is None:
+        return 0.0, None, None
+    if gather == "none":
+        return 0.0, list(found.shape), sharded.report
+    return (found - expected).abs().max().item(), list(found.shape), sharded.report
+
+
+@pytest.mark.parametrize("call", ["decode", "encode"])
+@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderKLHunyuanVideo15", "AutoencoderTiny"])
+def test_two_ranks_give_one_process_result(ranks: Group, name: str, call: str) -> None:
+    for error, shape, _ in ranks(2).run(decoded, name, call, None, "all"):
+        assert shape is not None
+        assert error < 1e-12
+
+
+def test_a_result_goes_where_it_is_wanted(ranks: Group) -> None:
+    (error, whole, report), (_, nothing, _) = ranks(2).run(decoded, KL.name, "decode", Grid(cols=2), "rank0")
+    assert error < 1e-12
+    assert nothing is None
+    assert whole is not None
+    assert report.messages > 0
+    assert not report.eager
+    assert not report.fallbacks
+    parts = [shape for _, shape, _ in ranks(2).run(decoded, KL.name, "decode", Grid(cols=2), "none")]
+    assert [part[-1] for part in parts if part] == [16, 12]
+    assert all(part[:-1] == whole[:-1] for part in parts if part)
+
+
+def shared_batch() -> float:
+    module = small()
+    x = picture(3, 3, 5, 4)
+    found = halovae.shard(module)(x, grid=Grid(batch=2))
+    assert found is not None
+    return (found - module(x)).abs().max().item()
+
+
+def test_ranks_share_the_items_of_a_batch(ranks: Group) -> None:
+    assert max(ranks(2).run(shared_batch)) < 1e-12
+
+
+def through_a_pipeline_call() -> list[float]:
+    """What pipelines do with a VAE: by name, as tuple, with a generator; then without halovae again."""
+    plain, vae = zoo.build(KL, torch.float64), zoo.build(KL, torch.float64)
+    vae_: Any = halovae.parallelize(vae)
+    x = picture(*KL.latents or ())
+    image = picture(*KL.pictures or ())
+    p: Any = plain
+    errors = []
+    with torch.no_grad():
+        errors.append(vae_.decode(x).sample - p.decode(x).sample)
+        errors.append(vae_.decode(x, return_dict=False, generator=None)[0] - p.decode(x).sample)
+        with torch.inference_mode():
+            errors.append(vae_.decode(x).sample - p.decode(x).sample)
+        errors.append(vae_.encode(image).latent_dist.mode() - p.encode(image).latent_dist.mode())
+        drawn = [one.encode(image).latent_dist.sample(torch.Generator().manual_seed(2)) for one in (vae_, p)]
+        errors.append(drawn[0] - drawn[1])
+        vae_.enable_tiling()
+        with pytest.warns(UserWarning, match="tiling"):
+            errors.append(vae_.decode(x).sample - p.decode(x).sample)
+        vae_.disable_tiling()
+        halovae.restore(vae)
+        assert "decode" not in vars(vae)
+    return [one.abs().max().item() for one in errors]
+
+
+def test_a_parallelized_vae_keeps_its_calls(ranks: Group) -> None:
+    for errors in ranks(2).run(through_a_pipeline_call):
+        assert max(errors) < 1e-12
+
+
+def other_weights(rank_seed: bool) -> None:
+    import torch.distributed as dist
+
+    from halovae.lines import join_world
+
+    join_world(torch.device("cpu"))
+    module = small(dist.get_rank() if rank_seed else 0)
+    halovae.shard(module)(picture(1, 3, 6, 4))
+
+
+def test_ranks_with_other_weights_are_told(ranks: Group) -> None:
+    ranks(2).run(other_weights, False)
+    with pytest.raises(RankError, match="all ranks must ask for the same"):
+        Ranks(2).run(other_weights, True)
+
+
+def refused(what: str) -> str:
+    module = small()
+    shard, x = halovae.shard(module), picture(1, 3, 6, 4)
+    try:
+        if what == "rows":
+            shard(picture(1, 3, 1, 4), grid=Grid(rows=2))
+        elif what == "world":
+            shard(x, grid=Grid(rows=3))
+        elif what == "gather":
+            shard(x, gather="some")  # type: ignore[arg-type]
+        elif what == "integers":
+            shard(torch.zeros(1, 3, 6, 4, dtype=torch.int64))
+        elif what == "gradients":
+            shard(x.requires_grad_())
+        elif what == "result":
+            halovae.shard(lambda z: module(z).mean((2, 3)), module)(x)
+        elif what == "plane":
+            halovae.load(zoo.build(KL)).decode(torch.zeros(1, 4, 8))
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("rows", "2 ranks along rows, but there are only 1"),
+        ("world", "grid 3x1 needs 3 ranks, but the world has 2"),
+        ("gather", "gather='some': expected one of rank0, all, none"),
+        ("integers", r"expected a floating tensor \[B, ..., H, W\], got torch.int64"),
+        ("gradients", "inference only"),
+        ("result", r"made a result of shape \[1, 4\]"),
+        ("plane", "without a plane"),
+    ],
+)
+def test_bad_input_is_refused_by_all_ranks(ranks: Group, what: str, message: str) -> None:
+    for said in ranks(2).run(refused, what):
+        assert re.search(message, said), said
+
+
+def test_a_function_reads_values_of_its_input_and_runs_eagerly() -> None:
+    module = small()
+    shard = halovae.shard(lambda z: module(z) * float(z.mean() > 0), module)
+    x = picture(1, 3, 6, 4)
+    found = shard(x)
+    assert found is not None
+    assert torch.equal(found, module(x) * float(x.mean() > 0))
+    assert shard.report is not None
+    assert "test_sharded.py" in shard.report.eager  # the place is named
+
+
+def test_programs_are_kept_and_follow_the_weights() -> None:
+    module = small()
+    shard = halovae.shard(module)
+    x, shift = picture(1, 3, 6, 4), picture(1, 4, 1, 1)
+    for options in ({}, {"times": 3}):
+        for given in ((), (shift,), (shift + 1,)):
+            found = shard(x, *given, options=options)
+            assert found is not None
+            torch.testing.assert_close(found, module(x, *given, **options), rtol=0, atol=1e-12)
+    assert len(shard._programs) == 4
+    module.conv.weight.mul_(2)
+    found = shard(x)
+    assert found is not None
+    torch.testing.assert_close(found, module(x), rtol=0, atol=1e-12)
+    assert len(shard._programs) == 4
+    module.conv.weight = nn.Parameter(module.conv.weight * 2, requires_grad=False)
+    found = shard(x)
+    assert found is not None
+    torch.testing.assert_close(found, module(x), rtol=0, atol=1e-12)
+    assert len(shard._programs) == 5
+
+
+def test_what_is_no_module_names_its_modules() -> None:
+    with pytest.raises(ValueError, match="modules: name the modules"):
+        halovae.shard(lambda z: z)
+    with pytest.raises(TypeError, match="expected a module or a function, got int"):
+        halovae.shard(3)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_any_class_is_loaded(tmp_path: Any) -> None:
+    vae: Any = zoo.build(ENTRIES["AutoencoderKLMochi"])
+    vae.save_pretrained(tmp_path)
+    x = torch.randn(ENTRIES["AutoencoderKLMochi"].latents or ())
+    found = halovae.load(tmp_path).decode(x, gather="all")
+    with torch.no_grad():
+        assert torch.equal(found, vae.decode(x).sample)

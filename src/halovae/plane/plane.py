@@ -71,10 +71,10 @@ class Plane:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Let operators of this thread use this plane's ranks. Buffers of a plane's size are made partitioned."""
-        from halovae.plane.rules.creation import Factories
+        from halovae.plane.rules.creation import Interception
 
         # Operators on inference tensors arrive undecomposed, so that mode gives way to one that differs in speed only.
-        with operators.on(self.mesh), torch.inference_mode(False), torch.no_grad(), Factories(self):
+        with operators.on(self.mesh), torch.inference_mode(False), torch.no_grad(), Interception(self):
             yield
 
     @contextmanager
@@ -95,9 +95,9 @@ class Plane:
         """A tensor that every rank has all of, as a plane tensor."""
         return x if isinstance(x, PlaneTensor) else self.wrap(x, replicated(tuple(x.shape)))
 
-    def wrap(self, local: Tensor, layout: Layout, frozen: str = "") -> PlaneTensor:
-        """A plane tensor of this rank's part of it."""
-        return PlaneTensor(local, layout, self, frozen)
+    def wrap(self, local: Tensor, layout: Layout, frozen: str = "", like: PlaneTensor | None = None) -> PlaneTensor:
+        """A plane tensor of this rank's part of it; `like` is one with the same layout, if there is one."""
+        return PlaneTensor(local, layout, self, frozen, like)
 
     def scatter(self, x: Tensor, multiple: int = 1) -> PlaneTensor:
         """Partition the last two dims of a tensor that every rank has all of. No data moves.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.plane.layout import Layout, shape
@@ -31,11 +31,19 @@ class PlaneTensor(Tensor):
     frozen: str
 
     @staticmethod
-    def __new__(cls, local: Tensor, layout: Layout, plane: Plane, frozen: str = "") -> PlaneTensor:
-        sizes = shape(layout)
+    def __new__(
+        cls, local: Tensor, layout: Layout, plane: Plane, frozen: str = "", like: PlaneTensor | None = None
+    ) -> PlaneTensor:
         device = plane.recorder.device if plane.recorder is not None else local.device
+        sizes: Any = shape(layout) if like is None else like.shape
+        if local.is_contiguous():
+            strides = contiguous(tuple(sizes))
+        elif like is not None and like.local.stride() == local.stride():
+            strides = like.stride()
+        else:
+            strides = _strides(local, sizes)
         made: PlaneTensor = torch.Tensor._make_wrapper_subclass(
-            cls, sizes, strides=_strides(local, sizes), dtype=local.dtype, device=device
+            cls, sizes, strides=strides, dtype=local.dtype, device=device
         )
         made.local, made.partition, made.plane, made.frozen = local, layout, plane, frozen
         return made
@@ -47,28 +55,38 @@ class PlaneTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        from halovae.plane.rules import dispatch
+        return _dispatch()(func, args, kwargs or {})
 
-        return dispatch(func, args, kwargs or {})
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from halovae.plane.rules.attention import attention
-
-        if func is F.scaled_dot_product_attention:  # torch chooses a kernel for it before it dispatches
-            return attention(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+    # `Interception` sees functions that must be seen before PyTorch takes them apart.
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
-def _strides(local: Tensor, sizes: tuple[int, ...]) -> list[int]:
+@cache
+def _dispatch() -> Any:
+    """Rules know tensors, so they are imported once there is one."""
+    from halovae.plane.rules import dispatch
+
+    return dispatch
+
+
+@cache
+def contiguous(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _strides(local: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a whole tensor whose dims lie in memory in the order of its part's.
 
     With these, PyTorch decides alike for the whole and for the part whether a view needs a copy.
     """
-    order = sorted(range(len(sizes)), key=lambda dim: (local.stride(dim), -dim)) if not local.is_contiguous() else None
+    own = local.stride()
     strides, step = [0] * len(sizes), 1
-    for dim in reversed(range(len(sizes))) if order is None else order:
+    for dim in sorted(range(len(sizes)), key=lambda dim: (own[dim], -dim)):
         strides[dim] = step
         step *= sizes[dim]
-    return strides
+    return tuple(strides)

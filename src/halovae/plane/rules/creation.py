@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from halovae.plane.layout import replicated
+from halovae.plane.rules.attention import attention
 from halovae.plane.rules.registry import rule
+from halovae.plane.tensor import PlaneTensor
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -53,23 +56,30 @@ def random(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 _MAKERS = (torch.zeros, torch.ones, torch.empty, torch.full)
 
 
-class Factories(TorchFunctionMode):
-    """Makes buffers of a map's size partitioned as that map is, so that writing a map into one stays on each rank."""
+class Interception(TorchFunctionMode):
+    """Sees the functions that PyTorch decides about before plane tensors are asked.
+
+    Attention, since PyTorch chooses a kernel for it first. Buffers of a map's size, which are made partitioned as that
+    map is, so that writing a map into one stays on each rank.
+    """
 
     def __init__(self, plane: Plane) -> None:
         super().__init__()
         self._plane = plane
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and PlaneTensor in types:
+            return attention(*args, **(kwargs or {}))
         if func in _MAKERS and not self._plane.inside:
-            sizes = args[0] if args and isinstance(args[0], (tuple, list)) else kwargs.get("size", args)
-            layout = self._plane.like_seen(tuple(sizes))
-            if layout is not None:
-                rest = args[1:] if args and sizes is args[0] else ()
-                with self._plane.working():
-                    local = func(
-                        self._plane.local_sizes(layout), *rest, **{k: v for k, v in kwargs.items() if k != "size"}
-                    )
-                return self._plane.wrap(local, layout)
-        return func(*args, **kwargs)
+            return self._made(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        sizes = args[0] if args and isinstance(args[0], (tuple, list)) else kwargs.get("size", args)
+        layout = self._plane.like_seen(tuple(sizes))
+        if layout is None:
+            return func(*args, **kwargs)
+        rest = args[1:] if args and sizes is args[0] else ()
+        with self._plane.working():
+            local = func(self._plane.local_sizes(layout), *rest, **{k: v for k, v in kwargs.items() if k != "size"})
+        return self._plane.wrap(local, layout)

@@ -54,8 +54,28 @@ def aligned(plane: Plane, x: Tensor, layout: Layout) -> Tensor:
     return lifted.local if wanted == lifted.partition else plane.to_layout(lifted, wanted).local
 
 
+def _alike(args: tuple[Any, ...]) -> list[Any] | None:
+    """The ranks' parts, where all tensors have the first one's layout: most calls. None for others."""
+    partition, found = args[0].partition, []
+    for one in args:
+        if isinstance(one, PlaneTensor):
+            if one.partition is not partition and one.partition != partition:
+                return None
+            found.append(one.local)
+        elif isinstance(one, (Tensor, list, tuple)):
+            return None
+        else:
+            found.append(one)
+    return found
+
+
 def pointwise(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Any number of tensors of any layouts, broadcast."""
+    if args and not kwargs and isinstance(args[0], PlaneTensor):
+        alike = _alike(args)
+        if alike is not None:
+            result = func(*alike)
+            return args[0] if written(func) else plane.wrap(result, args[0].partition, like=args[0])
     flat, spec = torch.utils._pytree.tree_flatten((args, kwargs))
     tensors = [one for one in flat if isinstance(one, Tensor)]
     layouts = [one.partition if isinstance(one, PlaneTensor) else replicated(tuple(one.shape)) for one in tensors]
@@ -79,7 +99,13 @@ def pointwise(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 )  # fmt: skip
 def untagged(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pointwise operators that PyTorch does not tag as such."""
-    return NotImplemented if func is aten.where.default else pointwise(plane, func, args, kwargs)
+    if func is aten.where.default:
+        return NotImplemented
+    result = pointwise(plane, func, args, kwargs)
+    if func is aten.clone.default and result.local.is_contiguous():
+        # A clone of a single row keeps its meaningless strides. Other ranks, with more rows, get those of dense memory.
+        result.local = result.local.view(-1).view(result.local.shape)
+    return result
 
 
 @rule(aten.detach, aten.alias, aten.lift_fresh, aten.lift)

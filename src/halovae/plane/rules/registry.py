@@ -77,7 +77,8 @@ def plane_tensors(values: Iterable[Any]) -> Iterator[PlaneTensor]:
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an operator on plane tensors."""
-    found = next(plane_tensors((*args, *kwargs.values())))
+    first = args[0] if args else None
+    found = first if isinstance(first, PlaneTensor) else next(plane_tensors((*args, *kwargs.values())))
     plane = found.plane
     plane.inside += 1
     try:
@@ -88,16 +89,17 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _dispatched(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    views = torch.Tag.inplace_view in func.tags  # these change a tensor's sizes, not its values
-    for index in () if views else written(func):
+    for index in written(func):
         target = args[index] if index < len(args) else kwargs.get(func._schema.arguments[index].name)
-        if isinstance(target, PlaneTensor) and target.frozen:
+        # Some change a tensor's sizes, not its values.
+        if isinstance(target, PlaneTensor) and target.frozen and torch.Tag.inplace_view not in func.tags:
             writable(target, func)
     chosen = rule_of(func)
     if chosen is not None:
         result = chosen(plane, func, args, kwargs)
         if result is not NotImplemented:
-            plane.computed += sum(one.local.numel() * one.local.element_size() for one in plane_tensors([result]))
+            for one in (result,) if isinstance(result, PlaneTensor) else plane_tensors([result]):
+                plane.computed += one.local.nbytes
             return result
     elif is_composite(func):
         result = func.decompose(*args, **kwargs)

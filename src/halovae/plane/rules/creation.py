@@ -10,8 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from halovae.plane.layout import replicated
 from halovae.plane.rules.attention import attention
-from halovae.plane.rules.registry import rule
-from halovae.plane.tensor import PlaneTensor
+from halovae.plane.rules.registry import plane_tensors, rule
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -68,7 +67,10 @@ class Interception(TorchFunctionMode):
         self._plane = plane
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and PlaneTensor in types:
+        # `types` lacks plane tensors, whose own `__torch_function__` is disabled.
+        if func is F.scaled_dot_product_attention and any(
+            True for _ in plane_tensors((*args, *(kwargs or {}).values()))
+        ):
             return attention(*args, **(kwargs or {}))
         if func in _MAKERS and not self._plane.inside:
             return self._made(func, args, kwargs or {})

@@ -35,7 +35,8 @@ def config_of(config: Mapping[str, Any], source: str) -> WanConfig:
     name = config.get("_class_name")
     if name not in CLASSES:
         raise CheckpointError(
-            f"{source}: VAE class {name!r} is not supported; supported are {', '.join(sorted(CLASSES))}"
+            f"{source}: VAE class {name!r} is not supported; supported are {', '.join(sorted(CLASSES))} "
+            "(in Python, halovae.load, parallelize and shard take others of diffusers too)"
         )
     try:
         return WanConfig.from_diffusers(config)

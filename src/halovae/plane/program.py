@@ -53,7 +53,7 @@ class Program:
         Returns:
             This rank's part of the result, as `returns` says.
         """
-        with operators.on(mesh), torch.no_grad():
+        with operators.on(mesh), torch.no_grad(), torch._C.DisableTorchFunction():
             result: Tensor = self._module(local, *extras)
         return result
 

@@ -202,7 +202,9 @@ class Sharded:
             for name, value in vars(module).items()
             if isinstance(value, simple) and not name.startswith("__")
         )
-        weights = hash(tuple(id(one) for module in self._modules for one in module.parameters()))
+        weights = hash(
+            tuple((id(one), one.dtype, one.device) for module in self._modules for one in module.parameters())
+        )
         told = tuple((name, value if isinstance(value, simple) else type(value)) for name, value in options.items())
         shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
         return mesh.grid, mesh.rank, shapes, x.device, flags, weights, told

@@ -70,6 +70,9 @@ class Constants:
                             made[key] = graph.create_node("get_attr", name)
                         made[key].meta = {**source.meta}
                     node.replace_input_with(source, made[key])
+        for node in reversed(list(graph.nodes)):  # also those that write, which look as if they did something
+            if node in self._values and not node.users:
+                graph.erase_node(node)
 
     def _compute(self, node: fx.Node, attributes: dict[str, Tensor], limited: bool) -> bool:
         """Compute a node, if that is possible. Returns whether its value is known."""

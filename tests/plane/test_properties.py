@@ -164,3 +164,14 @@ def test_a_view_shows_what_is_written_to_its_base_later() -> None:
         return view * 1
 
     check(work, numbers(1, 4, 7, 6), Grid(rows=3))
+
+
+@pytest.mark.xfail(reason="a rank with a single col reports other strides than the rest", strict=True)
+def test_ranks_agree_about_what_a_reshape_copies_although_one_has_a_single_col() -> None:
+    def work(x: Tensor) -> Tensor:
+        y = x.permute(1, 0).clone()
+        y.flatten().mul_(2)  # plain PyTorch copies, so that y stays
+        return y
+
+    layout: Layout = ((Factor(4),), (Factor(9, "cols", (0, 1, 3, 9)),))
+    on_layout(work, layout, (4, 9), Grid(cols=3))

@@ -132,6 +132,19 @@ def test_indices_of_a_partitioned_dim_may_be_negative() -> None:
     check(lambda x: x.index_select(-1, index), numbers(1, 4, 7, 6), Grid(rows=2, cols=2))
 
 
+def test_a_piece_may_be_partitioned_over_ranks_that_the_others_use_for_another_dim() -> None:
+    x, y = numbers(2, 2), numbers(2, 2, seed=1)
+    rows, cols = Factor(2, "rows", (0, 1, 2)), Factor(2, "cols", (0, 1, 2))
+
+    def work(plane: Plane) -> Tensor:
+        with plane.working():
+            first = plane.to_layout(plane.lift(x), ((Factor(2),), (rows,)))
+            second = plane.to_layout(plane.lift(y), ((rows,), (cols,)))
+        return torch.cat([first, second], 1)
+
+    assert_exact(on_ranks(work, Grid(rows=2, cols=2)), torch.cat([x, y], 1))
+
+
 @pytest.mark.parametrize("rows", [4, 5])
 def test_ranks_agree_about_what_had_to_be_copied_although_one_has_a_single_row(rows: int) -> None:
     def part_of_rows(x: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     } - taken
     kept = []
     for one in pieces:
-        entangled = is_partitioned(one.partition[dim]) and (sole(one.partition[dim]) is None or not mesh_dims)
+        factor = sole(one.partition[dim])
+        entangled = is_partitioned(one.partition[dim]) and (factor is None or factor.mesh_dim not in mesh_dims)
         kept.append(plane.to_whole(one, [dim]) if entangled else one)
     mesh_dim = next(iter(sorted(mesh_dims)), None)
     result = plane.factor(total, mesh_dim) if mesh_dim is not None and len(mesh_dims) == 1 else Factor(total)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
+from torch import nn
 
 from halovae.cli.common import (
     Dtype,
@@ -20,27 +23,69 @@ from halovae.cli.common import (
     results_console,
 )  # fmt: skip
 from halovae.cli.measuring import free_names, progress
-from halovae.models.load import find_folder, read_config
+from halovae.geometry import Grid
+from halovae.models.load import CLASSES, find_folder, read_class, read_config, read_json
 from halovae.models.wan import WanConfig
 from halovae.planning.calibration import Calibration, read, shipped
 from halovae.planning.choose import Decision, Question, TooLittleMemory, choose
+from halovae.planning.graphs import Search
+from halovae.planning.plan import Plan
 
 EXPLORED = (1, 2, 4, 8, 16, 32, 64)
+FRAMES = 81  # of a clip, where none are asked for
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode to plan.
+
+    Attributes:
+        model: what decodes.
+        size: of the pictures.
+        latents: their shape.
+        decide: the decision for up to so many ranks.
+        shown: a plan, for people.
+    """
+
+    model: str
+    size: str
+    latents: tuple[int, ...]
+    decide: Callable[[int], Decision]
+    shown: Callable[[Plan], str] = str
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all cases of a command share."""
+
+    dtype: torch.dtype
+    frames: int | None
+    batch: int
+    budget: int | None
+    compiled: bool
+    rates: Calibration
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Folder in diffusers layout, hub id, or wan2.1, wan2.2-5b, qwen-image.")],
+    model: Annotated[
+        str,
+        typer.Option(help="Folder in diffusers layout, hub id, or a name such as wan2.1, flux, sdxl, hunyuan-video."),
+    ],
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; several with commas for --explore.")] = "1280x720",
-    frames: Annotated[int, typer.Option(min=1, help="Frames of each clip; 1 for images.")] = 81,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help=f"Frames of each clip; 1 for images.  [default: {FRAMES} of clips]")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="How many at once.")] = 1,
-    num_gpus: Annotated[int, typer.Option(min=1, help="How many devices there would be.")] = 8,
+    num_gpus: Annotated[str, typer.Option(help="How many devices there would be; several with commas.")] = "8",
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.bf16,
     calibration: Annotated[
         str, typer.Option(help=f"A file of `halovae calibrate`, or one of {', '.join(shipped())}.")
     ] = "cuda-h200",
     memory_budget: Annotated[str | None, typer.Option(help="What each may take to decode, such as 8GiB.")] = None,
     compile_kernels: Annotated[bool, typer.Option("--compile/--eager", help="Whether decodes are warmed up.")] = False,
-    show: Annotated[int, typer.Option(min=1, help="How many plans to list.")] = 12,
+    show: Annotated[
+        int | None, typer.Option(min=1, help="How many plans to list for each number of devices.  [default: 12, or 4]")
+    ] = None,
     explore: Annotated[
         bool, typer.Option("--explore", help="Draw time and memory over 1 to 64 devices as plan.png.")
     ] = False,
@@ -53,75 +98,154 @@ def plan(
     Times come from a calibration: measured on a machine by `halovae calibrate`, or one that ships with halovae.
     """
     with errors_shown():
-        config = _config(model)
-        rates = read(calibration)
-        kind = "cpu" if rates.device == "cpu" else "cuda"  # accelerators take the same way through the layers
+        worlds = parsed("--num-gpus", num_gpus, _numbers)
         budget = parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None
         sizes = [parsed("--size", one, parse_size) for one in size.split(",")]
-        question = Question(
-            config, config.latents(sizes[0], frames, batch), dtype.torch, num_gpus, budget,
-            compiled=compile_kernels, device=kind,
-        )  # fmt: skip
+        options = Options(dtype.torch, frames, batch, budget, compile_kernels, read(calibration))
         if explore:
             check_installed("halovae plan --explore", "matplotlib")
-            cases = [replace(question, shape=config.latents(one, frames, batch)) for one in sizes]
-            _explore(cases, rates, free_names(output, "plan.png")[0])
+        cases = _cases(model, sizes if explore else sizes[:1], options)
+        if explore:
+            _explore(cases, options.rates, free_names(output, "plan.png")[0])
         else:
-            decision = choose(question, rates)
-            results_console().print(_table(question, decision, show))
+            results_console().print(_table(cases[0], worlds, show or (12 if len(worlds) == 1 else 4)))
 
 
-def _config(model: str) -> WanConfig:
-    from halovae.bench.models import FAMILIES, named_config
+def _numbers(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) for word in words):
+        raise ValueError("expected numbers of devices >= 1, such as 8 or 1,2,4,8")
+    return [int(word) for word in words]
 
-    if model in FAMILIES:
+
+def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> list[Case]:
+    """What to plan, for each size.
+
+    Raises:
+        ValueError: no such model, or one that cannot be planned or does not make these pictures.
+    """
+    from halovae.bench.models import FAMILIES, MODELS, meta_vae, meta_vae_of, named_config
+
+    if model in MODELS:
         check_installed(f"--model {model}", "diffusers")
-        return named_config(model)
-    return read_config(find_folder(model))
+        if model in FAMILIES:
+            return [_tile_case(named_config(model), one, options) for one in sizes]
+        module, name = meta_vae(model, options.dtype), model
+    else:
+        folder = find_folder(model)
+        if (name := read_class(folder)) in CLASSES:
+            return [_tile_case(read_config(folder), one, options) for one in sizes]
+        check_installed(f"a plan for {name}", "diffusers")
+        module = meta_vae_of(read_json(folder / "config.json"), str(folder / "config.json"), options.dtype)
+    if options.compiled:
+        raise ValueError(f"--compile: {name} has no compiled kernels to plan with; leave it out")
+    return [_graph_case(module, name, one, options) for one in sizes]
 
 
-def _table(question: Question, decision: Decision, show: int) -> Table:
-    latents = "x".join(map(str, question.shape))
-    table = Table(
-        title=f"{question.config.family}, latents {latents}, up to {question.world} ranks; {decision.calibration}",
-        title_justify="left",
-    )
-    for column in ("plan", "ranks", "time (s)", "peak per rank (MiB)", "messages", "sent (MiB)", "why"):
-        table.add_column(column, justify="left" if column in ("plan", "why") else "right")
-    for one in decision.candidates[:show]:
-        known = one.peak is not None
-        figures = [""] * 3
-        if known:
-            sent = (one.bytes_sent or 0) / 2**20
-            figures = [f"{(one.peak or 0) / 2**20:,.0f}", f"{one.messages or 0:,}", f"{sent:,.1f}"]
-        table.add_row(
-            str(one.plan),
-            str(one.ranks),
-            f"{'' if known else '>= '}{one.seconds:.3g}",
-            *figures,
-            one.verdict,
+def _tile_case(config: WanConfig, size: tuple[int, int], options: Options) -> Case:
+    shape = config.latents(size, options.frames or FRAMES, options.batch)
+    # Accelerators take the same way through the layers.
+    device = "cpu" if options.rates.device == "cpu" else "cuda"
+
+    def decide(world: int) -> Decision:
+        question = Question(
+            config, shape, options.dtype, world, options.budget, compiled=options.compiled, device=device
         )
-    if len(decision.candidates) > show:
-        table.caption = f"{len(decision.candidates) - show} slower ones are not listed (--show)"
+        return choose(question, options.rates)
+
+    return Case(config.family, "x".join(map(str, size)), shape, decide)
+
+
+def _graph_case(module: nn.Module, name: str, size: tuple[int, int], options: Options) -> Case:
+    from halovae.bench.models import MODELS, latent_shape, makes_clips
+    from halovae.bench.zoo import decode
+
+    frames = options.frames or (FRAMES if makes_clips(module) else 1)
+    shape = latent_shape(module, name, size, frames)
+    search = Search(
+        lambda latents: decode(module, latents), module, shape, options.dtype, options.rates, options.batch,
+        options.budget,
+    )  # fmt: skip
+    made = search.traced(Grid()).pictures
+    if made[-2:] != (size[1], size[0]) or (len(made) == 5 and frames not in made[1:3]):
+        raise ValueError(
+            f"{name}: pictures of {size[0]}x{size[1]} and {frames} frames are not what its decoder makes of latents "
+            f"{'x'.join(map(str, shape))}, which its config suggests: it makes {'x'.join(map(str, made))}"
+        )
+    note = MODELS[name].note if name in MODELS else ""
+    return Case(
+        f"{name} ({note})" if note else name, "x".join(map(str, size)), (options.batch * shape[0], *shape[1:]),
+        search.decide, lambda one: one.grid,
+    )  # fmt: skip
+
+
+def _table(case: Case, worlds: Sequence[int], show: int) -> Table:
+    """The plans for each number of ranks.
+
+    Raises:
+        TooLittleMemory: none fits, for any of them.
+    """
+    several = len(worlds) > 1
+    decisions: dict[int, Decision | TooLittleMemory] = {}
+    for world in sorted(set(worlds), reverse=True):  # what many ranks take tells what fewer take at least
+        try:
+            decisions[world] = case.decide(world)
+        except TooLittleMemory as error:
+            if not several:
+                raise
+            decisions[world] = error
+    made = {world: one for world, one in decisions.items() if isinstance(one, Decision)}
+    if not made:
+        raise next(one for one in decisions.values() if isinstance(one, TooLittleMemory))
+    latents, upto = "x".join(map(str, case.latents)), "" if several else f", up to {worlds[0]} ranks"
+    table = Table(
+        title=f"{case.model}, latents {latents}{upto}; {next(iter(made.values())).calibration}", title_justify="left"
+    )
+    columns = ("plan", "ranks", "time (s)", "peak per rank (MiB)", "messages", "sent (MiB)", "why")
+    for column in ("up to", *columns) if several else columns:
+        table.add_column(column, justify="left" if column in ("plan", "why") else "right")
+    left = 0
+    for world in worlds:
+        decision, first = decisions[world], [str(world)] if several else []
+        if isinstance(decision, TooLittleMemory):
+            table.add_row(*first, *[""] * 6, f"nothing fits: {str(decision).partition(': ')[2]}", end_section=True)
+            continue
+        listed = decision.candidates[:show]
+        left += len(decision.candidates) - len(listed)
+        for index, one in enumerate(listed):
+            known = one.peak is not None
+            figures = [""] * 3
+            if known:
+                sent = (one.bytes_sent or 0) / 2**20
+                figures = [f"{(one.peak or 0) / 2**20:,.0f}", f"{one.messages or 0:,}", f"{sent:,.1f}"]
+            table.add_row(
+                *(first if index == 0 else [""] * len(first)),
+                case.shown(one.plan),
+                str(one.ranks),
+                f"{'' if known else '>= '}{one.seconds:.3g}",
+                *figures,
+                one.verdict,
+                end_section=one is listed[-1],
+            )
+    if left:
+        table.caption = f"{left} slower ones are not listed (--show)"
     return table
 
 
-def _explore(cases: list[Question], rates: Calibration, path: Path) -> None:
+def _explore(cases: Sequence[Case], rates: Calibration, path: Path) -> None:
     from halovae.bench.report import draw_plans
 
     curves: dict[str, list[tuple[int, float, float]]] = {}
     with progress(len(cases) * len(EXPLORED)) as (say, step):
         for case in cases:
-            factor = case.config.spatial_factor
-            name = f"{case.shape[4] * factor}x{case.shape[3] * factor}"
-            curves[name] = []
+            curves[case.size] = []
             for ranks in EXPLORED:
-                say(f"{name} on up to {ranks} ranks")
+                say(f"{case.size} on up to {ranks} ranks")
                 try:
-                    chosen = choose(replace(case, world=ranks), rates).chosen
-                    curves[name].append((ranks, chosen.seconds, (chosen.peak or 0) / 2**30))
+                    chosen = case.decide(ranks).chosen
+                    curves[case.size].append((ranks, chosen.seconds, (chosen.peak or 0) / 2**30))
                 except TooLittleMemory as error:
-                    console.print(f"{name} on {ranks}: {error}", soft_wrap=True, highlight=False)
+                    console.print(f"{case.size} on {ranks}: {error}", soft_wrap=True, highlight=False)
                 step()
-    draw_plans(curves, f"{cases[0].config.family} on {rates.name} ({rates.origin})", path)
+    draw_plans(curves, f"{cases[0].model} on {rates.name} ({rates.origin})", path)
     console.print(f"Written: {path}", soft_wrap=True, highlight=False)

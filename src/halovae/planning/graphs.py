@@ -1,0 +1,546 @@
+"""Plans for any autoencoder: a rank's traced graph is the cost model's input.
+
+The decode of the rank with the most to do is traced on meta tensors for every grid that could win. A calibration
+prices the operators of the graph.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from halovae.geometry import Grid
+from halovae.lines import Lines, Scope
+from halovae.mesh import Mesh
+from halovae.plane import operators
+from halovae.plane.cost import flops
+from halovae.plane.layout import shape as shape_of
+from halovae.plane.program import shares, size
+from halovae.plane.tensor import PlaneTensor
+from halovae.plane.trace import TraceError, trace
+from halovae.planning.calibration import Calibration
+from halovae.planning.choose import MARGIN, WORTH, Candidate, Decision, TooLittleMemory
+from halovae.planning.cost import CPU, EXCHANGE, GATHER, Cost, Recorder, Work
+from halovae.planning.plan import Plan
+
+aten = torch.ops.aten
+_CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
+# Matrix products, and which argument is the second factor.
+_PRODUCTS = {
+    aten.mm.default: 1, aten.bmm.default: 1, aten.linear.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2,
+}  # fmt: skip
+_BETWEEN_RANKS = (operators.fetch, operators.gather, operators.group_norm)
+_LITTLE = f"less plain, and at most {WORTH:.0%} faster"
+_ADVISED = (2, 4, 8, 16, 32, 64)
+
+WorkByKind = dict[tuple[str, str], Work]
+
+
+class UnplannableError(ValueError):
+    """A decode that cannot be traced. Says why."""
+
+
+class TracedLines(Lines):
+    """Transport of a rank that is traced. Nothing is sent; a recorder notes what would be."""
+
+    def __init__(self, rank: int, world: int, recorder: Recorder | None = None) -> None:
+        self.rank, self.world, self._recorder = rank, world, recorder
+
+    def exchange(
+        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> None:
+        if self._recorder is not None:
+            self._recorder.note(EXCHANGE, Work(1, bytes=max(map(_nbytes, (one for _, one in (*sends, *receives))))))
+
+    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
+        if self._recorder is not None:
+            self._recorder.note(GATHER, Work(1, bytes=(ranks - 1) * _nbytes(own)))
+        return [torch.empty_like(own) for _ in range(ranks)]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a rank takes for one item.
+
+    Attributes:
+        cost: of its graph, by submodule and kind of operator.
+        pictures: the shape of what the item decodes to.
+        fallbacks: operators that no rule covers: they run replicated.
+    """
+
+    cost: Cost
+    pictures: tuple[int, ...]
+    fallbacks: tuple[str, ...]
+
+
+def busiest(grid: Grid, height: int, width: int) -> int:
+    """The rank with the most cells to compute, halos included."""
+    load = []
+    for rank, shard in enumerate(grid.shards(grid.batch, height, width)):
+        _, row, col = grid.coordinates(rank)
+        rows = shard.rows.size + (row > 0) + (row < grid.rows - 1)
+        cols = shard.cols.size + (col > 0) + (col < grid.cols - 1)
+        load.append(rows * cols)
+    return load.index(max(load))
+
+
+def traced(
+    function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype, grid: Grid,
+    rank: int | None = None,
+) -> Traced:  # fmt: skip
+    """What a rank of a grid takes, by its graph.
+
+    Args:
+        function: from latents to pictures.
+        module: whose parameters it uses; meta tensors will do.
+        shape: of the latents, plane last.
+        dtype: of the latents.
+        grid: rows and cols of ranks.
+        rank: which one; None for the one with the most to do.
+
+    Raises:
+        UnplannableError: the function cannot be traced.
+    """
+    rank = busiest(grid, *shape[-2:]) if rank is None else rank
+    mesh = Mesh(grid, CPU, TracedLines(rank, grid.size))
+    try:
+        with _Repeats(module).active():
+            program = trace(function, [module], mesh, shape, dtype, CPU)
+    except (TraceError, NotImplementedError) as error:
+        raise UnplannableError(f"{type(module).__name__} cannot be planned: {error}") from error
+    total: WorkByKind = defaultdict(Work)
+    pricer, nodes = _Pricer(mesh), list(program.graph.nodes)
+    messages, sent = pricer.add(nodes, total)
+    weights = {node.target: size_of(node) for node in nodes if node.op == "get_attr" and not node.meta.get("constant")}
+    cost = Cost(dict(total), messages, sent, sum(weights.values()), 0, peak(nodes, pricer.scratch))
+    return Traced(cost, shape_of(program.returns), tuple(program.fallbacks))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The nodes of a call of a submodule, and what it returned."""
+
+    nodes: tuple[fx.Node, ...]
+    result: PlaneTensor
+
+    def alive(self) -> list[fx.Node]:
+        """The nodes that the finished graph still has."""
+        return [node for node in self.nodes if not node._erased]
+
+
+def _repeated(*_: Tensor) -> Tensor:
+    """Stands in a graph for a call of a submodule that was traced before."""
+    raise NotImplementedError("a graph that was traced for planning cannot be run")
+
+
+class _Repeats:
+    """Traces a module's decoder once for each kind of call, so that tiles and chunks of one shape cost one trace.
+
+    Only calls that take tensors and constants, and keep nothing on the decoder, are recognized.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._decoder = getattr(module, "decoder", None)
+        self._blocks: dict[Any, _Block | None] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        if not isinstance(self._decoder, nn.Module):
+            yield
+            return
+        decoder, original = self._decoder, self._decoder.forward
+        decoder.forward = lambda *args, **kwargs: self._call(original, args, kwargs)
+        try:
+            yield
+        finally:
+            del decoder.forward
+
+    def _call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = (*args, *kwargs.values())
+        given = [one for one in values if isinstance(one, PlaneTensor)]
+        key = (tuple(kwargs), *map(_signature, values))
+        if not given or None in key:
+            return original(*args, **kwargs)
+        recorder = given[0].plane.recorder
+        assert recorder is not None
+        if key not in self._blocks:
+            before, start = self._state(), len(recorder.graph.nodes)
+            result = original(*args, **kwargs)
+            stateless = isinstance(result, PlaneTensor) and self._state() == before
+            self._blocks[key] = _Block(tuple(recorder.graph.nodes)[start:], result) if stateless else None
+            return result
+        block = self._blocks[key]
+        if block is None:
+            return original(*args, **kwargs)
+        node = recorder.graph.call_function(_repeated, tuple(recorder._node(one.local) for one in given))
+        node.meta["block"] = block
+        like = block.result
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            local = torch.empty_strided(like.local.shape, like.local.stride(), dtype=like.dtype, device="meta")
+            recorder._noted(local, node, False)
+            return given[0].plane.wrap(local, like.partition, like.frozen)
+
+    def _state(self) -> list[Any]:
+        assert self._decoder is not None
+        found = []
+        for one in self._decoder.modules():
+            for name, value in vars(one).items():
+                found.append((name, id(value), len(value) if isinstance(value, (list, dict)) else 0))
+        return found
+
+
+def _signature(value: Any) -> Any:
+    """What a call depends on besides data; None where that is not known."""
+    if isinstance(value, PlaneTensor):
+        return value.partition, value.local.shape, value.local.stride(), value.dtype
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    return (value,) if value is None or isinstance(value, (bool, int, float, str)) else None
+
+
+class _Watch(Recorder):
+    """A recorder that computes the statistics of each kind of tensor once: PyTorch takes long to find their shapes.
+
+    Args:
+        results: of earlier operators, shared by recorders.
+        statistics: likewise, of those that return several tensors.
+    """
+
+    def __init__(self, results: dict[Any, Any], statistics: dict[Any, Any]) -> None:
+        super().__init__()
+        self._results, self._statistics = results, statistics
+
+    def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is not aten.var_mean.correction:
+            return super().called(func, args, kwargs)
+        x, *others = args
+        key = x.shape, x.stride(), x.dtype, str(others), str(kwargs)
+        if key not in self._statistics:
+            self._statistics[key] = super().called(func, args, kwargs)
+        return tuple(torch.empty_like(one) for one in self._statistics[key])
+
+
+class _Pricer:
+    """Adds up the work of nodes, in the kinds that calibrations know."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._known: dict[Any, tuple[WorkByKind, int]] = {}  # of operators between ranks: also bytes at the peak
+        self._blocks: dict[int, tuple[WorkByKind, int, int]] = {}
+        self._results: dict[Any, Any] = {}
+        self._statistics: dict[Any, Any] = {}
+
+    def add(self, nodes: Sequence[fx.Node], total: WorkByKind) -> tuple[int, int]:
+        """Add the work of nodes to `total`; returns the messages and the bytes that are sent."""
+        messages = sent = 0
+        for node in nodes:
+            if node.op != "call_function":
+                continue
+            if node.target is _repeated:
+                block = node.meta["block"]
+                if id(block) not in self._blocks:
+                    inner: WorkByKind = defaultdict(Work)
+                    self._blocks[id(block)] = inner, *self.add(block.alive(), inner)
+                works, more, bytes_ = self._blocks[id(block)]
+                for key, work in works.items():
+                    total[key].add(work)
+                messages, sent = messages + more, sent + bytes_
+                continue
+            layer = node.meta.get("module", "")
+            for kind, work in self._works(node):
+                total[layer, kind].add(work)
+            messages += node.meta.get("messages", 0)
+            sent += node.meta.get("sent", 0)
+        return messages, sent
+
+    def _works(self, node: fx.Node) -> list[tuple[str, Work]]:
+        if node.target in _BETWEEN_RANKS:
+            return [(kind, work) for (_, kind), work in self._run(node)[0].items()]
+        if node.target is operators.attention:
+            copied = Work(1, bytes=2 * size_of(node))
+            return [("scaled_dot_product_attention", Work(1, flops(node), _touched(node))), ("clone", copied)]
+        if node.target is operators.whole_group_norm:
+            return [("native_group_norm", Work(1, bytes=_touched(node)))]
+        return [_aten(node)]
+
+    def scratch(self, node: fx.Node) -> int:
+        """Bytes that an operator between ranks holds at its peak besides its result."""
+        return max(0, self._run(node)[1] - size(node)) if node.target in _BETWEEN_RANKS else 0
+
+    def _run(self, node: fx.Node) -> tuple[WorkByKind, int]:
+        """What an operator between ranks does, and its peak, by running it on meta tensors."""
+        key = node.target, tuple(map(_likeness, node.args))
+        if key not in self._known:
+            recorder = _Watch(self._results, self._statistics)
+            mesh = Mesh(self._mesh.grid, CPU, TracedLines(self._mesh.rank, self._mesh.grid.size, recorder))
+            with _disable_current_modes(), torch.inference_mode(), operators.on(mesh):
+                args = tuple(_meta(one) if isinstance(one, fx.Node) else one for one in node.args)
+                target: Any = node.target
+                with recorder:
+                    target(*args)
+            self._known[key] = recorder.taken(), recorder.peak
+        return self._known[key]
+
+
+def _aten(node: fx.Node) -> tuple[str, Work]:
+    """The kind and the work of an operator of PyTorch, as `planning.cost.described` has them."""
+    target: Any = node.target
+    if target is operator.getitem:  # one result of several
+        source = node.all_input_nodes[0]
+        kind, work = _aten(source)
+        return kind, Work() if work.bytes == 0 else Work(bytes=size_of(node))
+    name = target._schema.name.removeprefix("aten::").removeprefix("_")
+    written = any(one.alias_info is not None and one.alias_info.is_write for one in target._schema.returns)
+    if (shares(node) and not written) or name.startswith(("empty", "new_empty")):
+        return "view", Work(1)
+    if target in _CONVOLUTIONS:
+        x, weight = node.all_input_nodes[:2]
+        return "convolution", Work(1, flops(node), size_of(x) + size_of(node), _numel(weight))
+    if target in _PRODUCTS:
+        second = node.args[_PRODUCTS[target]]
+        assert isinstance(second, fx.Node)
+        if _is_weight(second):
+            first = node.args[_PRODUCTS[target] - 1]
+            assert isinstance(first, fx.Node)
+            return "linear", Work(1, flops(node), size_of(first) + size_of(node), _numel(second))
+        return "linear", Work(1, flops(node), _touched(node))
+    if name.startswith("scaled_dot_product"):  # a kernel of PyTorch's choice, of an operator that runs replicated
+        query, key = (one.meta["shape"] for one in node.all_input_nodes[:2])
+        return "scaled_dot_product_attention", Work(1, 4.0 * math.prod(query) * key[-2], _touched(node))
+    return name, Work(1, bytes=_touched(node))
+
+
+def peak(nodes: Sequence[fx.Node], scratch: Callable[[fx.Node], int]) -> int:
+    """Bytes of live tensors at the highest point, weights apart.
+
+    Args:
+        nodes: of a graph, or of a call within one: what was made before them is not counted.
+        scratch: bytes that an operator holds while it runs, besides its result.
+    """
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        first = node.args[0] if shares(node) else node
+        assert isinstance(first, fx.Node)
+        owner[node] = owner.get(first, first)
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for one in (node, *node.all_input_nodes):
+            last[owner.get(one, one)] = node
+    ending: dict[fx.Node, list[fx.Node]] = {}
+    for kept, node in last.items():
+        ending.setdefault(node, []).append(kept)
+    inner: dict[int, int] = {}
+    live = highest = 0
+    for node in nodes:
+        if node.target is _repeated:
+            block = node.meta["block"]
+            if id(block) not in inner:
+                inner[id(block)] = peak(block.alive(), scratch)
+            highest = max(highest, live + inner[id(block)])
+        if owner[node] is node:
+            live += size(node)
+        highest = max(highest, live + scratch(node))
+        live -= sum(size(gone) for gone in ending.get(node, []) if gone in owner)
+    return highest
+
+
+class Search:
+    """Prices the grids of one decode, and decides among them.
+
+    Items of a batch are decoded one after the other, or shared by whole items. Pictures stay on the ranks that
+    decode them.
+
+    Args:
+        function: from latents to pictures.
+        module: whose parameters it uses; meta tensors will do.
+        shape: of the latents of one item, plane last.
+        dtype: of the latents.
+        calibration: what prices the work.
+        batch: how many items there are.
+        budget: bytes that a rank may take besides weights; None for any number.
+        hosts: whether the ranks are on several hosts.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype,
+        calibration: Calibration, batch: int = 1, budget: int | None = None, hosts: bool = False,
+    ) -> None:  # fmt: skip
+        self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
+        self._calibration, self._batch, self._budget, self._hosts = calibration, batch, budget, hosts
+        self._traced: dict[Grid, Traced] = {}
+        self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
+
+    def traced(self, grid: Grid) -> Traced:
+        """What the rank with the most to do takes for one item, traced once.
+
+        Raises:
+            UnplannableError: the decode cannot be traced.
+        """
+        plane = replace(grid, batch=1)
+        if plane not in self._traced:
+            found = traced(self._function, self._module, self._shape, self._dtype, plane)
+            computed = {key: work for key, work in found.cost.work.items() if key[1] not in (EXCHANGE, GATHER)}
+            rates = self._calibration.seconds(replace(found.cost, work=computed), plane.size, self._hosts)
+            self._traced[plane], self._computing[plane] = found, sum(rates.values())
+        return self._traced[plane]
+
+    def price(self, grid: Grid) -> Candidate:
+        """What a grid takes."""
+        found, items = self.traced(grid), -(-self._batch // grid.batch)
+        cost = found.cost
+        seconds = items * sum(self._calibration.seconds(cost, grid.size, self._hosts).values())
+        return Candidate(
+            Plan.of(self._batch, grid), grid.size, seconds, cost.peak, items * cost.messages, items * cost.bytes_sent
+        )
+
+    def decide(self, world: int) -> Decision:
+        """The fastest grid of up to so many ranks that fits.
+
+        Raises:
+            TooLittleMemory: none fits. Says what the leanest takes, and how many ranks would do.
+            UnplannableError: the decode cannot be traced.
+        """
+        alone = self.price(Grid())
+        seen: dict[Grid, Candidate] = {Grid(): alone}
+        unseen: list[Candidate] = []
+        best = alone if alone.fits(self._budget) else None
+        for grid in sorted(self._grids(world), key=lambda one: (self._share(one), *_complexity(one))):
+            if grid in seen:
+                continue
+            floor = self._floor(grid)
+            if best is not None and self._cannot_win(floor, grid, best):
+                unseen.append(Candidate(Plan.of(self._batch, grid), grid.size, floor))
+                continue
+            seen[grid] = self.price(grid)
+            best = self._best(list(seen.values()))
+        if best is None:
+            raise self._too_little(list(seen.values()), world)
+        others = sorted([*seen.values(), *unseen], key=lambda one: one.seconds)
+        ranked = [best, *(one for one in others if one is not best)]
+        calibration = f"{self._calibration.name} ({self._calibration.origin})"
+        return Decision(tuple(self._judged(one, best, seen.values()) for one in ranked), self._budget, calibration)
+
+    def _grids(self, world: int) -> Iterator[Grid]:
+        height, width = self._shape[-2:]
+        for items in range(1, min(self._batch, world) + 1):
+            for rows in range(1, min(height, world // items) + 1):
+                for cols in range(1, min(width, world // (items * rows)) + 1):
+                    yield Grid(items, rows, cols)
+
+    def _share(self, grid: Grid) -> float:
+        """The share of an item's cells that the largest shard has, times the items."""
+        height, width = self._shape[-2:]
+        return -(-self._batch // grid.batch) * _cells(grid, height, width) / (height * width)
+
+    def _floor(self, grid: Grid) -> float:
+        """Seconds that a grid takes at least.
+
+        Work that all ranks repeat does not shrink with the shard: grids that cut further show how much that is.
+        """
+        items, share = -(-self._batch // grid.batch), self._share(replace(grid, batch=1)) / self._batch
+        alone = self._computing[Grid()]
+        floors = [share * alone]
+        for other, seconds in self._computing.items():
+            finer = self._share(other) / self._batch
+            if other.rows >= grid.rows and other.cols >= grid.cols and finer < share:
+                floors.append(seconds + (alone - seconds) * (share - finer) / (1 - finer))
+        return items * max(floors)
+
+    def _cannot_win(self, floor: float, grid: Grid, best: Candidate) -> bool:
+        if floor > best.seconds * (1 + WORTH):
+            return True
+        return floor * (1 + WORTH) >= best.seconds and _complexity(_grid(best)) < _complexity(grid)
+
+    def _best(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        fitting = [one for one in candidates if one.fits(self._budget)]
+        if not fitting:
+            return None
+        limit = min(one.seconds for one in fitting) * (1 + WORTH)
+        return min(
+            (one for one in fitting if one.seconds <= limit), key=lambda one: (*_complexity(_grid(one)), one.seconds)
+        )
+
+    def _judged(self, one: Candidate, best: Candidate, seen: Iterable[Candidate]) -> Candidate:
+        ratio = one.seconds / best.seconds
+        if one is best:
+            verdict = "chosen: the fastest that fits" if self._budget is not None else "chosen: the fastest"
+            if any(other.seconds < best.seconds and other.fits(self._budget) for other in seen):
+                verdict = f"chosen: plainer than those that are up to {WORTH:.0%} faster"
+        elif one.peak is None:
+            slower = ratio > 1 + WORTH
+            verdict = f"not looked at: {f'at least {ratio:.2f}x the time' if slower else _LITTLE}"
+        elif not one.fits(self._budget):
+            verdict = "does not fit into the memory budget"
+        else:
+            verdict = f"{ratio:.2f}x the time" + (", but less plain" if ratio <= 1 else "")
+        if one.peak is not None and one.ranks > 1 and (names := self.traced(_grid(one)).fallbacks):
+            verdict += f"; {', '.join(names)} {'runs' if len(names) == 1 else 'run'} replicated"
+        return replace(one, verdict=verdict)
+
+    def _too_little(self, seen: Sequence[Candidate], world: int) -> TooLittleMemory:
+        assert self._budget is not None
+        least = min(seen, key=lambda one: one.peak or 0)
+        said = f"the leanest grid ({least.plan.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
+        for ranks in _ADVISED:
+            if world < ranks <= self._shape[-2] and self.price(Grid(rows=ranks)).fits(self._budget):
+                said += f"; what would fit: {ranks} ranks"
+                break
+        return TooLittleMemory(
+            f"latents {list(self._shape)} do not fit into a memory budget of {_mib(self._budget)}: {said}"
+        )
+
+
+def _cells(grid: Grid, height: int, width: int) -> int:
+    return -(-height // grid.rows) * -(-width // grid.cols)
+
+
+def _complexity(grid: Grid) -> tuple[int, int]:
+    return grid.size, grid.cols  # borders between cols are not in one piece of memory
+
+
+def _grid(one: Candidate) -> Grid:
+    return one.plan.stages[0].grid
+
+
+def size_of(node: fx.Node) -> int:
+    """Bytes of a node's result."""
+    return int(node.meta.get("bytes", 0))
+
+
+def _touched(node: fx.Node) -> int:
+    return size_of(node) + sum(map(size_of, node.all_input_nodes))
+
+
+def _numel(node: fx.Node) -> int:
+    return math.prod(node.meta["shape"])
+
+
+def _is_weight(node: fx.Node) -> bool:
+    while shares(node):
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
+
+
+def _likeness(value: Any) -> Any:
+    return (value.meta["shape"], value.meta["dtype"]) if isinstance(value, fx.Node) else value
+
+
+def _meta(node: fx.Node) -> Tensor:
+    return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device="meta")
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _mib(amount: float) -> str:
+    return f"{amount / 2**20:,.0f} MiB"

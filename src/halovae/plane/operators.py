@@ -19,6 +19,7 @@ from torch import Tensor
 from halovae.lines import Scope
 from halovae.mesh import Mesh
 from halovae.plane.layout import Bounds, MeshDim
+from halovae.plane.tensor import is_channels_last
 
 Interval = tuple[int, int]
 Wanted = tuple[tuple[Interval, ...], ...]  # by rank along a mesh dim: intervals, one after the other
@@ -224,8 +225,8 @@ def _empty_along(x: Tensor, dim: int, length: int) -> Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     layout = formats.get(x.ndim, torch.contiguous_format)
     shape = [*x.shape[:dim], length, *x.shape[dim + 1 :]]
-    last = layout is not torch.contiguous_format and not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout if last else torch.contiguous_format)
+    last = layout if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
 
 
 def _zero(out: Tensor, dim: int, start: int, length: int) -> None:

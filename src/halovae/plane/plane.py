@@ -95,9 +95,11 @@ class Plane:
         """A tensor that every rank has all of, as a plane tensor."""
         return x if isinstance(x, PlaneTensor) else self.wrap(x, replicated(tuple(x.shape)))
 
-    def wrap(self, local: Tensor, layout: Layout, frozen: str = "", like: PlaneTensor | None = None) -> PlaneTensor:
-        """A plane tensor of this rank's part of it; `like` is one with the same layout, if there is one."""
-        return PlaneTensor(local, layout, self, frozen, like)
+    def wrap(
+        self, local: Tensor, layout: Layout, frozen: str = "", strides: tuple[int, ...] | None = None
+    ) -> PlaneTensor:
+        """A plane tensor of this rank's part of it; contiguous, unless it has other `strides`."""
+        return PlaneTensor(local, layout, self, frozen, strides)
 
     def scatter(self, x: Tensor, multiple: int = 1) -> PlaneTensor:
         """Partition the last two dims of a tensor that every rank has all of. No data moves.

@@ -118,7 +118,9 @@ class Sharded:
         key = self._key(used if error is None else everyone, x, extras, options)
         everyone.agree(f"{asked}, weights {self._digest(key)}", error, None)
         with torch.inference_mode(False), torch.no_grad():
-            return self._call(x.detach(), extras, used, gather, options, key)
+            # Tensors of inference mode cannot be written to outside of it, and modules may write to their input.
+            x, *rest = (one.clone() if one.is_inference() else one.detach() for one in (x, *extras))
+            return self._call(x, rest, used, gather, options, key)
 
     def _digest(self, key: Any) -> str:
         """Tells the weights of ranks apart; computed once."""

@@ -23,29 +23,30 @@ class PlaneTensor(Tensor):
         plane: the ranks that have the others.
         frozen: why it cannot be written in place: its memory is not the whole tensor's view that plain PyTorch would
             write through. Empty where it can.
+        source: of a copy that stands for a view: whose memory was copied, and how often that had been written to.
+
+    Its strides are those that plain PyTorch would give the whole tensor, so that all ranks decide alike, and as plain
+    PyTorch does, whether a view needs a copy. How a rank's part lies in memory may differ.
     """
 
     local: Tensor
     partition: Layout
     plane: Plane
     frozen: str
+    source: tuple[Tensor, int] | None
 
     @staticmethod
     def __new__(
-        cls, local: Tensor, layout: Layout, plane: Plane, frozen: str = "", like: PlaneTensor | None = None
-    ) -> PlaneTensor:
+        cls, local: Tensor, layout: Layout, plane: Plane, frozen: str = "", strides: tuple[int, ...] | None = None,
+        source: tuple[Tensor, int] | None = None,
+    ) -> PlaneTensor:  # fmt: skip
         device = plane.recorder.device if plane.recorder is not None else local.device
-        sizes: Any = shape(layout) if like is None else like.shape
-        if local.is_contiguous():
-            strides = contiguous(tuple(sizes))
-        elif like is not None and like.local.stride() == local.stride():
-            strides = like.stride()
-        else:
-            strides = _strides(local, sizes)
+        sizes = shape(layout)
         made: PlaneTensor = torch.Tensor._make_wrapper_subclass(
-            cls, sizes, strides=strides, dtype=local.dtype, device=device
+            cls, sizes, strides=contiguous(sizes) if strides is None else strides, dtype=local.dtype, device=device
         )
-        made.local, made.partition, made.plane, made.frozen = local, layout, plane, frozen
+        made.local, made.partition, made.plane = local, layout, plane
+        made.frozen, made.source = frozen, source
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -58,7 +59,7 @@ class PlaneTensor(Tensor):
         return _dispatch()(func, args, kwargs or {})
 
     # `Interception` sees functions that must be seen before PyTorch takes them apart.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 @cache
@@ -79,14 +80,27 @@ def contiguous(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _strides(local: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a whole tensor whose dims lie in memory in the order of its part's.
+@cache
+def dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a new tensor whose dims lie in memory in the order of another's, without gaps."""
+    result, step = [0] * len(sizes), 1
+    for dim in sorted(range(len(sizes)), key=lambda dim: (strides[dim], -dim)):
+        result[dim] = step
+        step *= max(sizes[dim], 1)
+    return tuple(result)
 
-    With these, PyTorch decides alike for the whole and for the part whether a view needs a copy.
-    """
-    own = local.stride()
-    strides, step = [0] * len(sizes), 1
-    for dim in sorted(range(len(sizes)), key=lambda dim: (own[dim], -dim)):
-        strides[dim] = step
-        step *= sizes[dim]
-    return tuple(strides)
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a map `[N, C, *]` lie side by side."""
+    return x.ndim in (4, 5) and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def channels_last(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a map `[N, C, *]` whose channels lie side by side."""
+    inner = contiguous((sizes[0], *sizes[2:], sizes[1]))
+    return (inner[0], inner[-1], *inner[1:-1])
+
+
+def version(x: Tensor) -> tuple[Tensor, int] | None:
+    """What a copy that stands for a view must compare with, to see that its base was written to."""
+    return None if x.is_inference() else (x, x._version)

@@ -25,6 +25,7 @@ from halovae.plane.layout import local_shape
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.rules.registry import plane_tensors, written
+from halovae.plane.tensor import is_channels_last
 
 aten = torch.ops.aten
 _TALKING = (operators.fetch, operators.gather, operators.group_norm)
@@ -128,7 +129,7 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
             # On devices that know channels-last, an input or weights that are make the result so.
             format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(result.ndim)
-            if format_ is not None and any(_channels_last(one) for one in args[:2]):
+            if format_ is not None and any(isinstance(one, Tensor) and is_channels_last(one) for one in args[:2]):
                 result = torch.empty_like(result, memory_format=format_)
             self._known[key] = result.shape, result.stride(), result.dtype
         shape, strides, dtype = self._known[key]
@@ -291,10 +292,6 @@ def _likeness(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     return tuple(value) if isinstance(value, list) else value
-
-
-def _channels_last(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim in (4, 5) and not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.plane.layout import Bounds, Factor, MeshDim, even, is_partitioned, proper, ranges, sole
-from halovae.plane.rules.registry import rule
-from halovae.plane.tensor import PlaneTensor
+from halovae.plane.layout import Bounds, Factor, MeshDim, even, is_partitioned, proper, ranges, shape, sole
+from halovae.plane.rules.registry import plain, rule
+from halovae.plane.tensor import PlaneTensor, channels_last, is_channels_last
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -134,6 +134,7 @@ def windows(
 def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Each rank fetches what its part of the result depends on, and pads nothing of what is partitioned."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, *rest = args
+    weight, bias = plain(weight), plain(bias)
     if not isinstance(x, PlaneTensor) or isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
         return NotImplemented
     spatial = weight.ndim - 2
@@ -160,7 +161,9 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
         local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
     layout = (x.partition[0], (Factor(channels),) if channels != 1 else (), *(_dim(factor) for factor in factors))
     plane.note(layout)
-    return plane.wrap(local, layout)
+    # With either of them the result is channels-last, on devices that know such maps.
+    last = is_channels_last(x) or is_channels_last(weight)
+    return plane.wrap(local, layout, strides=channels_last(shape(layout)) if last else None)
 
 
 def _dim(factor: Factor) -> tuple[Factor, ...]:

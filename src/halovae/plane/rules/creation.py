@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from halovae.plane.layout import replicated
 from halovae.plane.rules.attention import attention
+from halovae.plane.rules.pointwise import strides_like
 from halovae.plane.rules.registry import plane_tensors, rule
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ aten = torch.ops.aten
 def like(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Each rank makes its part."""
     x, *rest = args
-    return plane.wrap(func(x.local, *rest, **kwargs), x.partition)
+    strides = strides_like(x, kwargs.get("memory_format") or torch.preserve_format)
+    return plane.wrap(func(x.local, *rest, **kwargs), x.partition, strides=strides)
 
 
 @rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halovae.plane.layout import Dim, is_partitioned, whole
 from halovae.plane.rules.pointwise import aligned
-from halovae.plane.rules.registry import rule
+from halovae.plane.rules.registry import plain, rule
 from halovae.plane.tensor import PlaneTensor
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def addmm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def linear(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A product with weights that every rank has."""
     x, weight, *bias = args
+    weight, bias = plain(weight), [plain(one) for one in bias]
     if any(isinstance(one, PlaneTensor) for one in (weight, *bias)) or not isinstance(x, PlaneTensor):
         return NotImplemented
     x = plane.to_whole(x, [x.ndim - 1])

@@ -8,7 +8,7 @@ import torch
 
 from halovae.plane import operators
 from halovae.plane.layout import is_partitioned, local_shape
-from halovae.plane.rules.registry import rule
+from halovae.plane.rules.registry import plain, rule
 from halovae.plane.tensor import PlaneTensor
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ aten = torch.ops.aten
 def group_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Each rank normalizes its part with statistics of all; alone among those that have parts, with PyTorch's own."""
     x, weight, bias, _, channels, _, groups, eps = args
+    weight, bias = plain(weight), plain(bias)
     if isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
         return NotImplemented
     if torch.Size(x.shape[1:]).numel() == groups:
@@ -46,6 +47,7 @@ def group_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 def layer_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Over the last dims, which every rank has whole."""
     x, normalized, *rest = args
+    rest = [plain(one) for one in rest]
     if any(isinstance(one, PlaneTensor) for one in rest):
         return NotImplemented
     x = plane.to_whole(x, range(x.ndim - len(normalized), x.ndim))
@@ -59,6 +61,7 @@ def layer_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 def batch_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """With given statistics."""
     x, *rest = args
+    rest = [plain(one) for one in rest]
     training = func._schema.name != "aten::_native_batch_norm_legit_no_training" and rest[4]
     if training or any(isinstance(one, PlaneTensor) for one in rest) or is_partitioned(x.partition[1]):
         return NotImplemented

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halovae.plane.layout import Dim, Layout, extent, is_partitioned, replicated, whole
+from halovae.plane.layout import Dim, Layout, extent, is_partitioned, replicated, shape, whole
 from halovae.plane.rules.registry import rule, written
-from halovae.plane.tensor import PlaneTensor
+from halovae.plane.tensor import PlaneTensor, channels_last, dense
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -75,7 +75,7 @@ def pointwise(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         alike = _alike(args)
         if alike is not None:
             result = func(*alike)
-            return args[0] if written(func) else plane.wrap(result, args[0].partition, like=args[0])
+            return args[0] if written(func) else plane.wrap(result, args[0].partition, strides=strides_like(args[0]))
     flat, spec = torch.utils._pytree.tree_flatten((args, kwargs))
     tensors = [one for one in flat if isinstance(one, Tensor)]
     layouts = [one.partition if isinstance(one, PlaneTensor) else replicated(tuple(one.shape)) for one in tensors]
@@ -88,9 +88,19 @@ def pointwise(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     result = func(*local_args, **local_kwargs)
     if in_place:
         return args[0]
+    sizes = shape(layout)
+    leader = next((one for one in tensors if isinstance(one, PlaneTensor) and tuple(one.shape) == sizes), None)
+    strides = None if leader is None else strides_like(leader)
     if isinstance(result, Tensor):
-        return plane.wrap(result, layout)
-    return type(result)(plane.wrap(one, layout) for one in result)
+        return plane.wrap(result, layout, strides=strides)
+    return type(result)(plane.wrap(one, layout, strides=strides) for one in result)
+
+
+def strides_like(x: PlaneTensor, memory_format: torch.memory_format = torch.preserve_format) -> tuple[int, ...] | None:
+    """The strides of a new tensor like another; None if it is contiguous."""
+    if memory_format in (torch.channels_last, torch.channels_last_3d):
+        return channels_last(tuple(x.shape))
+    return None if memory_format is torch.contiguous_format or x.is_contiguous() else dense(tuple(x.shape), x.stride())
 
 
 @rule(
@@ -102,16 +112,17 @@ def untagged(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if func is aten.where.default:
         return NotImplemented
     result = pointwise(plane, func, args, kwargs)
-    if func is aten.clone.default and result.local.is_contiguous():
-        # A clone of a single row keeps its meaningless strides. Other ranks, with more rows, get those of dense memory.
-        result.local = result.local.view(-1).view(result.local.shape)
-    return result
+    wished = kwargs.get("memory_format")
+    if wished is None or not isinstance(result, PlaneTensor):
+        return result
+    return plane.wrap(result.local, result.partition, strides=strides_like(args[0], wished))
 
 
 @rule(aten.detach, aten.alias, aten.lift_fresh, aten.lift)
 def same(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The tensor itself."""
-    return plane.wrap(args[0].local, args[0].partition, args[0].frozen)
+    x = args[0]
+    return PlaneTensor(x.local, x.partition, plane, x.frozen, x.stride(), x.source)
 
 
 @rule(aten._local_scalar_dense)

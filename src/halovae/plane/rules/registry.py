@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from halovae.plane.layout import partitioned
-from halovae.plane.tensor import PlaneTensor
+from halovae.plane.tensor import PlaneTensor, version
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -75,6 +76,11 @@ def plane_tensors(values: Iterable[Any]) -> Iterator[PlaneTensor]:
             yield from plane_tensors(value)
 
 
+def plain(x: Any) -> Any:
+    """What every rank has all of, such as weights that were computed in the call, as a plain tensor."""
+    return x.local if isinstance(x, PlaneTensor) and not any(True for _ in partitioned(x.partition)) else x
+
+
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an operator on plane tensors."""
     first = args[0] if args else None
@@ -89,11 +95,19 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _dispatched(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for one in plane_tensors(args):
+        if one.source is not None and one.source[0]._version != one.source[1]:
+            raise RuntimeError(
+                f"{func}: this view of a partitioned tensor is a copy, since other ranks had part of it, and its base "
+                "was written to since"
+            )
     for index in written(func):
         target = args[index] if index < len(args) else kwargs.get(func._schema.arguments[index].name)
         # Some change a tensor's sizes, not its values.
-        if isinstance(target, PlaneTensor) and target.frozen and torch.Tag.inplace_view not in func.tags:
-            writable(target, func)
+        if isinstance(target, PlaneTensor) and torch.Tag.inplace_view not in func.tags:
+            if target.frozen:
+                writable(target, func)
+            increment_version(target.local)  # PyTorch counts above dispatch only
     chosen = rule_of(func)
     if chosen is not None:
         result = chosen(plane, func, args, kwargs)
@@ -124,7 +138,10 @@ def fallback(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if torch.Tag.inplace_view in func.tags:
         raise RuntimeError(f"{func}: cannot change the sizes of a partitioned tensor in place")
     before = plane.received
-    full_args, full_kwargs = torch.utils._pytree.tree_map(plane.full, (args, kwargs))
+    # Contiguous on all ranks, so that all of them get the same bits.
+    full_args, full_kwargs = torch.utils._pytree.tree_map(
+        lambda one: plane.full(one).contiguous() if isinstance(one, PlaneTensor) else one, (args, kwargs)
+    )
     if any(True for one in plane_tensors((*args, *kwargs.values())) for _ in partitioned(one.partition)):
         plane.fallbacks[str(func)] += 1
         plane.gathered[str(func)] += plane.received - before
@@ -137,6 +154,7 @@ def fallback(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
             targets[id(value)] = target
             target.local.copy_(plane.to_layout(plane.lift(value), target.partition).local)
     frozen = "it was made of other ranks' data" if returns_view(func) else ""
+    first = next(plane_tensors((*args, *kwargs.values())))
 
     def back(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -145,6 +163,8 @@ def fallback(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
             return targets[id(value)]
         lifted = plane.lift(value)
         lifted.frozen = frozen
+        if frozen:
+            lifted.source = version(first.local)
         return lifted
 
     return torch.utils._pytree.tree_map(back, result)

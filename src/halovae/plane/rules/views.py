@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +18,11 @@ from halovae.plane.layout import (
     local_shape,
     proper,
     ranges,
-    shape,
     sole,
     whole,
 )
-from halovae.plane.rules.registry import rule
-from halovae.plane.tensor import PlaneTensor
+from halovae.plane.rules.registry import plain, rule
+from halovae.plane.tensor import PlaneTensor, version
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -45,33 +43,42 @@ def view(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     x, sizes = args[:2]
     if isinstance(sizes, torch.dtype) or x.numel() == 0:
         return NotImplemented
-    moved, layout = plane.viewed(x, _resolved(x, sizes))
+    sizes = _resolved(x, sizes)
+    moved, layout = plane.viewed(x, sizes)
     local = moved.local.reshape(local_shape(layout, plane.coordinates))
     if func is aten._unsafe_view.default:
         return plane.wrap(local, layout)
-    frozen = moved.frozen or x.frozen
-    if not _is_free(moved, shape(layout)):
-        frozen = frozen or "it had to be copied"
-        if plane.recorder is None and local.data_ptr() == moved.local.data_ptr():
-            local = local.clone()  # as for ranks that have more than one row
-    return plane.wrap(local, layout, frozen)
+    strides = viewed_strides(tuple(x.shape), x.stride(), sizes)
+    frozen, source = moved.frozen or x.frozen, x.source
+    if moved is not x:
+        source = source or version(x.local)
+    if strides is None or local.untyped_storage()._cdata != moved.local.untyped_storage()._cdata:
+        # Plain PyTorch would copy, or refuse; or it would not, but this rank's part lies in memory otherwise.
+        frozen, source = frozen or "it had to be copied", source or version(x.local)
+    return PlaneTensor(local, layout, plane, frozen, strides, source)
 
 
-def _is_free(x: PlaneTensor, sizes: tuple[int, ...]) -> bool:
-    """Whether ranks can view their parts in these sizes without a copy: all of them or none, however few rows one has.
+@cache
+def viewed_strides(sizes: tuple[int, ...], strides: tuple[int, ...], wished: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The strides of a view in other sizes; None if it needs a copy."""
+    with no_dispatch():
+        try:
+            return torch.empty_strided(sizes, strides, device="meta").view(wished).stride()
+        except RuntimeError:
+            return None
 
-    Dims that do not lie one after the other in memory must stay apart.
-    """
-    real = [dim for dim in range(x.ndim) if x.shape[dim] > 1]
-    ends = {math.prod(sizes[at:]) for at in range(len(sizes))}
-    return all(
-        x.local.stride(outer) == x.local.shape[inner] * x.local.stride(inner) or math.prod(x.shape[inner:]) in ends
-        for outer, inner in pairwise(real)
-    )
+
+def _view_of(
+    x: PlaneTensor, local: torch.Tensor, layout: Layout, strides: tuple[int, ...], frozen: str = ""
+) -> PlaneTensor:
+    """A view of a tensor; `frozen` says why it is a copy in truth."""
+    source = x.source or (version(x.local) if frozen else None)
+    return PlaneTensor(local, layout, x.plane, x.frozen or frozen, strides, source)
 
 
 def _ordered(plane: Plane, x: PlaneTensor, order: list[int]) -> Any:
-    return plane.wrap(x.local.permute(order), tuple(x.partition[dim] for dim in order), x.frozen)
+    strides = tuple(x.stride(dim) for dim in order)
+    return _view_of(x, x.local.permute(order), tuple(x.partition[dim] for dim in order), strides)
 
 
 @rule(aten.permute)
@@ -102,7 +109,9 @@ def squeeze(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     x, *rest = args
     dims = range(x.ndim) if not rest else [rest[0]] if isinstance(rest[0], int) else rest[0]
     gone = [dim % x.ndim for dim in dims if x.shape[dim] == 1]
-    return plane.wrap(x.local.squeeze(gone), tuple(d for i, d in enumerate(x.partition) if i not in gone), x.frozen)
+    kept = [dim for dim in range(x.ndim) if dim not in gone]
+    strides = tuple(x.stride(dim) for dim in kept)
+    return _view_of(x, x.local.squeeze(gone), tuple(x.partition[dim] for dim in kept), strides)
 
 
 @rule(aten.unsqueeze)
@@ -110,7 +119,9 @@ def unsqueeze(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """A dim of extent 1 added."""
     x, dim = args
     at = dim % (x.ndim + 1)
-    return plane.wrap(x.local.unsqueeze(at), (*x.partition[:at], (), *x.partition[at:]), x.frozen)
+    own = x.stride()
+    strides = (*own[:at], x.shape[at] * own[at] if at < x.ndim else 1, *own[at:])
+    return _view_of(x, x.local.unsqueeze(at), (*x.partition[:at], (), *x.partition[at:]), strides)
 
 
 @rule(aten.squeeze_, aten.unsqueeze_, aten.transpose_, aten.t_)
@@ -120,7 +131,7 @@ def in_place(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     name = func._schema.name.removeprefix("aten::").removesuffix("_")
     rules = {"squeeze": squeeze, "unsqueeze": unsqueeze, "transpose": transpose, "t": t}
     made = rules[name](plane, func, args, kwargs)
-    x.local, x.partition = made.local, made.partition
+    x.local, x.partition, x.frozen, x.source = made.local, made.partition, made.frozen, made.source
     with no_dispatch():  # changes the sizes that the wrapper reports
         func(*args, **kwargs)
     return x
@@ -132,10 +143,13 @@ def expand(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     x, sizes = args[:2]
     new = len(sizes) - x.ndim
     layout: list[Any] = []
+    strides = []
     for index, size in enumerate(sizes):
         dim = x.partition[index - new] if index >= new else ()
-        layout.append(dim if size in (-1, extent(dim)) else whole(size))
-    return plane.wrap(x.local.expand(plane.local_sizes(tuple(layout))), tuple(layout), x.frozen)
+        kept = size in (-1, extent(dim))
+        layout.append(dim if kept else whole(size))
+        strides.append(x.stride(index - new) if kept and index >= new else 0)
+    return _view_of(x, x.local.expand(plane.local_sizes(tuple(layout))), tuple(layout), tuple(strides))
 
 
 @rule(aten.slice)
@@ -145,15 +159,16 @@ def slice_(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     dim, size = dim % x.ndim, x.shape[dim]
     start, stop, step = slice(start, end, step).indices(size)
     length = max(0, -(-(stop - start) // step))
+    strides = tuple(own * step if at == dim else own for at, own in enumerate(x.stride()))
     if length == size:
-        return plane.wrap(x.local, x.partition, x.frozen)
+        return _view_of(x, x.local, x.partition, x.stride())
     layout = list(x.partition)
     factor = sole(x.partition[dim])
     if factor is None or length == 0:
-        if is_partitioned(x.partition[dim]):
-            x = plane.to_whole(x, [dim])
+        whole_x = plane.to_whole(x, [dim])
         layout[dim] = joined((Factor(length),)) if length else (Factor(0),)
-        return plane.wrap(x.local[(slice(None),) * dim + (slice(start, stop, step),)], tuple(layout), x.frozen)
+        local = whole_x.local[(slice(None),) * dim + (slice(start, stop, step),)]
+        return _view_of(x, local, tuple(layout), strides, "" if whole_x is x else whole_x.frozen)
     assert factor.mesh_dim is not None
     ranks = len(factor.bounds) - 1
     bounds = (0, *(min(max(-(-(bound - start) // step), 0), length) for bound in factor.bounds[1:-1]), length)
@@ -168,7 +183,7 @@ def slice_(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if step != 1:
         local = local[(slice(None),) * dim + (slice(None, None, step),)]
     layout[dim] = joined((result,))
-    return plane.wrap(local, tuple(layout), x.frozen if free else "it was made of other ranks' data")
+    return _view_of(x, local, tuple(layout), strides, "" if free else "it was made of other ranks' data")
 
 
 @rule(aten.select)
@@ -225,6 +240,7 @@ def repeat_interleave(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: di
 def index_select(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Indices of a dim."""
     x, dim, index = args
+    index = plain(index)
     if isinstance(index, PlaneTensor) or not isinstance(x, PlaneTensor):
         return NotImplemented
     at = dim % x.ndim
@@ -237,6 +253,7 @@ def index_select(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[st
 def embedding(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows of a table that every rank has."""
     table, index, *rest = args
+    table = plain(table)
     if isinstance(table, PlaneTensor):
         return NotImplemented
     return plane.wrap(func(table, index.local, *rest, **kwargs), (*index.partition, whole(table.shape[1])))

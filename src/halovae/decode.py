@@ -268,7 +268,10 @@ def load(
     """
     if isinstance(source, nn.Module):
         known = type(source).__name__ in checkpoints.CLASSES
-        return Decoder(checkpoints.from_module(source)) if known else Autoencoder(source)
+        try:
+            return Decoder(checkpoints.from_module(source)) if known else Autoencoder(source)
+        except TypeError as error:
+            raise checkpoints.CheckpointError(str(error)) from error
     folder = checkpoints.find_folder(source, subfolder)
     target = Platform.default().device if device is None else torch.device(device)
     if checkpoints.read_class(folder) not in checkpoints.CLASSES:

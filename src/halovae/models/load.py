@@ -17,6 +17,13 @@ from halovae.platform import Platform
 
 # Which of diffusers' VAE classes each of our decoders can stand in for.
 CLASSES = {"AutoencoderKLWan": WanDecoder, "AutoencoderKLQwenImage": WanDecoder}
+# Of diffusers' other autoencoders, those that have no plane of rows and cols, or that no rank can share, and why.
+_NO_PLANE = {
+    "AutoencoderOobleck": "audio has no plane of rows and cols",
+    "AutoencoderSAME": "audio has no plane of rows and cols",
+    "LTX2VideoDiffusionDecoderModel": "it is built on flex_attention",
+    "RFD4ProteinaAutoencoder": "proteins have no plane of rows and cols",
+}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ENCODER = ("encoder.", "quant_conv.")
 Half = TypeVar("Half", WanDecoder, WanEncoder)
@@ -135,6 +142,9 @@ def diffusers_module(folder: Path, dtype: torch.dtype) -> nn.Module:
         import diffusers
     except ImportError as error:
         raise CheckpointError(f"{folder}: VAE class {name!r} needs pip install 'halovae[diffusers]'") from error
+    if name in _NO_PLANE or "Audio" in name:
+        reason = _NO_PLANE.get(name, "audio has no plane of rows and cols")
+        raise CheckpointError(f"{folder}: VAE class {name!r} cannot be partitioned: {reason}")
     found = (
         getattr(diffusers, name, None) if name.startswith(("Autoencoder", "Asymmetric", "VQ", "Consistency")) else None
     )

@@ -69,7 +69,9 @@ def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
         pieces = [x.narrow(dim, a - own[0], b - a) for a, b in _overlaps(intervals, own)]
         if pieces:
             sent = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-            sends.append((rank, sent.contiguous().view(-1)))
+            # Ranks that share a process read what is sent later, when this one may have written to it.
+            sent = sent.clone(memory_format=torch.contiguous_format) if mesh.lines.shared_device else sent.contiguous()
+            sends.append((rank, sent.view(-1)))
         theirs = (bounds[peer], bounds[peer + 1])
         if length := sum(b - a for a, b in _overlaps(mine, theirs)):
             buffer = x.new_empty([*x.shape[:dim], length, *x.shape[dim + 1 :]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,12 @@ class Program:
         self.coordinates = plane.coordinates
         self.fallbacks, self.gathered = plane.fallbacks, plane.gathered
         self.received, self.computed = plane.received, plane.computed
-        self._module = fx.GraphModule(attributes, graph)
+        self._attributes = attributes
+
+    @cached_property
+    def _module(self) -> fx.GraphModule:
+        """Code of the graph, made once it is run: plans only read it."""
+        return fx.GraphModule(self._attributes, self.graph)
 
     def __call__(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Tensor:
         """Run it.

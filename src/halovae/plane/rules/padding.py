@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halovae.plane.layout import Factor, joined, proper, ranges, sole
+from halovae.plane.layout import Factor, is_partitioned, joined, proper, ranges, sole
 from halovae.plane.rules.registry import rule
 from halovae.plane.tensor import PlaneTensor
 
@@ -95,43 +95,77 @@ def reindexed(
 
 
 def _padded(
-    plane: Plane, x: PlaneTensor, widths: Sequence[int], source: Callable[[int, int], int], short: int | None = None
-) -> Any:
+    plane: Plane, func: Any, x: PlaneTensor, widths: Sequence[int], source: Callable[[int, int], int],
+    short: int | None = None, beyond: int | None = None,
+) -> Any:  # fmt: skip
+    """A map with more rows and cols that are made of its own.
+
+    Args:
+        plane: the plane.
+        func: PyTorch's operator, for what a rank can do alone.
+        x: the map.
+        widths: before and after, the last dim first.
+        source: which of so many indices an index of the result is.
+        short: by how much the widths must be shorter than the map; None for any width.
+        beyond: how many rows more than a width its rank at the border needs to pad alone; None if it cannot.
+    """
+    alone, shared, layout = list(widths), list[int](), list(x.partition)
     for at in range(len(widths) // 2):
-        size, pads = x.shape[x.ndim - 1 - at], widths[2 * at : 2 * at + 2]
-        if size + sum(pads) < 1 or (short is not None and max(pads) > size - short):
+        dim, pads = x.ndim - 1 - at, widths[2 * at : 2 * at + 2]
+        size, factor = x.shape[dim] + sum(pads), sole(x.partition[dim])
+        if size < 1 or (short is not None and max(pads) > x.shape[dim] - short):
             return NotImplemented  # PyTorch refuses it
-    for at in range(len(widths) // 2):
-        dim, (before, after) = x.ndim - 1 - at, widths[2 * at : 2 * at + 2]
-        if not before and not after:
+        if not any(pads):
             continue
-        length, factor = x.shape[dim], sole(x.partition[dim])
-        size, result = length + before + after, None
-        if factor is not None:
-            bounds = (0, *(bound + before for bound in factor.bounds[1:-1]), size)
-            if not proper(bounds, size):
-                return NotImplemented
-            result = Factor(size, factor.mesh_dim, bounds)
-        x = reindexed(plane, x, dim, size, lambda i, n=length, b=before: source(i - b, n), result)  # type: ignore[misc]
+        if factor is None:
+            if is_partitioned(x.partition[dim]):
+                return _padded(plane, func, plane.to_whole(x, [dim]), widths, source, short, beyond)
+            layout[dim] = joined((Factor(size),))
+            continue
+        assert factor.mesh_dim is not None
+        bounds = (0, *(bound + pads[0] for bound in factor.bounds[1:-1]), size)
+        if not proper(bounds, size):
+            return NotImplemented
+        ends = factor.bounds[1], factor.size - factor.bounds[-2]
+        layout[dim] = (Factor(size, factor.mesh_dim, bounds),)
+        if beyond is None or min(pads) < 0 or any(end < pad + beyond for end, pad in zip(ends, pads, strict=True)):
+            shared.append(at)
+            alone[2 * at : 2 * at + 2] = 0, 0
+            continue
+        position = plane.coordinates[factor.mesh_dim]
+        alone[2 * at] *= position == 0
+        alone[2 * at + 1] *= position == len(factor.bounds) - 2
+    inner = [x.partition[d] if x.ndim - 1 - d in shared else layout[d] for d in range(x.ndim)]
+    local = func(x.local, alone) if any(alone) else x.local
+    x = plane.wrap(local, tuple(inner), "" if any(alone) else "shared")
+    for at in shared:
+        dim, before = x.ndim - 1 - at, widths[2 * at]
+        length, (result,) = x.shape[dim], layout[dim]
+        x = reindexed(plane, x, dim, result.size, lambda i, n=length, b=before: source(i - b, n), result)  # type: ignore[misc]
     return x
 
 
 @rule(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d)
 def reflect(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows inside of the border, mirrored."""
-    return _padded(plane, args[0], args[1], lambda i, n: -i if i < 0 else 2 * (n - 1) - i if i >= n else i, 1)
+
+    def source(i: int, n: int) -> int:
+        return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
+
+    return _padded(plane, func, args[0], args[1], source, short=1, beyond=1)
 
 
 @rule(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d)
 def replicate(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The rows at the border, repeated."""
-    return _padded(plane, args[0], args[1], lambda i, n: min(max(i, 0), n - 1))
+    narrow = -max(0, *args[1])  # one row is enough, however wide the padding
+    return _padded(plane, func, args[0], args[1], lambda i, n: min(max(i, 0), n - 1), beyond=narrow)
 
 
 @rule(aten._pad_circular)
 def circular(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows from the other end."""
-    return _padded(plane, args[0], args[1], lambda i, n: i % n, 0)
+    return _padded(plane, func, args[0], args[1], lambda i, n: i % n, short=0)
 
 
 @rule(aten.flip)

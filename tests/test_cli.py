@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from models import latents, reference, vae
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from halovae import latents as latents_file
 from halovae import media
+from halovae.cli import common
 from halovae.cli.main import app
 
 
@@ -234,10 +236,33 @@ def test_help_and_version() -> None:
 def test_what_is_not_installed_is_named_before_any_work(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halovae.cli import common
-
     monkeypatch.setattr(common, "find_spec", lambda name: None if name == "skimage" else True)
     done = halovae(*command, "-o", tmp_path / "out")
     assert done.exit_code == 2
     assert "needs pip install 'halovae[diffusers,bench]' (no module skimage)" in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "Error: no"),
+        ({"RANK": "0"}, "Error: no"),
+        ({"RANK": "3"}, ""),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "Error: no"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, ""),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, "Error: rank 8: no"),
+        ({"RANK": "9", "LOCAL_RANK": "1"}, ""),
+    ],
+)
+def test_under_torchrun_one_rank_of_each_host_says_why_it_ends(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(typer.Exit) as ended:
+        common.fail("no", 2)
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err.strip() == said

@@ -144,9 +144,10 @@ def test_without_a_named_interface_no_rank_starts(hosts: list[Host], tmp_path: P
         assert [agent.wait(120) for agent in agents] == [1, 1]
     finally:
         end(agents)
-    said = " ".join((tmp_path / "0.log").read_text().split())
-    assert "GLOO_SOCKET_IFNAME=: the ranks span hosts" in said
-    assert "here: wire." in said
+    for log, speaker in ("0.log", ""), ("1.log", "rank 1: "):
+        said = " ".join((tmp_path / log).read_text().split())
+        assert f"Error: {speaker}GLOO_SOCKET_IFNAME=: the ranks span hosts" in said
+        assert "here: wire." in said
 
 
 @pytest.mark.slow

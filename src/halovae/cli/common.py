@@ -74,9 +74,11 @@ def results_console() -> Console:
 
 
 def fail(message: object, status: int) -> NoReturn:
-    """End with a message on standard error; under torchrun rank 0 speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
-        console.print(f"[bold red]Error:[/] {_escaped(str(message))}", highlight=False, soft_wrap=True)
+    """End with a message on standard error; under torchrun each host's first rank speaks for the others there."""
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("LOCAL_RANK", rank) == "0":
+        speaker = "" if rank == "0" else f"rank {rank}: "
+        console.print(f"[bold red]Error:[/] {speaker}{_escaped(str(message))}", highlight=False, soft_wrap=True)
     raise typer.Exit(status)
 
 

@@ -2,12 +2,14 @@
 
 import asyncio
 import base64
+import http.client
 import io
 import json
 import queue
 import signal
 import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +146,15 @@ def test_a_start_removes_partial_results(model: Path, tmp_path: Path) -> None:
         assert not partial.exists()
 
 
+def test_the_lock_leaves_a_file_of_its_name_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("mine")
+    lock = serve._locked(tmp_path)
+    assert lock is not None
+    assert serve._locked(tmp_path) is None
+    lock.close()
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
 def test_a_lost_database_costs_no_result(model: Path, tmp_path: Path) -> None:
     with served(model, tmp_path) as (url, _):
         result = Path(finished(url, submitted(url))["file_path"])
@@ -245,6 +256,51 @@ def test_what_ranks_had_when_they_ended_is_tried_again_though_the_database_was_l
         second.tell("started", order=order)
         second.tell("finished", order=order, decode=DECODE)
         assert finished(url, video)["status"] == "completed"
+
+
+def test_an_end_that_is_not_written_when_the_ranks_end_is_kept(
+    model: Path, tmp_path: Path, heard: Callable[[str], None]
+) -> None:
+    with served(model, tmp_path, stub=False) as (url, _):
+        first = Rank(model, tmp_path)
+        video = submitted(url)
+        order = first.hear()["order"]
+        with locked(tmp_path):
+            first.tell("failed", order=order, code="input_lost", message="no picture")  # before it was started
+            heard("failed")
+            second = Rank(model, tmp_path)
+        shown = finished(url, video, 10)
+        assert (shown["status"], shown["error"]) == ("failed", {"code": "input_lost", "message": "no picture"})
+        other = submitted(url)
+        assert other in second.hear()["paths"][0]  # the first job was not ordered again
+
+
+def test_the_job_of_a_client_that_leaves_while_the_database_is_locked_is_removed(
+    home: Path, tmp_path: Path, heard: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = threading.Event()
+    delete = Jobs.delete
+
+    def noted(self: Jobs, job: str) -> None:
+        try:
+            delete(self, job)
+        except sqlite3.OperationalError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(Jobs, "delete", noted)
+    with served(home / "qwen-image", tmp_path) as (url, stub):
+        assert stub is not None
+        stub.held.set()
+        client = http.client.HTTPConnection(url.removeprefix("http://"))
+        body = json.dumps({"prompt": "a", "size": "64x48"})
+        client.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+        heard("progress")
+        with locked(tmp_path):
+            client.close()
+            assert refused.wait(20)
+        heard("cancelled")
+        assert httpx.get(f"{url}/health").json()["jobs"] == {"queued": 0, "in_progress": 0}
 
 
 def test_a_job_deleted_before_its_end_is_on_disk_stays_deleted(

@@ -235,7 +235,7 @@ def _keep_front(output: Path) -> None:
 
 def _locked(output: Path) -> IO[str] | None:
     """The output folder's lock, if no front holds it."""
-    lock = (output / ".lock").open("w")
+    lock = (output / ".lock").open("a")  # which keeps what others may have written there
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -45,6 +45,7 @@ from halovae.serving.settings import FrontSettings, RankSettings
 
 log = logging.getLogger(__name__)
 _SWEEP = 30.0  # seconds between two looks for what has expired
+_PAUSE = 0.5  # seconds until a job that could not be removed is tried again
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
@@ -324,7 +325,7 @@ async def _made(
         await asyncio.wait([waiting], timeout=0.5)
         if not waiting.done() and await request.is_disconnected():
             waiting.cancel()
-            await dispatcher.remove(job)
+            await _removed(dispatcher, job)
             raise ApiError(400, "the client left before its pictures were made")
     await waiting
     done = dispatcher.jobs.get(job.id)
@@ -351,6 +352,15 @@ async def _made(
         created=shown.created_at, data=data, size=shown.size, output_format=asked.output_format, seed=shown.seed,
         adjusted=shown.adjusted, inference_time_s=shown.inference_time_s, decode=shown.decode,
     )  # fmt: skip
+
+
+async def _removed(dispatcher: Dispatcher, job: Job) -> None:
+    """Remove a job for which nobody waits any more, as soon as the database can be written."""
+    while True:
+        try:
+            return await dispatcher.remove(job)
+        except sqlite3.OperationalError:
+            await asyncio.sleep(_PAUSE)
 
 
 async def _ended(dispatcher: Dispatcher, job: Job) -> None:

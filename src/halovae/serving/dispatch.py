@@ -220,9 +220,11 @@ class Dispatcher:
         self._peer, self._ready = peer, False
         await self._send({"kind": "welcome"})
         for order, flight in list(self._flights.items()):
+            if flight.over:
+                continue  # its end is still to be written
             if flight.stage == "waiting":
                 del self._flights[order]
-            elif not flight.over:
+            else:
                 flight.over = True
                 self._news.append(
                     _News(order, partial(self._retry, reason="a rank ended while it was being made"), True)

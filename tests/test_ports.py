@@ -59,13 +59,15 @@ class Watch:
         self._family = {os.getpid()}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run)
-        self.opened: set[tuple[str, int]] = set()
+        self.opened: dict[tuple[str, int], int] = {}  # and the process that did
 
     def _run(self) -> None:
         while not self._ended.wait(_LOOK_S):
             now = listening()
             self._family |= {child.pid for child in psutil.Process().children(recursive=True)}
-            self.opened |= {one for one, pid in now.items() if pid in self._family and one not in self._before}
+            self.opened |= {
+                one: pid for one, pid in now.items() if pid in self._family and pid and one not in self._before
+            }
 
     def __enter__(self) -> "Watch":
         self._thread.start()
@@ -135,40 +137,50 @@ def test_encode_listens_on_nothing(folder: Path, tmp_path: Path) -> None:
 def test_a_server_listens_on_loopback_only(folder: Path, tmp_path: Path) -> None:
     with Watch() as watch, Server(folder / "pipeline", tmp_path / "served") as server:
         server.wait()
+        ranks = {rank.pid for rank in server.ranks()}
         server.stop()
     watch.check()
-    assert ("127.0.0.1", server.port) in watch.opened
+    assert watch.opened[("127.0.0.1", server.port)] == server.process.pid
+    assert len(ranks) == 2
+    assert ranks <= set(watch.opened.values()), "a rank was not seen listening"
 
 
-def encode() -> list[int]:
+def encode() -> tuple[list[int], str]:
     encoder = Encoder(encoder_from_module(vae("wan2.1")))
-    return list(encoder.encode(torch.zeros(1, 3, 1, 32, 32), mode="parallel").shape)
+    shape = encoder.encode(torch.zeros(1, 3, 1, 32, 32), mode="parallel").shape
+    return list(shape), os.environ["GLOO_SOCKET_IFNAME"]
 
 
 @pytest.mark.slow
 def test_an_encode_on_two_ranks_listens_on_loopback_only() -> None:
     with Watch() as watch:
-        assert launch(2, encode) == [[1, 32, 1, 4, 4]] * 2
+        assert launch(2, encode) == [([1, 32, 1, 4, 4], "lo")] * 2
     watch.check()
 
 
-def all_lines() -> list[int]:
-    """Talk over every kind of process group that a decode or a server makes."""
+def all_lines() -> tuple[list[int], str | None]:
+    """Talk over every kind of process group that a decode or a server makes.
+
+    Returns:
+        The ranks, and the interface that gloo was told to listen on: without one it takes the address of the host's
+        name, which on some machines is a loopback address too.
+    """
     mesh = Mesh(Grid(rows=2), torch.device("cpu"))
     Lead().say("a word")
-    return mesh.lines.all_values(mesh.rank)
+    return mesh.lines.all_values(mesh.rank), os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 def test_ranks_for_measurements_listen_on_loopback_only() -> None:
     with Watch() as watch, Ranks(2) as ranks:
-        assert ranks.run(all_lines) == [[0, 1]] * 2
+        assert ranks.run(all_lines) == [([0, 1], "lo")] * 2
     watch.check()
 
 
-def all_lines_until(enough: Path) -> None:
-    all_lines()
+def all_lines_until(enough: Path) -> str | None:
+    _, interface = all_lines()
     enough.with_name(str(dist.get_rank())).touch()
     wait_for(enough.exists)
+    return interface
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -201,7 +213,7 @@ def test_launch_listens_on_loopback_only_and_a_stranger_finds_no_store(tmp_path:
     def attack() -> None:
         try:
             wait_for(lambda: enough.exists() or all((tmp_path / str(rank)).exists() for rank in range(2)))
-            there = sorted(watch.opened & listening().keys())
+            there = sorted(watch.opened.keys() & listening().keys())
             with ThreadPoolExecutor() as pool:
                 tried.update(zip(there, pool.map(is_store, [port for _, port in there]), strict=True))
         finally:
@@ -211,7 +223,7 @@ def test_launch_listens_on_loopback_only_and_a_stranger_finds_no_store(tmp_path:
     with Watch() as watch:
         stranger.start()
         try:
-            launch(2, all_lines_until, enough)
+            assert launch(2, all_lines_until, enough) == ["lo"] * 2
         finally:
             enough.touch()
             stranger.join()
@@ -219,6 +231,31 @@ def test_launch_listens_on_loopback_only_and_a_stranger_finds_no_store(tmp_path:
     stores = [one for one, answered in tried.items() if answered]
     assert not stores, f"stores that anybody may write pickles to: {stores}"
     watch.check()
+
+
+@pytest.mark.parametrize("start", ["launch(2, all_lines_until, enough)", "Ranks(2).run(all_lines_until, enough)"])
+def test_ranks_whose_parent_is_killed_remove_the_folder_they_met_in(start: str, tmp_path: Path) -> None:
+    script = f"from pathlib import Path; from test_ports import *; enough = Path({str(tmp_path / 'enough')!r}); {start}"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    try:
+        wait_for(lambda: all((tmp_path / str(rank)).exists() for rank in range(2)))
+        assert list(tmp_path.glob("halovae-ranks-*"))
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not list(tmp_path.glob("halovae-ranks-*")))
+
+
+@pytest.mark.slow
+def test_ranks_whose_server_is_killed_remove_the_folder_they_met_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Server(folder / "pipeline", tmp_path / "served") as server:
+        server.wait()
+        assert list(tmp_path.glob("halovae-ranks-*"))
+    wait_for(lambda: not list(tmp_path.glob("halovae-ranks-*")))
 
 
 @pytest.fixture
@@ -241,10 +278,15 @@ def interfaces() -> tuple[str | None, str | None]:
     return os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")
 
 
+@pytest.mark.parametrize("blank", ["", " "])
 def test_on_one_host_loopback_is_used_unless_the_user_names_an_interface(
-    on_hosts: Callable[[int], Platform], monkeypatch: pytest.MonkeyPatch
+    blank: str, on_hosts: Callable[[int], Platform], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = on_hosts(1)
+    platform.choose_interfaces()
+    assert interfaces() == ("lo", "=lo")
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(variable, blank)
     platform.choose_interfaces()
     assert interfaces() == ("lo", "=lo")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "wire")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import torch.multiprocessing
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
@@ -141,21 +143,28 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def end_with_parent() -> None:
+def end_with_parent(folder: Path | None = None) -> None:
     """Wait for the end of the process that started this one, and end it too; for a thread.
 
     A parent that is killed cannot end its ranks, and one that computes does not look at its lines.
+
+    Args:
+        folder: a temporary one that the parent made, and cannot remove once it is killed.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 @record
 def _rank_main(store: Path, function: Callable[..., Any], *args: Any) -> Any:
     meet_in_file(store)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(store.parent,), daemon=True).start()
+    # torch has the system interrupt a rank whose launcher ended, which would leave no time to remove the folder.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(0)  # type: ignore[attr-defined]
     # Ctrl-C reaches every process of the terminal; the launcher is the one to report it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return _in_world(function, *args)

@@ -101,7 +101,7 @@ class Platform:
         one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         for backend in sorted({"gloo", self.backend} & INTERFACES.keys()):
             variable = INTERFACES[backend]
-            if one_host and variable in os.environ:
+            if one_host and os.environ.get(variable, "").strip():
                 continue
             exactly = "" if backend == "gloo" else "="  # NCCL and HCCL take a bare name for a prefix
             os.environ[variable] = exactly + (_loopback() if one_host else _named_interface(variable))

@@ -116,7 +116,7 @@ def _serve(rank: int, size: int, store: Path, threads: int, line: Connection) ->
     os.environ |= {name: str(value) for name, value in ranks.items()}
     meet_in_file(store)
     torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(store.parent,), daemon=True).start()
     while True:
         try:
             function, args = line.recv()

@@ -122,3 +122,58 @@ def test_random_numbers_are_those_of_one_device(name: str, size: tuple[int, int]
     for grid in GRIDS:
         x = numbers(1, 4, *size)
         assert_exact(run(drawn, x, grid), drawn(x))
+
+
+def pad_then_write(z: Tensor) -> Tensor:
+    z = z * 1
+    y = F.pad(z, (0, 0, 1, 1))
+    z.add_(1)
+    return y[:, :, 1:-1] + z
+
+
+def pad_then_write_to_a_view(z: Tensor) -> Tensor:
+    y = F.pad(z, (0, 0, 1, 1))
+    y[:, 0].add_(5)
+    return y[:, :, 1:-1] * 1
+
+
+def roll_by_nothing(z: Tensor) -> Tensor:
+    z = z * 1
+    y = torch.roll(z, 0, 2)
+    y.add_(1)
+    return z
+
+
+@pytest.mark.parametrize("work", [pad_then_write, pad_then_write_to_a_view, roll_by_nothing])
+def test_results_have_memory_of_their_own(work: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(1, 4, 7, 5, dtype=torch.float64)
+    assert_exact(run(work, x, Grid(rows=3)), work(x))
+
+
+def test_a_stale_copy_cannot_be_returned() -> None:
+    def work(z: Tensor) -> Tensor:
+        z = z * 1
+        y = z[:, :, 0:3]
+        z.add_(1)
+        return y
+
+    outcomes = run(work, torch.randn(1, 4, 7, 5, dtype=torch.float64), Grid(rows=3))
+    assert all("its base was written to since" in str(outcome.error) for outcome in outcomes)
+
+
+def test_a_norm_does_not_overflow_in_half_precision() -> None:
+    outcomes = run(lambda x: x.norm(), torch.ones(1, 1, 400, 400, dtype=torch.float16), Grid(rows=2))
+    assert all(float(outcome.results[0]) == 400 for outcome in outcomes)
+
+
+def test_pieces_of_two_dtypes_have_one_result_on_all_ranks() -> None:
+    def work(x: Tensor) -> Tensor:
+        return torch.cat([x.float(), x], 2)
+
+    x = torch.randn(1, 2, 6, 5, dtype=torch.float64)
+    assert_exact(run(work, x, Grid(rows=2)), work(x))
+
+
+def test_strides_cannot_be_changed() -> None:
+    outcomes = run(lambda x: x.as_strided((2, 2), (1, 1)), torch.randn(1, 1, 4, 4), Grid(rows=2))
+    assert all("no strides of its own" in str(outcome.error) for outcome in outcomes)

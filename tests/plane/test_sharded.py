@@ -228,3 +228,126 @@ def test_a_folder_of_any_class_is_loaded(tmp_path: Any) -> None:
     found = halovae.load(tmp_path).decode(x, gather="all")
     with torch.no_grad():
         assert torch.equal(found, vae.decode(x).sample)
+
+
+class Holder(nn.Module):
+    """Reads all kinds of state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: nn.Module = nn.Identity()
+        self.inner.scale = 1.0  # type: ignore[assignment]
+        self.register_buffer("b", torch.zeros(1, dtype=torch.float64))
+        self.b: Tensor
+        self.table = torch.ones(1, dtype=torch.float64)
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor, opt: Any = None) -> Tensor:
+        if "ramp" not in self.cache:
+            self.cache["ramp"] = torch.arange(x.shape[-1], dtype=x.dtype)
+        y = x * self.inner.scale + self.b + self.table + self.cache["ramp"]  # type: ignore[operator]
+        return self.inner(y) * (1.0 if opt is None else opt[0])
+
+
+def change(module: Holder, what: str) -> None:
+    if what == "flag":
+        module.inner.scale = 2.0  # type: ignore[assignment]
+    elif what == "buffer":
+        module.b = torch.ones(1, dtype=torch.float64)
+    elif what == "in place":
+        module.table.add_(1)
+    elif what == "attribute":
+        module.table = torch.zeros(1, dtype=torch.float64)
+    elif what == "submodule":
+        module.inner = nn.ReLU()
+        module.inner.scale = 1.0  # type: ignore[assignment]
+    elif what == "hook":
+        module.inner.register_forward_hook(lambda _, __, out: out * 3)
+
+
+@pytest.mark.parametrize("what", ["flag", "buffer", "in place", "attribute", "submodule", "hook"])
+def test_what_a_module_is_changed_to_is_recorded_again(what: str) -> None:
+    module = Holder().eval()
+    shard, x = halovae.shard(module), picture(1, 3, 6, 4)
+    for _ in range(2):
+        found = shard(x)
+        assert found is not None
+        plain = Holder().eval()
+        plain.load_state_dict(module.state_dict())
+        plain.table, plain.inner = module.table, module.inner
+        torch.testing.assert_close(found, plain(x), rtol=0, atol=1e-12)
+        change(module, what)
+    assert not module.cache  # nothing of a recording stays
+    assert type(module.b) is Tensor
+
+
+def test_options_are_told_apart_by_value() -> None:
+    module = Holder().eval()
+    shard, x = halovae.shard(module), picture(1, 3, 6, 4)
+    one, two = (shard(x, options={"opt": [value]}) for value in (1.0, 2.0))
+    assert one is not None
+    assert two is not None
+    assert torch.equal(one * 2, two)
+
+
+def test_autocast_is_part_of_what_is_recorded() -> None:
+    module = small().float()
+    shard, x = halovae.shard(module), torch.randn(1, 3, 6, 4)
+    plain = shard(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, expected = shard(x), module(x)
+    assert plain is not None
+    assert cast is not None
+    assert plain.dtype == torch.float32
+    assert cast.dtype == expected.dtype
+
+
+def test_weights_that_hooks_cast_are_decoded_eagerly() -> None:
+    vae: Any = zoo.build(KL)
+    x = torch.randn(KL.latents or ())
+    vae.enable_layerwise_casting(torch.bfloat16, torch.float32)
+    with torch.no_grad():
+        expected = vae.decode(x).sample
+    vae = halovae.parallelize(vae)
+    for _ in range(2):
+        torch.testing.assert_close(vae.decode(x).sample, expected, rtol=0, atol=1e-5)
+    halovae.restore(vae)
+    with torch.no_grad():
+        assert torch.equal(vae.decode(x).sample, expected)
+
+
+def test_a_copy_decodes_with_its_own_weights() -> None:
+    import copy
+
+    vae: Any = halovae.parallelize(zoo.build(KL))
+    x = torch.randn(KL.latents or ())
+    other = copy.deepcopy(vae)
+    for weight in other.parameters():
+        weight.zero_()
+    assert vae.decode(x).sample.abs().max() > 0
+    assert other.decode(x).sample.abs().max() == 0
+
+
+def test_a_function_that_is_not_recorded_lets_go_of_what_it_computed() -> None:
+    import gc
+    import weakref
+
+    module = small()
+    shard = halovae.shard(lambda z: module(z) * float(z.mean() > 0), module)
+    found = shard(picture(1, 3, 6, 4))
+    gone = weakref.ref(found)
+    del found
+    gc.collect()
+    assert gone() is None
+
+
+def test_extras_follow_the_items_of_a_batch(ranks: Group) -> None:
+    assert max(ranks(2).run(batch_with_extras)) < 1e-12
+
+
+def batch_with_extras() -> float:
+    module = small()
+    x, shift = picture(2, 3, 5, 4), picture(2, 4, 1, 1)
+    found = halovae.shard(module)(x, shift, grid=Grid(batch=2))
+    assert found is not None
+    return (found - module(x, shift)).abs().max().item()

@@ -254,7 +254,12 @@ def _method(
         options = {key: value for key, value in list(bound.items())[2:] if key != "kwargs"} | bound.get("kwargs", {})
         wished = gather if name == "decode" else "all"
         chosen = grid_for(mode, grid if name == "decode" else None, x)
-        value, as_tuple = call(x, chosen, wished, options)
-        return call.result(call.blank(x) if value is None else value, as_tuple)
+        used: _Call = call
+        if self is not call._vae:  # a copy of the module, with weights of its own
+            kept = vars(self).get(f"_halovae_{name}")
+            used = kept if kept is not None and kept._vae is self else _Call(self, name)
+            vars(self)[f"_halovae_{name}"] = used
+        value, as_tuple = used(x, chosen, wished, options)
+        return used.result(used.blank(x) if value is None else value, as_tuple)
 
     return method

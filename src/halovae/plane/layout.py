@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -73,7 +73,7 @@ def local_extent(dim: Dim, coordinates: Coordinates) -> int:
     return math.prod(factor.local(coordinates) for factor in dim)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def shape(layout: Layout) -> tuple[int, ...]:
     """The logical shape."""
     return tuple(map(extent, layout))
@@ -89,7 +89,7 @@ def whole(size: int) -> Dim:
     return (Factor(size),) if size != 1 else ()
 
 
-@cache
+@lru_cache(maxsize=4096)
 def replicated(sizes: tuple[int, ...]) -> Layout:
     """The layout of a tensor that every rank has all of."""
     return tuple(map(whole, sizes))
@@ -129,7 +129,7 @@ def joined(factors: Sequence[Factor]) -> Dim:
     return tuple(found)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def regrouped(layout: Layout, sizes: tuple[int, ...]) -> Layout:
     """The layout of a view with these extents of a tensor with this layout. A rank's part needs only be reshaped.
 
@@ -160,7 +160,7 @@ def regrouped(layout: Layout, sizes: tuple[int, ...]) -> Layout:
     return tuple(result)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def even(size: int, ranks: int) -> Bounds:
     """Bounds of parts whose sizes differ by one at most."""
     spans = split(size, ranks)

@@ -93,7 +93,10 @@ class Plane:
 
     def lift(self, x: Any) -> PlaneTensor:
         """A tensor that every rank has all of, as a plane tensor."""
-        return x if isinstance(x, PlaneTensor) else self.wrap(x, replicated(tuple(x.shape)))
+        if isinstance(x, PlaneTensor):
+            x.check_fresh()
+            return x
+        return self.wrap(x, replicated(tuple(x.shape)))
 
     def wrap(
         self, local: Tensor, layout: Layout, frozen: str = "", strides: tuple[int, ...] | None = None
@@ -131,7 +134,7 @@ class Plane:
     def full(self, x: Any) -> Any:
         """All of a plane tensor, on every rank; other values as they are."""
         with self.working():
-            return self.to_whole(x, range(x.ndim)).local if isinstance(x, PlaneTensor) else x
+            return self.to_whole(self.lift(x), range(x.ndim)).local if isinstance(x, PlaneTensor) else x
 
     def to_whole(self, x: PlaneTensor, dims: Sequence[int]) -> PlaneTensor:
         """The tensor with these dims on every rank."""

@@ -27,6 +27,8 @@ class Program:
         takes: the layout of the input.
         returns: the layout of the result.
         dtype: of the result.
+        random: whether it draws random numbers.
+        writes: whether it writes to its input.
         fallbacks: calls of operators that no rule covers, which run replicated.
         gathered: bytes that these receive.
         received: bytes that all operators receive.
@@ -35,9 +37,10 @@ class Program:
 
     def __init__(
         self, graph: fx.Graph, attributes: dict[str, Tensor], plane: Plane, takes: Layout, returns: Layout,
-        dtype: torch.dtype,
+        dtype: torch.dtype, random: bool, writes: bool,
     ) -> None:  # fmt: skip
         self.graph, self.takes, self.returns, self.dtype = graph, takes, returns, dtype
+        self.random, self.writes = random, writes
         self.coordinates = plane.coordinates
         self.fallbacks, self.gathered = plane.fallbacks, plane.gathered
         self.received, self.computed = plane.received, plane.computed

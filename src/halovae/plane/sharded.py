@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -106,17 +106,18 @@ class Sharded:
             RuntimeError: another rank refused, or has other arguments or weights.
         """
         options = dict(options or {})
-        device = _device(self._modules, x)
-        everyone = mesh or mesh_for(Grid(rows=world_size()), device)
+        everyone = mesh or mesh_for(Grid(rows=world_size()), _device(self._modules, x))
+        used, key, asked = everyone, None, ""
         error: Exception | None = None
         try:
-            used = mesh or mesh_for(grid or Grid(rows=world_size()), device)
+            used = mesh or mesh_for(grid or Grid(rows=world_size()), _device(self._modules, x))
             self._check(x, used.grid, gather)
+            key = self._key(used, x, extras, options)
+            shapes = [(list(one.shape), str(one.dtype)) for one in (x, *extras)]
+            asked = f"{shapes}, grid {grid}, gather {gather}, options {_told(options)}, weights {self._digest(key)}"
         except (ValueError, TypeError) as refused:
             error = refused
-        asked = f"{list(x.shape)}, {x.dtype}, {[list(one.shape) for one in extras]}, grid {grid}, gather {gather}"
-        key = self._key(used if error is None else everyone, x, extras, options)
-        everyone.agree(f"{asked}, weights {self._digest(key)}", error, None)
+        everyone.agree(asked, error, None)
         with torch.inference_mode(False), torch.no_grad():
             # Tensors of inference mode cannot be written to outside of it, and modules may write to their input.
             x, *rest = (one.clone() if one.is_inference() else one.detach() for one in (x, *extras))
@@ -132,16 +133,26 @@ class Sharded:
         self, x: Tensor, extras: Sequence[Tensor], mesh: Mesh, gather: Gather, options: dict[str, Any], key: Any
     ) -> Tensor | None:
         items = split(x.shape[0], mesh.grid.batch)
-        mine = x[items[mesh.item].slice] if mesh.grid.batch > 1 else x
+        mine = x
+        if mesh.grid.batch > 1:
+            span = items[mesh.item].slice
+            extras = [one[span] if one.ndim and one.shape[0] == x.shape[0] else one for one in extras]
+            mine = x[span]
         begin = time.perf_counter()
         program = self._program(mine, extras, mesh, options, key)
         recorded = time.perf_counter() - begin
+        if isinstance(program, Program) and program.random and mesh.grid.batch > 1:
+            raise ValueError(
+                f"grid {mesh.grid}: the function draws random numbers, and ranks that share a batch would draw other "
+                "ones than one device; expected a grid of rows and cols"
+            )
         traffic = Traffic(mesh.platform)
         begin = time.perf_counter()
         with mesh.in_use(traffic):
             plane = Plane(mesh)
             if isinstance(program, Program):
                 local = plane.scatter(mine, self._multiple).local
+                local = local.clone() if program.writes else local  # the caller's tensor stays
                 own, layout = program(local, mesh, *extras), program.returns
                 told: Plane | Program = program
             else:
@@ -181,6 +192,12 @@ class Sharded:
     ) -> Program | TraceError:
         """The recorded program of this rank, or why there is none."""
         found = self._programs.get(key)
+        moving = next((name for module in self._modules for name in _hooked(module)), None)
+        if moving is not None or _told(options) is None:
+            return TraceError(
+                f"hooks of {moving!r} move or cast weights while it is called" if moving is not None
+                else "an option is no plain value"
+            )  # fmt: skip
         if found is None:
             try:
                 found = trace(
@@ -188,7 +205,7 @@ class Sharded:
                     x.device, self._multiple, [(one.shape, one.dtype) for one in extras],
                 )  # fmt: skip
             except TraceError as error:
-                found = error
+                found = TraceError(str(error))  # its traceback holds all that the call computed
             self._programs[key] = found
             while len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
@@ -197,19 +214,17 @@ class Sharded:
 
     def _key(self, mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[str, Any]) -> Any:
         """What a recorded graph depends on. Weights are read when it runs; other ones, or other flags, make another."""
-        simple = (bool, int, float, str, type(None))
-        flags = tuple(
-            (name, value)
-            for module in self._modules
-            for name, value in vars(module).items()
-            if isinstance(value, simple) and not name.startswith("__")
-        )
         weights = hash(
             tuple((id(one), one.dtype, one.device) for module in self._modules for one in module.parameters())
         )
-        told = tuple((name, value if isinstance(value, simple) else type(value)) for name, value in options.items())
         shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
-        return mesh.grid, mesh.rank, shapes, x.device, flags, weights, told
+        state = tuple(_state(one) for module in self._modules for one in module.modules())
+        kind = x.device.type
+        casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        return (
+            mesh.grid, mesh.rank, shapes, x.device, hash(state), weights, _told(options), casting,
+            torch.get_default_dtype(),
+        )  # fmt: skip
 
     def _check(self, x: Tensor, grid: Grid, gather: Gather) -> None:
         if not isinstance(x, Tensor) or x.ndim < 3 or not x.is_floating_point():
@@ -255,18 +270,55 @@ def shard(
 
 
 def _device(modules: Sequence[nn.Module], x: Any) -> torch.device:
-    devices = {one.device for module in modules for one in module.parameters()}
+    devices = {one.device for module in modules for one in module.parameters() if one.device.type != "meta"}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"the module's weights are on several devices ({names}): expected all of them on one")
     return devices.pop() if devices else x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def _state(module: nn.Module) -> Any:
+    """What a recorded graph depends on of one module, its weights apart."""
+    values = tuple(
+        (name, (id(value), value._version) if isinstance(value, Tensor) and not value.is_inference() else value)
+        for name, value in vars(module).items()
+        if isinstance(value, (Tensor, *_SIMPLE))
+    )
+    hooks = tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+    return id(module), type(module), values, hooks, tuple(map(id, module._buffers.values()))
+
+
+def _told(value: Any) -> Any:
+    """Options as a key; None if they hold something that cannot be compared by value. A generator is told by its kind:
+    a graph cannot draw from one."""
+    if isinstance(value, _SIMPLE):
+        return repr(value)
+    if isinstance(value, torch.Generator):
+        return "generator"
+    if isinstance(value, Mapping):
+        found: Any = [(str(name), _told(one)) for name, one in value.items()]
+        return None if any(one is None for _, one in found) else tuple(found)
+    if isinstance(value, (list, tuple)):
+        found = [_told(one) for one in value]
+        return None if None in found else tuple(found)
+    return None
+
+
+def _hooked(module: nn.Module) -> Iterator[str]:
+    """Submodules whose hooks move or cast weights, as those of offloading and of layerwise casting do."""
+    for name, one in module.named_modules():
+        if hasattr(one, "_diffusers_hook") or (name and hasattr(one, "_hf_hook")):
+            yield name or type(one).__name__
+
+
 def _digest(modules: Sequence[nn.Module]) -> str:
     """Tells weights of ranks apart: their names, shapes and sums."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return ""
-    sums = [one.detach().double().sum() for module in modules for one in module.parameters()]
+    sums = [one.detach().double().sum() for module in modules for one in module.parameters() if not one.is_meta]
     shapes = hash(tuple(tuple(one.shape) for module in modules for one in module.parameters()))
     total = float(torch.stack(sums).mul(torch.arange(1, len(sums) + 1, device=sums[0].device)).sum()) if sums else 0.0
     return f"{shapes:x}/{total!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,18 @@ class PlaneTensor(Tensor):
         made.frozen, made.source = frozen, source
         return made
 
+    def check_fresh(self) -> None:
+        """Make sure that a copy that stands for a view still has what its base has.
+
+        Raises:
+            RuntimeError: its base was written to since.
+        """
+        if self.source is not None and self.source[0]._version != self.source[1]:
+            raise RuntimeError(
+                "this view of a partitioned tensor is a copy, since other ranks had part of it, and its base was "
+                "written to since"
+            )
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PlaneTensor({list(self.shape)}, local {list(self.local.shape)}, {self.dtype})"
 
@@ -70,7 +82,7 @@ def _dispatch() -> Any:
     return dispatch
 
 
-@cache
+@lru_cache(maxsize=4096)
 def contiguous(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     strides, step = [], 1
@@ -80,7 +92,7 @@ def contiguous(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@cache
+@lru_cache(maxsize=4096)
 def dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a new tensor whose dims lie in memory in the order of another's, without gaps."""
     result, step = [0] * len(sizes), 1

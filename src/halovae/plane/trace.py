@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import threading
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -48,6 +49,7 @@ class Recorder(TorchDispatchMode):
         attributes: the tensors that it reads, by name.
         module: the path of the submodule that is being called.
         plane: the plane that records.
+        random: whether it draws random numbers.
     """
 
     def __init__(self, device: torch.device, names: dict[int, str]) -> None:
@@ -57,6 +59,7 @@ class Recorder(TorchDispatchMode):
         self.attributes: dict[str, Tensor] = {}
         self.module = ""
         self.plane: Plane | None = None
+        self.random = False
         self._names = names
         self._lifted: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by identity and version: itself, and its twin
         self._known: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
@@ -100,6 +103,7 @@ class Recorder(TorchDispatchMode):
         random = torch.Tag.nondeterministic_seeded in func.tags
         if random and isinstance(kwargs.get("generator"), torch.Generator):
             raise TraceError(f"{func} draws from a generator that is an argument of the call{_place()}")
+        self.random = self.random or random
         args, kwargs = tree_map(lambda one: self._twin(one) if isinstance(one, Tensor) else one, (args, kwargs))
         constant = not random and all(self._memory[id(self._twin(one).untyped_storage())].constant for one in tensors)
         if func in (aten._local_scalar_dense.default, aten.item.default) or torch.Tag.dynamic_output_shape in func.tags:
@@ -180,6 +184,10 @@ class Recorder(TorchDispatchMode):
         args, kwargs = tree_map(self._node, (args, kwargs))
         return tuple(args), kwargs
 
+    def writes(self, x: Tensor) -> bool:
+        """Whether something is written to a tensor, or to a view of it."""
+        return self._memory[id(x.untyped_storage())].written
+
     def finish(self, result: Tensor) -> fx.Graph:
         """The graph that returns `result`: constants are computed, and what nobody uses is left out."""
         with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -236,6 +244,9 @@ def trace(
         for module in modules:
             stack.enter_context(untouched(module))
             stack.enter_context(_paths(module, recorder))
+        cached = torch.is_autocast_cache_enabled()  # autocast would keep casts of weights that are of this graph
+        torch.set_autocast_cache_enabled(False)
+        stack.callback(torch.set_autocast_cache_enabled, cached)
         with torch.inference_mode(False):
             x = plane.wrap(recorder.input("x", local_shape(layout, plane.coordinates), dtype), layout)
             inputs = [recorder.input(f"extra_{index}", *one) for index, one in enumerate(extras)]
@@ -244,22 +255,44 @@ def trace(
                 raise TypeError(f"expected a function that returns a tensor, but it returned {type(result).__name__}")
             lifted = plane.lift(result)
         graph = recorder.finish(lifted.local)
-    return Program(graph, recorder.attributes, plane, layout, lifted.partition, lifted.dtype)
+    return Program(
+        graph,
+        recorder.attributes,
+        plane,
+        layout,
+        lifted.partition,
+        lifted.dtype,
+        recorder.random,
+        recorder.writes(x.local),
+    )
 
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Put back what a module keeps on itself, such as caches between chunks."""
-    before = [(vars(one), dict(vars(one))) for one in module.modules()]
-    lists = [(value, list(value)) for _, saved in before for value in saved.values() if isinstance(value, list)]
+    saved: dict[int, tuple[Any, Any]] = {}
+
+    def save(value: Any) -> None:
+        if type(value) in (dict, OrderedDict, list) and id(value) not in saved:
+            saved[id(value)] = value, value.copy()
+            for one in value.values() if isinstance(value, dict) else value:
+                save(one)
+
+    for one in module.modules():
+        save(vars(one))
     try:
         yield
     finally:
-        for now, saved in before:
-            now.clear()
-            now.update(saved)
-        for value, items in lists:
-            value[:] = items
+        for now, before in saved.values():
+            if isinstance(now, list):
+                if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                    now[:] = before
+                continue
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            for name, value in before.items():
+                if name not in now or now[name] is not value:
+                    now[name] = value
 
 
 @contextmanager

@@ -35,12 +35,14 @@ def attention(
         key: `[*, S, D]`.
         value: `[*, S, Dv]`.
         attn_mask: as for PyTorch; likewise the others.
-        dropout_p: must be 0, since ranks would drop differently.
+        dropout_p: must be 0.
         is_causal: the queries are gathered then.
         scale: of the scores.
         enable_gqa: several queries' heads share a key's.
     """
     plane = next(plane_tensors([query, key, value, attn_mask])).plane
+    if dropout_p > 0:
+        raise RuntimeError(f"dropout_p={dropout_p}: ranks would drop other weights than one device; expected 0")
     with plane.working():
         return _attention(plane, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 

@@ -44,8 +44,12 @@ def random(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     x, *rest = args
     if func._schema.name == "aten::bernoulli":
         return NotImplemented
+    if plane.mesh.grid.batch > 1:
+        raise RuntimeError(
+            f"{func}: ranks that share a batch would draw other numbers than one device; use a batch of 1"
+        )
     # PyTorch draws in the order of memory.
-    blank = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.local.device)
+    blank = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     drawn = func(blank, *rest, **kwargs)
     part = plane.to_layout(plane.lift(drawn), x.partition)
     if func._schema.name.endswith("_"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,9 @@ def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     ndim = max(one.ndim for one in tensors)
     pieces = [plane.lift(one) for one in tensors if one.ndim == ndim and one.numel()]
     dim %= ndim
+    if len({one.dtype for one in pieces}) > 1:  # a rank may have a part of some pieces only
+        dtype = reduce(torch.promote_types, [one.dtype for one in pieces])
+        pieces = [plane.lift(one.to(dtype)) for one in pieces]
     if not pieces:
         return NotImplemented
     others = common([_without(one.partition, dim) for one in pieces])

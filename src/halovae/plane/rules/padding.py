@@ -47,9 +47,9 @@ def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         if position < len(factor.bounds) - 2:
             pads[at + 1] = 0
         layout[dim] = (Factor(size, factor.mesh_dim, bounds),)
-    if any(pads):
-        return plane.wrap(func(x.local, pads, *value, **kwargs), tuple(layout))
-    return plane.wrap(x.local, tuple(layout), "shared")
+    # A rank that pads nothing copies all the same: PyTorch returns a tensor of its own.
+    local = func(x.local, pads, *value, **kwargs) if any(pads) else x.local.clone()
+    return plane.wrap(local, tuple(layout))
 
 
 def reindexed(
@@ -91,6 +91,8 @@ def reindexed(
     pick = picks[plane.coordinates[factor.mesh_dim]]
     if pick != list(range(local.shape[dim])):
         local = local.index_select(dim, torch.tensor(pick, device=x.device))
+    elif local.untyped_storage()._cdata == x.local.untyped_storage()._cdata:
+        local = local.clone()
     return plane.wrap(local, (*x.partition[:dim], joined((result,)), *x.partition[dim + 1 :]))
 
 
@@ -136,8 +138,7 @@ def _padded(
         alone[2 * at] *= position == 0
         alone[2 * at + 1] *= position == len(factor.bounds) - 2
     inner = [x.partition[d] if x.ndim - 1 - d in shared else layout[d] for d in range(x.ndim)]
-    local = func(x.local, alone) if any(alone) else x.local
-    x = plane.wrap(local, tuple(inner), "" if any(alone) else "shared")
+    x = plane.wrap(func(x.local, alone) if any(alone) else x.local.clone(), tuple(inner))
     for at in shared:
         dim, before = x.ndim - 1 - at, widths[2 * at]
         length, (result,) = x.shape[dim], layout[dim]

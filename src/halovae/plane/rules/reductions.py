@@ -87,12 +87,15 @@ def vector_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
     x = args[0]
     dims = _dims(x, _argument(func, args, kwargs, "dim", None))
     layout = reduced_layout(x.partition, dims, _argument(func, args, kwargs, "keepdim", False))
-    local = func(x.local, *args[1:], **kwargs)
-    if any(is_partitioned(x.partition[dim]) for dim in dims):
-        if _argument(func, args, kwargs, "ord", 2) != 2:
-            return NotImplemented
-        local = over_ranks(plane, x, dims, local, lambda parts: parts.square().sum(0).sqrt())
-    return plane.wrap(local, layout)
+    if not any(is_partitioned(x.partition[dim]) for dim in dims):
+        return plane.wrap(func(x.local, *args[1:], **kwargs), layout)
+    if _argument(func, args, kwargs, "ord", 2) != 2:
+        return NotImplemented
+    result, wide = _wide(x, kwargs.get("dtype"))
+    keep = _argument(func, args, kwargs, "keepdim", False)
+    local = aten.linalg_vector_norm(x.local, 2, dims, keep, dtype=wide)
+    whole = over_ranks(plane, x, dims, local, lambda parts: parts.square().sum(0).sqrt())
+    return plane.wrap(whole.to(result), layout)
 
 
 @rule(aten.var, aten.std, aten.var_mean, aten.std_mean)

@@ -96,17 +96,16 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _dispatched(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for one in plane_tensors(args):
-        if one.source is not None and one.source[0]._version != one.source[1]:
-            raise RuntimeError(
-                f"{func}: this view of a partitioned tensor is a copy, since other ranks had part of it, and its base "
-                "was written to since"
-            )
+        if one.plane is not plane:
+            raise RuntimeError(f"{func}: its tensors are of two calls; one of them was kept from an earlier call")
+        if one.source is not None:
+            one.check_fresh()
     for index in written(func):
         target = args[index] if index < len(args) else kwargs.get(func._schema.arguments[index].name)
         # Some change a tensor's sizes, not its values.
         if isinstance(target, PlaneTensor) and torch.Tag.inplace_view not in func.tags:
             if target.frozen:
-                writable(target, func)
+                raise RuntimeError(f"{func}: cannot write in place to a view of a partitioned tensor: {target.frozen}")
             increment_version(target.local)  # PyTorch counts above dispatch only
     chosen = rule_of(func)
     if chosen is not None:
@@ -122,21 +121,12 @@ def _dispatched(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
     return fallback(plane, func, args, kwargs)
 
 
-def writable(x: PlaneTensor, func: Any) -> None:
-    """Make sure that writing to a tensor in place does what it does in plain PyTorch.
-
-    Raises:
-        RuntimeError: it would not: the tensor is a view of another, but its memory is not.
-    """
-    if x.frozen != "shared":
-        raise RuntimeError(f"{func}: cannot write in place to a view of a partitioned tensor: {x.frozen}")
-    x.local, x.frozen = x.local.clone(), ""
-
-
 def fallback(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an operator that no rule covers: on all of the data, on every rank."""
     if torch.Tag.inplace_view in func.tags:
         raise RuntimeError(f"{func}: cannot change the sizes of a partitioned tensor in place")
+    if func.overloadpacket is torch.ops.aten.as_strided:
+        raise RuntimeError(f"{func}: a partitioned tensor has no strides of its own that could be changed")
     before = plane.received
     # Contiguous on all ranks, so that all of them get the same bits.
     full_args, full_kwargs = torch.utils._pytree.tree_map(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,7 @@ def view(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return PlaneTensor(local, layout, plane, frozen, strides, source)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def viewed_strides(sizes: tuple[int, ...], strides: tuple[int, ...], wished: tuple[int, ...]) -> tuple[int, ...] | None:
     """The strides of a view in other sizes; None if it needs a copy."""
     with no_dispatch():

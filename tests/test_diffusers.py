@@ -197,11 +197,23 @@ def test_what_has_no_vae_is_refused(thing: Any) -> None:
         halovae.restore(thing)
 
 
-def test_a_vae_of_another_class_is_refused() -> None:
+def test_a_vae_of_another_class_runs_on_the_plane() -> None:
     from diffusers import AutoencoderTiny
 
-    with pytest.raises(halovae.CheckpointError, match="AutoencoderTiny.*not supported"):
-        halovae.parallelize(AutoencoderTiny())
+    vae = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                          num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()  # fmt: skip
+    latents = torch.randn(1, 4, 5, 7)
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+    halovae.parallelize(vae)
+    assert torch.equal(vae.decode(latents).sample, expected)
+    with pytest.raises(ValueError, match="chunk=2: AutoencoderTiny runs on the plane path, which has no chunk yet"):
+        halovae.parallelize(vae, chunk=2)
+
+
+def test_a_module_without_a_decode_is_refused() -> None:
+    with pytest.raises(halovae.CheckpointError, match="Linear has neither decode nor encode"):
+        halovae.load(torch.nn.Linear(1, 1))
 
 
 def test_a_pipeline_needs_whole_frames() -> None:

@@ -68,6 +68,8 @@ class Memory:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that this thread makes under it, while they live, and their peak."""
 
+    counts_meta = False  # whether tensors without data are counted, as if they had some
+
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
@@ -87,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
             inputs = {id(tensor.untyped_storage()) for tensor in _tensors(args)}
             for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
                 storage = tensor.untyped_storage()
-                if id(storage) not in inputs:
+                if id(storage) not in inputs and (self.counts_meta or not tensor.is_meta):
                     size = storage.nbytes()
                     self.live += size
                     self.peak = max(self.peak, self.live)

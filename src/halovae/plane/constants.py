@@ -22,6 +22,7 @@ class Memory:
         attribute: whether it is from outside of the graph.
         written: whether an operator writes to it.
         nodes: the tensors in it.
+        twin: the storage in whose place it stands, in a call that repeats.
     """
 
     storage: Any
@@ -29,11 +30,14 @@ class Memory:
     attribute: bool
     written: bool = False
     nodes: list[fx.Node] = field(default_factory=list)
+    twin: Memory | None = None
 
     def write(self, constant: bool) -> None:
         """Note that something is written to it, constant or not."""
         self.written = True
         self.constant = self.constant and constant
+        if self.twin is not None:
+            self.twin.write(constant)
 
 
 class Constants:

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from halovae.plane import operators
-from halovae.plane.program import Program, peak, shares
+from halovae.plane.live import shares
+from halovae.plane.program import Program
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
@@ -57,10 +58,8 @@ class RankCost:
 
 def cost(program: Program) -> RankCost:
     """Add up what the nodes of a rank's program take."""
-    found = RankCost(peak=peak(program.graph))
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
+    found = RankCost(peak=program.peak)
+    for node in program.nodes():
         work = found.work[kind(node)]
         work.calls += 1
         work.flops += flops(node)

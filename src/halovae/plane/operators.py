@@ -176,6 +176,24 @@ def group_norm(
     )
 
 
+BETWEEN_RANKS = (fetch, gather, group_norm)  # a rank that wants nothing of the result may have to send for it
+
+
+def pack(*values: Tensor) -> list[Tensor]:
+    """What a called graph gets. It takes the values out, so that each is freed after its last use there."""
+    return list(values)
+
+
+def take(box: list[Any], index: int) -> Any:
+    """One of the values, which is then no longer in the box."""
+    value, box[index] = box[index], None
+    return value
+
+
+def hand_out(chunk: Tensor, start: int) -> None:
+    """Marks a finished chunk of the result, and where along the result's chunked dim it begins."""
+
+
 def shape_of(function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh) -> tuple[Tensor, int, int]:
     """What an operator returns, without data, and the messages and bytes that this rank sends."""
     x = args[0]

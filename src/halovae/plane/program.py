@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from torch.profiler import record_function
 
 from halovae.mesh import Mesh
 from halovae.plane import operators
-from halovae.plane.layout import Layout
+from halovae.plane.layout import Layout, local_extent
+from halovae.plane.live import is_operator, peak
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -22,8 +24,10 @@ class Program:
     """What one rank does, without the module that it was recorded from.
 
     Attributes:
-        graph: its operators. A node's `meta` has the `shape`, `dtype` and `bytes` of its result, the `module` that
-            called it, and for operators between ranks the `messages` and bytes `sent`.
+        graph: its operators, and calls of `bodies`. A node's `meta` has the `shape`, `dtype` and `bytes` of its result,
+            the `module` that called it, and for operators between ranks the `messages` and bytes `sent`.
+        bodies: graphs that it calls by their names: what a module does with each chunk of a clip.
+        chunked: the dim of the result along which chunks of it are handed out one by one; None if it comes whole.
         takes: the layout of the input.
         returns: the layout of the result.
         dtype: of the result.
@@ -36,10 +40,11 @@ class Program:
     """
 
     def __init__(
-        self, graph: fx.Graph, attributes: dict[str, Tensor], plane: Plane, takes: Layout, returns: Layout,
-        dtype: torch.dtype, random: bool, writes: bool,
+        self, graph: fx.Graph, bodies: dict[str, fx.Graph], chunked: int | None, attributes: dict[str, Tensor],
+        plane: Plane, takes: Layout, returns: Layout, dtype: torch.dtype, random: bool, writes: bool,
     ) -> None:  # fmt: skip
-        self.graph, self.takes, self.returns, self.dtype = graph, takes, returns, dtype
+        self.graph, self.bodies, self.chunked = graph, bodies, chunked
+        self.takes, self.returns, self.dtype = takes, returns, dtype
         self.random, self.writes = random, writes
         self.coordinates = plane.coordinates
         self.fallbacks, self.gathered = plane.fallbacks, plane.gathered
@@ -49,7 +54,8 @@ class Program:
     @cached_property
     def _module(self) -> fx.GraphModule:
         """Code of the graph, made once it is run: plans only read it."""
-        return fx.GraphModule(self._attributes, self.graph)
+        bodies = {name: fx.GraphModule(self._attributes, body) for name, body in self.bodies.items()}
+        return fx.GraphModule({**self._attributes, **bodies}, self.graph)
 
     def __call__(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Tensor:
         """Run it.
@@ -62,20 +68,65 @@ class Program:
         Returns:
             This rank's part of the result, as `returns` says.
         """
-        with operators.on(mesh), torch.no_grad(), torch._C.DisableTorchFunction():
-            result: Tensor = self._module(local, *extras)
-        return result
+        if self.chunked is None:
+            with self._running(mesh):
+                whole: Tensor = self._module(local, *extras)
+            return whole
+        whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
+        for start, chunk in self.chunks(local, mesh, *extras):
+            whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
+        return whole
+
+    def chunks(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Run it chunk by chunk: nothing is computed before it is asked for.
+
+        Args:
+            local: this rank's part of the input.
+            mesh: the ranks.
+            *extras: the further arguments.
+
+        Yields:
+            Where along `chunked` a chunk begins, and this rank's part of it. One chunk, if the result comes whole.
+        """
+        if self.chunked is None:
+            yield 0, self(local, mesh, *extras)
+            return
+        run = fx.Interpreter(self._module)
+        run.args_iter = iter((local, *extras))
+        nodes = iter(self.graph.nodes)
+        while True:
+            with self._running(mesh):
+                chunk = _until_chunk(run, nodes)
+            if chunk is None:
+                return
+            yield chunk
 
     def profiled(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Tensor:
         """Run it with a profiler region for each submodule that it was recorded from."""
-        with operators.on(mesh), torch.no_grad():
+        with self._running(mesh):
             result: Tensor = _Regions(self._module).run(local, *extras)
         return result
 
+    @contextmanager
+    def _running(self, mesh: Mesh) -> Iterator[None]:
+        with operators.on(mesh), torch.no_grad(), torch._C.DisableTorchFunction():
+            yield
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """The operators in the order in which they run, those of a body for each time."""
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                yield from (one for one in self.bodies[node.target].nodes if is_operator(one))
+            elif is_operator(node):
+                yield node
+
     @property
     def peak(self) -> int:
-        """Bytes of live tensors at the highest point, weights apart: input, results, and what operators copy."""
-        return peak(self.graph)
+        """Bytes of live tensors at the highest point: input, results, and what operators copy.
+
+        Weights do not count, and chunks of the result do not once they are handed out.
+        """
+        return peak(self.graph, self.bodies)
 
 
 class _Regions(fx.Interpreter):
@@ -83,43 +134,21 @@ class _Regions(fx.Interpreter):
         with record_function(n.meta.get("module") or n.op):
             return super().run_node(n)
 
-
-def peak(graph: fx.Graph) -> int:
-    """Bytes of live tensors at the highest point of a graph whose tensors are freed after their last use.
-
-    Views share their input's memory. Weights and constants are not counted.
-    """
-    owner: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        owner[node] = owner[node.args[0]] if shares(node) else node
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for one in (node, *node.all_input_nodes):
-            last[owner[one]] = node
-    ending: dict[fx.Node, list[fx.Node]] = {}
-    for kept, node in last.items():
-        ending.setdefault(node, []).append(kept)
-    live = highest = 0
-    for node in graph.nodes:
-        if owner[node] is node:
-            live += size(node)
-            highest = max(highest, live)
-        for gone in ending.get(node, []):
-            live -= size(gone)
-    return highest
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _Regions(self.fetch_attr(target)).run(*args, **kwargs)
 
 
-def size(node: fx.Node) -> int:
-    """Bytes that a node allocates for its result."""
-    return 0 if node.op in ("get_attr", "output") else int(node.meta.get("bytes", 0))
-
-
-def shares(node: fx.Node) -> bool:
-    """Whether a node's result lies in the memory of its first input."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    schema: Any = getattr(node.target, "_schema", None)
-    if schema is None:
-        return node.target is operator.getitem
-    infos = [one.alias_info for one in schema.returns]
-    return any(info is not None for info in infos) or node.target is torch.ops.aten.reshape.default
+def _until_chunk(run: fx.Interpreter, nodes: Iterator[fx.Node]) -> tuple[int, Tensor] | None:
+    """Run nodes up to the next chunk that is handed out."""
+    for node in nodes:
+        found = None
+        if node.target is operators.hand_out:
+            start: Any = node.args[1]
+            found = start, run.env[node.all_input_nodes[0]]
+        else:
+            run.env[node] = run.run_node(node)
+        for gone in run.user_to_last_uses.get(node, []):
+            del run.env[gone]
+        if found is not None:
+            return found
+    return None

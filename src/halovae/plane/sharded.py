@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from halovae.geometry import Grid, Shard, Span, split
 from halovae.lines import world_size
 from halovae.mesh import Mesh, Traffic, mesh_for
-from halovae.plane.layout import Layout, extent, sole
+from halovae.plane.layout import Factor, Layout, extent, sole
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.tensor import PlaneTensor
@@ -36,17 +36,20 @@ class ShardReport:
         shape: of the whole result.
         grid: how the ranks shared the plane.
         eager: why the function was not recorded; empty if it was.
+        chunked: the dim of the result along which chunks come one by one; None if it comes whole.
         recorded: seconds that recording took; 0 if the program was there already.
         seconds: of the call, without recording.
         messages: sent by this rank, and their `bytes_sent`.
         fallbacks: operators that no rule covers, with their calls: they ran replicated on all ranks.
         gathered: the share of all computed bytes that these received.
-        peak: bytes of live tensors at the highest point, weights apart, by the recorded graph; 0 without one.
+        peak: bytes of live tensors at the highest point, weights and finished chunks apart, by the recorded graph; 0
+            without one.
     """
 
     shape: tuple[int, ...]
     grid: Grid
     eager: str
+    chunked: int | None
     recorded: float
     seconds: float
     messages: int
@@ -105,6 +108,55 @@ class Sharded:
             TypeError: the input is not a floating tensor `[..., H, W]`, or the result is no tensor.
             RuntimeError: another rank refused, or has other arguments or weights.
         """
+        chunked, chunks = self._start(x, extras, grid, mesh, gather, options)
+        whole, start = None, 0
+        for chunk in chunks:
+            if chunked is None or chunk is None:
+                whole = chunk
+                continue
+            dim, total = chunked
+            if whole is None:
+                whole = chunk.new_empty([*chunk.shape[:dim], total, *chunk.shape[dim + 1 :]])
+            whole.narrow(dim, start, chunk.shape[dim]).copy_(chunk)
+            start += chunk.shape[dim]
+        return whole
+
+    def stream(
+        self,
+        x: Tensor,
+        *extras: Tensor,
+        grid: Grid | None = None,
+        mesh: Mesh | None = None,
+        gather: Gather = "all",
+        options: Mapping[str, Any] | None = None,
+    ) -> Iterator[Tensor | None]:
+        """Call the function, and get its result in chunks, where it puts it together of chunks that it computes one by
+        one, as video autoencoders do. Nothing is computed before it is asked for. All ranks ask for all chunks.
+
+        Args:
+            x: as for a call; likewise all others.
+            extras: further tensors.
+            grid: how ranks share the plane.
+            mesh: instead of the one that all calls with this grid share.
+            gather: who receives chunks.
+            options: keyword arguments for the function.
+
+        Yields:
+            Chunks along the dim in which the function concatenates them (`report.chunked`): frames, mostly. None on the
+            ranks that receive nothing. The whole result at once if the function does not work in chunks.
+
+        Raises:
+            ValueError: as for a call; likewise the others.
+            TypeError: the input or the result is no such tensor.
+            RuntimeError: another rank refused, or has other arguments or weights.
+        """
+        return self._start(x, extras, grid, mesh, gather, options)[1]
+
+    def _start(
+        self, x: Tensor, extras: Sequence[Tensor], grid: Grid | None, mesh: Mesh | None, gather: Gather,
+        options: Mapping[str, Any] | None,
+    ) -> tuple[tuple[int, int] | None, Iterator[Tensor | None]]:  # fmt: skip
+        """The dim along which chunks come and its extent, if they do, and the chunks."""
         options = dict(options or {})
         everyone = mesh or mesh_for(Grid(rows=world_size()), _device(self._modules, x))
         used, key, asked = everyone, None, ""
@@ -118,10 +170,30 @@ class Sharded:
         except (ValueError, TypeError) as refused:
             error = refused
         everyone.agree(asked, error, None)
-        with torch.inference_mode(False), torch.no_grad():
+        with _without_gradients():
             # Tensors of inference mode cannot be written to outside of it, and modules may write to their input.
             x, *rest = (one.clone() if one.is_inference() else one.detach() for one in (x, *extras))
-            return self._call(x, rest, used, gather, options, key)
+        items = split(x.shape[0], used.grid.batch)
+        mine = x
+        if used.grid.batch > 1:
+            span = items[used.item].slice
+            rest = [one[span] if one.ndim and one.shape[0] == x.shape[0] else one for one in rest]
+            mine = x[span]
+        begin = time.perf_counter()
+        with _without_gradients():
+            program = self._program(mine, rest, used, options, key)
+        recorded = time.perf_counter() - begin
+        if isinstance(program, Program) and program.random and used.grid.batch > 1:
+            raise ValueError(
+                f"grid {used.grid}: the function draws random numbers, and ranks that share a batch would draw other "
+                "ones than one device; expected a grid of rows and cols"
+            )
+        plane = Plane(used)
+        steps = self._steps(program, plane, mine, rest, options)
+        chunks = self._chunks(program, steps, plane, x, items, gather, recorded)
+        if not isinstance(program, Program) or program.chunked is None:
+            return None, chunks
+        return (program.chunked, extent(program.returns[program.chunked])), chunks
 
     def _digest(self, key: Any) -> str:
         """Tells the weights of ranks apart; computed once."""
@@ -129,54 +201,68 @@ class Sharded:
             self._digests = {key: _digest(self._modules)}
         return self._digests[key]
 
-    def _call(
-        self, x: Tensor, extras: Sequence[Tensor], mesh: Mesh, gather: Gather, options: dict[str, Any], key: Any
-    ) -> Tensor | None:
-        items = split(x.shape[0], mesh.grid.batch)
-        mine = x
-        if mesh.grid.batch > 1:
-            span = items[mesh.item].slice
-            extras = [one[span] if one.ndim and one.shape[0] == x.shape[0] else one for one in extras]
-            mine = x[span]
-        begin = time.perf_counter()
-        program = self._program(mine, extras, mesh, options, key)
-        recorded = time.perf_counter() - begin
-        if isinstance(program, Program) and program.random and mesh.grid.batch > 1:
-            raise ValueError(
-                f"grid {mesh.grid}: the function draws random numbers, and ranks that share a batch would draw other "
-                "ones than one device; expected a grid of rows and cols"
-            )
-        traffic = Traffic(mesh.platform)
-        begin = time.perf_counter()
-        with mesh.in_use(traffic):
-            plane = Plane(mesh)
-            if isinstance(program, Program):
-                local = plane.scatter(mine, self._multiple).local
-                local = local.clone() if program.writes else local  # the caller's tensor stays
-                own, layout = program(local, mesh, *extras), program.returns
-                told: Plane | Program = program
-            else:
-                with plane.active():
-                    result = self._call_eagerly(plane, mine, extras, options)
-                own, layout, told = result.local, result.partition, plane
-            _check_result(x, layout)
-            full = _gathered(own, layout, plane, items, gather)
-        mesh.platform.synchronize()
+    def _chunks(
+        self, program: Program | TraceError, steps: Iterator[tuple[Tensor, Layout]], plane: Plane, x: Tensor,
+        items: Sequence[Span], gather: Gather, recorded: float,
+    ) -> Iterator[Tensor | None]:  # fmt: skip
+        mesh = plane.mesh
+        traffic, seconds = Traffic(mesh.platform), 0.0
+        layout: Layout = ()
+        done = False
+        while not done:
+            begin = time.perf_counter()
+            with _without_gradients(), mesh.in_use(traffic):
+                step = next(steps, None)
+                full = None
+                if step is not None:
+                    own, layout = step
+                    _check_result(x, layout)
+                    full = _gathered(own, layout, plane, items, gather)
+                    del own
+            mesh.platform.synchronize()
+            seconds += time.perf_counter() - begin
+            done = step is None
+            if not done:
+                yield full
+            step = full = None
+        told: Plane | Program = plane
+        chunked, eager, peak = None, "", 0
+        if isinstance(program, Program):
+            told, layout, chunked, peak = program, program.returns, program.chunked, program.peak
+        else:
+            eager = str(program)
         sizes = tuple(map(extent, layout))
         self.report = ShardReport(
-            (sizes[0] // mine.shape[0] * x.shape[0], *sizes[1:]),
+            (sizes[0] // items[mesh.item].size * x.shape[0], *sizes[1:]),
             mesh.grid,
-            "" if isinstance(program, Program) else str(program),
+            eager,
+            chunked,
             recorded if recorded > 1e-3 else 0.0,
-            time.perf_counter() - begin,
+            seconds,
             traffic.messages,
             traffic.bytes,
             dict(told.fallbacks),
             sum(told.gathered.values()) / max(1, told.computed),
-            program.peak if isinstance(program, Program) else 0,
+            peak,
         )
         _warn(told.fallbacks, told.gathered, told.computed)
-        return full
+
+    def _steps(
+        self, program: Program | TraceError, plane: Plane, x: Tensor, extras: Sequence[Tensor], options: dict[str, Any]
+    ) -> Iterator[tuple[Tensor, Layout]]:
+        """This rank's part of each chunk of the result, and its layout."""
+        if not isinstance(program, Program):
+            with plane.active():
+                result = self._call_eagerly(plane, x, extras, options)
+            yield result.local, result.partition
+            return
+        local = plane.scatter(x, self._multiple).local
+        local = local.clone() if program.writes else local  # the caller's tensor stays
+        for _, chunk in program.chunks(local, plane.mesh, *extras):
+            layout = list(program.returns)
+            if program.chunked is not None:
+                layout[program.chunked] = (Factor(chunk.shape[program.chunked]),)
+            yield chunk, tuple(layout)
 
     def _call_eagerly(self, plane: Plane, x: Tensor, extras: Sequence[Tensor], options: dict[str, Any]) -> PlaneTensor:
         with ExitStack() as stack:
@@ -267,6 +353,12 @@ def shard(
     if not given:
         raise ValueError("modules: name the modules whose weights the function uses, modules=()  if there are none")
     return Sharded(function, given, multiple)
+
+
+@contextmanager
+def _without_gradients() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _device(modules: Sequence[nn.Module], x: Any) -> torch.device:

@@ -21,15 +21,16 @@ from torch.utils._pytree import tree_map
 
 from halovae.mesh import Mesh
 from halovae.plane import operators
+from halovae.plane.chunks import split
 from halovae.plane.constants import Constants, Memory
 from halovae.plane.layout import local_shape
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
+from halovae.plane.repeats import Repeats, clean
 from halovae.plane.rules.registry import plane_tensors, written
 from halovae.plane.tensor import is_channels_last
 
 aten = torch.ops.aten
-_TALKING = (operators.fetch, operators.gather, operators.group_norm)
 _RECORDING = threading.Lock()  # hooks on modules serve one recording at a time
 
 
@@ -50,6 +51,7 @@ class Recorder(TorchDispatchMode):
         module: the path of the submodule that is being called.
         plane: the plane that records.
         random: whether it draws random numbers.
+        written: the storages that operators write to, one for each time.
     """
 
     def __init__(self, device: torch.device, names: dict[int, str]) -> None:
@@ -63,6 +65,7 @@ class Recorder(TorchDispatchMode):
         self._names = names
         self._lifted: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by identity and version: itself, and its twin
         self._known: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+        self.written: list[Memory] = []
         self._memory: dict[int, Memory] = {}  # of each storage, by its id
         self._values = Constants()
 
@@ -74,16 +77,18 @@ class Recorder(TorchDispatchMode):
         """A tensor that the graph takes."""
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             x = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        return self._noted(x, self.graph.placeholder(name), False)
+        self.noted(x, self.graph.placeholder(name), False)
+        return x
 
     def operator(self, function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh) -> Tensor:
         """Record a call of an operator between ranks, or of one that PyTorch would take apart."""
         with _disable_current_modes():
             args = tuple(self._twin(one) if isinstance(one, Tensor) else one for one in args)
             result, messages, sent = operators.shape_of(function, args, mesh)
-        node = self.graph.call_function(function, tuple(map(self._node, args)))
+        node = self.graph.call_function(function, tuple(map(self.node, args)))
         node.meta |= {"messages": messages, "sent": sent}
-        return self._noted(result, node, False)
+        self.noted(result, node, False)
+        return result
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,21 +110,22 @@ class Recorder(TorchDispatchMode):
             raise TraceError(f"{func} draws from a generator that is an argument of the call{_place()}")
         self.random = self.random or random
         args, kwargs = tree_map(lambda one: self._twin(one) if isinstance(one, Tensor) else one, (args, kwargs))
-        constant = not random and all(self._memory[id(self._twin(one).untyped_storage())].constant for one in tensors)
+        constant = not random and all(self.memory(self._twin(one)).constant for one in tensors)
         if func in (aten._local_scalar_dense.default, aten.item.default) or torch.Tag.dynamic_output_shape in func.tags:
             if not constant:
                 raise TraceError(f"{func} reads values that depend on the input{_place()}")
-            nodes = tree_map(self._node, (args, kwargs))
+            nodes = tree_map(self.node, (args, kwargs))
             result = self._values.call(func, nodes, self.graph, self.attributes)
             return tree_map(lambda one: self._twin(one) if isinstance(one, Tensor) else one, result)
         node = self.graph.call_function(func, *self._nodes(args, kwargs))
         node.meta["constant"] = constant
         if targets := written(func):
             target: Tensor = args[targets[0]]
-            memory = self._memory[id(target.untyped_storage())]
+            memory = self.memory(target)
             if memory.attribute:
                 raise TraceError(f"{func} writes to a tensor that is not of this call{_place()}")
             memory.write(constant)
+            self.written.append(memory)
             return target
         return self._results(self._on_meta(func, args, kwargs), node, constant)
 
@@ -141,26 +147,28 @@ class Recorder(TorchDispatchMode):
 
     def _results(self, result: Any, node: fx.Node, constant: bool) -> Any:
         if isinstance(result, Tensor):
-            return self._noted(result, node, constant)
+            self.noted(result, node, constant)
         if isinstance(result, (tuple, list)):
-            found = []
             for index, one in enumerate(result):
                 if isinstance(one, Tensor):
                     item = self.graph.call_function(operator.getitem, (node, index))
                     item.meta["constant"] = constant
-                    one = self._noted(one, item, constant)
-                found.append(one)
-            return type(result)(found)
+                    self.noted(one, item, constant)
         return result
 
-    def _noted(self, result: Tensor, node: fx.Node, constant: bool, attribute: bool = False) -> Tensor:
+    def noted(self, result: Tensor, node: fx.Node, constant: bool, attribute: bool = False) -> Memory:
+        """Note that a node has a result; returns the memory that it lies in."""
         node.meta |= {"shape": tuple(result.shape), "dtype": result.dtype, "module": self.module}
         node.meta["bytes"] = result.numel() * result.element_size()
         result.halovae_node = node  # type: ignore[attr-defined]
         storage = result.untyped_storage()
         memory = self._memory.setdefault(id(storage), Memory(storage, constant, attribute))
         memory.nodes.append(node)
-        return result
+        return memory
+
+    def memory(self, x: Tensor) -> Memory:
+        """What a tensor lies in."""
+        return self._memory[id(x.untyped_storage())]
 
     def _twin(self, x: Tensor) -> Tensor:
         """A tensor of the graph, or the meta twin of one from outside, which becomes an attribute."""
@@ -174,24 +182,30 @@ class Recorder(TorchDispatchMode):
             twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
             node = self.graph.create_node("get_attr", name)
             node.meta["constant"] = not named
-            self._lifted[key] = x, self._noted(twin, node, not named, True)
+            self.noted(twin, node, not named, True)
+            self._lifted[key] = x, twin
         return self._lifted[key][1]
 
-    def _node(self, value: Any) -> Any:
+    def node(self, value: Any) -> Any:
+        """The node of a tensor; other values as they are."""
         return self._twin(value).halovae_node if isinstance(value, Tensor) else value  # type: ignore[attr-defined]
 
     def _nodes(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        args, kwargs = tree_map(self._node, (args, kwargs))
+        args, kwargs = tree_map(self.node, (args, kwargs))
         return tuple(args), kwargs
 
     def writes(self, x: Tensor) -> bool:
         """Whether something is written to a tensor, or to a view of it."""
-        return self._memory[id(x.untyped_storage())].written
+        return self.memory(x).written
 
-    def finish(self, result: Tensor) -> fx.Graph:
-        """The graph that returns `result`: constants are computed, and what nobody uses is left out."""
+    def finish(self, result: Tensor, repeats: Repeats) -> tuple[dict[str, fx.Graph], int | None]:
+        """Make the graph return `result`: constants are computed, and what nobody uses is left out.
+
+        Returns:
+            The graphs that it calls, and the dim along which it hands out its result in chunks, if it does.
+        """
         with _disable_current_modes(), torch._C.DisableTorchFunction():
-            self.graph.output(self._node(result))
+            self.graph.output(self.node(result))
         for memory in self._memory.values():
             for node in memory.nodes:
                 node.meta["constant"] = node.meta.get("constant", False) and memory.constant
@@ -199,10 +213,14 @@ class Recorder(TorchDispatchMode):
                     # Its input may lie in memory otherwise on a device than on meta.
                     node.target = aten.reshape.default
         self._values.fold(self.graph, self.attributes)
-        # A rank that wants nothing of a fetch may have to send for it.
-        self.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target in _TALKING)
-        self.graph.lint()
-        return self.graph
+        clean(self.graph)
+        bodies = repeats.outline(self.graph)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            chunked = split(self.graph)
+        clean(self.graph)
+        for graph in (self.graph, *bodies.values()):
+            graph.lint()
+        return bodies, chunked
 
 
 def trace(
@@ -244,6 +262,8 @@ def trace(
         for module in modules:
             stack.enter_context(untouched(module))
             stack.enter_context(_paths(module, recorder))
+        repeats = Repeats(recorder, modules)
+        stack.enter_context(repeats.watched())
         cached = torch.is_autocast_cache_enabled()  # autocast would keep casts of weights that are of this graph
         torch.set_autocast_cache_enabled(False)
         stack.callback(torch.set_autocast_cache_enabled, cached)
@@ -254,9 +274,11 @@ def trace(
             if not isinstance(result, Tensor):
                 raise TypeError(f"expected a function that returns a tensor, but it returned {type(result).__name__}")
             lifted = plane.lift(result)
-        graph = recorder.finish(lifted.local)
+        bodies, chunked = recorder.finish(lifted.local, repeats)
     return Program(
-        graph,
+        recorder.graph,
+        bodies,
+        chunked,
         recorder.attributes,
         plane,
         layout,

@@ -99,6 +99,8 @@ class Cost:
 class Recorder(LiveBytes):
     """Notes what each operator on tensors without data does, besides the bytes that would live."""
 
+    counts_meta = True
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = ""

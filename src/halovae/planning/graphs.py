@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +23,7 @@ from halovae.mesh import Mesh
 from halovae.plane import operators
 from halovae.plane.cost import flops
 from halovae.plane.layout import shape as shape_of
-from halovae.plane.program import shares, size
-from halovae.plane.tensor import PlaneTensor
+from halovae.plane.live import is_operator, peak, shares, size
 from halovae.plane.trace import TraceError, trace
 from halovae.planning.calibration import Calibration
 from halovae.planning.choose import MARGIN, WORTH, Candidate, Decision, TooLittleMemory
@@ -38,7 +36,6 @@ _CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
 _PRODUCTS = {
     aten.mm.default: 1, aten.bmm.default: 1, aten.linear.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2,
 }  # fmt: skip
-_BETWEEN_RANKS = (operators.fetch, operators.gather, operators.group_norm)
 _LITTLE = f"less plain, and at most {WORTH:.0%} faster"
 _ADVISED = (2, 4, 8, 16, 32, 64)
 
@@ -113,98 +110,20 @@ def traced(
     rank = busiest(grid, *shape[-2:]) if rank is None else rank
     mesh = Mesh(grid, CPU, TracedLines(rank, grid.size))
     try:
-        with _Repeats(module).active():
-            program = trace(function, [module], mesh, shape, dtype, CPU)
+        program = trace(function, [module], mesh, shape, dtype, CPU)
     except (TraceError, NotImplementedError) as error:
         raise UnplannableError(f"{type(module).__name__} cannot be planned: {error}") from error
     total: WorkByKind = defaultdict(Work)
-    pricer, nodes = _Pricer(mesh), list(program.graph.nodes)
-    messages, sent = pricer.add(nodes, total)
-    weights = {node.target: size_of(node) for node in nodes if node.op == "get_attr" and not node.meta.get("constant")}
-    cost = Cost(dict(total), messages, sent, sum(weights.values()), 0, peak(nodes, pricer.scratch))
+    pricer = _Pricer(mesh, program.bodies)
+    messages, sent = pricer.add(program.graph.nodes, total)
+    everything = [node for graph in (program.graph, *program.bodies.values()) for node in graph.nodes]
+    weights = {
+        node.target: size_of(node) for node in everything if node.op == "get_attr" and not node.meta.get("constant")
+    }
+    cost = Cost(
+        dict(total), messages, sent, sum(weights.values()), 0, peak(program.graph, program.bodies, pricer.scratch)
+    )
     return Traced(cost, shape_of(program.returns), tuple(program.fallbacks))
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The nodes of a call of a submodule, and what it returned."""
-
-    nodes: tuple[fx.Node, ...]
-    result: PlaneTensor
-
-    def alive(self) -> list[fx.Node]:
-        """The nodes that the finished graph still has."""
-        return [node for node in self.nodes if not node._erased]
-
-
-def _repeated(*_: Tensor) -> Tensor:
-    """Stands in a graph for a call of a submodule that was traced before."""
-    raise NotImplementedError("a graph that was traced for planning cannot be run")
-
-
-class _Repeats:
-    """Traces a module's decoder once for each kind of call, so that tiles and chunks of one shape cost one trace.
-
-    Only calls that take tensors and constants, and keep nothing on the decoder, are recognized.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._decoder = getattr(module, "decoder", None)
-        self._blocks: dict[Any, _Block | None] = {}
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        if not isinstance(self._decoder, nn.Module):
-            yield
-            return
-        decoder, original = self._decoder, self._decoder.forward
-        decoder.forward = lambda *args, **kwargs: self._call(original, args, kwargs)
-        try:
-            yield
-        finally:
-            del decoder.forward
-
-    def _call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        values = (*args, *kwargs.values())
-        given = [one for one in values if isinstance(one, PlaneTensor)]
-        key = (tuple(kwargs), *map(_signature, values))
-        if not given or None in key:
-            return original(*args, **kwargs)
-        recorder = given[0].plane.recorder
-        assert recorder is not None
-        if key not in self._blocks:
-            before, start = self._state(), len(recorder.graph.nodes)
-            result = original(*args, **kwargs)
-            stateless = isinstance(result, PlaneTensor) and self._state() == before
-            self._blocks[key] = _Block(tuple(recorder.graph.nodes)[start:], result) if stateless else None
-            return result
-        block = self._blocks[key]
-        if block is None:
-            return original(*args, **kwargs)
-        node = recorder.graph.call_function(_repeated, tuple(recorder._node(one.local) for one in given))
-        node.meta["block"] = block
-        like = block.result
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
-            local = torch.empty_strided(like.local.shape, like.local.stride(), dtype=like.dtype, device="meta")
-            recorder._noted(local, node, False)
-            return given[0].plane.wrap(local, like.partition, like.frozen)
-
-    def _state(self) -> list[Any]:
-        assert self._decoder is not None
-        found = []
-        for one in self._decoder.modules():
-            for name, value in vars(one).items():
-                found.append((name, id(value), len(value) if isinstance(value, (list, dict)) else 0))
-        return found
-
-
-def _signature(value: Any) -> Any:
-    """What a call depends on besides data; None where that is not known."""
-    if isinstance(value, PlaneTensor):
-        return value.partition, value.local.shape, value.local.stride(), value.dtype
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    return (value,) if value is None or isinstance(value, (bool, int, float, str)) else None
 
 
 class _Watch(Recorder):
@@ -232,38 +151,36 @@ class _Watch(Recorder):
 class _Pricer:
     """Adds up the work of nodes, in the kinds that calibrations know."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh, bodies: Mapping[str, fx.Graph]) -> None:
+        self._mesh, self._bodies = mesh, bodies
         self._known: dict[Any, tuple[WorkByKind, int]] = {}  # of operators between ranks: also bytes at the peak
-        self._blocks: dict[int, tuple[WorkByKind, int, int]] = {}
+        self._called: dict[str, tuple[WorkByKind, int, int]] = {}
         self._results: dict[Any, Any] = {}
         self._statistics: dict[Any, Any] = {}
 
-    def add(self, nodes: Sequence[fx.Node], total: WorkByKind) -> tuple[int, int]:
+    def add(self, nodes: Iterable[fx.Node], total: WorkByKind) -> tuple[int, int]:
         """Add the work of nodes to `total`; returns the messages and the bytes that are sent."""
         messages = sent = 0
         for node in nodes:
-            if node.op != "call_function":
-                continue
-            if node.target is _repeated:
-                block = node.meta["block"]
-                if id(block) not in self._blocks:
+            if node.op == "call_module":
+                name = str(node.target)
+                if name not in self._called:
                     inner: WorkByKind = defaultdict(Work)
-                    self._blocks[id(block)] = inner, *self.add(block.alive(), inner)
-                works, more, bytes_ = self._blocks[id(block)]
+                    self._called[name] = inner, *self.add(self._bodies[name].nodes, inner)
+                works, more, bytes_ = self._called[name]
                 for key, work in works.items():
                     total[key].add(work)
                 messages, sent = messages + more, sent + bytes_
-                continue
-            layer = node.meta.get("module", "")
-            for kind, work in self._works(node):
-                total[layer, kind].add(work)
-            messages += node.meta.get("messages", 0)
-            sent += node.meta.get("sent", 0)
+            elif is_operator(node):
+                layer = node.meta.get("module", "")
+                for kind, work in self._works(node):
+                    total[layer, kind].add(work)
+                messages += node.meta.get("messages", 0)
+                sent += node.meta.get("sent", 0)
         return messages, sent
 
     def _works(self, node: fx.Node) -> list[tuple[str, Work]]:
-        if node.target in _BETWEEN_RANKS:
+        if node.target in operators.BETWEEN_RANKS:
             return [(kind, work) for (_, kind), work in self._run(node)[0].items()]
         if node.target is operators.attention:
             copied = Work(1, bytes=2 * size_of(node))
@@ -274,7 +191,7 @@ class _Pricer:
 
     def scratch(self, node: fx.Node) -> int:
         """Bytes that an operator between ranks holds at its peak besides its result."""
-        return max(0, self._run(node)[1] - size(node)) if node.target in _BETWEEN_RANKS else 0
+        return max(0, self._run(node)[1] - size(node)) if node.target in operators.BETWEEN_RANKS else 0
 
     def _run(self, node: fx.Node) -> tuple[WorkByKind, int]:
         """What an operator between ranks does, and its peak, by running it on meta tensors."""
@@ -317,40 +234,6 @@ def _aten(node: fx.Node) -> tuple[str, Work]:
         query, key = (one.meta["shape"] for one in node.all_input_nodes[:2])
         return "scaled_dot_product_attention", Work(1, 4.0 * math.prod(query) * key[-2], _touched(node))
     return name, Work(1, bytes=_touched(node))
-
-
-def peak(nodes: Sequence[fx.Node], scratch: Callable[[fx.Node], int]) -> int:
-    """Bytes of live tensors at the highest point, weights apart.
-
-    Args:
-        nodes: of a graph, or of a call within one: what was made before them is not counted.
-        scratch: bytes that an operator holds while it runs, besides its result.
-    """
-    owner: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        first = node.args[0] if shares(node) else node
-        assert isinstance(first, fx.Node)
-        owner[node] = owner.get(first, first)
-    last: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        for one in (node, *node.all_input_nodes):
-            last[owner.get(one, one)] = node
-    ending: dict[fx.Node, list[fx.Node]] = {}
-    for kept, node in last.items():
-        ending.setdefault(node, []).append(kept)
-    inner: dict[int, int] = {}
-    live = highest = 0
-    for node in nodes:
-        if node.target is _repeated:
-            block = node.meta["block"]
-            if id(block) not in inner:
-                inner[id(block)] = peak(block.alive(), scratch)
-            highest = max(highest, live + inner[id(block)])
-        if owner[node] is node:
-            live += size(node)
-        highest = max(highest, live + scratch(node))
-        live -= sum(size(gone) for gone in ending.get(node, []) if gone in owner)
-    return highest
 
 
 class Search:

@@ -1,0 +1,119 @@
+"""Results that are put together of chunks: each is handed out as soon as it is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from halovae.plane.live import root
+from halovae.plane.operators import hand_out
+from halovae.plane.rules.registry import written
+
+aten = torch.ops.aten
+_SAME = (aten.clone.default, aten._to_copy.default, aten.detach.default, aten.alias.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def split(graph: fx.Graph) -> int | None:
+    """Let a graph hand out its result in chunks, if it is a concatenation and what follows looks at no others.
+
+    Instead of joining the chunks and then, say, clamping all of them, each is clamped, and handed out by `hand_out`.
+    The graph then returns nothing.
+
+    Args:
+        graph: returns one tensor.
+
+    Returns:
+        The dim of the result along which chunks lie, or None: the graph was left as it is.
+    """
+    output = next(iter(reversed(graph.nodes)))
+    node = output.all_input_nodes[0]
+    later: list[fx.Node] = []  # what follows the concatenation, last first
+    while node.target is not aten.cat.default:
+        if not isinstance(node.target, OpOverload) or len(node.users) != 1 or written(node.target):
+            return None
+        if len(node.all_input_nodes) != 1 or any(isinstance(one, fx.Node) for one in node.args[1:]):
+            return None
+        later.append(node)
+        node = node.all_input_nodes[0]
+    if len(node.users) != 1:
+        return None
+    dim = _dim_of(node)
+    chunks = _joined(node, dim)
+    roots = {root(one) for one in chunks}
+    if len(chunks) < 2 or any(
+        isinstance(one.target, OpOverload) and written(one.target) and root(one) in roots for one in graph.nodes
+    ):
+        return None
+    steps: list[Callable[[fx.Node], fx.Node]] = []
+    for one in reversed(later):
+        found = _step(graph, one, dim)
+        if found is None:
+            return None
+        step, dim = found
+        steps.append(step)
+    if not 0 < dim < len(output.all_input_nodes[0].meta["shape"]) - 2:  # items, rows, cols
+        return None
+    start = 0
+    for chunk in chunks:
+        with graph.inserting_after(chunk):
+            for step in steps:
+                chunk = step(chunk)
+                graph.inserting_after(chunk)
+            graph.call_function(hand_out, (chunk, start)).meta["module"] = ""
+        start += chunk.meta["shape"][dim]
+    assert start == output.all_input_nodes[0].meta["shape"][dim]
+    output.args = (None,)
+    return dim
+
+
+def _dim_of(cat: fx.Node) -> int:
+    dim: Any = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+    return int(dim) % len(cat.meta["shape"])
+
+
+def _joined(cat: fx.Node, dim: int) -> list[fx.Node]:
+    """What a concatenation of concatenations puts side by side."""
+    found = []
+    for one in cat.args[0]:  # type: ignore[union-attr]
+        assert isinstance(one, fx.Node)
+        inner = one.target is aten.cat.default and len(one.users) == 1 and _dim_of(one) == dim
+        found.extend(_joined(one, dim) if inner else [one])
+    return found
+
+
+def _step(graph: fx.Graph, node: fx.Node, dim: int) -> tuple[Callable[[fx.Node], fx.Node], int] | None:
+    """How to do to a chunk what a node does to all of them, and where the chunked dim is then."""
+    function: Any = node.target
+    before, after = node.all_input_nodes[0].meta["shape"], node.meta["shape"]
+
+    def with_args(args: Callable[[fx.Node], Sequence[Any]]) -> Callable[[fx.Node], fx.Node]:
+        def step(chunk: fx.Node) -> fx.Node:
+            made = graph.call_function(function, (chunk, *args(chunk)), node.kwargs)
+            blank = torch.empty(chunk.meta["shape"], dtype=chunk.meta["dtype"], device="meta")
+            kwargs = {**node.kwargs, **({"device": "meta"} if "device" in node.kwargs else {})}
+            result = function(blank, *args(chunk), **kwargs)
+            made.meta = {**node.meta, "shape": tuple(result.shape), "bytes": result.nbytes}
+            return made
+
+        return step
+
+    rest = node.args[1:]
+    if function in _SAME or (torch.Tag.pointwise in function.tags and tuple(before) == tuple(after)):
+        return with_args(lambda _: rest), dim
+    if function is aten.permute.default:
+        order: Any = rest[0]
+        return with_args(lambda _: rest), [one % len(before) for one in order].index(dim)
+    if function in _VIEWS:
+        ahead = math.prod(before[:dim])
+        places = [at for at, size in enumerate(after) if size == before[dim] and math.prod(after[:at]) == ahead]
+        if not places:
+            return None
+        (place, *_) = places
+        return with_args(lambda chunk: ([*after[:place], chunk.meta["shape"][dim], *after[place + 1 :]],)), place
+    return None

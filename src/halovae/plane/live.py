@@ -1,0 +1,88 @@
+"""What lives in memory while a graph runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from halovae.plane.operators import hand_out, pack, take
+
+
+def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.Node], int] = lambda _: 0) -> int:
+    """Bytes of live tensors at the highest point of a graph whose tensors are freed after their last use.
+
+    Views share their input's memory. Weights and constants are not counted.
+
+    Args:
+        graph: what runs.
+        bodies: the graphs that it calls.
+        scratch: bytes that an operator holds while it runs, besides its result.
+    """
+    known: dict[tuple[str, frozenset[int]], int] = {}
+
+    def highest(nodes: Iterable[fx.Node], given: frozenset[int]) -> int:
+        """The highest point of a graph that is given some of what it takes, and borrows the rest."""
+        owner: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            owner[node] = owner[node.all_input_nodes[0]] if shares(node) else node
+        last: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            for one in (node, *node.all_input_nodes):
+                last[owner[one]] = node
+        ending: dict[fx.Node, list[fx.Node]] = {}
+        for kept, node in last.items():
+            ending.setdefault(node, []).append(kept)
+        live = top = 0
+        for node in nodes:
+            if node.op == "call_module":
+                box = node.all_input_nodes[0]
+                free = frozenset(at for at, one in enumerate(box.args) if last[owner[one]] is box)  # type: ignore[index]
+                key = str(node.target), free
+                if key not in known:
+                    known[key] = highest(bodies[key[0]].nodes, free)
+                top = max(top, live + known[key])
+            elif node.target is take:
+                live += size(node) if node.args[1] in given else 0
+            elif owner[node] is node:
+                live += size(node)
+            top = max(top, live + scratch(node))
+            for gone in ending.get(node, []):
+                if gone.target is not take or gone.args[1] in given:
+                    live -= size(gone)
+        return top
+
+    return highest(graph.nodes, frozenset())
+
+
+def is_operator(node: fx.Node) -> bool:
+    """Whether a node computes something, and does not only hand on what a called graph takes or returns."""
+    if node.op != "call_function" or node.target in (pack, take, hand_out):
+        return False
+    return node.target is not operator.getitem or node.all_input_nodes[0].op != "call_module"
+
+
+def size(node: fx.Node) -> int:
+    """Bytes that a node allocates for its result."""
+    return 0 if node.op in ("get_attr", "output") else int(node.meta.get("bytes", 0))
+
+
+def shares(node: fx.Node) -> bool:
+    """Whether a node's result lies in the memory of its first input."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    schema: Any = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.target is operator.getitem and node.args[0].op != "call_module"
+    infos = [one.alias_info for one in schema.returns]
+    return any(info is not None for info in infos) or node.target is torch.ops.aten.reshape.default
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The node in whose memory a node's result lies."""
+    while shares(node):
+        node = node.all_input_nodes[0]
+    return node

@@ -1,0 +1,326 @@
+"""Calls of a submodule that repeat, as a decoder's do that gets a clip chunk by chunk.
+
+They are recorded once, as a graph that the main graph calls.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from halovae.plane.operators import BETWEEN_RANKS, hand_out, pack, take
+from halovae.plane.state import Contents, State, Unclear, check_made
+from halovae.plane.tensor import PlaneTensor
+
+if TYPE_CHECKING:
+    from halovae.plane.trace import Recorder
+
+
+def _begin(*inputs: Any) -> None:
+    """Stands before the operators of a call."""
+
+
+def _end(*outputs: Any) -> None:
+    """Stands after them, and uses what the call leaves."""
+
+
+def _again(*inputs: Any) -> None:
+    """Stands for a call like an earlier one."""
+
+
+_MARKS = (_begin, _end, _again)
+
+
+@dataclass
+class _Block:
+    """A recorded call.
+
+    Attributes:
+        state: what it found; in the end also what it made.
+        before: what its holders held at first.
+        after: what they held in the end.
+        told: what it returned.
+        begin: stands before its nodes.
+        end: stands after them.
+        counted: what it added to the plane's counters.
+        again: the calls like it.
+    """
+
+    state: State
+    before: Contents
+    after: Contents
+    told: Any
+    begin: fx.Node
+    end: fx.Node
+    counted: tuple[Counter[str], Counter[str], int, int]
+    again: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors it found."""
+        return len(self.begin.args)
+
+    def nodes(self) -> list[fx.Node]:
+        """Between its marks."""
+        found, node = [], self.begin.next
+        while node is not self.end:
+            found.append(node)
+            node = node.next
+        return found
+
+
+class Repeats:
+    """Recognizes calls of modules' children that find the same but for the values of tensors.
+
+    Caches between chunks are part of what a call finds and leaves, wherever they are kept: in lists and dicts that are
+    passed, or on modules. A child that returns or keeps anything that cannot be followed is recorded in full each time.
+
+    Args:
+        recorder: of the calls.
+        modules: whose children are watched.
+    """
+
+    def __init__(self, recorder: Recorder, modules: Sequence[nn.Module]) -> None:
+        self._recorder, self._modules = recorder, modules
+        self._blocks: dict[Any, _Block | None] = {}
+        self._busy = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch the children."""
+        children = {id(child): child for module in self._modules for child in module.children()}
+        watched = [child for child in children.values() if "forward" not in vars(child)]
+        try:
+            for child in watched:
+                child.forward = self._watching(child)
+            yield
+        finally:
+            for child in watched:
+                vars(child).pop("forward", None)
+
+    def _watching(self, child: nn.Module) -> Callable[..., Any]:
+        original = child.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._busy:
+                return original(*args, **kwargs)
+            self._busy = True
+            try:
+                return self._call(child, original, args, kwargs)
+            finally:
+                self._busy = False
+
+        return forward
+
+    def _call(self, child: nn.Module, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        state = State([*args, kwargs], child)
+        try:
+            before = state.contents()
+            signs = tuple(self._sign(one, state.tensors) for one in state.tensors)
+        except Unclear:
+            return original(*args, **kwargs)
+        key = id(child), len(args), before, signs
+        if key not in self._blocks:
+            self._blocks[key] = None
+            result, self._blocks[key] = self._first(original, args, kwargs, state, before)
+            return result
+        block = self._blocks[key]
+        return original(*args, **kwargs) if block is None else self._repeat(block, state)
+
+    def _sign(self, x: PlaneTensor, everyone: Sequence[PlaneTensor]) -> Any:
+        """What a call depends on besides a tensor's values."""
+        if not hasattr(x.local, "halovae_node") or self._recorder.memory(x.local).constant:
+            raise Unclear("a constant")  # whose values the graph has
+        x.check_fresh()
+        storage = x.local.untyped_storage()
+        alias = next(at for at, one in enumerate(everyone) if one.local.untyped_storage() is storage or one is x)
+        return x.partition, x.local.shape, x.local.stride(), x.stride(), x.dtype, x.frozen, alias
+
+    def _first(
+        self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], state: State, before: Contents
+    ) -> tuple[Any, _Block | None]:
+        recorder, plane = self._recorder, self._recorder.plane
+        assert plane is not None
+        count = len(state.tensors)
+        begin = recorder.graph.call_function(_begin, tuple(recorder.node(one.local) for one in state.tensors))
+        fallbacks, gathered = Counter(plane.fallbacks), Counter(plane.gathered)
+        received, computed = plane.received, plane.computed
+        writes = len(recorder.written)
+        result = original(*args, **kwargs)
+        try:
+            told, after = state.told(result), state.contents()
+            check_made(after, before)
+            made = state.tensors[count:]
+            if any(one.source is not None or one.plane is not plane for one in made):
+                raise Unclear("a copy that stands for a view")
+            nodes = tuple(recorder.node(one.local) for one in made)
+        except Unclear:
+            return result, None
+        end = recorder.graph.call_function(_end, nodes)
+        counted = (
+            plane.fallbacks - fallbacks, plane.gathered - gathered, plane.received - received,
+            plane.computed - computed,
+        )  # fmt: skip
+        block = _Block(state, before, after, told, begin, end, counted)
+        inside = set(block.nodes())
+        known = {*inside, *begin.all_input_nodes}
+        for node in (*inside, end):
+            if any(one not in known and one.op != "get_attr" for one in node.all_input_nodes):
+                return result, None  # it has a tensor that is neither given to it nor kept on it
+        if any(memory.nodes[0] not in inside for memory in recorder.written[writes:]):
+            return result, None
+        return result, block
+
+    def _repeat(self, block: _Block, state: State) -> Any:
+        recorder, plane = self._recorder, self._recorder.plane
+        assert plane is not None
+        graph = recorder.graph
+        call = graph.call_function(_again, tuple(recorder.node(one.local) for one in state.tensors))
+        call.meta["module"] = recorder.module
+        block.again.append(call)
+        samples, made = block.state.tensors, []
+        bases: dict[int, Tensor] = {}
+        for sample, one in zip(samples[: block.inputs], state.tensors, strict=True):
+            bases.setdefault(id(sample.local.untyped_storage()), one.local)
+        for index, sample in enumerate(samples[block.inputs :]):
+            item = graph.call_function(operator.getitem, (call, index))
+            like = sample.local
+            storage = like.untyped_storage()
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                if id(storage) not in bases:
+                    bases[id(storage)] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
+                # What lies in one memory there lies in one memory here; where in it does not matter.
+                local = torch.empty(0, dtype=like.dtype, device="meta")
+                local.set_(bases[id(storage)].untyped_storage(), 0, like.shape, like.stride())
+            recorder.noted(local, item, False).twin = recorder.memory(like)
+            made.append(PlaneTensor(local, sample.partition, plane, sample.frozen, tuple(sample.stride())))
+        fallbacks, gathered, received, computed = block.counted
+        plane.fallbacks.update(fallbacks)
+        plane.gathered.update(gathered)
+        plane.received += received
+        plane.computed += computed
+        return state.take_over(block.state, made, block.before, block.after, block.told)
+
+    def outline(self, graph: fx.Graph) -> dict[str, fx.Graph]:
+        """Make graphs of the calls of children that are called alike more than once.
+
+        Args:
+            graph: the main graph; it calls them afterwards.
+
+        Returns:
+            The graphs by the names under which they are called. Of a kind of call there may be several, which differ in
+            what is used of their results: what nobody uses is not computed.
+
+        Raises:
+            RuntimeError: something that such a call made is used elsewhere, but was neither returned nor kept.
+        """
+        whole: dict[fx.Node, _Body] = {}
+        repeating = {key[0] for key, block in self._blocks.items() if block is not None and block.again}
+        for key, block in self._blocks.items():
+            if block is not None and key[0] in repeating:  # also the first chunk, which no other one is like
+                body = _Body(block)
+                whole.update(dict.fromkeys((_outlined(graph, block), *block.again), body))
+        for node in list(graph.nodes):
+            if node.target in (_begin, _end):
+                graph.erase_node(node)
+        bodies: dict[str, fx.Graph] = {}
+        names: dict[tuple[int, frozenset[int]], tuple[str, list[int]]] = {}
+        for call in reversed([node for node in graph.nodes if node in whole]):  # users come before what they use
+            items = {int(item.args[1]): item for item in call.users}
+            used = sorted(index for index, item in items.items() if item.users)
+            key = id(whole[call]), frozenset(used)
+            if key not in names:
+                name = f"body_{len(names)}"
+                bodies[name], inputs = whole[call].graph(used)
+                names[key] = name, inputs
+            name, inputs = names[key]
+            with graph.inserting_before(call):
+                box = graph.call_function(pack, tuple(call.args[index] for index in inputs))
+                made = graph.create_node("call_module", name, (box,))
+            made.meta["module"] = call.meta.get("module", "")
+            for index, item in items.items():
+                if item.users:
+                    item.args = made, used.index(index)
+                else:
+                    graph.erase_node(item)
+            graph.erase_node(call)
+        return bodies
+
+
+class _Body:
+    """The nodes of a call, apart from the main graph."""
+
+    def __init__(self, block: _Block) -> None:
+        self._inputs = [(one, dict(one.meta)) for one in block.begin.args if isinstance(one, fx.Node)]
+        self._nodes = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node, meta in self._inputs:
+            copies[node] = self._nodes.placeholder(f"input_{len(copies)}")
+            copies[node].meta = meta
+        for node in (*block.nodes(), block.end):
+            for source in node.all_input_nodes:
+                if source not in copies:  # an attribute
+                    copies[source] = self._nodes.node_copy(source)
+            copies[node] = self._nodes.node_copy(node, copies.__getitem__)
+        self._end = copies[block.end]
+        self._placeholders = [copies[node] for node, _ in self._inputs]
+
+    def graph(self, used: Sequence[int]) -> tuple[fx.Graph, list[int]]:
+        """The graph that returns some of the results, and which inputs it takes."""
+        found = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        box = found.placeholder("box")
+        for at, one in enumerate(self._placeholders):
+            copies[one] = found.call_function(take, (box, at))
+            copies[one].meta = {**one.meta, "constant": False}
+        for node in self._nodes.nodes:
+            if node not in copies and node is not self._end:
+                copies[node] = found.node_copy(node, copies.__getitem__)
+        found.output(tuple(copies[self._end.args[index]] for index in used))  # type: ignore[index]
+        clean(found)
+        inputs = [at for at, one in enumerate(self._placeholders) if not copies[one]._erased]
+        for place, at in enumerate(inputs):
+            copies[self._placeholders[at]].args = box, place
+        return found, inputs
+
+
+def _outlined(graph: fx.Graph, block: _Block) -> fx.Node:
+    """Take a block's nodes out of the main graph, and put a call in their place."""
+    inside = block.nodes()
+    within = {*inside, block.end}
+    outputs = list(block.end.args)
+    with graph.inserting_before(block.begin):
+        call = graph.call_function(_again, block.begin.args)
+        call.meta["module"] = next((one.meta["module"] for one in inside if one.meta.get("module")), "")
+        for index, output in enumerate(outputs):
+            assert isinstance(output, fx.Node)
+            item = graph.call_function(operator.getitem, (call, index))
+            item.meta = {**output.meta, "constant": False}
+            if output in within:
+                output.replace_all_uses_with(item, lambda user: user not in within)
+        for node in inside:
+            if node.op == "get_attr" and any(user not in within for user in node.users):
+                block.begin.prepend(node)
+    graph.erase_node(block.end)
+    for node in reversed(inside):
+        if node.op == "get_attr" and node.users:
+            continue
+        if node.users:
+            raise RuntimeError(f"{node.target} of {node.meta.get('module')} is used elsewhere, but was not returned")
+        graph.erase_node(node)
+    graph.erase_node(block.begin)
+    return call
+
+
+def clean(graph: fx.Graph) -> None:
+    """Leave out what nobody uses, but for what other ranks wait for."""
+    kept = (*BETWEEN_RANKS, *_MARKS, hand_out)
+    graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.target in kept or node.is_impure())

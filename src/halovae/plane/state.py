@@ -1,0 +1,164 @@
+"""What a call finds in its arguments and on its module, and what it leaves there: tensors, and what holds them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halovae.plane.tensor import PlaneTensor
+
+_PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout,
+    Enum,
+)  # fmt: skip
+_OWN = set(vars(nn.Module())) - {"_buffers"}  # what every module has
+_MADE = (list, dict, OrderedDict)  # what a call may make anew
+
+Contents = tuple[tuple[Any, tuple[tuple[Any, Hashable], ...]], ...]
+
+
+class Unclear(Exception):
+    """A state that holds something whose changes cannot be followed."""
+
+
+class State:
+    """Tensors and their holders, numbered in the order in which they are met.
+
+    Two calls whose states have equal contents differ in the tensors of the same numbers at most.
+
+    Args:
+        arguments: of the call.
+        module: which is called; what it and its submodules keep besides their weights is part of the state.
+
+    Attributes:
+        tensors: plane tensors.
+        holders: lists, dicts, modules, and other objects with attributes.
+    """
+
+    def __init__(self, arguments: list[Any], module: nn.Module) -> None:
+        self.tensors: list[PlaneTensor] = []
+        self.holders: list[Any] = []
+        self._numbers: dict[int, Hashable] = {}
+        self._kept: dict[int, Any] = {}  # so that ids stay theirs, and values can be told by them
+        for holder in (arguments, *module.modules()):
+            self._hold(holder)
+
+    def contents(self) -> Contents:
+        """What each holder holds now.
+
+        Raises:
+            Unclear: something else than tensors, plain values and holders.
+        """
+        found = []
+        for holder in self.holders:  # grows on the way
+            found.append((type(holder), tuple((key, self.told(value)) for key, value in _items(holder))))
+        return tuple(found)
+
+    def told(self, value: Any) -> Hashable:
+        """A value by what it is, and by its number if it is a tensor or a holder.
+
+        Raises:
+            Unclear: it may change unseen.
+        """
+        if isinstance(value, _PLAIN):
+            return "plain", type(value), value
+        if id(value) in self._numbers:
+            return self._numbers[id(value)]
+        if isinstance(value, PlaneTensor):
+            self._numbers[id(value)] = told = "tensor", len(self.tensors)
+            self.tensors.append(value)
+            return told
+        if isinstance(value, (tuple, torch.Size)):
+            return "tuple", type(value), tuple(map(self.told, value))
+        if isinstance(value, (list, dict)) or (hasattr(value, "__dict__") and not _is_fixed(value)):
+            return self._hold(value)
+        if isinstance(value, (set, bytearray)) or hasattr(value, "__next__"):
+            raise Unclear(type(value).__name__)
+        self._kept[id(value)] = value
+        return "object", id(value), value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+    def _hold(self, value: Any) -> Hashable:
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = "holder", len(self.holders)
+            self.holders.append(value)
+        return self._numbers[id(value)]
+
+    def take_over(
+        self, other: State, tensors: list[PlaneTensor], before: Contents, after: Contents, told: Hashable
+    ) -> Any:
+        """Leave what another call of equal contents left, and return what it returned.
+
+        Args:
+            other: the state of that call.
+            tensors: those that this call made, in place of those that the other one made.
+            before: what the other one's holders, and this one's, held at first.
+            after: what the other one's held in the end.
+            told: what it returned.
+        """
+        self._kept.update(other._kept)
+        self.tensors.extend(tensors)
+        self.holders.extend(kind() for kind, _ in after[len(before) :])
+        for holder, then, now in zip(self.holders, (*before, *[None] * len(after)), after, strict=False):
+            if then != now:
+                _fill(holder, [(key, self._value(one)) for key, one in now[1]])
+        return self._value(told)
+
+    def _value(self, told: Any) -> Any:
+        kind, which, *rest = told
+        if kind == "plain":
+            return rest[0]
+        if kind == "tensor":
+            return self.tensors[which]
+        if kind == "holder":
+            return self.holders[which]
+        if kind == "object":
+            return self._kept[which]
+        values = list(map(self._value, rest[0]))
+        return which._make(values) if hasattr(which, "_make") else which(values)
+
+
+def check_made(after: Contents, before: Contents) -> None:
+    """Make sure that the holders that a call made can be made again.
+
+    Raises:
+        Unclear: one of them cannot.
+    """
+    for kind, _ in after[len(before) :]:
+        if kind not in _MADE:
+            raise Unclear(kind.__name__)
+
+
+def _is_fixed(value: Any) -> bool:
+    return isinstance(value, (nn.Module, Tensor, type)) or callable(value)
+
+
+def _items(holder: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(holder, list):
+        yield from enumerate(holder)
+    elif isinstance(holder, dict):
+        yield from holder.items()
+    else:
+        skipped = _OWN if isinstance(holder, nn.Module) else ()
+        for name, value in vars(holder).items():
+            if name not in skipped and not (name == "forward" and isinstance(holder, nn.Module)):
+                yield name, value
+
+
+def _fill(holder: Any, items: list[tuple[Any, Any]]) -> None:
+    if isinstance(holder, list):
+        holder[:] = [value for _, value in items]
+        return
+    if isinstance(holder, dict):
+        holder.clear()
+        holder.update(items)
+        return
+    wanted = dict(items)
+    for name, _ in list(_items(holder)):
+        if name not in wanted:
+            del vars(holder)[name]
+    vars(holder).update(wanted)

@@ -146,7 +146,7 @@ def test_chunks_come_as_they_are_computed() -> None:
     assert sharded.report is not None
     assert sharded.report.chunked == 2
     assert sharded.report.shape == tuple(expected.shape)
-    assert torch.equal(sharded(x, grid=Grid()), expected)  # type: ignore[arg-type]
+    assert torch.equal(sharded(x, grid=Grid()), expected)
 
 
 class Odd(Video):

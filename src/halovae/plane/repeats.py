@@ -222,102 +222,89 @@ class Repeats:
         Raises:
             RuntimeError: something that such a call made is used elsewhere, but was neither returned nor kept.
         """
-        whole: dict[fx.Node, _Body] = {}
         repeating = {key[0] for key, block in self._blocks.items() if block is not None and block.again}
+        blocks: dict[fx.Node, _Block] = {}
+        gone = {node for node in graph.nodes if node.target in (_begin, _end)}
         for key, block in self._blocks.items():
             if block is not None and key[0] in repeating:  # also the first chunk, which no other one is like
-                body = _Body(block)
-                whole.update(dict.fromkeys((_outlined(graph, block), *block.again), body))
-        for node in list(graph.nodes):
-            if node.target in (_begin, _end):
-                graph.erase_node(node)
+                gone.update(block.nodes())
+                blocks.update(dict.fromkeys((_called(graph, block), *block.again), block))
         bodies: dict[str, fx.Graph] = {}
         names: dict[tuple[int, frozenset[int]], tuple[str, list[int]]] = {}
-        for call in reversed([node for node in graph.nodes if node in whole]):  # users come before what they use
-            items = {int(item.args[1]): item for item in call.users}
-            used = sorted(index for index, item in items.items() if item.users)
-            key = id(whole[call]), frozenset(used)
+        calls = [node for node in graph.nodes if node in blocks]
+        for call in reversed(calls):  # users come before what they use
+            items = {int(item.args[1]): item for item in call.users if any(user not in gone for user in item.users)}
+            used = sorted(items)
+            key = id(blocks[call]), frozenset(used)
             if key not in names:
                 name = f"body_{len(names)}"
-                bodies[name], inputs = whole[call].graph(used)
+                bodies[name], inputs = _body(blocks[call], used)
                 names[key] = name, inputs
             name, inputs = names[key]
             with graph.inserting_before(call):
                 box = graph.call_function(pack, tuple(call.args[index] for index in inputs))
                 made = graph.create_node("call_module", name, (box,))
             made.meta["module"] = call.meta.get("module", "")
-            for index, item in items.items():
-                if item.users:
-                    item.args = made, used.index(index)
-                else:
-                    graph.erase_node(item)
-            graph.erase_node(call)
+            for place, index in enumerate(used):
+                items[index].args = made, place
+            call.args = ()
+            gone.update((call, *call.users))
+        for node in reversed(graph.nodes):
+            if node not in gone or (node.op == "get_attr" and node.users):
+                continue
+            if node.users:
+                raise RuntimeError(
+                    f"{node.target} of {node.meta.get('module')} is used elsewhere, but was not returned"
+                )
+            graph.erase_node(node)
         return bodies
 
 
-class _Body:
-    """The nodes of a call, apart from the main graph."""
-
-    def __init__(self, block: _Block) -> None:
-        self._inputs = [(one, dict(one.meta)) for one in block.begin.args if isinstance(one, fx.Node)]
-        self._nodes = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node, meta in self._inputs:
-            copies[node] = self._nodes.placeholder(f"input_{len(copies)}")
-            copies[node].meta = meta
-        for node in (*block.nodes(), block.end):
-            for source in node.all_input_nodes:
-                if source not in copies:  # an attribute
-                    copies[source] = self._nodes.node_copy(source)
-            copies[node] = self._nodes.node_copy(node, copies.__getitem__)
-        self._end = copies[block.end]
-        self._placeholders = [copies[node] for node, _ in self._inputs]
-
-    def graph(self, used: Sequence[int]) -> tuple[fx.Graph, list[int]]:
-        """The graph that returns some of the results, and which inputs it takes."""
-        found = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        box = found.placeholder("box")
-        for at, one in enumerate(self._placeholders):
-            copies[one] = found.call_function(take, (box, at))
-            copies[one].meta = {**one.meta, "constant": False}
-        for node in self._nodes.nodes:
-            if node not in copies and node is not self._end:
-                copies[node] = found.node_copy(node, copies.__getitem__)
-        found.output(tuple(copies[self._end.args[index]] for index in used))  # type: ignore[index]
-        clean(found)
-        inputs = [at for at, one in enumerate(self._placeholders) if not copies[one]._erased]
-        for place, at in enumerate(inputs):
-            copies[self._placeholders[at]].args = box, place
-        return found, inputs
-
-
-def _outlined(graph: fx.Graph, block: _Block) -> fx.Node:
-    """Take a block's nodes out of the main graph, and put a call in their place."""
+def _called(graph: fx.Graph, block: _Block) -> fx.Node:
+    """Put a call before a block's nodes, and let others use its results instead of the block's."""
     inside = block.nodes()
     within = {*inside, block.end}
-    outputs = list(block.end.args)
     with graph.inserting_before(block.begin):
         call = graph.call_function(_again, block.begin.args)
         call.meta["module"] = next((one.meta["module"] for one in inside if one.meta.get("module")), "")
-        for index, output in enumerate(outputs):
+        for index, output in enumerate(block.end.args):
             assert isinstance(output, fx.Node)
             item = graph.call_function(operator.getitem, (call, index))
             item.meta = {**output.meta, "constant": False}
             if output in within:
                 output.replace_all_uses_with(item, lambda user: user not in within)
-        for node in inside:
-            if node.op == "get_attr" and any(user not in within for user in node.users):
-                block.begin.prepend(node)
-    graph.erase_node(block.end)
-    for node in reversed(inside):
-        if node.op == "get_attr" and node.users:
-            continue
-        if node.users:
-            raise RuntimeError(f"{node.target} of {node.meta.get('module')} is used elsewhere, but was not returned")
-        graph.erase_node(node)
-    graph.erase_node(block.begin)
+    for node in inside:
+        if node.op == "get_attr" and any(user not in within for user in node.users):
+            block.begin.prepend(node)
     return call
+
+
+def _body(block: _Block, used: Sequence[int]) -> tuple[fx.Graph, list[int]]:
+    """The graph of a block that returns some of its results, and which inputs it takes."""
+    found = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    box = found.placeholder("box")
+    taken = []
+    for at, node in enumerate(block.begin.args):
+        assert isinstance(node, fx.Node)
+        copies[node] = found.call_function(take, (box, at))
+        copies[node].meta = {**node.meta, "constant": False}
+        taken.append(copies[node])
+    for node in block.nodes():
+        for source in node.all_input_nodes:
+            if source not in copies:  # an attribute
+                copies[source] = found.node_copy(source)
+        copies[node] = found.node_copy(node, copies.__getitem__)
+    outputs = block.end.args
+    for node in block.end.all_input_nodes:
+        if node not in copies:
+            copies[node] = found.node_copy(node)
+    found.output(tuple(copies[outputs[index]] for index in used))  # type: ignore[index]
+    clean(found)
+    inputs = [at for at, one in enumerate(taken) if not one._erased]
+    for place, at in enumerate(inputs):
+        taken[at].args = box, place
+    return found, inputs
 
 
 def clean(graph: fx.Graph) -> None:

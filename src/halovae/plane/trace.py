@@ -12,12 +12,12 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map
 
 from halovae.mesh import Mesh
 from halovae.plane import operators
@@ -27,7 +27,7 @@ from halovae.plane.layout import local_shape
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.repeats import Repeats, clean
-from halovae.plane.rules.registry import plane_tensors, written
+from halovae.plane.rules.registry import is_composite, plane_tensors, written
 from halovae.plane.tensor import is_channels_last
 
 aten = torch.ops.aten
@@ -98,8 +98,8 @@ class Recorder(TorchDispatchMode):
         if self.plane is None or self.plane.inside:
             return result
         # Outside of rules nobody may see a meta tensor: modules ask tensors for their device.
-        lift, is_ours = self.plane.lift, lambda one: isinstance(one, Tensor) and hasattr(one, "halovae_node")
-        return tree_map(lambda one: lift(one) if is_ours(one) else one, result)
+        lift, is_ours = self.plane.lift, lambda one: hasattr(one, "halovae_node")
+        return _mapped(lambda one: lift(one) if is_ours(one) else one, result)
 
     def _recorded(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tensors = list(_tensors((*args, *kwargs.values())))
@@ -109,15 +109,14 @@ class Recorder(TorchDispatchMode):
         if random and isinstance(kwargs.get("generator"), torch.Generator):
             raise TraceError(f"{func} draws from a generator that is an argument of the call{_place()}")
         self.random = self.random or random
-        args, kwargs = tree_map(lambda one: self._twin(one) if isinstance(one, Tensor) else one, (args, kwargs))
+        args, kwargs = _mapped(self._twin, (tuple(args), kwargs))
         constant = not random and all(self.memory(self._twin(one)).constant for one in tensors)
         if func in (aten._local_scalar_dense.default, aten.item.default) or torch.Tag.dynamic_output_shape in func.tags:
             if not constant:
                 raise TraceError(f"{func} reads values that depend on the input{_place()}")
-            nodes = tree_map(self.node, (args, kwargs))
-            result = self._values.call(func, nodes, self.graph, self.attributes)
-            return tree_map(lambda one: self._twin(one) if isinstance(one, Tensor) else one, result)
-        node = self.graph.call_function(func, *self._nodes(args, kwargs))
+            result = self._values.call(func, _mapped(self.node, (args, kwargs)), self.graph, self.attributes)
+            return _mapped(self._twin, result)
+        node = self.graph.call_function(func, *_mapped(self.node, (args, kwargs)))
         node.meta["constant"] = constant
         if targets := written(func):
             target: Tensor = args[targets[0]]
@@ -132,14 +131,14 @@ class Recorder(TorchDispatchMode):
     def _on_meta(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": False}
-        if func is not aten.convolution.default:
+        if not _makes_one(func):
             return func(*args, **kwargs)
-        key = tuple(_likeness(one) for one in args)
+        key = func, _likeness(args), _likeness(kwargs)
         if key not in self._known:
             result = func(*args, **kwargs)
             # On devices that know channels-last, an input or weights that are make the result so.
             format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(result.ndim)
-            if format_ is not None and any(isinstance(one, Tensor) and is_channels_last(one) for one in args[:2]):
+            if func is aten.convolution.default and format_ is not None and any(map(is_channels_last, args[:2])):
                 result = torch.empty_like(result, memory_format=format_)
             self._known[key] = result.shape, result.stride(), result.dtype
         shape, strides, dtype = self._known[key]
@@ -189,10 +188,6 @@ class Recorder(TorchDispatchMode):
     def node(self, value: Any) -> Any:
         """The node of a tensor; other values as they are."""
         return self._twin(value).halovae_node if isinstance(value, Tensor) else value  # type: ignore[attr-defined]
-
-    def _nodes(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        args, kwargs = tree_map(self.node, (args, kwargs))
-        return tuple(args), kwargs
 
     def writes(self, x: Tensor) -> bool:
         """Whether something is written to a tensor, or to a view of it."""
@@ -343,10 +338,33 @@ def _paths(module: nn.Module, recorder: Recorder) -> Iterator[None]:
             handle.remove()
 
 
+@cache
+def _makes_one(func: Any) -> bool:
+    """Whether an operator returns one new tensor, whose shape follows from those of its arguments."""
+    returns = func._schema.returns
+    made = len(returns) == 1 and isinstance(returns[0].type, torch.TensorType) and returns[0].alias_info is None
+    return made and not written(func) and not is_composite(func)
+
+
 def _likeness(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_likeness, value))
+    if isinstance(value, dict):
+        return tuple((name, _likeness(one)) for name, one in value.items())
+    return type(value), value
+
+
+def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The value with other tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(function, one) for one in value])
+    if isinstance(value, dict):
+        return {name: _mapped(function, one) for name, one in value.items()}
+    return value
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

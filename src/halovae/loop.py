@@ -122,7 +122,7 @@ class _Running:
         context = Context(self.mesh, self.cache, first, last, self._shards, dict(plan.depths), request.kernels)
         halo = context.block("conv_in").widest(scale=1)
         tile = self._tile(span, self._shards[self.mesh.rank], halo, request.denormalize)
-        return _converted(self._model(tile, context), request.dtype)
+        return converted(self._model(tile, context), request.dtype)
 
     def _in_bands(self, plan: Plan, request: Request) -> Tensor:
         """This rank's own frames, all of them."""
@@ -135,7 +135,7 @@ class _Running:
         return bands.decode(
             plan.bands,
             lambda span: self._tile(span, whole, NO_HALO, request.denormalize),
-            lambda frames: _converted(frames, request.dtype),
+            lambda frames: converted(frames, request.dtype),
         )
 
     def _tile(self, span: Span, shard: Shard, halo: Halo, denormalize: bool) -> Tile:
@@ -147,7 +147,7 @@ class _Running:
         return Tile(data.contiguous(memory_format=self.mesh.platform.layout()), halo)
 
 
-def _converted(frames: Tensor, dtype: torch.dtype) -> Tensor:
+def converted(frames: Tensor, dtype: torch.dtype) -> Tensor:
     """Frames in [-1, 1] as contiguous `dtype`, before anybody has to carry them: uint8 is a quarter of fp32."""
     with part("conversion"):
         if dtype == torch.uint8:

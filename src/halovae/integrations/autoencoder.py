@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import functools
 import inspect
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from halovae.geometry import Grid
+from halovae.integrations.pictures import PictureStream
+from halovae.kernels import EAGER
 from halovae.lines import world_size
+from halovae.mesh import mesh_for
 from halovae.plane import Sharded, ShardReport
-from halovae.plane.sharded import Gather
+from halovae.plane.sharded import Chunks, Gather
+from halovae.planning.choose import Decision
+from halovae.planning.graphs import Search, UnplannableError
+from halovae.planning.planner import calibration_of, usable
 
 Call = Literal["decode", "encode"]
 Mode = Literal["auto", "single", "parallel"]
+BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
 _FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
 
 
@@ -35,7 +44,7 @@ class Autoencoder:
 
     def __init__(self, vae: nn.Module) -> None:
         self.module = vae
-        self._calls = {name: _Call(vae, name) for name in ("decode", "encode") if hasattr(type(vae), name)}
+        self._calls = {name: PlaneCall(vae, name) for name in ("decode", "encode") if hasattr(type(vae), name)}
         if not self._calls:
             raise TypeError(f"{type(vae).__name__} has neither decode nor encode: expected a diffusers autoencoder")
 
@@ -66,27 +75,71 @@ class Autoencoder:
         mode: Mode = "auto",
         grid: Grid | None = None,
         gather: Gather = "rank0",
+        dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
         **options: Any,
     ) -> Tensor | None:
         """Decode latents to pictures.
 
         Args:
             latents: `[B, C, H, W]` or `[B, C, T, H, W]`, floating point, the same on all ranks.
-            mode: "auto" and "parallel": all ranks share the rows, or the cols where there are too few rows. "single":
-                each rank decodes all by itself.
+            mode: "auto": the grid that is predicted to be the fastest, by the recorded graph and what was measured on
+                this machine (which the first decode on several ranks does, within a minute). "parallel": all ranks
+                share the rows. "single": each rank decodes all by itself.
             grid: how ranks share the latents, instead of `mode`.
             gather: who receives pictures: "rank0", "all" ranks, or "none": each rank keeps its own part.
+            dtype: None for the module's dtype, another floating dtype, or uint8 for pictures in 0..255.
+            memory_budget: bytes that a decode may take on each rank, above the resting process; mode "auto" plans
+                within them. None for what is free on the rank with the least.
             options: further arguments of the module's own `decode`, such as `temb` or `num_frames`.
 
         Returns:
             What the module's `decode` returns as `sample`; None on the ranks that receive nothing.
 
         Raises:
-            ValueError: see `Sharded`.
-            TypeError: latents without a plane.
+            ValueError: see `Sharded`; or a memory budget that no grid fits into (`TooLittleMemory`).
+            TypeError: latents without a plane, or a dtype that pictures cannot have.
             RuntimeError: another rank refused, or was given other arguments or weights.
         """
-        return self._call("decode", latents, mode, grid, gather, options)
+        return self.stream(
+            latents, mode=mode, grid=grid, gather=gather, dtype=dtype, memory_budget=memory_budget, **options
+        ).join()
+
+    def stream(
+        self,
+        latents: Tensor,
+        *,
+        mode: Mode = "auto",
+        grid: Grid | None = None,
+        gather: Gather = "rank0",
+        dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
+        **options: Any,
+    ) -> PictureStream:
+        """Decode latents, and yield frames as soon as they are there, where the module decodes a clip in chunks.
+
+        Args:
+            latents: as for `decode`; likewise all others.
+            mode: how ranks share them.
+            grid: instead of `mode`.
+            gather: who receives pictures.
+            dtype: of the pictures.
+            memory_budget: bytes for each rank.
+            options: of the module's own `decode`.
+
+        Yields:
+            `[B, 3, T', H', W']`, or `[B, 3, H', W']` of pictures; None on the ranks that receive nothing.
+
+        Raises:
+            ValueError: as for `decode`; likewise the others.
+            TypeError: latents without a plane, or a dtype that pictures cannot have.
+            RuntimeError: another rank refused.
+        """
+        if dtype is not None and not dtype.is_floating_point and dtype != torch.uint8:
+            raise TypeError(f"dtype={dtype}: expected a floating dtype or torch.uint8")
+        call = self._call("decode")
+        choice = call.choose(latents, mode, grid, options, memory_budget)
+        return PictureStream(self.module, latents, choice, call.stream(latents, choice, gather, options), call, dtype)
 
     def encode(
         self, pictures: Tensor, *, mode: Mode = "auto", grid: Grid | None = None, gather: Gather = "all", **options: Any
@@ -95,7 +148,8 @@ class Autoencoder:
 
         Args:
             pictures: `[B, C, H, W]` or `[B, C, T, H, W]` as the module's `encode` takes them.
-            mode: as for `decode`; likewise `grid`, `gather` and `options`.
+            mode: "auto" and "parallel": all ranks share the rows, or in mode "auto" the cols where there are too few
+                rows. "single": each rank encodes all by itself.
             grid: instead of `mode`.
             gather: who receives the result.
             options: further arguments of the module's own `encode`.
@@ -109,84 +163,152 @@ class Autoencoder:
             TypeError: pictures without a plane.
             RuntimeError: another rank refused, or was given other arguments or weights.
         """
-        return self._call("encode", pictures, mode, grid, gather, options)
+        call = self._call("encode")
+        return call.stream(pictures, call.choose(pictures, mode, grid, options, None), gather, options).join()
 
-    def _call(
-        self, name: Call, x: Tensor, mode: Mode, grid: Grid | None, gather: Gather, options: dict[str, Any]
-    ) -> Tensor | None:
+    def _call(self, name: Call) -> PlaneCall:
         if name not in self._calls:
             raise TypeError(f"{type(self.module).__name__} has no {name}")
-        return self._calls[name](x, grid_for(mode, grid, x), gather, options)[0]
+        return self._calls[name]
 
 
-def grid_for(mode: Mode, grid: Grid | None, x: Tensor) -> Grid:
-    """The grid that a mode stands for.
+@dataclass(frozen=True)
+class Choice:
+    """How ranks share a call.
 
-    Raises:
-        ValueError: an unknown mode.
+    Attributes:
+        grid: of ranks.
+        items: how many of the batch go at once; one round after the other.
+        decision: why, if that was predicted.
     """
-    if mode not in ("auto", "single", "parallel"):
-        raise ValueError(f"mode={mode!r}: expected 'auto', 'single' or 'parallel'")
-    world = world_size()
-    if grid is not None:
-        return grid
-    if mode == "single" or world == 1:
-        return Grid()
-    height, width = x.shape[-2:] if x.ndim >= 2 else (0, 0)
-    if height >= world or mode == "parallel":
-        return Grid(rows=world)
-    return Grid(cols=world) if width >= world else Grid()
+
+    grid: Grid
+    items: int
+    decision: Decision | None = None
 
 
-class _Call:
-    """One of an autoencoder's two calls, sharded."""
+class PlaneCall:
+    """One of an autoencoder's two calls, sharded.
+
+    Args:
+        vae: the autoencoder.
+        name: which call.
+    """
 
     def __init__(self, vae: nn.Module, name: Call) -> None:
-        self._vae, self._name = vae, name
+        self.vae, self.name = vae, name
         self._own: Callable[..., Any] = getattr(type(vae), name)
-        self._signature = inspect.signature(self._own)
+        self.signature = inspect.signature(self._own)
         config = getattr(vae, "config", None)
         ratio = vars(vae).get("spatial_compression_ratio", getattr(config, "spatial_compression_ratio", None))
         levels = len(getattr(config, "block_out_channels", None) or (0,))
         multiple = int(ratio) if isinstance(ratio, (int, float)) else 2 ** (levels - 1)
         self._sharded = Sharded(self._run, [vae], multiple if name == "encode" else 1)
+        self._choices: dict[str, Choice] = {}
         # Of the result: its class, the field that counts, and the class of a distribution in there.
         self.kind: tuple[type, str, type | None] = (Tensor, "", None)
 
     @property
     def report(self) -> ShardReport | None:
+        """What the last call took."""
         return self._sharded.report
 
-    def __call__(self, x: Tensor, grid: Grid, gather: Gather, options: dict[str, Any]) -> tuple[Tensor | None, bool]:
-        """The result where it is wanted, and whether it was asked for as a tuple."""
-        parameters = list(self._signature.parameters)
-        bound = dict(self._signature.bind(self._vae, x, **options).arguments)
-        as_tuple = not bound.pop("return_dict", True)
-        rest = {**{name: value for name, value in bound.items() if name not in parameters[:2]}}
+    def choose(
+        self, x: Tensor, mode: Mode, grid: Grid | None, options: dict[str, Any], memory_budget: int | None
+    ) -> Choice:
+        """How ranks share a call. Collective in mode "auto".
+
+        Raises:
+            ValueError: an unknown mode, or a budget below 1.
+            TooLittleMemory: (a ValueError) no grid fits into the budget.
+        """
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode={mode!r}: expected one of {', '.join(get_args(Mode))}")
+        if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+            raise ValueError(f"memory_budget={memory_budget!r}: expected a number of bytes > 0")
+        world, batch = world_size(), x.shape[0] if isinstance(x, Tensor) and x.ndim else 1
+        if grid is not None or mode == "single" or world == 1 or not isinstance(x, Tensor) or x.ndim not in (4, 5):
+            return Choice(grid or Grid(), batch)
+        if mode == "auto" and self.name == "decode":
+            try:
+                return self._decided(x, options, memory_budget)
+            except UnplannableError:
+                pass  # it runs eagerly
+        height, width = x.shape[-2:]
+        if height >= world or mode == "parallel":
+            return Choice(Grid(rows=world), batch)
+        return Choice(Grid(cols=world) if width >= world else Grid(), batch)
+
+    def _decided(self, x: Tensor, options: dict[str, Any], memory_budget: int | None) -> Choice:
+        """The grid that is predicted to be the fastest of those that fit; all ranks ask together, and decide alike."""
+        tensors, static = self._bound(x, options)
+        batch, names = x.shape[0], ",".join(tensors)
+        asked = f"{list(x.shape)}, {x.dtype}, {static}, {[list(one.shape) for one in tensors.values()]}"
+        everyone = mesh_for(Grid(rows=world_size()), x.device)
+        free = everyone.platform.memory()[0], socket.gethostname()
+        offers = everyone.agree(f"decode {asked}, budget {memory_budget}", None, free)
+        budget = memory_budget or usable(offers, everyone.platform.kind)
+        known = self._choices.get(asked)
+        if known is not None and known.decision is not None and known.decision.stands(budget):
+            return known
+
+        def search(items: int) -> Search:
+            some = [one[:items] if one.ndim and one.shape[0] == batch else one for one in tensors.values()]
+            return Search(
+                lambda z: self._run(z, *some, _names=names, **static), self.vae, (items, *x.shape[1:]), x.dtype,
+                calibration_of(everyone, x.dtype, EAGER), batch // items, budget,
+                len({host for _, host in offers}) > 1, all_ranks=True,
+            )  # fmt: skip
+
+        by_item = search(1)
+        # Noise is drawn for all items at once.
+        whole = type(self.vae).__name__ in BATCHED or (batch > 1 and by_item.traced(Grid()).random)
+        decision = (search(batch) if whole else by_item).decide(world_size())
+        grid = decision.chosen.plan.stages[0].grid
+        choice = self._choices[asked] = Choice(grid, batch if whole else grid.batch, decision)
+        return choice
+
+    def _bound(self, x: Tensor, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Further tensors, and other arguments, by name."""
+        parameters = list(self.signature.parameters)
+        bound = dict(self.signature.bind(self.vae, x, **options).arguments)
+        bound.pop("return_dict", None)
+        rest = {name: value for name, value in bound.items() if name not in parameters[:2]}
         rest |= rest.pop("kwargs", {})
+        tensors = {name: value for name, value in rest.items() if isinstance(value, Tensor)}
+        return tensors, {name: value for name, value in rest.items() if name not in tensors}
+
+    def stream(self, x: Tensor, choice: Choice, gather: Gather, options: dict[str, Any]) -> Chunks:
+        """The result in chunks, as `Sharded.stream` has them; that of several rounds at once."""
         if not isinstance(x, Tensor) or x.ndim not in (4, 5):
             shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(
-                f"{type(self._vae).__name__}.{self._name} of {shape}: expected [B, C, H, W] or [B, C, T, H, W]; "
+                f"{type(self.vae).__name__}.{self.name} of {shape}: expected [B, C, H, W] or [B, C, T, H, W]; "
                 "audio and other autoencoders without a plane of rows and cols cannot be partitioned"
             )
-        tensors = {name: value for name, value in rest.items() if isinstance(value, Tensor)}
-        static = {name: value for name, value in rest.items() if name not in tensors}
-        with _whole(self._vae):
-            full = self._sharded(
-                x, *tensors.values(), grid=grid, gather=gather, options={**static, "_names": ",".join(tensors)}
-            )
-        return full, as_tuple
+        tensors, static = self._bound(x, options)
+        static["_names"] = ",".join(tensors)
+        batch, rounds = x.shape[0], []
+        for start in range(0, batch, choice.items):
+            some = slice(start, start + choice.items)
+            extras = [one[some] if one.ndim and one.shape[0] == batch else one for one in tensors.values()]
+            chunks = self._sharded.stream(x[some], *extras, grid=choice.grid, gather=gather, options=static)
+            if choice.items >= batch:
+                return chunks
+            rounds.append(chunks.join())
+        whole = [one for one in rounds if one is not None]
+        return Chunks(iter([torch.cat(whole)] if whole else []))
 
     def _run(self, x: Tensor, *tensors: Tensor, _names: str, **options: Any) -> Tensor:
         named = dict(zip(_names.split(","), tensors, strict=True)) if _names else {}
-        result = self._own(self._vae, x, **named, **options)
+        with _whole(self.vae):
+            result = self._own(self.vae, x, **named, **options)
         if isinstance(result, Tensor):
             self.kind = Tensor, "", None
             return result
         field = next((name for name in _FIELDS if getattr(result, name, None) is not None), None)
         if field is None:
-            name, fields = f"{type(self._vae).__name__}.{self._name}", ", ".join(_FIELDS)
+            name, fields = f"{type(self.vae).__name__}.{self.name}", ", ".join(_FIELDS)
             raise TypeError(f"{name} returned {type(result).__name__}: expected one of {fields} in it")
         value = getattr(result, field)
         distribution = None
@@ -230,7 +352,12 @@ def _whole(vae: nn.Module) -> Iterator[None]:
 
 
 def parallelize_plane(
-    vae: nn.Module, mode: Mode, grid: Grid | None, gather: Gather, warn: Callable[[Any], None]
+    vae: nn.Module,
+    mode: Mode,
+    grid: Grid | None,
+    gather: Gather,
+    memory_budget: int | None,
+    warn: Callable[[Any], None],
 ) -> None:
     """Replace the `decode` and `encode` of an autoencoder's instance; see `halovae.parallelize`."""
     from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -238,28 +365,28 @@ def parallelize_plane(
     for name in ("decode", "encode"):
         if not hasattr(type(vae), name):
             continue
-        call = _Call(vae, name)
-        vars(vae)[name] = apply_forward_hook(_method(call, name, mode, grid, gather, warn)).__get__(vae)
+        own, wished = (grid, gather) if name == "decode" else (None, "all")
+        method = _method(PlaneCall(vae, name), mode, own, wished, memory_budget, warn)
+        vars(vae)[name] = apply_forward_hook(method).__get__(vae)
 
 
 def _method(
-    call: _Call, name: Call, mode: Mode, grid: Grid | None, gather: Gather, warn: Callable[[Any], None]
-) -> Callable[..., Any]:
-    own = getattr(type(call._vae), name)
+    call: PlaneCall, mode: Mode, grid: Grid | None, gather: Gather, memory_budget: int | None,
+    warn: Callable[[Any], None],
+) -> Callable[..., Any]:  # fmt: skip
+    own, name = getattr(type(call.vae), call.name), call.name
 
     @functools.wraps(own)
     def method(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         warn(self)
-        bound = call._signature.bind(self, x, *args, **kwargs).arguments
+        bound = call.signature.bind(self, x, *args, **kwargs).arguments
         options = {key: value for key, value in list(bound.items())[2:] if key != "kwargs"} | bound.get("kwargs", {})
-        wished = gather if name == "decode" else "all"
-        chosen = grid_for(mode, grid if name == "decode" else None, x)
-        used: _Call = call
-        if self is not call._vae:  # a copy of the module, with weights of its own
+        used = call
+        if self is not call.vae:  # a copy of the module, with weights of its own
             kept = vars(self).get(f"_halovae_{name}")
-            used = kept if kept is not None and kept._vae is self else _Call(self, name)
+            used = kept if kept is not None and kept.vae is self else PlaneCall(self, name)
             vars(self)[f"_halovae_{name}"] = used
-        value, as_tuple = used(x, chosen, wished, options)
-        return used.result(used.blank(x) if value is None else value, as_tuple)
+        value = used.stream(x, used.choose(x, mode, grid, options, memory_budget), gather, options).join()
+        return used.result(used.blank(x) if value is None else value, not options.get("return_dict", True))
 
     return method

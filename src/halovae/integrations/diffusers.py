@@ -65,12 +65,12 @@ def parallelize(
         raise ValueError(f"gather={gather!r}: a pipeline needs whole frames, expected 'all' or 'rank0'")
     vae = _vae_of(pipe_or_vae)
     if type(vae).__name__ not in CLASSES:
-        for name, value in (("chunk", chunk), ("halo_depth", halo_depth), ("memory_budget", memory_budget)):
+        for name, value in (("chunk", chunk), ("halo_depth", halo_depth)):
             if value is not None:
                 raise ValueError(
                     f"{name}={value!r}: {type(vae).__name__} runs on the plane path, which has no {name} yet"
                 )
-        parallelize_plane(vae, mode, grid, gather, _warn_of_tiling)
+        parallelize_plane(vae, mode, grid, gather, memory_budget, _warn_of_tiling)
         return pipe_or_vae
     decoder = Decoder(from_module(vae))
 
@@ -107,16 +107,18 @@ def encode_by(vae: Any, moments: Callable[[Tensor], Tensor]) -> None:
 
 
 def do_without_torchvision() -> None:
-    """Let Qwen's processor of pictures load where torchvision is not installed.
+    """Let Qwen's processors of pictures load where torchvision is not installed.
 
-    Only its part for videos needs that (transformers 5), which no pipeline for pictures uses. Where torchvision is
-    installed nothing changes.
+    Only their part for videos needs that (transformers 5), which no pipeline uses. Where torchvision is installed
+    nothing changes.
     """
-    from transformers import Qwen2VLProcessor
+    import transformers
     from transformers.utils import is_torchvision_available
 
     if not is_torchvision_available():
-        Qwen2VLProcessor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
+        for name in ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"):
+            if (processor := getattr(transformers, name, None)) is not None:
+                processor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
 
 
 def gather_uneven_parts() -> None:

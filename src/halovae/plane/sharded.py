@@ -39,6 +39,7 @@ class ShardReport:
         chunked: the dim of the result along which chunks come one by one; None if it comes whole.
         recorded: seconds that recording took; 0 if the program was there already.
         seconds: of the call, without recording.
+        waiting: seconds of these that it waited for other ranks' data.
         messages: sent by this rank, and their `bytes_sent`.
         fallbacks: operators that no rule covers, with their calls: they ran replicated on all ranks.
         gathered: the share of all computed bytes that these received.
@@ -52,11 +53,41 @@ class ShardReport:
     chunked: int | None
     recorded: float
     seconds: float
+    waiting: float
     messages: int
     bytes_sent: int
     fallbacks: Mapping[str, int]
     gathered: float
     peak: int
+
+
+class Chunks(Iterator["Tensor | None"]):
+    """A result in chunks, in order. Nothing is computed before it is asked for.
+
+    Args:
+        chunks: one after the other; None on ranks that receive nothing.
+        dim: along which they lie side by side; None if there is but one.
+        extent: of all of them along it.
+    """
+
+    def __init__(self, chunks: Iterator[Tensor | None], dim: int | None = None, extent: int = 0) -> None:
+        self._chunks, self.dim, self.extent = chunks, dim, extent
+
+    def __next__(self) -> Tensor | None:
+        return next(self._chunks)
+
+    def join(self) -> Tensor | None:
+        """All of them as one tensor; None on ranks that receive nothing."""
+        whole, start = None, 0
+        for chunk in self:
+            if self.dim is None or chunk is None:
+                whole = chunk
+                continue
+            if whole is None:
+                whole = chunk.new_empty([*chunk.shape[: self.dim], self.extent, *chunk.shape[self.dim + 1 :]])
+            whole.narrow(self.dim, start, chunk.shape[self.dim]).copy_(chunk)
+            start += chunk.shape[self.dim]
+        return whole
 
 
 class Sharded:
@@ -93,7 +124,7 @@ class Sharded:
             x: `[B, ..., H, W]`, the same on all ranks.
             extras: further tensors for the function, which every rank has all of.
             grid: how ranks share the plane, and the batch; None to share the rows of all ranks. On 1x1 each rank
-                computes all of it by itself.
+                computes all of it by itself, or rank 0 alone with gather="rank0".
             mesh: a mesh to use instead of the one that all calls with this grid share.
             gather: who receives the result: "all" ranks, "rank0", or "none": each rank keeps its own part.
             options: keyword arguments for the function; no tensors.
@@ -108,18 +139,7 @@ class Sharded:
             TypeError: the input is not a floating tensor `[..., H, W]`, or the result is no tensor.
             RuntimeError: another rank refused, or has other arguments or weights.
         """
-        chunked, chunks = self._start(x, extras, grid, mesh, gather, options)
-        whole, start = None, 0
-        for chunk in chunks:
-            if chunked is None or chunk is None:
-                whole = chunk
-                continue
-            dim, total = chunked
-            if whole is None:
-                whole = chunk.new_empty([*chunk.shape[:dim], total, *chunk.shape[dim + 1 :]])
-            whole.narrow(dim, start, chunk.shape[dim]).copy_(chunk)
-            start += chunk.shape[dim]
-        return whole
+        return self.stream(x, *extras, grid=grid, mesh=mesh, gather=gather, options=options).join()
 
     def stream(
         self,
@@ -129,7 +149,7 @@ class Sharded:
         mesh: Mesh | None = None,
         gather: Gather = "all",
         options: Mapping[str, Any] | None = None,
-    ) -> Iterator[Tensor | None]:
+    ) -> Chunks:
         """Call the function, and get its result in chunks, where it puts it together of chunks that it computes one by
         one, as video autoencoders do. Nothing is computed before it is asked for. All ranks ask for all chunks.
 
@@ -142,21 +162,14 @@ class Sharded:
             options: keyword arguments for the function.
 
         Yields:
-            Chunks along the dim in which the function concatenates them (`report.chunked`): frames, mostly. None on the
-            ranks that receive nothing. The whole result at once if the function does not work in chunks.
+            Chunks along the dim in which the function concatenates them, frames mostly; None on the ranks that receive
+            nothing. The whole result at once if the function does not work in chunks.
 
         Raises:
             ValueError: as for a call; likewise the others.
             TypeError: the input or the result is no such tensor.
             RuntimeError: another rank refused, or has other arguments or weights.
         """
-        return self._start(x, extras, grid, mesh, gather, options)[1]
-
-    def _start(
-        self, x: Tensor, extras: Sequence[Tensor], grid: Grid | None, mesh: Mesh | None, gather: Gather,
-        options: Mapping[str, Any] | None,
-    ) -> tuple[tuple[int, int] | None, Iterator[Tensor | None]]:  # fmt: skip
-        """The dim along which chunks come and its extent, if they do, and the chunks."""
         options = dict(options or {})
         everyone = mesh or mesh_for(Grid(rows=world_size()), _device(self._modules, x))
         used, key, asked = everyone, None, ""
@@ -189,11 +202,13 @@ class Sharded:
                 "ones than one device; expected a grid of rows and cols"
             )
         plane = Plane(used)
-        steps = self._steps(program, plane, mine, rest, options)
+        # On one rank others would compute what nobody asks them for.
+        idle = gather == "rank0" and used.grid.size == 1 and everyone.rank > 0 and isinstance(program, Program)
+        steps = iter(()) if idle else self._steps(program, plane, mine, rest, options)
         chunks = self._chunks(program, steps, plane, x, items, gather, recorded)
         if not isinstance(program, Program) or program.chunked is None:
-            return None, chunks
-        return (program.chunked, extent(program.returns[program.chunked])), chunks
+            return Chunks(chunks)
+        return Chunks(chunks, program.chunked, extent(program.returns[program.chunked]))
 
     def _digest(self, key: Any) -> str:
         """Tells the weights of ranks apart; computed once."""
@@ -239,6 +254,7 @@ class Sharded:
             chunked,
             recorded if recorded > 1e-3 else 0.0,
             seconds,
+            traffic.waiting.seconds(),
             traffic.messages,
             traffic.bytes,
             dict(told.fallbacks),

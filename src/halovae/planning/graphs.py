@@ -72,11 +72,13 @@ class Traced:
         cost: of its graph, by submodule and kind of operator.
         pictures: the shape of what the item decodes to.
         fallbacks: operators that no rule covers: they run replicated.
+        random: whether it draws random numbers.
     """
 
     cost: Cost
     pictures: tuple[int, ...]
     fallbacks: tuple[str, ...]
+    random: bool
 
 
 def busiest(grid: Grid, height: int, width: int) -> int:
@@ -123,7 +125,7 @@ def traced(
     cost = Cost(
         dict(total), messages, sent, sum(weights.values()), 0, peak(program.graph, program.bodies, pricer.scratch)
     )
-    return Traced(cost, shape_of(program.returns), tuple(program.fallbacks))
+    return Traced(cost, shape_of(program.returns), tuple(program.fallbacks), program.random)
 
 
 class _Watch(Recorder):
@@ -251,14 +253,17 @@ class Search:
         batch: how many items there are.
         budget: bytes that a rank may take besides weights; None for any number.
         hosts: whether the ranks are on several hosts.
+        all_ranks: whether a grid has one rank, or all of them, and as many items at a time as go into the batch evenly.
     """
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype,
         calibration: Calibration, batch: int = 1, budget: int | None = None, hosts: bool = False,
+        all_ranks: bool = False,
     ) -> None:  # fmt: skip
         self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
         self._calibration, self._batch, self._budget, self._hosts = calibration, batch, budget, hosts
+        self._all_ranks = all_ranks
         self._traced: dict[Grid, Traced] = {}
         self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
 
@@ -317,7 +322,9 @@ class Search:
         for items in range(1, min(self._batch, world) + 1):
             for rows in range(1, min(height, world // items) + 1):
                 for cols in range(1, min(width, world // (items * rows)) + 1):
-                    yield Grid(items, rows, cols)
+                    grid = Grid(items, rows, cols)
+                    if not self._all_ranks or (grid.size in (1, world) and self._batch % items == 0):
+                        yield grid
 
     def _share(self, grid: Grid) -> float:
         """The share of an item's cells that the largest shard has, times the items."""

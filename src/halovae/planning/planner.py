@@ -35,12 +35,7 @@ def decide(question: Question, everyone: Mesh, offers: Sequence[tuple[int, str]]
         TooLittleMemory: no plan fits.
     """
     hosts = [host for _, host in offers]
-    if question.budget is None:
-        # Processes on the CPU share what their host has.
-        sharing = max(map(hosts.count, hosts)) if question.device == "cpu" else 1
-        budget = int(USABLE * min(free for free, _ in offers) / sharing)
-    else:
-        budget = question.budget
+    budget = question.budget or usable(offers, question.device)
     name = _name(everyone, question.dtype, kernels)
     known = _decisions.get((name, str(question)))
     if known is None or not known.stands(budget):
@@ -48,6 +43,18 @@ def decide(question: Question, everyone: Mesh, offers: Sequence[tuple[int, str]]
         question_now = replace(question, budget=budget, hosts=len(set(hosts)) > 1)
         known = _decisions[name, str(question)] = choose(question_now, calibration)
     return known
+
+
+def usable(offers: Sequence[tuple[int, str]], device: str) -> int:
+    """Bytes that a decode may take on each rank.
+
+    Args:
+        offers: every rank's free bytes, and its host.
+        device: the kind of the ranks' devices. Processes on the CPU share what their host has.
+    """
+    hosts = [host for _, host in offers]
+    sharing = max(map(hosts.count, hosts)) if device == "cpu" else 1
+    return int(USABLE * min(free for free, _ in offers) / sharing)
 
 
 def calibration_of(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:

@@ -1,0 +1,98 @@
+"""Pictures of any autoencoder as they get finished, and what the decode took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from halovae.geometry import Grid
+from halovae.lines import world_size
+from halovae.loop import converted
+from halovae.memory import MemoryMeter
+from halovae.mesh import mesh_for
+from halovae.plane.sharded import Chunks
+from halovae.report import DecodeReport, RankReport
+
+if TYPE_CHECKING:
+    from halovae.integrations.autoencoder import Choice, PlaneCall
+
+
+class PictureStream(Iterator["Tensor | None"]):
+    """Finished frames of a decode, as `Autoencoder.stream` describes them.
+
+    A chunk is decoded when the next item is asked for. After the last one `report` says what the decode took.
+
+    Args:
+        module: the autoencoder.
+        latents: what it decodes.
+        choice: how ranks share them.
+        chunks: its result.
+        call: what makes them.
+        dtype: of the pictures; None for that of the result.
+    """
+
+    def __init__(
+        self, module: nn.Module, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall,
+        dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        self._module, self._latents, self._choice, self._call, self._dtype = module, latents, choice, call, dtype
+        self._chunks = chunks
+        self._mesh = mesh_for(Grid(rows=world_size()), latents.device)
+        self._memory = MemoryMeter(self._mesh.platform)
+        self._own: RankReport | None = None
+
+    def __next__(self) -> Tensor | None:
+        try:
+            with self._memory.counting():
+                chunk = next(self._chunks)
+                if chunk is None or self._dtype is None:
+                    return chunk
+                return converted(chunk if self._dtype.is_floating_point else chunk.clamp(-1, 1), self._dtype)
+        except StopIteration:
+            taken = self._call.report
+            if self._own is None and taken is not None:
+                self._own = RankReport(
+                    self._mesh.lines.rank, taken.seconds, taken.waiting, taken.messages, taken.bytes_sent,
+                    self._memory.read(),
+                )  # fmt: skip
+            raise
+
+    def join(self) -> Tensor | None:
+        """All frames at once, on the ranks that receive any; None on the others."""
+        return Chunks(self, self._chunks.dim, self._chunks.extent).join()
+
+    @property
+    def report(self) -> DecodeReport:
+        """What this rank took.
+
+        Raises:
+            RuntimeError: frames are still to come.
+        """
+        taken = self._call.report
+        if self._own is None or taken is None:
+            raise RuntimeError("the report of a decode is there once its last frames have been taken")
+        shape = taken.shape if len(taken.shape) == 5 else (*taken.shape[:2], 1, *taken.shape[2:])
+        decision = self._choice.decision
+        return DecodeReport(
+            family=type(self._module).__name__,
+            latents=tuple(self._latents.shape),
+            frames=(self._latents.shape[0], *shape[1:]),
+            dtype=str(self._latents.dtype).removeprefix("torch."),
+            device=self._mesh.platform.kind,
+            grid=str(taken.grid),
+            chunk=1,
+            halo_depths={"": 1},
+            bands=1,
+            first_use=taken.recorded > 0,
+            decision=None if decision is None else decision.as_dict(),
+            fell_back="",
+            ranks=(self._own,),
+        )
+
+    def shared_report(self) -> DecodeReport:
+        """What every rank took; all ranks ask for it, and all get it."""
+        return replace(self.report, ranks=tuple(self._mesh.lines.all_values(self.report.ranks[0])))

@@ -23,7 +23,7 @@ class LatentsHeader:
 
     Attributes:
         name: the tensor's name in the file.
-        shape: `[B, C, T, H, W]`.
+        shape: `[B, C, T, H, W]`, or `[B, C, H, W]` of pictures.
         dtype: as stored; a dtype that is not floating point is given as int64.
         family: the model family that the latents belong to, such as "wan2.1".
         scaled: True if they are normalized by the model's latents_mean and latents_std, as diffusion models work on.

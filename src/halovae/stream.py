@@ -24,13 +24,16 @@ class FrameStream(Iterator[Tensor | None]):
     """Finished frames of a decode, chunk by chunk, as `Decoder.stream` describes them.
 
     A chunk is decoded when the next item is asked for. After the last one `report` says what the decode took.
+
+    Attributes:
+        latents: what is decoded.
     """
 
     def __init__(
         self, model: WanDecoder, latents: Tensor, plans: Sequence[Plan], request: Request, first_use: bool,
         decision: Decision | None = None, mesh: Mesh | None = None,
     ) -> None:  # fmt: skip
-        self._model, self._latents, self._plans, self._request = model, latents, list(plans), request
+        self._model, self.latents, self._plans, self._request = model, latents, list(plans), request
         self._first_use, self._decision, self._mesh = first_use, decision, mesh
         self._meshes = self._meshes_of(plans[0])
         platform = self._meshes[0].platform
@@ -58,7 +61,7 @@ class FrameStream(Iterator[Tensor | None]):
 
     def join(self) -> Tensor | None:
         """All frames at once: `[B, 3, T', H', W']` on the ranks that receive any, None on the others."""
-        frames, done, out = self._model.config.frames(self._latents.shape[2]), 0, None
+        frames, done, out = self._model.config.frames(self.latents.shape[2]), 0, None
         for piece in self:
             if piece is None:
                 continue
@@ -80,7 +83,7 @@ class FrameStream(Iterator[Tensor | None]):
         """
         if self._own is None:
             raise RuntimeError("the report of a decode is there once its last frames have been taken")
-        latents, config = self._latents.shape, self._model.config
+        latents, config = self.latents.shape, self._model.config
         factor = config.spatial_factor
         return DecodeReport(
             family=config.family,
@@ -107,14 +110,14 @@ class FrameStream(Iterator[Tensor | None]):
         memory = MemoryMeter(mesh.platform, by_thread=mesh.lines.shared_device)
         done = frames_yielded = 0
         loop = self._started()
-        spans = self._plan.chunks(self._latents.shape[2])
+        spans = self._plan.chunks(self.latents.shape[2])
         while done < len(spans):
             with memory.counting(), self._clock.running():
                 frames = self._next(loop, done)
             if self._ran_out:
                 frames = None
                 self._lean()
-                loop, done, spans = self._started(), 0, self._plan.chunks(self._latents.shape[2])
+                loop, done, spans = self._started(), 0, self._plan.chunks(self.latents.shape[2])
                 continue
             done += 1
             final = self._model.config.frames(spans[done - 1].stop)
@@ -134,7 +137,7 @@ class FrameStream(Iterator[Tensor | None]):
 
     def _started(self) -> Generator[Tensor | None, None, None]:
         self._calls, self._ran_out = self._traffic.calls, False
-        return Loop(self._model, self._latents, self._plan, self._meshes, self._request, self._traffic).chunks()
+        return Loop(self._model, self.latents, self._plan, self._meshes, self._request, self._traffic).chunks()
 
     def _next(self, loop: Generator[Tensor | None, None, None], done: int) -> Tensor | None:
         """The next chunk's frames. Where there is a leaner plan and memory runs out on any rank, all ranks note it."""
@@ -150,7 +153,7 @@ class FrameStream(Iterator[Tensor | None]):
             failed = True
         if failed:
             calls = self._traffic.calls - self._calls
-            serve_out(self._model, self._latents, self._plan, self._meshes, self._request, done + 1, calls)
+            serve_out(self._model, self.latents, self._plan, self._meshes, self._request, done + 1, calls)
         self._ran_out = self._meshes[0].lines.anyone(failed)
         return frames
 

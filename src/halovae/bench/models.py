@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halovae.integrations.autoencoder import BATCHED
 from halovae.models.wan import WanConfig
 
 
@@ -162,16 +163,14 @@ def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: in
     Raises:
         ValueError: no latents do; says which sizes and numbers of frames are nearest.
     """
-    config: Mapping[str, Any] = getattr(module, "config", {})
-    channels = next((config[key] for key in _CHANNELS if config.get(key)), None)
-    space = spatial_ratio(module)
+    channels, space = latent_channels(module), spatial_ratio(module)
     if channels is None or space is None:
         raise ValueError(f"{name}: the config of {type(module).__name__} does not say how latents relate to pictures")
     if any(extent % space for extent in size):
         nearest = "x".join(str(max(1, round(extent / space)) * space) for extent in size)
         raise ValueError(f"size {size[0]}x{size[1]}: {name} makes multiples of {space}, such as {nearest}")
     plane = size[1] // space, size[0] // space
-    if type(module).__name__ in _BATCHED:
+    if type(module).__name__ in BATCHED:
         return frames, channels, *plane
     if not makes_clips(module):
         if frames != 1:
@@ -184,6 +183,12 @@ def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: in
         said = "multiples" if first == 0 else "1 + a multiple"
         raise ValueError(f"{frames} frames: {name} makes {said} of {ratio}: {near}")
     return 1, channels, (frames - first) // ratio + first, *plane
+
+
+def latent_channels(module: nn.Module) -> int | None:
+    """Channels of the latents; None if the config does not say."""
+    config: Mapping[str, Any] = getattr(module, "config", {})
+    return next((int(config[key]) for key in _CHANNELS if config.get(key)), None)
 
 
 def spatial_ratio(module: nn.Module) -> int | None:
@@ -216,11 +221,10 @@ def temporal_ratio(module: nn.Module) -> tuple[int, int]:
 def makes_clips(module: nn.Module) -> bool:
     """Whether latents have frames."""
     decoder = getattr(module, "decoder", module)
-    return any(isinstance(one, nn.Conv3d) for one in decoder.modules()) or type(module).__name__ in _BATCHED
+    return any(isinstance(one, nn.Conv3d) for one in decoder.modules()) or type(module).__name__ in BATCHED
 
 
 _CHANNELS = ("latent_channels", "z_dim", "z_channels", "vq_embed_dim", "encoder_hidden_size")
-_BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
 _ONE_FRAME = ("AutoencoderKLQwenImage21",)
 _SAME_FRAMES = ("AutoencoderKLHunyuanImageRefiner",)
 _WHOLE_FRAMES = ("AutoencoderKLAllegro", "AutoencoderVidTok")  # every latent frame makes as many

@@ -13,12 +13,16 @@ import typer
 from halovae import latents as latents_file
 from halovae import media
 from halovae.cli.common import Dtype, Mode, errors_shown, parse_bytes, parse_chunk, parsed
+from halovae.cli.planes import PlaneModel, denormalized, options
 from halovae.cli.writing import outputs, tell, write
 from halovae.decode import check_latents, load
 from halovae.geometry import Grid
+from halovae.integrations.autoencoder import Autoencoder
+from halovae.integrations.pictures import PictureStream
 from halovae.launch import launch, under_torchrun
 from halovae.lines import world_size
-from halovae.models.load import find_folder, read_config
+from halovae.models.load import CLASSES, find_folder, read_class, read_config
+from halovae.stream import FrameStream
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class _Job:
     latents: Path
     folder: Path
     output: Path
+    frames: int
     mode: Any
     grid: Grid | None
     dtype: torch.dtype
@@ -40,7 +45,7 @@ class _Job:
 
 
 def decode(
-    latents: Annotated[Path, typer.Argument(help="Latents as a .safetensors file, [B, C, T, H, W].")],
+    latents: Annotated[Path, typer.Argument(help="Latents as a .safetensors file: [B, C, T, H, W], or [B, C, H, W].")],
     model: Annotated[str, typer.Option(help="Folder in diffusers layout (a VAE's or a pipeline's), or a hub id.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="clip.mp4, picture.png, or a folder's name for numbered PNGs.")
@@ -91,16 +96,16 @@ def decode(
             raise ValueError(f"--grid {wanted} needs {wanted.size} ranks, but --num-gpus is {ranks}")
         header = latents_file.read_header(latents)
         folder = find_folder(model)
-        config = read_config(folder)
-        check_latents(config, header.shape, header.dtype, wanted or Grid())
-        if header.family not in (None, config.family):
-            raise ValueError(f"{latents} holds latents of {header.family}, but {folder} is a {config.family} model")
+        family, frames = _described(folder, header, wanted or Grid(), chunk, halo_depth)
+        if header.family not in (None, family):
+            raise ValueError(f"{latents} holds latents of {header.family}, but {folder} is a {family} model")
         for path in outputs(output, header.shape[0]):
-            media.check_output(path, config.frames(header.shape[2]))
+            media.check_output(path, frames)
         job = _Job(
             latents=latents,
             folder=folder,
             output=output,
+            frames=frames,
             mode=mode.value,
             grid=wanted,
             dtype=dtype.torch,
@@ -120,26 +125,50 @@ def decode(
                 media.discard(media.partial_of(path))
 
 
+def _described(
+    folder: Path, header: latents_file.LatentsHeader, grid: Grid, chunk: str | None, halo_depth: int | None
+) -> tuple[str, int]:
+    """The model's family, or class, and how many frames it makes of the latents.
+
+    Raises:
+        ValueError: it decodes no such latents, or not that way.
+    """
+    if read_class(folder) in CLASSES:
+        config = read_config(folder)
+        check_latents(config, header.shape, header.dtype, grid)
+        return config.family, config.frames(header.shape[2])
+    model = PlaneModel.read(folder, torch.float32)
+    for name, value in (("--chunk", chunk), ("--halo-depth", halo_depth)):
+        if value is not None:
+            raise ValueError(f"{name} {value}: {model.name} decodes its own chunks, and exchanges once a convolution")
+    return model.name, model.clip(header.shape, torch.float32, grid)[2]
+
+
 def _run(job: _Job) -> None:
     """One rank's work; rank 0 writes the frames."""
-    decoder = load(job.folder, dtype=job.dtype)
-    latents = latents_file.read(job.latents)
-    pieces = decoder.stream(
-        latents,
-        mode=job.mode,
-        grid=job.grid,
-        chunk=job.chunk,
-        dtype=torch.uint8,
-        halo_depth=job.halo_depth,
-        memory_budget=job.memory_budget,
-        denormalize=job.denormalize,
-    )
+    pieces = _pieces(load(job.folder, dtype=job.dtype), latents_file.read(job.latents), job)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    paths = outputs(job.output, latents.shape[0])
+    paths = outputs(job.output, pieces.latents.shape[0])
     if rank > 0:
         pieces.join()
     else:
-        write(pieces, paths, job.fps, decoder.config.frames(latents.shape[2]))
+        write(pieces, paths, job.fps, job.frames)
     report = pieces.shared_report()
     if rank == 0:
         tell(report, paths, job.report)
+
+
+def _pieces(decoder: Any, latents: torch.Tensor, job: _Job) -> FrameStream | PictureStream:
+    common: dict[str, Any] = {
+        "mode": job.mode, "grid": job.grid, "dtype": torch.uint8, "memory_budget": job.memory_budget,
+    }  # fmt: skip
+    if isinstance(decoder, Autoencoder):
+        latents = latents.to(decoder.device, torch.float32)
+        if job.denormalize:
+            latents = denormalized(latents, decoder.config, type(decoder.module).__name__)
+        latents = latents.to(decoder.dtype)
+        return decoder.stream(latents, **common, **options(decoder.module, latents))
+    pieces: FrameStream = decoder.stream(
+        latents, chunk=job.chunk, halo_depth=job.halo_depth, denormalize=job.denormalize, **common
+    )
+    return pieces

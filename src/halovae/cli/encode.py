@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,10 @@ import typer
 
 from halovae import latents as latents_file
 from halovae import media
-from halovae.cli.common import Dtype, console, errors_shown, parse_size, parsed
-from halovae.models.load import find_folder, read_class, read_config
-from halovae.models.wan import WanConfig
+from halovae.cli.common import Dtype, check_installed, console, errors_shown, parse_size, parsed
+from halovae.cli.planes import PlaneModel
+from halovae.integrations.autoencoder import FIELDS
+from halovae.models.load import CLASSES, diffusers_module, find_folder, read_class, read_config
 from halovae.platform import Platform
 
 
@@ -29,46 +31,83 @@ def encode(
 ) -> None:
     """Encode a clip to raw latents (the posterior's mode), one process, with diffusers' encoder.
 
-    The model takes 1, 5, 9, ... frames whose sides are multiples of its spatial factor: what is over is cut, and said.
+    Sides must be multiples of the model's spatial factor, and most models of clips take 1, 5, 9, ... frames: what is
+    over is cut, and said.
     """
     with errors_shown():
         wanted = None if size is None else parsed("--size", size, parse_size)
         folder = find_folder(model)
-        config = read_config(folder)
+        sizes = _sizes(folder)
         if output.suffix != ".safetensors":
             raise ValueError(f"output {output}: expected a name that ends in .safetensors")
         media.check_writable(output)
         pixels, fps = media.read_clip(clip, frames)
-        video = _fitted(pixels, config, wanted)
+        video = _fitted(pixels, sizes, wanted)
         if video.shape[1:] != pixels.shape[1:]:
             (t, h, w), (frames_in, height, width) = video.shape[1:], pixels.shape[1:]
             console.print(f"taking {t} frames of {w}x{h} from {frames_in} of {width}x{height}")
         with console.status("encoding"), torch.inference_mode():
             device = Platform.default().device
             vae = _encoder(folder, dtype.torch).to(device)
-            latents = vae.encode(video[None].to(device, dtype.torch)).latent_dist.mode().cpu()
-        latents_file.save(output, latents, config.family, scaled=False, fps=fps)
+            pictures = video[None].to(device, dtype.torch)
+            latents = _mode(vae.encode(pictures if sizes.clips else pictures[:, :, 0])).cpu()
+        latents_file.save(output, latents, sizes.family, scaled=False, fps=fps)
         shape = "x".join(map(str, latents.shape))
-        console.print(f"{output}: latents {shape} of {config.family}, {fps:g} frames per second", soft_wrap=True)
+        console.print(f"{output}: latents {shape} of {sizes.family}, {fps:g} frames per second", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What an encoder takes: multiples of so many pixels, and `first` frames plus a multiple of so many."""
+
+    family: str
+    spatial_factor: int
+    temporal_factor: int
+    first: int
+    clips: bool
+
+
+def _sizes(folder: Path) -> _Sizes:
+    if read_class(folder) in CLASSES:
+        config = read_config(folder)
+        return _Sizes(config.family, config.spatial_factor, config.temporal_factor, 1, True)
+    model = PlaneModel.read(folder, torch.float32)
+    from halovae.bench.models import makes_clips, spatial_ratio, temporal_ratio
+
+    ratio = spatial_ratio(model.module)
+    if ratio is None:
+        raise ValueError(f"{folder}: the config of {model.name} does not say how latents relate to pictures")
+    if not hasattr(type(model.module), "encode"):
+        raise ValueError(f"{folder}: {model.name} has no encoder")
+    if not makes_clips(model.module):
+        return _Sizes(model.name, ratio, 1, 1, False)
+    return _Sizes(model.name, ratio, *temporal_ratio(model.module), True)
 
 
 def _encoder(folder: Path, dtype: torch.dtype) -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError("encoding goes through diffusers: pip install 'halovae[diffusers]'") from error
-    return getattr(diffusers, read_class(folder)).from_pretrained(folder, torch_dtype=dtype)
+    check_installed("encoding, which goes through diffusers,", "diffusers", extra="diffusers")
+    return diffusers_module(folder, dtype)
 
 
-def _fitted(pixels: torch.Tensor, config: WanConfig, size: tuple[int, int] | None) -> torch.Tensor:
+def _mode(encoded: Any) -> torch.Tensor:
+    """The most likely latents, of whatever a class returns."""
+    held = next(value for name in FIELDS if (value := getattr(encoded, name, None)) is not None)
+    found: torch.Tensor = held if isinstance(held, torch.Tensor) else held.mode()
+    return found
+
+
+def _fitted(pixels: torch.Tensor, sizes: _Sizes, size: tuple[int, int] | None) -> torch.Tensor:
     """uint8 `[3, T, H, W]` to [-1, 1] in sizes that the model takes: scaled if a size is given, then cut."""
-    factor, step = config.spatial_factor, config.temporal_factor
+    factor, step, first = sizes.spatial_factor, sizes.temporal_factor, sizes.first
     if size is not None and (size[0] % factor or size[1] % factor):
-        raise ValueError(f"--size {size[0]}x{size[1]}: {config.family} takes multiples of {factor} pixels")
+        raise ValueError(f"--size {size[0]}x{size[1]}: {sizes.family} takes multiples of {factor} pixels")
     count, height, width = pixels.shape[1:]
     if min(height, width) < factor and size is None:
-        raise ValueError(f"a clip of {width}x{height} is too small: {config.family} takes multiples of {factor} pixels")
-    video = pixels[:, : 1 + (count - 1) // step * step].float() / 127.5 - 1
+        raise ValueError(f"a clip of {width}x{height} is too small: {sizes.family} takes multiples of {factor} pixels")
+    taken = first + (count - first) // step * step if sizes.clips else 1
+    if taken < 1:
+        raise ValueError(f"a clip of {count} frames is too short: {sizes.family} takes multiples of {step} frames")
+    video = pixels[:, :taken].float() / 127.5 - 1
     if size is None:
         top, left = height % factor // 2, width % factor // 2
         return video[:, :, top : top + height - height % factor, left : left + width - width % factor]

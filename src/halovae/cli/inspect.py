@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,13 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from halovae.cli.common import Dtype, errors_shown, parse_size, parsed
+from halovae.cli.planes import PlaneModel
 from halovae.geometry import Grid
-from halovae.models.load import find_folder, read_config
-from halovae.planning.cost import walk
+from halovae.models.load import CLASSES, find_folder, read_class, read_config
+from halovae.planning.cost import Cost, walk
 from halovae.planning.plan import Plan
 
 # What each model is mostly asked for: width, height, frames.
 USUAL = {"wan2.1": (1280, 720, 81), "wan2.2-5b": (1280, 704, 121), "qwen-image": (1328, 1328, 1)}
+PLANE_PICTURE, PLANE_CLIP, PLANE_FRAMES = (1024, 1024), (1280, 720), 81  # of other classes
 
 
 def inspect(
@@ -30,34 +35,68 @@ def inspect(
     """Show a model's family and sizes, and what one rank needs for a decode. Reads no weights."""
     with errors_shown():
         folder = find_folder(model)
-        config = read_config(folder)
-        width, height, count = USUAL[config.family]
-        if size is not None:
-            width, height = parsed("--size", size, parse_size)
-        count = frames or count
-        factor, step = config.spatial_factor, config.temporal_factor
-        shape = config.latents((width, height), count, batch)
+        wanted = None if size is None else parsed("--size", size, parse_size)
         ranks = Grid.parse(grid)
-        cost = walk(config, shape, dtype.torch, Plan.of(batch, ranks))
-        clip = batch * config.picture_channels * count * height * width
+        describe = _tile if read_class(folder) in CLASSES else _plane
         table = Table(title=str(folder), show_header=False, title_justify="left")
-        for name, value in (
-            ("family", config.family),
-            ("latent channels", f"{config.z_dim}"),
-            ("scale", f"{factor}x in space, {step}x in time"),
-            ("channels by level", " ".join(f"{config.base_dim * m}" for m in reversed(config.dim_mult))),
-            ("blocks", " ".join(config.blocks)),
-            ("decoder weights", _size(cost.weights) + f" in {dtype.value}"),
-            ("", ""),
-            ("decode of", f"{batch} x {width}x{height}, {count} frames: latents {list(shape)}"),
-            ("on", f"{ranks.size} rank(s), grid {ranks}, one latent frame per pass, halo depth 1"),
-            ("work per rank", f"{cost.flops / 1e12:,.2f} TFLOP"),
-            ("peak per rank", f"{_size(cost.weights + cost.peak)} (weights, caches and activations)"),
-            ("of it, caches", _size(cost.caches)),
-            ("the clip", f"{_size(clip)} in uint8, {_size(clip * 4)} in fp32, where it is gathered"),
-        ):
-            table.add_row(name, value)
+        for row in describe(folder, wanted, frames, batch, ranks, dtype):
+            table.add_row(*row)
         Console().print(table)
+
+
+def _tile(
+    folder: Path, size: tuple[int, int] | None, frames: int | None, batch: int, ranks: Grid, dtype: Dtype
+) -> Iterator[tuple[str, str]]:
+    config = read_config(folder)
+    width, height, count = USUAL[config.family]
+    if size is not None:
+        width, height = size
+    count = frames or count
+    shape = config.latents((width, height), count, batch)
+    cost = walk(config, shape, dtype.torch, Plan.of(batch, ranks))
+    yield "family", config.family
+    yield "latent channels", f"{config.z_dim}"
+    yield "scale", f"{config.spatial_factor}x in space, {config.temporal_factor}x in time"
+    yield "channels by level", " ".join(f"{config.base_dim * m}" for m in reversed(config.dim_mult))
+    yield "blocks", " ".join(config.blocks)
+    yield "decoder weights", _size(cost.weights) + f" in {dtype.value}"
+    yield "", ""
+    yield "decode of", f"{batch} x {width}x{height}, {count} frames: latents {list(shape)}"
+    yield "on", f"{ranks.size} rank(s), grid {ranks}, one latent frame per pass, halo depth 1"
+    yield from _costs(cost, batch * config.picture_channels * count * height * width)
+
+
+def _plane(
+    folder: Path, size: tuple[int, int] | None, frames: int | None, batch: int, ranks: Grid, dtype: Dtype
+) -> Iterator[tuple[str, str]]:
+    model = PlaneModel.read(folder, dtype.torch)
+    from halovae.bench.models import latent_channels, latent_shape, makes_clips, spatial_ratio, temporal_ratio
+
+    clips = makes_clips(model.module)
+    width, height = size or (PLANE_CLIP if clips else PLANE_PICTURE)
+    count = frames or (PLANE_FRAMES if clips else 1)
+    shape = latent_shape(model.module, model.name, (width, height), count)
+    items = -(-batch // ranks.batch)
+    found = model.traced(shape, dtype.torch, replace(ranks, batch=1))
+    yield "class", f"{model.name}, on the plane path: unmodified"
+    yield "latent channels", f"{latent_channels(model.module)}"
+    scale = f"{spatial_ratio(model.module)}x in space"
+    yield "scale", scale + (f", {temporal_ratio(model.module)[0]}x in time" if clips else "")
+    yield "decoder weights", _size(found.cost.weights) + f" in {dtype.value}"
+    yield "", ""
+    yield "decode of", f"{batch} x {width}x{height}, {count} frame(s): latents {[batch * shape[0], *shape[1:]]}"
+    yield "on", f"{ranks.size} rank(s), grid {ranks}, {items} item(s) on each, one after the other"
+    yield "without a rule", ", ".join(found.fallbacks) or "none: every operator is partitioned"
+    yield from _costs(found.cost, batch * math.prod(found.pictures), items)
+
+
+def _costs(cost: Cost, values: int, items: int = 1) -> Iterator[tuple[str, str]]:
+    yield "work per rank", f"{items * cost.flops / 1e12:,.2f} TFLOP"
+    yield "peak per rank", f"{_size(cost.weights + cost.peak)} (weights, caches and activations)"
+    if cost.caches:
+        yield "of it, caches", _size(cost.caches)
+    yield "messages per rank", f"{items * cost.messages:,}, {_size(items * cost.bytes_sent)}"
+    yield "the clip", f"{_size(values)} in uint8, {_size(values * 4)} in fp32, where it is gathered"
 
 
 def _size(count: int) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from halovae import media
 from halovae.cli.common import console
 from halovae.report import DecodeReport
-from halovae.stream import FrameStream
 
 
 def outputs(output: Path, batch: int) -> list[Path]:
@@ -28,7 +28,7 @@ def bar(unit: str) -> Progress:
     )  # fmt: skip
 
 
-def write(pieces: FrameStream, paths: Sequence[Path], fps: float, frames: int) -> None:
+def write(pieces: Iterable[Tensor | None], paths: Sequence[Path], fps: float, frames: int) -> None:
     """Write uint8 frames as they come, each latent's to a path; on a decode's rank 0."""
     sinks = [media.Sink(path, fps) for path in paths]
     with bar("frames") as shown:
@@ -37,6 +37,7 @@ def write(pieces: FrameStream, paths: Sequence[Path], fps: float, frames: int) -
         try:
             for piece in pieces:
                 assert piece is not None
+                piece = piece if piece.ndim == 5 else piece.unsqueeze(2)
                 for sink, own in zip(sinks, piece, strict=True):
                     sink.write(own)
                 shown.advance(task, piece.shape[2])

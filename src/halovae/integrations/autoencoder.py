@@ -27,7 +27,7 @@ from halovae.planning.planner import calibration_of, usable
 Call = Literal["decode", "encode"]
 Mode = Literal["auto", "single", "parallel"]
 BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
-_FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
+FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
 
 
 class Autoencoder:
@@ -306,9 +306,9 @@ class PlaneCall:
         if isinstance(result, Tensor):
             self.kind = Tensor, "", None
             return result
-        field = next((name for name in _FIELDS if getattr(result, name, None) is not None), None)
+        field = next((name for name in FIELDS if getattr(result, name, None) is not None), None)
         if field is None:
-            name, fields = f"{type(self.vae).__name__}.{self.name}", ", ".join(_FIELDS)
+            name, fields = f"{type(self.vae).__name__}.{self.name}", ", ".join(FIELDS)
             raise TypeError(f"{name} returned {type(result).__name__}: expected one of {fields} in it")
         value = getattr(result, field)
         distribution = None

@@ -33,13 +33,16 @@ class PictureStream(Iterator["Tensor | None"]):
         chunks: its result.
         call: what makes them.
         dtype: of the pictures; None for that of the result.
+
+    Attributes:
+        latents: what is decoded.
     """
 
     def __init__(
         self, module: nn.Module, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall,
         dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
-        self._module, self._latents, self._choice, self._call, self._dtype = module, latents, choice, call, dtype
+        self._module, self.latents, self._choice, self._call, self._dtype = module, latents, choice, call, dtype
         self._chunks = chunks
         self._mesh = mesh_for(Grid(rows=world_size()), latents.device)
         self._memory = MemoryMeter(self._mesh.platform)
@@ -79,9 +82,9 @@ class PictureStream(Iterator["Tensor | None"]):
         decision = self._choice.decision
         return DecodeReport(
             family=type(self._module).__name__,
-            latents=tuple(self._latents.shape),
-            frames=(self._latents.shape[0], *shape[1:]),
-            dtype=str(self._latents.dtype).removeprefix("torch."),
+            latents=tuple(self.latents.shape),
+            frames=(self.latents.shape[0], *shape[1:]),
+            dtype=str(self.latents.dtype).removeprefix("torch."),
             device=self._mesh.platform.kind,
             grid=str(taken.grid),
             chunk=1,

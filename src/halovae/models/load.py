@@ -145,13 +145,12 @@ def diffusers_module(folder: Path, dtype: torch.dtype) -> nn.Module:
     if name in _NO_PLANE or "Audio" in name:
         reason = _NO_PLANE.get(name, "audio has no plane of rows and cols")
         raise CheckpointError(f"{folder}: VAE class {name!r} cannot be partitioned: {reason}")
-    found = (
-        getattr(diffusers, name, None) if name.startswith(("Autoencoder", "Asymmetric", "VQ", "Consistency")) else None
-    )
-    if found is None:
+    found: Any = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "decode")):
         raise CheckpointError(f"{folder}: VAE class {name!r} is no autoencoder of diffusers {diffusers.__version__}")
     try:
-        vae: nn.Module = found.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        loads: Any = found
+        vae: nn.Module = loads.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: diffusers cannot load this {name} ({error})") from error
     return vae.eval().requires_grad_(False)

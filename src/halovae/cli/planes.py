@@ -1,0 +1,96 @@
+"""Models of the plane path on the command line: what their latents decode to, without reading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halovae.cli.common import check_installed
+from halovae.geometry import Grid
+from halovae.models.load import read_class, read_json
+from halovae.planning.graphs import Traced, traced
+
+
+@dataclass(frozen=True)
+class PlaneModel:
+    """A diffusers autoencoder without data.
+
+    Attributes:
+        name: its class.
+        module: itself, on meta tensors.
+        config: its config.
+    """
+
+    name: str
+    module: nn.Module
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, dtype: torch.dtype) -> PlaneModel:
+        """Read the config in a folder.
+
+        Raises:
+            ValueError: it describes no autoencoder that can be partitioned, or diffusers is not installed.
+        """
+        name, config = read_class(folder), read_json(folder / "config.json")
+        check_installed(f"a VAE of class {name}", "diffusers")
+        from halovae.bench.models import meta_vae_of
+
+        return cls(name, meta_vae_of(config, str(folder / "config.json"), dtype), config)
+
+    def traced(self, shape: Sequence[int], dtype: torch.dtype, grid: Grid) -> Traced:
+        """What the rank with the most to do takes to decode latents of a shape.
+
+        Raises:
+            ValueError: the model decodes no such latents.
+        """
+        from halovae.bench import zoo
+        from halovae.bench.models import latent_channels, makes_clips
+        from halovae.integrations.autoencoder import BATCHED
+
+        if self.name in BATCHED:
+            raise ValueError(f"{self.name} takes the frames of a clip as a batch: decode it in Python, by halovae.load")
+        dims = "[B, C, T, H, W]" if makes_clips(self.module) else "[B, C, H, W]"
+        channels = latent_channels(self.module)
+        expected = f"{dims} with {channels} channels, each at least 1, for {self.name}"
+        if len(shape) != dims.count(",") + 1 or min(shape) < 1 or channels not in (None, shape[1]):
+            raise ValueError(f"latents of shape {list(shape)}; expected {expected}")
+        grid.shards(shape[0], shape[-2], shape[-1])
+        return traced(lambda z: zoo.decode(self.module, z), self.module, shape, dtype, grid)
+
+    def clip(self, shape: Sequence[int], dtype: torch.dtype, grid: Grid) -> tuple[int, ...]:
+        """The shape `[B, C, T', H', W']` of what latents decode to; pictures have one frame.
+
+        Raises:
+            ValueError: the model decodes no such latents.
+        """
+        made = self.traced(shape, dtype, Grid(grid.batch)).pictures
+        grid.shards(shape[0], shape[-2], shape[-1])
+        return made if len(made) == 5 else (*made[:2], 1, *made[2:])
+
+
+def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
+    """Latents as pipelines work on them, as their VAE takes them: divided by `scaling_factor`, plus `shift_factor`.
+
+    Raises:
+        ValueError: the class has another rule.
+    """
+    values = dict(config)
+    if values.get("latents_mean") is not None or values.get("scaling_factor") is None:
+        raise ValueError(
+            f"--scaled: {name} is not normalized by a scaling_factor alone: give raw latents, as its pipeline passes "
+            "them to the VAE, and --raw"
+        )
+    return latents / values["scaling_factor"] + (values.get("shift_factor") or 0.0)
+
+
+def options(module: nn.Module, latents: Tensor) -> dict[str, Any]:
+    """What a class's `decode` needs besides latents: LTX-Video's timestep, 0 as its pipelines have it."""
+    if getattr(module.config, "timestep_conditioning", False):
+        return {"temb": torch.zeros(latents.shape[0], dtype=latents.dtype, device=latents.device)}
+    return {}

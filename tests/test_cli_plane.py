@@ -1,0 +1,108 @@
+"""The command line with models of the plane path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from halovae import latents as latents_file
+from halovae.bench import zoo
+from halovae.cli.main import app
+
+ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
+SHAPES = {"AutoencoderKL": (1, 4, 12, 10), "AutoencoderKLCogVideoX": (1, 4, 5, 6, 5)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
+    """Each model's folder, with latents in it, and what diffusers makes of them in [0, 255]."""
+    made = {}
+    for name, shape in SHAPES.items():
+        folder, module = tmp_path_factory.mktemp(name), zoo.build(ENTRIES[name])
+        module.save_pretrained(folder)  # type: ignore[operator]
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        latents_file.save(folder / "z.safetensors", z, name, scaled=False, fps=8.0)
+        with torch.no_grad():
+            frames = zoo.decode(module, z)
+        made[name] = folder, (frames.clamp(-1, 1) + 1) * 127.5
+    return made
+
+
+def halovae(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], terminal_width=200)
+
+
+@pytest.mark.parametrize("grid", [None, "2x1"])
+def test_a_picture(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path, grid: str | None) -> None:
+    folder, expected = folders["AutoencoderKL"]
+    options = ["--grid", grid] if grid else []
+    result = halovae("decode", folder / "z.safetensors", "--model", folder, "-o", tmp_path / "out.png", *options)
+    assert result.exit_code == 0, result.output
+    found = torch.from_numpy(np.array(Image.open(tmp_path / "out.png"))).permute(2, 0, 1)
+    assert (found - expected[0]).abs().max() <= 0.51
+
+
+def test_a_clip_and_its_way_back(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
+    folder, expected = folders["AutoencoderKLCogVideoX"]
+    options = ["--grid", "1x2", "--report", tmp_path / "report.json"]
+    result = halovae("decode", folder / "z.safetensors", "--model", folder, "-o", tmp_path / "frames", *options)
+    assert result.exit_code == 0, result.output
+    pictures = sorted((tmp_path / "frames").glob("*.png"))
+    assert len(pictures) == expected.shape[2]
+    for index, path in enumerate(pictures):
+        found = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+        assert (found - expected[0, :, index]).abs().max() <= 0.51
+    assert '"family": "AutoencoderKLCogVideoX"' in (tmp_path / "report.json").read_text()
+
+
+def test_encode_takes_what_the_model_does(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
+    folder, _ = folders["AutoencoderKL"]
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (43, 50, 3), dtype=np.uint8)).save(tmp_path / "in.png")
+    result = halovae("encode", tmp_path / "in.png", "--model", folder, "-o", tmp_path / "z.safetensors")
+    assert result.exit_code == 0, result.output
+    config: Any = zoo.build(ENTRIES["AutoencoderKL"]).config
+    step = 2 ** (len(config.block_out_channels) - 1)
+    header = latents_file.read_header(tmp_path / "z.safetensors")
+    assert header.shape == (1, 4, 43 // step, 50 // step)
+    assert header.family == "AutoencoderKL"
+
+
+def test_inspect_tells_what_a_rank_needs(folders: dict[str, tuple[Path, Tensor]]) -> None:
+    result = halovae("inspect", folders["AutoencoderKL"][0], "--size", "256x256", "--grid", "2x2")
+    assert result.exit_code == 0, result.output
+    for said in ("AutoencoderKL, on the plane path", "none: every operator is partitioned", "messages per rank"):
+        assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chunk", "2"], "--chunk 2: AutoencoderKL decodes its own chunks"),
+        (["--halo-depth", "2"], "--halo-depth 2: AutoencoderKL decodes its own chunks"),
+        (["--grid", "13x1"], "13"),
+    ],
+)
+def test_what_the_plane_path_has_not_is_refused(
+    folders: dict[str, tuple[Path, Tensor]], tmp_path: Path, options: list[str], message: str
+) -> None:
+    folder, _ = folders["AutoencoderKL"]
+    result = halovae("decode", folder / "z.safetensors", "--model", folder, "-o", tmp_path / "out.png", *options)
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latents_of_another_shape_are_refused(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
+    folder, _ = folders["AutoencoderKL"]
+    latents_file.save(tmp_path / "z.safetensors", torch.zeros(1, 7, 4, 4), "AutoencoderKL", scaled=False, fps=1.0)
+    result = halovae("decode", tmp_path / "z.safetensors", "--model", folder, "-o", tmp_path / "out.png")
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "latents of shape [1, 7, 4, 4]; expected [B, C, H, W] with 4 channels" in said

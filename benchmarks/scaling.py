@@ -1,15 +1,18 @@
 """What two ranks could gain at most: halves decoded apart at once, without any message, beside a shared decode.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --model flux --latent 1x16x64x64
 
-On a machine whose cores share caches and memory, two processes are slower than one twice over, whatever they decode.
-What the shared decode takes beyond the halves' time is what halos cost.
+Models of the plane path are decoded by their recorded graphs, beside the plain module on one rank. On a machine whose
+cores share caches and memory, two processes are slower than one twice over, whatever they decode. What the shared
+decode takes beyond the halves' time is what halos cost.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +22,9 @@ from rich.table import Table
 
 from halovae import Grid
 from halovae.bench.measure import Contestant, Model
-from halovae.bench.models import FAMILIES, random_vae
+from halovae.bench.models import FAMILIES, MODELS, random_vae
+from halovae.bench.ranks import Ranks
+from halovae.integrations.autoencoder import Autoencoder
 
 CASES = {
     "whole, 1 rank": (1, Grid(), False),
@@ -32,12 +37,19 @@ CASES = {
 def main() -> None:
     """Measure in turns, and print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(FAMILIES), default="wan2.1")
-    parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW, of an even H")
+    parser.add_argument("--model", choices=list(MODELS), default="wan2.1")
+    parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW, of an even H")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     whole = torch.randn(*map(int, args.latent.split("x")), generator=torch.Generator().manual_seed(0))
-    half = whole[..., : whole.shape[3] // 2, :].contiguous()
+    half = whole[..., : whole.shape[-2] // 2, :].contiguous()
+    table = Table(title=f"{args.model}, {args.latent}, fp32, 1 thread a rank", title_justify="left")
+    for column in ("decode", "median (s)", "all (s)", "waiting for halos (s)"):
+        table.add_column(column)
+    if args.model not in FAMILIES:
+        _plane(args.model, whole, half, args.repeat, table)
+        Console().print(table)
+        return
     with TemporaryDirectory() as folder:
         random_vae(args.model).save_pretrained(folder)
         model = Model(Path(folder), FAMILIES[args.model][0], torch.float32, "cpu")
@@ -50,9 +62,6 @@ def main() -> None:
         for _ in range(args.repeat):
             for one, latents in contestants:
                 one.decode(latents)
-        table = Table(title=f"{args.model}, {args.latent}, fp32, 1 thread a rank", title_justify="left")
-        for column in ("decode", "median (s)", "all (s)", "waiting for halos (s)"):
-            table.add_column(column)
         for one, _ in contestants:
             assert one.report is not None
             seconds = [taken.seconds for taken in one.taken]
@@ -61,6 +70,63 @@ def main() -> None:
             table.add_row(one.name, f"{statistics.median(seconds):.2f}", shown, f"{waiting:.2f}")
             one.close()
     Console().print(table)
+
+
+def _plane(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, table: Table) -> None:
+    groups = {ranks: Ranks(ranks, 1) for ranks in (1, 2)}
+    cases: dict[str, tuple[int, torch.Tensor, Grid | None]] = {
+        "the plain module, 1 rank": (1, whole, None),
+        "whole, 1 rank": (1, whole, Grid()),
+        "whole, 2x1": (2, whole, Grid(rows=2)),
+        "a half, 1 rank": (1, half, Grid()),
+        "a half each, no messages": (2, torch.cat([half] * 2), Grid(batch=2)),
+    }
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    try:
+        for turn in range(repeat + 1):
+            for name, (ranks, latents, grid) in cases.items():
+                outcomes = groups[ranks].run(_decoded, model, latents, grid)
+                if turn:  # the first records and warms up
+                    taken[name].append((max(one for one, _ in outcomes), max(one for _, one in outcomes)))
+    finally:
+        for group in groups.values():
+            group.close()
+    for name, times in taken.items():
+        seconds = [one for one, _ in times]
+        shown = " ".join(f"{one:.2f}" for one in seconds)
+        waiting = statistics.median(one for _, one in times)
+        table.add_row(name, f"{statistics.median(seconds):.2f}", shown, f"{waiting:.2f}")
+    medians = {name: statistics.median(one for one, _ in times) for name, times in taken.items()}
+    replay = statistics.median(
+        own / plain
+        for (own, _), (plain, _) in zip(taken["whole, 1 rank"], taken["the plain module, 1 rank"], strict=True)
+    )
+    shared = statistics.median(
+        apart / own for (apart, _), (own, _) in zip(taken["a half each, no messages"], taken["whole, 2x1"], strict=True)
+    )
+    faster = medians["whole, 1 rank"] / medians["whole, 2x1"]
+    table.caption = (
+        f"replay: {replay:.3f} of the plain module's time; 2x1: {faster:.3f}x one rank, {shared:.3f} of what two "
+        "halves apart reach (medians of the turns' ratios)"
+    )
+
+
+_models: dict[str, Autoencoder] = {}
+
+
+def _decoded(model: str, latents: torch.Tensor, grid: Grid | None) -> tuple[float, float]:
+    """Seconds of this rank's decode, frames left where they are, and of its waiting."""
+    if model not in _models:
+        _models[model] = Autoencoder(random_vae(model))
+    decoder = _models[model]
+    if grid is None:
+        begin = time.perf_counter()
+        with torch.no_grad():
+            decoder.module.decode(latents)  # type: ignore[operator]
+        return time.perf_counter() - begin, 0.0
+    decoder.decode(latents, grid=grid, gather="none")
+    assert decoder.report is not None
+    return decoder.report.seconds, decoder.report.waiting
 
 
 if __name__ == "__main__":

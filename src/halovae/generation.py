@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +23,41 @@ from halovae.decode import Decoder, Mode
 from halovae.encode import Encoder
 from halovae.geometry import Grid
 from halovae.integrations.diffusers import do_without_torchvision, encode_by, gather_uneven_parts
+from halovae.integrations.within import SharedDecode
 from halovae.lines import join_world, world_size
 from halovae.mesh import Mesh
 from halovae.models.load import encoder_from_module, from_module
 from halovae.pipelines import Pipeline, Prompt
 from halovae.platform import Platform
+from halovae.report import DecodeReport
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a whole call of a pipeline made.
+
+    Attributes:
+        frames: `[B, 3, T, H, W]`, on rank 0; None on the others.
+        report: what the VAE's decode took.
+    """
+
+    frames: Tensor | None
+    report: DecodeReport
 
 
 class Generator:
     """A pipeline in diffusers layout, on all ranks of the world, which make the same calls.
+
+    Wan's and Qwen-Image's latents are decoded apart: `denoise` gives them, `decoder` decodes them. Other pipelines
+    (`kind.whole`) decode within their own call: `make` gives their frames, and there is no decoder.
 
     Args:
         folder: where it is.
         dtype: of the transformer and the text encoder.
         vae_dtype: of the VAE.
         ulysses: over how many ranks attention is shared by heads; likewise `ring`, in turns. Their product is the
-            world's size, or 1: every rank then denoises all by itself.
+            world's size, or 1: every rank then denoises all by itself, as it does where diffusers cannot share the
+            transformer.
         offload: keep all but the VAE in the host's memory, each part but for the time it is used.
         encode: how ranks share the pictures that a pipeline starts from, as a mode of `Encoder.encode`.
 
@@ -58,6 +81,7 @@ class Generator:
         self.kind = Pipeline.read(folder)
         join_world(platform.device)
         do_without_torchvision()
+        importlib.import_module("halovae.tiny.safety")  # which tiny Cosmos pipelines name; diffusers imports nothing
         _quieten()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call it dtype, older ones know only this
@@ -69,7 +93,11 @@ class Generator:
             self.pipeline.enable_model_cpu_offload(device=platform.device)
         else:
             self.pipeline.to(platform.device)
-        self.decoder = Decoder(from_module(self.pipeline.vae))
+        self.device = platform.device
+        if self.kind.whole:
+            self._within = SharedDecode(self.pipeline.vae)
+        else:
+            self.decoder = Decoder(from_module(self.pipeline.vae))
         if self.kind.pictures.stop > 1:
             # Of its own: the decode of what was generated before may be under way in another thread.
             mesh = Mesh(Grid(rows=world_size()), platform.device)
@@ -79,7 +107,7 @@ class Generator:
                 lambda pictures: encoder.encode(pictures, mode=encode, kernels=self.decoder.kernels),
             )
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
-        if ulysses * ring > 1:
+        if ulysses * ring > 1 and self.kind.family.shared:
             for name in ("transformer", "transformer_2"):
                 if getattr(self.pipeline, name, None) is not None:
                     _share_sequence(getattr(self.pipeline, name), platform.device, ulysses, ring)
@@ -92,11 +120,44 @@ class Generator:
             prompt: as `Pipeline.fitted` gave it.
             told: is called after each step with its number, from 1 on; what it raises ends the denoising.
         """
+        (latents,) = self._call(prompt, told, "latent")
+        if latents.ndim == 3:  # Qwen-Image's, two by two cells in one token
+            assert prompt.size is not None
+            width, height = prompt.size
+            latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
+        return latents.to(self.decoder.dtype)
+
+    @torch.inference_mode()
+    def make(
+        self, prompt: Prompt, told: Callable[[int], None] = lambda step: None, dtype: torch.dtype = torch.uint8,
+        **options: Any,
+    ) -> Made:  # fmt: skip
+        """Run a whole pipeline, its decode on all ranks.
+
+        Args:
+            prompt: as `Pipeline.fitted` gave it.
+            told: as for `denoise`.
+            dtype: uint8 for frames in 0..255, or a floating one for [0, 1].
+            options: `mode`, `grid` and `memory_budget` of the decode, as `Autoencoder.stream` has them.
+        """
+        self._within.options = options
+        frames = self._call(prompt, told, "pt")[0]  # after it may come sound, or what a safety checker found
+        report = self._within.report
+        assert report is not None
+        frames = frames.movedim(1, 2) if frames.ndim == 5 else frames.unsqueeze(2)
+        report = replace(report, frames=(len(frames), 3, *frames.shape[2:]))
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return Made(None, report)
+        frames = _on_white(frames.float())
+        return Made((frames.mul(255).round_() if dtype == torch.uint8 else frames).to(dtype).contiguous(), report)
+
+    def _call(self, prompt: Prompt, told: Callable[[int], None], output_type: str) -> Any:
         assert prompt.size is not None
         width, height = prompt.size
+        family = self.kind.family
 
         def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            told(step + 1)
+            told(min(step + 1, prompt.steps))  # some schedulers take one more
             return {}
 
         wanted = {
@@ -106,23 +167,48 @@ class Generator:
             "height": height,
             "num_frames": prompt.frames if self.kind.makes_video else None,
             "num_inference_steps": prompt.steps,
-            "true_cfg_scale" if "true_cfg_scale" in self._takes else "guidance_scale": prompt.guidance,
+            family.guidance: prompt.guidance,
             "guidance_scale_2": prompt.guidance_2,
             "image": _pictures(prompt.images),
         }
-        given = {name: value for name, value in wanted.items() if value is not None}
+        given = {**family.always, **{name: value for name, value in wanted.items() if value is not None}}
         if unknown := given.keys() - self._takes:
             raise ValueError(f"{type(self.pipeline).__name__} takes no {', '.join(sorted(unknown))}")
-        (latents,) = self.pipeline(
-            **given,
-            generator=torch.Generator().manual_seed(prompt.seed),
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=step_done,
-        )
-        if latents.ndim == 3:  # Qwen-Image's, two by two cells in one token
-            latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
-        return latents.to(self.decoder.dtype)
+        given |= {
+            "generator": torch.Generator().manual_seed(prompt.seed), "output_type": output_type, "return_dict": False,
+        }  # fmt: skip
+        if "callback_on_step_end" in self._takes:
+            return self.pipeline(**given, callback_on_step_end=step_done)
+        with _steps_told(self.pipeline.scheduler, told):
+            return self.pipeline(**given)
+
+
+@contextmanager
+def _steps_told(scheduler: Any, told: Callable[[int], None]) -> Iterator[None]:
+    """Tell of each step of a scheduler, for a pipeline that does not."""
+    own, done = scheduler.step, 0
+
+    @functools.wraps(own)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        result = own(*args, **kwargs)
+        done += 1
+        told(done)
+        return result
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _on_white(frames: Tensor) -> Tensor:
+    """Frames `[B, C, T, H, W]` in [0, 1] without their alpha channel, if they have one."""
+    if frames.shape[1] < 4:
+        return frames
+    alpha = frames[:, 3:4]
+    return frames[:, :3] * alpha + 1 - alpha
 
 
 def _quieten() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from halovae.families import FAMILIES, Family
 from halovae.models.load import CheckpointError, read_config, read_json
-from halovae.models.wan import WanConfig
 
-# Which pipelines there are: whether they make videos, and how many pictures they start from at least and at most.
+# Pipelines whose latents halovae's own decoders decode: whether they make videos, and how many pictures they start from
+# at least and at most.
 PIPELINES = {
     "WanPipeline": (True, 0, 0),
     "WanImageToVideoPipeline": (True, 1, 1),
@@ -35,7 +36,7 @@ class Prompt:
         steps: of denoising.
         seed: equal seeds give equal noise, on any number of ranks.
         negative: what to avoid; with it, or with a guidance above 1, each step runs the transformer twice.
-        guidance: how strongly the prompt leads: Wan's `guidance_scale`, Qwen-Image's `true_cfg_scale`.
+        guidance: how strongly the prompt leads: mostly `guidance_scale`, Qwen-Image's `true_cfg_scale`.
         guidance_2: likewise for the second transformer of Wan2.2-A14B.
         images: pictures, as a file holds them, to start from (the first frame of a video) or to edit.
     """
@@ -64,60 +65,84 @@ class PromptError(ValueError):
 
 
 @dataclass(frozen=True)
+class Extents:
+    """What a width, a height or a number of frames may be: `least`, and every `step` more."""
+
+    least: int
+    step: int
+
+    def fit(self, extent: int) -> int:
+        """The largest one up to `extent`, or the least."""
+        return self.least + max(0, extent - self.least) // self.step * self.step
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """What a pipeline makes.
 
     Attributes:
         name: its class in diffusers.
-        vae: the sizes of its VAE.
-        patch: latent rows and cols per token of its transformer.
+        family: what is known of it.
+        widths: in pixels; likewise `heights`.
+        lengths: numbers of frames.
+        pictures: how many pictures it may start from.
         two: whether it has a second transformer.
+        whole: whether latents are decoded within the pipeline's own call, and not apart from it.
     """
 
     name: str
-    vae: WanConfig
-    patch: int
+    family: Family
+    widths: Extents
+    heights: Extents
+    lengths: Extents
+    pictures: range
     two: bool
+    whole: bool
 
     @classmethod
     def read(cls, folder: Path) -> Pipeline:
         """Read it from a pipeline's folder.
 
         Raises:
-            CheckpointError: the files are missing or damaged, or the pipeline is none of `PIPELINES`.
+            CheckpointError: the files are missing or damaged, or the pipeline is none of `PIPELINES` and `FAMILIES`.
         """
         index = read_json(folder / "model_index.json")
-        name = index.get("_class_name")
-        if name not in PIPELINES:
-            raise CheckpointError(f"{folder}: pipeline {name!r} is not supported; supported are {', '.join(PIPELINES)}")
-        patch = read_json(folder / "transformer" / "config.json").get("patch_size", 2)
+        name = str(index.get("_class_name"))
+        if name not in {**PIPELINES, **FAMILIES}:
+            names = ", ".join([*PIPELINES, *FAMILIES])
+            raise CheckpointError(f"{folder}: pipeline {name!r} is not supported; supported are {names}")
+        family = _by_vae(name, folder) if name in PIPELINES else FAMILIES[name]
+        widths = heights = Extents(family.multiple, family.multiple)
+        lengths = Extents(1, family.frame_step)
+        if name == "AllegroPipeline":  # decodes tiles of one size, and nothing beside them
+            tile = int(read_json(folder / "vae" / "config.json").get("sample_size", 320))
+            widths, heights, lengths = Extents(tile, tile - 80), Extents(tile, tile - 120), Extents(24, 16)
+        _, least, most = PIPELINES.get(name, (None, 0, 0))
         return cls(
-            name=str(name),
-            vae=read_config(folder / "vae"),
-            patch=int(patch[-1] if isinstance(patch, list) else patch),
+            name=name,
+            family=family,
+            widths=widths,
+            heights=heights,
+            lengths=lengths,
+            pictures=range(least, most + 1),
             two=any(index.get("transformer_2") or ()),
+            whole=name in FAMILIES,
         )
 
     @property
     def makes_video(self) -> bool:
         """Whether a result may have more than one frame."""
-        return PIPELINES[self.name][0]
-
-    @property
-    def pictures(self) -> range:
-        """How many pictures it may start from."""
-        _, least, most = PIPELINES[self.name]
-        return range(least, most + 1)
+        return self.family.frames > 1
 
     @property
     def step(self) -> int:
-        """Sizes are multiples of this many pixels. Qwen-Image packs two by two cells in a token."""
-        return self.vae.spatial_factor * (self.patch if self.makes_video else 2)
+        """Sizes are multiples of this many pixels."""
+        return self.family.multiple
 
     @property
     def fps(self) -> float:
         """Frames per second that it was trained for."""
-        return USUAL[self.vae.family][3]
+        return self.family.fps
 
     def fitted(self, prompt: Prompt) -> Prompt:
         """The prompt with the size and number of frames that will be made: the pipelines round both down.
@@ -128,25 +153,43 @@ class Pipeline:
         if len(prompt.images) not in self.pictures:
             takes = {range(1): "no pictures", range(1, 2): "one picture"}.get(self.pictures, "1 to 3 pictures")
             raise PromptError("images", f"{len(prompt.images)} pictures: {self.name} takes {takes} to start from")
-        width, height, frames, _ = USUAL[self.vae.family]
-        width, height = prompt.size or (width, height)
-        frames = prompt.frames or frames
+        width, height = prompt.size or self.family.size
+        frames = prompt.frames or self.family.frames
         if not self.makes_video and frames > 1:
             raise PromptError("frames", f"{frames} frames: {self.name} makes pictures, expected 1")
         if prompt.steps < 1:
             raise PromptError("steps", f"{prompt.steps} steps: expected 1 or more")
         if prompt.guidance_2 is not None and not self.two:
             raise PromptError("guidance_2", f"guidance_2 {prompt.guidance_2}: this model has no second transformer")
-        if min(width, height) < self.step:
-            least = f"{self.step}x{self.step}"
+        if prompt.guidance is not None and not self.family.guidance:
+            raise PromptError("guidance", f"guidance {prompt.guidance}: {self.name} takes none, expected nothing")
+        if prompt.negative is not None and not self.family.negative:
+            raise PromptError("negative", f"negative prompt {prompt.negative!r}: {self.name} takes none")
+        if width < self.widths.least or height < self.heights.least:
+            least = f"{self.widths.least}x{self.heights.least}"
             raise PromptError(
                 "size", f"size {width}x{height}: {self.name} makes multiples of {self.step}, from {least} on"
             )
+        step, least_frames = self.lengths.step, self.lengths.least
         return replace(
             prompt,
-            size=(width // self.step * self.step, height // self.step * self.step),
-            frames=frames // self.vae.temporal_factor * self.vae.temporal_factor + 1,
+            size=(self.widths.fit(width), self.heights.fit(height)),
+            frames=max(least_frames, frames // step * step + least_frames % step),
         )
+
+
+def _by_vae(name: str, folder: Path) -> Family:
+    """Facts about a pipeline of Wan or Qwen-Image, which its VAE and its transformer tell."""
+    vae = read_config(folder / "vae")
+    patch = read_json(folder / "transformer" / "config.json").get("patch_size", 2)
+    video, _, _ = PIPELINES[name]
+    width, height, frames, fps = USUAL[vae.family]
+    # Qwen-Image packs two by two cells in a token.
+    rows = int(patch[-1] if isinstance(patch, list) else patch) if video else 2
+    return Family(
+        vae.family, (width, height), vae.spatial_factor * rows, frames if video else 1, vae.temporal_factor, fps,
+        "guidance_scale" if video else "true_cfg_scale", shared=True,
+    )  # fmt: skip
 
 
 def find_pipeline(source: str | Path) -> Path:

@@ -71,7 +71,8 @@ def generate(
 ) -> None:
     """Generate a video or a picture on one device, or on several at once.
 
-    All ranks share the transformer's sequence, and then the decode. The output appears under its name when it is whole.
+    All ranks share the decode, and before it the transformer's sequence where diffusers can share that (Wan,
+    Qwen-Image, FLUX). The output appears under its name when it is whole.
     """
     with errors_shown():
         check_installed("generate", "diffusers", "transformers")
@@ -129,14 +130,22 @@ def _run(job: _Job) -> None:
             if shown is not None and task is not None:
                 shown.update(task, completed=step)
 
-        latents = generator.denoise(prompt, told)
-    pieces = generator.decoder.stream(latents, dtype=torch.uint8, denormalize=True, memory_budget=job.memory_budget)
-    paths = outputs(job.output, len(latents))
-    if first:
-        write(pieces, paths, job.fps, prompt.frames)
+        if generator.kind.whole:
+            made = generator.make(prompt, told, memory_budget=job.memory_budget)
+        else:
+            latents = generator.denoise(prompt, told)
+    if generator.kind.whole:
+        paths, report = [job.output], made.report
+        if made.frames is not None:
+            write([made.frames], paths, job.fps, prompt.frames)
     else:
-        pieces.join()
-    report = pieces.shared_report()
+        pieces = generator.decoder.stream(latents, dtype=torch.uint8, denormalize=True, memory_budget=job.memory_budget)
+        paths = outputs(job.output, len(latents))
+        if first:
+            write(pieces, paths, job.fps, prompt.frames)
+        else:
+            pieces.join()
+        report = pieces.shared_report()
     if first:
         width, height = prompt.size or (0, 0)
         console.print(f"made {width}x{height}, {prompt.frames} frame(s), {prompt.steps} steps, seed {prompt.seed}")

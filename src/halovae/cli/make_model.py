@@ -10,18 +10,13 @@ import typer
 
 from halovae import media
 from halovae.cli.common import check_installed, console, errors_shown
+from halovae.families import FAMILIES
 
-
-class Name(str, Enum):
-    """What can be made."""
-
-    wan21 = "wan2.1"
-    wan21_i2v = "wan2.1-i2v"
-    wan22 = "wan2.2"
-    wan22_5b = "wan2.2-5b"
-    qwen_image = "qwen-image"
-    qwen_image_edit = "qwen-image-edit"
-    qwen_image_edit_plus = "qwen-image-edit-plus"
+# Wan's and Qwen-Image's, and all others.
+NAMES = (
+    "wan2.1", "wan2.1-i2v", "wan2.2", "wan2.2-5b", "qwen-image", "qwen-image-edit", "qwen-image-edit-plus",
+    *(family.name for family in FAMILIES.values()),
+)  # fmt: skip
 
 
 class Size(str, Enum):
@@ -31,7 +26,9 @@ class Size(str, Enum):
 
 
 def make_model(
-    model: Annotated[Name, typer.Argument(help="Which pipeline; wan2.2 has two transformers, as A14B does.")],
+    model: Annotated[
+        str, typer.Argument(help=f"Which pipeline: {', '.join(NAMES)}. wan2.2 has two transformers, as A14B does.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; a pipeline in it is replaced.")],
     size: Annotated[Size, typer.Option(help="tiny: a few megabytes, one or two layers of everything.")] = Size.tiny,
 ) -> None:
@@ -40,6 +37,8 @@ def make_model(
     What it generates is noise: it is for trying the server and for tests.
     """
     with errors_shown():
+        if model not in NAMES:
+            raise ValueError(f"model {model!r}: expected one of {', '.join(NAMES)}")
         check_installed("make-model", "diffusers", "transformers")
         if output.exists() and not (output / "model_index.json").exists():
             raise FileExistsError(f"output {output} is there and holds no pipeline; name another folder")
@@ -49,9 +48,9 @@ def make_model(
         partial = media.partial_of(output)
         media.discard(partial)
         try:
-            tiny.make_model(model.value, partial)
+            tiny.make_model(model, partial)
             media.discard(output)
             partial.replace(output)
         finally:
             media.discard(partial)
-        console.print(f"{output}: a {size.value} {model.value} on random weights", soft_wrap=True, highlight=False)
+        console.print(f"{output}: a {size.value} {model} on random weights", soft_wrap=True, highlight=False)

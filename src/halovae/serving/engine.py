@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -17,13 +18,13 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from halovae.generation import Generator
+from halovae.generation import Generator, Made
 from halovae.memory import MemoryMeter
 from halovae.pipelines import Prompt
 from halovae.planning.planner import USABLE
 from halovae.platform import Platform
-from halovae.serving.decoding import Decoding, survived
-from halovae.serving.files import Order
+from halovae.serving.decoding import Decoding, summary, survived
+from halovae.serving.files import Batch, Order, Writer
 from halovae.serving.lead import IDLE, Lead
 from halovae.serving.line import RankLine
 from halovae.serving.settings import RankSettings
@@ -67,11 +68,17 @@ class Engine:
 
     def __init__(self, generator: Generator, settings: RankSettings, line: RankLine | None) -> None:
         self._generator, self._line = generator, line
-        self._platform = Platform(generator.decoder.device)
+        self._platform = Platform(generator.device)
         self._lead = Lead()
         self._options: dict[str, Any] = {"memory_budget": settings.memory_budget}
         self._options |= {"grid": settings.vae_grid} if settings.vae_grid else {"mode": settings.vae_mode}
-        self._decoding = Decoding(generator.decoder, self._options, settings.decode_batch, Lead(), line)
+        # None where a pipeline decodes within its own call.
+        self._decoding: Decoding | None = None
+        self._writer: Writer | None = None
+        if not generator.kind.whole:
+            self._decoding = Decoding(generator.decoder, self._options, settings.decode_batch, Lead(), line)
+        elif line is not None:
+            self._writer = Writer(line)
         self._needs: dict[tuple[Any, ...], int] = {}  # bytes that denoising took on a rank, by what was made
         self._free = 0
 
@@ -81,24 +88,29 @@ class Engine:
         Image.new("RGB", (width, height)).save(picture, "png")
         images = (picture.getvalue(),) * kind.pictures.start
         prompt = kind.fitted(Prompt("", (width, height), frames, steps=1, images=images))
+        if kind.whole:
+            self._generator.make(prompt, **self._options)
+            return
         latents = self._generator.denoise(prompt)
         self._generator.decoder.warmup(latents.shape, **self._options)
 
     def run(self) -> None:
         """Denoise what is ordered, for ever."""
-        self._decoding.start()
+        for thread in (self._decoding, self._writer):
+            if thread is not None:
+                thread.start()
         while True:
             order = self._lead.say(self._next() if self._lead.first else None)
             if order is None:
                 continue
             with survived(self._lead, self._line, [order.id]):
                 try:
-                    latents = self._denoised(order)
+                    results = self._results(order)
                 except Cancelled:
                     if self._line is not None:
                         self._line.tell("cancelled", order.id)
                 else:
-                    self._decoding.add(order, latents)
+                    self._pass_on(order, results)
 
     def _next(self) -> Order | None:
         """The next order, once it may be denoised beside what is being decoded; None if there is none for long."""
@@ -112,7 +124,8 @@ class Engine:
         except OSError as error:
             self._line.tell("failed", message["order"], code="input_lost", message=str(error))
             return None
-        self._decoding.wait_until(lambda: self._has_room(order))
+        if self._decoding is not None:
+            self._decoding.wait_until(lambda: self._has_room(order))
         return order
 
     def _has_room(self, order: Order) -> bool:
@@ -120,14 +133,26 @@ class Engine:
 
         What was not measured yet is denoised alone, and measured.
         """
+        assert self._decoding is not None
         need, decodes = self._needs.get(_likeness(order)), self._decoding.needs.values()
         return need is not None and bool(decodes) and need + max(decodes) <= USABLE * self._free
 
-    def _denoised(self, order: Order) -> Tensor:
-        """The latents of all of an order's results."""
+    def _pass_on(self, order: Order, results: Sequence[Tensor | Made]) -> None:
+        """Have latents decoded, or frames written."""
+        latents = [one for one in results if isinstance(one, Tensor)]
+        made = [one for one in results if isinstance(one, Made)]
+        if self._decoding is not None:
+            self._decoding.add(order, torch.cat(latents))
+        elif self._writer is not None:
+            batch = Batch([order])
+            self._writer.write(batch, torch.cat([one.frames for one in made if one.frames is not None]))
+            self._writer.finish(batch, summary(made[-1].report))
+
+    def _results(self, order: Order) -> list[Tensor | Made]:
+        """The latents of all of an order's results, or their frames where the pipeline decodes too."""
         meter = MemoryMeter(self._platform) if _likeness(order) not in self._needs else None
         begin, prompt = time.monotonic(), order.prompt
-        latents = []
+        results: list[Tensor | Made] = []
         for index in range(len(order.paths)):
             made = index * prompt.steps
 
@@ -140,7 +165,11 @@ class Engine:
             if self._line is not None and index == 0:
                 self._line.tell("started", order.id)
             told(0)
-            latents.append(self._generator.denoise(replace(prompt, seed=prompt.seed + index), told))
+            own = replace(prompt, seed=prompt.seed + index)
+            if self._generator.kind.whole:
+                results.append(self._generator.make(own, told, **self._options))
+            else:
+                results.append(self._generator.denoise(own, told))
         everyone = self._lead.all_say((meter.read().above_resting if meter else 0, self._platform.memory()[0]))
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self._platform.kind == "cpu" else 1
         self._free = min(free for _, free in everyone) // sharing
@@ -148,7 +177,7 @@ class Engine:
             self._needs[_likeness(order)] = max(need for need, _ in everyone)
         if self._line is not None:
             self._line.tell("denoised", order.id, seconds=round(time.monotonic() - begin, 3))
-        return torch.cat(latents)
+        return results
 
 
 def _order(message: dict[str, Any]) -> Order:

@@ -22,7 +22,10 @@ from halovae.serving.schemas import Asked, EditRequest, ImageRequest, VideoReque
 
 Schema = TypeVar("Schema", bound=BaseModel)
 # Which field of a request each of a prompt's attributes comes from.
-_FIELDS = {"frames": "num_frames", "steps": "num_inference_steps", "guidance_2": "guidance_scale_2"}
+_FIELDS = {
+    "frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale",
+    "guidance_2": "guidance_scale_2", "negative": "negative_prompt",
+}  # fmt: skip
 
 
 class BodyLimit:

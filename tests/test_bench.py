@@ -20,10 +20,10 @@ from halovae.bench import validate as validation
 from halovae.bench.compare import compare, seam_band
 from halovae.bench.measure import Contestant, Model
 from halovae.bench.report import Row, conclusions
-from halovae.bench.run import latents_of
+from halovae.bench.run import subject_of
 from halovae.cli.main import app
 from halovae.cli.measuring import check_ranks
-from halovae.models.load import read_class, read_config
+from halovae.models.load import read_class
 from halovae.platform import Platform
 from halovae.tiny import make_model
 
@@ -238,7 +238,7 @@ def test_a_difference_is_told_apart_at_seams_and_elsewhere() -> None:
 
 
 def test_latents_are_those_of_the_size_asked_for(folder: Path) -> None:
-    assert latents_of(read_config(folder), (1280, 720), 81, 2).shape == (2, 16, 21, 90, 160)
+    assert subject_of(folder, (1280, 720), 81, 2).latents.shape == (2, 16, 21, 90, 160)
 
 
 def test_more_ranks_than_cores_only_warn(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,3 +106,22 @@ def test_latents_of_another_shape_are_refused(folders: dict[str, tuple[Path, Ten
     assert result.exit_code == 2
     said = " ".join(result.output.split())
     assert "latents of shape [1, 7, 4, 4]; expected [B, C, H, W] with 4 channels" in said
+
+
+@pytest.mark.slow
+def test_any_vae_is_validated_and_measured(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
+    folder, _ = folders["AutoencoderKLCogVideoX"]
+    common = ["--num-gpus", "2", "--size", "48x40", "--frames", "9"]
+    result = halovae("validate", "--model-path", folder, *common, "-o", tmp_path / "validation")
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 supported" in result.output
+    result = halovae(
+        "bench", "--model", folder, *common[2:], "--num-gpus", "1,2", "--repeat", "1", "-o", tmp_path / "b"
+    )
+    assert result.exit_code == 0, result.output
+    assert {"single", "parallel", "tiled", "auto"} <= set(result.output.replace(",", " ").split())
+    result = halovae("bench", "--model", folder, *common[2:], "--profile", "-o", tmp_path / "c")
+    assert result.exit_code == 2
+    assert "the plane path simulates no ranks, compiles nothing and has no profile yet" in " ".join(
+        result.output.split()
+    )

@@ -216,7 +216,8 @@ class Contestant:
             seconds = self._attempted(_warm_up, latents.shape)
         else:
             # On an accelerator kernels are chosen by shape; the CPU just loads.
-            crop = latents[:, :, :2, : self.ranks, : self.ranks] if self.model.device == "cpu" else latents
+            crop = latents[:, :, :2] if latents.ndim == 5 else latents
+            crop = crop[..., : self.ranks, : self.ranks] if self.model.device == "cpu" else latents
             seconds = [taken[0] for taken in self._attempted(_decode, crop, False)]
         self.warmup_seconds = max(seconds, default=0)
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from halovae.bench.measure import Contestant, Model
-from halovae.bench.models import FAMILIES, random_vae
+from halovae.bench.models import MODELS, latent_shape, makes_clips, meta_vae_of, random_vae
 from halovae.bench.profile import Profile
 from halovae.bench.report import Row
 from halovae.demo.run import MODEL as DEMO
 from halovae.geometry import Grid
-from halovae.models.load import find_folder, read_class, read_config
-from halovae.models.wan import WanConfig
+from halovae.models.load import CLASSES, find_folder, read_class, read_config, read_json
 from halovae.platform import Platform
 from halovae.simulate import Link
 
@@ -33,7 +32,7 @@ class Benchmark:
     """What to measure.
 
     Attributes:
-        model: a name in `FAMILIES`, "demo", a folder in diffusers layout, or a hub id.
+        model: a name in `MODELS`, "demo", a folder in diffusers layout, or a hub id.
         sizes: `(width, height)` of pictures.
         frames: of each clip.
         batches: how many clips at once.
@@ -91,7 +90,7 @@ def model_folder(name: str, made: Callable[[str], None]) -> Iterator[Path]:
     """The VAE's folder of a model: a name builds the true-size architecture on random weights, and `made` is told."""
     if name == "demo":
         yield DEMO
-    elif name in FAMILIES:
+    elif name in MODELS:
         made(f"{name}: no checkpoint given, making the true-size architecture with random weights")
         with TemporaryDirectory(prefix="halovae-") as folder:
             random_vae(name).save_pretrained(folder)
@@ -100,17 +99,52 @@ def model_folder(name: str, made: Callable[[str], None]) -> Iterator[Path]:
         yield find_folder(name)
 
 
-def latents_of(config: WanConfig, size: tuple[int, int], frames: int, batch: int, seed: int = 1234) -> Tensor:
-    """Seeded random latents `[B, C, T, H, W]` that decode to frames of `size`.
+@dataclass(frozen=True)
+class Subject:
+    """What a folder's VAE is decoded of.
+
+    Attributes:
+        family: its name, or its class's.
+        factor: pixels per latent cell.
+        latents: seeded random ones.
+    """
+
+    family: str
+    factor: int
+    latents: Tensor
+
+
+def subject_of(
+    folder: Path, size: tuple[int, int], frames: int, batch: int = 1, seed: int = 1234, clips: bool | None = None
+) -> Subject:
+    """Seeded random latents for a folder's VAE, that decode to frames of `size`.
+
+    Args:
+        folder: in diffusers layout.
+        size: `(width, height)` in pixels.
+        frames: of clips; pictures have one.
+        batch: how many at once.
+        seed: of the latents.
+        clips: whether it makes clips; None to tell by the model.
 
     Raises:
         ValueError: no latents decode to such frames; says which sizes are nearest.
     """
-    shape = config.latents(size, frames, batch)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if read_class(folder) in CLASSES:
+        config = read_config(folder)
+        clips = config.family != "qwen-image" if clips is None else clips
+        shape: tuple[int, ...] = config.latents(size, frames if clips else 1, batch)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return Subject(config.family, config.spatial_factor, latents)
+    config_file = folder / "config.json"
+    module = meta_vae_of(read_json(config_file), str(config_file), torch.float32)
+    name = type(module).__name__
+    shape = latent_shape(module, name, size, frames if makes_clips(module) else 1)
+    latents = torch.randn((batch * shape[0], *shape[1:]), generator=torch.Generator().manual_seed(seed))
+    return Subject(name, size[1] // shape[-2], latents)
 
 
-def check_fits(config: WanConfig, folder: Path, platform: Platform, processes: int) -> None:
+def check_fits(family: str, folder: Path, platform: Platform, processes: int) -> None:
     """Check that the weights of each process fit into what is free.
 
     Raises:
@@ -122,7 +156,7 @@ def check_fits(config: WanConfig, folder: Path, platform: Platform, processes: i
         processes = 1
     if weights * processes > free:
         raise ValueError(
-            f"{config.family}: {processes} x {weights / 1e9:.1f} GB of weights do not fit into the "
+            f"{family}: {processes} x {weights / 1e9:.1f} GB of weights do not fit into the "
             f"{free / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB on {platform.kind}"
         )
 
@@ -148,23 +182,27 @@ def run(
     rows: list[Row] = []
     profiles: list[Profile] = []
     with model_folder(benchmark.model, say) as folder:
-        config = read_config(folder)
         model = Model(folder, read_class(folder), benchmark.dtype, benchmark.device)
         contestants = benchmark.contestants(model)
-        check_fits(config, folder, platform, sum(one.ranks for one in contestants))
+        if model.name not in CLASSES and (benchmark.simulated or benchmark.compiled or traces):
+            raise ValueError(
+                f"{model.name}: the plane path simulates no ranks, compiles nothing and has no profile yet; leave "
+                "--simulate-ranks, --compile and --profile out"
+            )
         for size in benchmark.sizes:  # before any work
             for batch in benchmark.batches:
-                shape = latents_of(config, size, benchmark.frames, batch).shape
+                subject = subject_of(folder, size, benchmark.frames, batch)
+                check_fits(subject.family, folder, platform, sum(one.ranks for one in contestants))
                 for ranks in (*benchmark.ranks, *benchmark.simulated):
-                    Grid(rows=ranks).shards(batch, *shape[3:])
+                    Grid(rows=ranks).shards(batch, *subject.latents.shape[-2:])
         try:
             for size in benchmark.sizes:
                 for batch in benchmark.batches:
-                    latents = latents_of(config, size, benchmark.frames, batch)
+                    latents = subject_of(folder, size, benchmark.frames, batch).latents
                     rows += _measured(benchmark, contestants, latents, size, say, step)
             if traces is not None:
                 traces.mkdir()
-                latents = latents_of(config, benchmark.sizes[0], benchmark.frames, benchmark.batches[0])
+                latents = subject_of(folder, benchmark.sizes[0], benchmark.frames, benchmark.batches[0]).latents
                 for contestant in (one for one in contestants if one.kind == "halovae"):
                     say(f"profiling {contestant.name}, {contestant.ranks} rank(s)")
                     trace = traces / f"trace-{contestant.name}-{contestant.ranks}.json.gz"
@@ -175,7 +213,7 @@ def run(
                 contestant.close()
     about = {
         "model": benchmark.model,
-        "random_weights": benchmark.model in FAMILIES,
+        "random_weights": benchmark.model in MODELS,
         "dtype": str(benchmark.dtype).removeprefix("torch."),
         "compiled": benchmark.compiled,
         "warmup_seconds": {f"{one.name}, {one.ranks}": round(one.warmup_seconds, 2) for one in contestants},

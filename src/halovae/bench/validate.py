@@ -17,9 +17,9 @@ from halovae.bench.measure import Contestant, Model, Taken
 from halovae.bench.pipeline import PipelineRun, run_both
 from halovae.bench.ranks import Ranks
 from halovae.bench.report import GB, markdown_table
-from halovae.bench.run import check_fits, latents_of, model_folder
+from halovae.bench.run import check_fits, model_folder, subject_of
 from halovae.geometry import Grid
-from halovae.models.load import read_class, read_config
+from halovae.models.load import CLASSES, read_class
 from halovae.platform import Platform
 from halovae.simulate import Link
 
@@ -107,7 +107,7 @@ class Validation:
     """What to validate.
 
     Attributes:
-        models: names in `TARGETS`, or one name of the caller's for `source`.
+        models: names in `TARGETS` or `bench.models.MODELS`, or one name of the caller's for `source`.
         source: a checkpoint; None for random weights of the true size.
         ranks: how many ranks decode in parallel.
         simulated: how many ranks to simulate on one device instead; None for real ones.
@@ -145,7 +145,7 @@ def validate(validation: Validation, say: Callable[[str], None], step: Callable[
     """
     verdicts = []
     for index, name in enumerate(validation.models):
-        source = validation.source or TARGETS[name][0]
+        source = validation.source or TARGETS.get(name, (name,))[0]
         try:
             verdicts.append(_verdict(validation, name, source, index, say))
         except (ValueError, RuntimeError) as error:
@@ -156,12 +156,15 @@ def validate(validation: Validation, say: Callable[[str], None], step: Callable[
 
 def _verdict(validation: Validation, name: str, source: str, seed: int, say: Callable[[str], None]) -> Verdict:
     with model_folder(source, say) as folder:
-        config, platform = read_config(folder), Platform.default(validation.device)
-        clips = TARGETS[name][1] if name in TARGETS else config.family != "qwen-image"
-        latents = latents_of(config, validation.size, validation.frames if clips else 1, 1, seed=seed)
+        platform = Platform.default(validation.device)
+        clips = TARGETS[name][1] if name in TARGETS else None
+        subject = subject_of(folder, validation.size, validation.frames, seed=seed, clips=clips)
+        latents, factor = subject.latents, subject.factor
         parallel = Grid(rows=validation.simulated or validation.ranks)
-        parallel.shards(1, *latents.shape[3:])
-        check_fits(config, folder, platform, validation.ranks)
+        parallel.shards(1, *latents.shape[-2:])
+        if validation.simulated and read_class(folder) not in CLASSES:
+            raise ValueError(f"{subject.family}: the plane path simulates no ranks; leave --simulate-ranks out")
+        check_fits(subject.family, folder, platform, validation.ranks)
         exact = Model(folder, read_class(folder), torch.float32, validation.device, exact=True)
         model = replace(exact, dtype=validation.dtype)
 
@@ -172,14 +175,14 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
         if validation.dtype != torch.float32:
             with closing(Contestant("diffusers", model, 1, validation.threads, kind="diffusers")) as theirs:
                 rounded, _ = _decoded(theirs, latents)
-            bound = ROUNDED_BOUND * compare(rounded, reference, Grid(), config.spatial_factor).rms_error
+            bound = ROUNDED_BOUND * compare(rounded, reference, Grid(), factor).rms_error
 
         def mode(label: str, grid: Grid, frames: Tensor, taken: Taken | None, seconds: float, allocated: int) -> Mode:
-            difference = compare(frames, reference, grid, config.spatial_factor)
+            difference = compare(frames, reference, grid, factor)
             error = difference.max_error if validation.dtype == torch.float32 else difference.rms_error
             if validation.heatmaps is not None:
                 path = validation.heatmaps / f"difference-{name}-{label}-{grid}.png"
-                draw_heatmap(frames, reference, grid, config.spatial_factor, path)
+                draw_heatmap(frames, reference, grid, factor, path)
             return Mode(label, str(grid), difference, bound, error <= bound, taken, seconds, allocated)
 
         say(f"{name}: single")
@@ -223,7 +226,8 @@ def _decoded(contestant: Contestant, latents: Tensor) -> tuple[Tensor, Taken]:
     if contestant.frames is None:
         reached = contestant.out_of_memory or 0
         raise RuntimeError(f"{contestant.name} ran out of memory at {reached / GB:.2f} GB reserved")
-    return contestant.frames, contestant.taken[0]
+    frames = contestant.frames
+    return frames if frames.ndim == 5 else frames.unsqueeze(2), contestant.taken[0]
 
 
 COLUMNS = (

@@ -19,7 +19,10 @@ def validate(
         str | None,
         typer.Option(help="A checkpoint: folder in diffusers layout, or hub id. [default: all models, random weights]"),
     ] = None,
-    models: Annotated[str | None, typer.Option(help="Which of the target models, with commas. [default: all]")] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(help="Which, with commas: target models, or flux, sdxl, mochi, ... [default: all target models]"),
+    ] = None,
     num_gpus: Annotated[int, typer.Option(min=1, help="How many ranks decode in parallel.")] = 2,
     simulate_ranks: Annotated[
         int | None, typer.Option(min=2, help="Simulate so many ranks on one device instead.")
@@ -48,9 +51,12 @@ def validate(
         from halovae.bench import validate as validation
 
         wanted = tuple(models.split(",")) if models else tuple(validation.TARGETS)
-        unknown = [name for name in wanted if name not in validation.TARGETS]
+        from halovae.bench.models import FAMILIES, MODELS
+
+        known = [*validation.TARGETS, *(name for name in MODELS if name not in FAMILIES)]
+        unknown = [name for name in wanted if name not in known]
         if unknown:
-            raise ValueError(f"--models {','.join(unknown)}: expected some of {','.join(validation.TARGETS)}")
+            raise ValueError(f"--models {','.join(unknown)}: expected some of {','.join(known)}")
         if model_path is not None:
             if models:
                 raise ValueError("--models and --model-path exclude each other")

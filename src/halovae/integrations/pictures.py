@@ -64,6 +64,10 @@ class PictureStream(Iterator["Tensor | None"]):
                 )  # fmt: skip
             raise
 
+    def close(self) -> None:
+        """Decode no further."""
+        self._chunks.close()
+
     def join(self) -> Tensor | None:
         """All frames at once, on the ranks that receive any; None on the others."""
         return Chunks(self, self._chunks.dim, self._chunks.extent).join()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -75,6 +75,11 @@ class Chunks(Iterator["Tensor | None"]):
 
     def __next__(self) -> Tensor | None:
         return next(self._chunks)
+
+    def close(self) -> None:
+        """Compute no further."""
+        if isinstance(self._chunks, Generator):
+            self._chunks.close()
 
     def join(self) -> Tensor | None:
         """All of them as one tensor; None on ranks that receive nothing."""

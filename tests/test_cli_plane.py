@@ -120,7 +120,7 @@ def test_any_vae_is_validated_and_measured(folders: dict[str, tuple[Path, Tensor
     )
     assert result.exit_code == 0, result.output
     assert {"single", "parallel", "tiled", "auto"} <= set(result.output.replace(",", " ").split())
-    result = halovae("bench", "--model", folder, *common[2:], "--profile", "-o", tmp_path / "c")
+    result = halovae(*bench, "--profile", "-o", tmp_path / "c")
     assert result.exit_code == 2
     assert "the plane path simulates no ranks, compiles nothing and has no profile yet" in " ".join(
         result.output.split()

@@ -115,13 +115,10 @@ def test_any_vae_is_validated_and_measured(folders: dict[str, tuple[Path, Tensor
     result = halovae("validate", "--model-path", folder, *common, "-o", tmp_path / "validation")
     assert result.exit_code == 0, result.output
     assert "1 of 1 supported" in result.output
-    result = halovae(
-        "bench", "--model", folder, *common[2:], "--num-gpus", "1,2", "--repeat", "1", "-o", tmp_path / "b"
-    )
+    bench = ["bench", "--model", folder, *common[2:], "--repeat", "1"]
+    result = halovae(*bench, "--num-gpus", "1,2", "-o", tmp_path / "b")
     assert result.exit_code == 0, result.output
     assert {"single", "parallel", "tiled", "auto"} <= set(result.output.replace(",", " ").split())
     result = halovae(*bench, "--profile", "-o", tmp_path / "c")
     assert result.exit_code == 2
-    assert "the plane path simulates no ranks, compiles nothing and has no profile yet" in " ".join(
-        result.output.split()
-    )
+    assert "simulates no ranks, compiles nothing and has no profile yet" in " ".join(result.output.split())

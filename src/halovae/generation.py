@@ -31,6 +31,8 @@ from halovae.pipelines import Pipeline, Prompt
 from halovae.platform import Platform
 from halovae.report import DecodeReport
 
+_CHECKER = "halovae.tiny.safety"
+
 
 @dataclass(frozen=True)
 class Made:
@@ -81,7 +83,8 @@ class Generator:
         self.kind = Pipeline.read(folder)
         join_world(platform.device)
         do_without_torchvision()
-        importlib.import_module("halovae.tiny.safety")  # which tiny Cosmos pipelines name; diffusers imports nothing
+        if _CHECKER in (folder / "model_index.json").read_text():  # diffusers imports no module that a folder names
+            importlib.import_module(_CHECKER)
         _quieten()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call it dtype, older ones know only this

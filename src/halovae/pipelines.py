@@ -167,9 +167,10 @@ class Pipeline:
             raise PromptError("negative", f"negative prompt {prompt.negative!r}: {self.name} takes none")
         if width < self.widths.least or height < self.heights.least:
             least = f"{self.widths.least}x{self.heights.least}"
-            raise PromptError(
-                "size", f"size {width}x{height}: {self.name} makes multiples of {self.step}, from {least} on"
-            )
+            makes = f"multiples of {self.step}, from {least} on"
+            if self.widths.least % self.widths.step:
+                makes = f"{least} pixels, and {self.widths.step} more cols or {self.heights.step} more rows at a time"
+            raise PromptError("size", f"size {width}x{height}: {self.name} makes {makes}")
         step, least_frames = self.lengths.step, self.lengths.least
         return replace(
             prompt,

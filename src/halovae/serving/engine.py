@@ -146,7 +146,8 @@ class Engine:
         elif self._writer is not None:
             batch = Batch([order])
             self._writer.write(batch, torch.cat([one.frames for one in made if one.frames is not None]))
-            self._writer.finish(batch, summary(made[-1].report))
+            seconds = round(sum(one.report.seconds for one in made), 3)
+            self._writer.finish(batch, {**summary(made[-1].report), "seconds": seconds})
 
     def _results(self, order: Order) -> list[Tensor | Made]:
         """The latents of all of an order's results, or their frames where the pipeline decodes too."""

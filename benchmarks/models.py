@@ -31,7 +31,6 @@ from rich.progress import track
 from halovae import Grid
 from halovae.bench import zoo
 from halovae.bench.zoo import Direction
-from halovae.plane.cost import cost
 from halovae.plane.program import Program
 from halovae.plane.trace import TraceError, trace
 from halovae.simulate import on_threads
@@ -142,15 +141,14 @@ def quiet() -> None:
 
 def shares_of(alone: Program, programs: list[Program]) -> Shares:
     """Shares by the programs of one rank alone and of all ranks of a grid."""
-    own, costs = cost(alone), [cost(program) for program in programs]
     computed = sum(program.computed for program in programs)
-    flops = max(one.flops for one in costs)
+    flops, alone_flops = max(program.flops for program in programs), alone.flops
     return Shares(
         received=sum(program.received for program in programs) / computed,
-        flops=flops * len(programs) / own.flops if own.flops else math.nan,
-        peak=max(one.peak for one in costs) / own.peak,
-        alone=own.flops,
-        bytes_alone=own.peak,
+        flops=flops * len(programs) / alone_flops if alone_flops else math.nan,
+        peak=max(program.peak for program in programs) / alone.peak,
+        alone=alone_flops,
+        bytes_alone=alone.peak,
         fallbacks=programs[0].fallbacks,
         gathered=sum(sum(program.gathered.values()) for program in programs) / computed,
     )

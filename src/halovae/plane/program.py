@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from halovae.mesh import Mesh
 from halovae.plane import operators
+from halovae.plane.flops import flops
 from halovae.plane.layout import Layout, local_extent
 from halovae.plane.live import is_operator, peak
 
@@ -119,6 +120,21 @@ class Program:
                 yield from (one for one in self.bodies[node.target].nodes if is_operator(one))
             elif is_operator(node):
                 yield node
+
+    @property
+    def messages(self) -> int:
+        """How many this rank sends."""
+        return sum(node.meta.get("messages", 0) for node in self.nodes())
+
+    @property
+    def bytes_sent(self) -> int:
+        """Their size."""
+        return sum(node.meta.get("sent", 0) for node in self.nodes())
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of convolutions, matrix products and attention."""
+        return sum(map(flops, self.nodes()))
 
     @property
     def peak(self) -> int:

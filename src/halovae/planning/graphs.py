@@ -21,7 +21,7 @@ from halovae.geometry import Grid
 from halovae.lines import Lines, Scope
 from halovae.mesh import Mesh
 from halovae.plane import operators
-from halovae.plane.cost import flops
+from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
 from halovae.plane.live import is_operator, peak, shares, size
 from halovae.plane.trace import TraceError, trace

@@ -1,0 +1,37 @@
+"""Floating-point operations of a recorded operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from halovae.plane import operators
+
+aten = torch.ops.aten
+_CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
+_PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default)
+
+
+def flops(node: fx.Node) -> float:
+    """Two for each multiplication and addition, as `torch.utils.flop_counter` counts them."""
+    target: Any = node.target
+    result = math.prod(node.meta.get("shape", ()))
+    if target in _CONVOLUTIONS:
+        weight = _shape(node.args[1])
+        transposed = bool(node.args[6])
+        return 2.0 * (math.prod(_shape(node.args[0])) if transposed else result) * math.prod(weight[1:])
+    if target in _PRODUCTS:
+        inner = _shape(node.args[1 if target in (aten.addmm.default, aten.baddbmm.default) else 0])[-1]
+        return 2.0 * result * inner
+    if target is operators.attention:
+        query, key = _shape(node.args[0]), _shape(node.args[1])
+        return 2.0 * math.prod(query[:-1]) * key[-2] * (query[-1] + _shape(node.args[2])[-1])
+    return 0.0
+
+
+def _shape(argument: Any) -> tuple[int, ...]:
+    found: tuple[int, ...] = argument.meta["shape"]
+    return found

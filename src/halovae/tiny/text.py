@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -184,8 +183,3 @@ def processor(tokenizer: Any, cls: str = "Qwen2VLProcessor") -> Any:
     do_without_torchvision()
     made = getattr(transformers, cls)
     return made(image_processor=Qwen2VLImageProcessorPil(), tokenizer=tokenizer, chat_template=tokenizer.chat_template)
-
-
-def words_of(texts: Sequence[str]) -> str:
-    """Texts as one, for `bpe` to learn the words of."""
-    return "\n".join(texts)

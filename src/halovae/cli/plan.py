@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> li
 
     if model in MODELS:
         check_installed(f"--model {model}", "diffusers")
-        _import_less()
+        _hurry()
         if model in FAMILIES:
             return [_tile_case(named_config(model), one, options) for one in sizes]
         module, name = meta_vae(model, options.dtype), model
@@ -144,13 +145,14 @@ def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> li
     return [_graph_case(module, name, one, options) for one in sizes]
 
 
-def _import_less() -> None:
-    """Keep diffusers from importing what its autoencoders do without: that takes a quarter of a plan's time.
+def _hurry() -> None:
+    """Keep diffusers from importing what its autoencoders do without, and Python from collecting garbage.
 
-    Only in the command's own process: nothing else there needs these packages. Python does not import a module that is
-    None in `sys.modules`, and diffusers then takes it for not installed.
+    Together they take a third of a plan's time. Only in the command's own process, which soon ends. Python does not
+    import a module that is None in `sys.modules`, and diffusers then takes it for not installed.
     """
     if Path(sys.argv[0]).stem == "halovae" and "diffusers" not in sys.modules:
+        gc.disable()
         for name in ("accelerate", "scipy", "transformers"):
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 

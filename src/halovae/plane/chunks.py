@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from halovae.plane.live import root
-from halovae.plane.operators import hand_out
+from halovae.plane.live import root, shares
+from halovae.plane.operators import hand_out, take
 from halovae.plane.rules.registry import written
 
 aten = torch.ops.aten
@@ -19,7 +21,7 @@ _SAME = (aten.clone.default, aten._to_copy.default, aten.detach.default, aten.al
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def split(graph: fx.Graph) -> int | None:
+def split(graph: fx.Graph, bodies: Mapping[str, fx.Graph]) -> int | None:
     """Let a graph hand out its result in chunks, if it is a concatenation and what follows looks at no others.
 
     Instead of joining the chunks and then, say, clamping all of them, each is clamped, and handed out by `hand_out`.
@@ -27,6 +29,7 @@ def split(graph: fx.Graph) -> int | None:
 
     Args:
         graph: returns one tensor.
+        bodies: the graphs that it calls.
 
     Returns:
         The dim of the result along which chunks lie, or None: the graph was left as it is.
@@ -45,11 +48,16 @@ def split(graph: fx.Graph) -> int | None:
         return None
     dim = _dim_of(node)
     chunks = _joined(node, dim)
+    order = {one: place for place, one in enumerate(graph.nodes)}
+    places = [order[one] for one in chunks]
+    if len(chunks) < 2 or any(after <= before for before, after in itertools.pairwise(places)):
+        return None  # they are not computed in the order in which they lie
     roots = {root(one) for one in chunks}
-    if len(chunks) < 2 or any(
-        isinstance(one.target, OpOverload) and written(one.target) and root(one) in roots for one in graph.nodes
-    ):
-        return None
+    for one in graph.nodes:
+        if isinstance(one.target, OpOverload) and written(one.target):
+            target = root(one)
+            if target in roots or target.op != "call_function" or target.target is operator.getitem:
+                return None  # what called graphs return may share memory
     steps: list[Callable[[fx.Node], fx.Node]] = []
     for one in reversed(later):
         found = _step(graph, one, dim)
@@ -61,15 +69,38 @@ def split(graph: fx.Graph) -> int | None:
         return None
     start = 0
     for chunk in chunks:
+        own = _is_its_own(chunk, node, bodies)
         with graph.inserting_after(chunk):
             for step in steps:
                 chunk = step(chunk)
+                graph.inserting_after(chunk)
+                own = own or not shares(chunk)
+            if not own:  # whoever gets it may write to it
+                meta = chunk.meta
+                chunk = graph.call_function(aten.clone.default, (chunk,), {"memory_format": torch.contiguous_format})
+                chunk.meta = {**meta}
                 graph.inserting_after(chunk)
             graph.call_function(hand_out, (chunk, start)).meta["module"] = ""
         start += chunk.meta["shape"][dim]
     assert start == output.all_input_nodes[0].meta["shape"][dim]
     output.args = (None,)
     return dim
+
+
+def _is_its_own(chunk: fx.Node, cat: fx.Node, bodies: Mapping[str, fx.Graph]) -> bool:
+    """Whether nothing else lies in a chunk's memory, and nobody but a concatenation uses it."""
+    if set(chunk.users) - {cat} and any(one.target is not aten.cat.default for one in chunk.users):
+        return False
+    if chunk.op != "call_function" or shares(chunk):
+        return False
+    source = chunk.all_input_nodes[0] if chunk.all_input_nodes else chunk
+    if chunk.target is not operator.getitem or source.op != "call_module":
+        return len(chunk.users) == 1
+    output = next(iter(reversed(bodies[str(source.target)].nodes)))
+    results: Any = output.args[0]
+    roots = [root(one) for one in results]
+    found = roots[int(chunk.args[1])]  # type: ignore[arg-type]
+    return found.op == "call_function" and found.target is not take and roots.count(found) == 1
 
 
 def _dim_of(cat: fx.Node) -> int:

@@ -22,7 +22,7 @@ class Memory:
         attribute: whether it is from outside of the graph.
         written: whether an operator writes to it.
         nodes: the tensors in it.
-        twin: the storage in whose place it stands, in a call that repeats.
+        twins: storages in whose place it stands, in calls that repeat.
     """
 
     storage: Any
@@ -30,14 +30,18 @@ class Memory:
     attribute: bool
     written: bool = False
     nodes: list[fx.Node] = field(default_factory=list)
-    twin: Memory | None = None
+    twins: list[Memory] = field(default_factory=list)
 
     def write(self, constant: bool) -> None:
         """Note that something is written to it, constant or not."""
-        self.written = True
-        self.constant = self.constant and constant
-        if self.twin is not None:
-            self.twin.write(constant)
+        seen: set[int] = set()
+        reached = [self]
+        while reached:
+            one = reached.pop()
+            if id(one) not in seen:
+                seen.add(id(one))
+                one.written, one.constant = True, one.constant and constant
+                reached.extend(one.twins)
 
 
 class Constants:

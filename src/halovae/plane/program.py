@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -69,12 +69,19 @@ class Program:
         Returns:
             This rank's part of the result, as `returns` says.
         """
+        if self.chunked is not None:
+            return self._joined(local, mesh, extras, fx.Interpreter)
+        with self._running(mesh):
+            whole: Tensor = self._module(local, *extras)
+        return whole
+
+    def _joined(self, local: Tensor, mesh: Mesh, extras: Sequence[Tensor], kind: type[fx.Interpreter]) -> Tensor:
         if self.chunked is None:
             with self._running(mesh):
-                whole: Tensor = self._module(local, *extras)
+                whole: Tensor = kind(self._module).run(local, *extras)
             return whole
         whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
-        for start, chunk in self.chunks(local, mesh, *extras):
+        for start, chunk in self._handed_out(kind(self._module), local, mesh, extras):
             whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
         return whole
 
@@ -91,8 +98,12 @@ class Program:
         """
         if self.chunked is None:
             yield 0, self(local, mesh, *extras)
-            return
-        run = fx.Interpreter(self._module)
+        else:
+            yield from self._handed_out(fx.Interpreter(self._module), local, mesh, extras)
+
+    def _handed_out(
+        self, run: fx.Interpreter, local: Tensor, mesh: Mesh, extras: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
         run.args_iter = iter((local, *extras))
         nodes = iter(self.graph.nodes)
         while True:
@@ -104,9 +115,7 @@ class Program:
 
     def profiled(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Tensor:
         """Run it with a profiler region for each submodule that it was recorded from."""
-        with self._running(mesh):
-            result: Tensor = _Regions(self._module).run(local, *extras)
-        return result
+        return self._joined(local, mesh, extras, _Regions)
 
     @contextmanager
     def _running(self, mesh: Mesh) -> Iterator[None]:
@@ -120,6 +129,12 @@ class Program:
                 yield from (one for one in self.bodies[node.target].nodes if is_operator(one))
             elif is_operator(node):
                 yield node
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where along `chunked` each chunk begins; empty if the result comes whole."""
+        found: list[Any] = [node.args[1] for node in self.graph.nodes if node.target is operators.hand_out]
+        return tuple(found)
 
     @property
     def messages(self) -> int:

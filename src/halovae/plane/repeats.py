@@ -6,6 +6,7 @@ They are recorded once, as a graph that the main graph calls.
 from __future__ import annotations
 
 import operator
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,10 @@ class _Block:
         return found
 
 
+class LeakError(RuntimeError):
+    """What a call made is used elsewhere, though it neither returned nor kept it."""
+
+
 class Repeats:
     """Recognizes calls of modules' children that find the same but for the values of tensors.
 
@@ -92,6 +97,7 @@ class Repeats:
         self._recorder, self._modules = recorder, modules
         self._blocks: dict[Any, _Block | None] = {}
         self._busy = False
+        self._thread = threading.get_ident()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -110,7 +116,7 @@ class Repeats:
         original = child.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._busy:
+            if self._busy or threading.get_ident() != self._thread:
                 return original(*args, **kwargs)
             self._busy = True
             try:
@@ -121,13 +127,17 @@ class Repeats:
         return forward
 
     def _call(self, child: nn.Module, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if any(len(one._forward_hooks) > 1 or len(one._forward_pre_hooks) > 1 for one in child.modules()):
+            return original(*args, **kwargs)  # hooks besides the recorder's own, which may keep anything
         state = State([*args, kwargs], child)
         try:
             before = state.contents()
             signs = tuple(self._sign(one, state.tensors) for one in state.tensors)
         except Unclear:
             return original(*args, **kwargs)
-        key = id(child), len(args), before, signs
+        kind = self._recorder.device.type
+        casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        key = id(child), len(args), before, signs, casting, torch.get_default_dtype()
         if key not in self._blocks:
             self._blocks[key] = None
             result, self._blocks[key] = self._first(original, args, kwargs, state, before)
@@ -200,7 +210,9 @@ class Repeats:
                 # What lies in one memory there lies in one memory here; where in it does not matter.
                 local = torch.empty(0, dtype=like.dtype, device="meta")
                 local.set_(bases[id(storage)].untyped_storage(), 0, like.shape, like.stride())
-            recorder.noted(local, item, False).twin = recorder.memory(like)
+            memory, twin = recorder.noted(local, item, False), recorder.memory(like)
+            if memory is not twin:
+                memory.twins.append(twin)
             made.append(PlaneTensor(local, sample.partition, plane, sample.frozen, tuple(sample.stride())))
         fallbacks, gathered, received, computed = block.counted
         plane.fallbacks.update(fallbacks)
@@ -220,7 +232,7 @@ class Repeats:
             what is used of their results: what nobody uses is not computed.
 
         Raises:
-            RuntimeError: something that such a call made is used elsewhere, but was neither returned nor kept.
+            LeakError: something that such a call made is used elsewhere, but was neither returned nor kept.
         """
         repeating = {key[0] for key, block in self._blocks.items() if block is not None and block.again}
         blocks: dict[fx.Node, _Block] = {}
@@ -237,7 +249,7 @@ class Repeats:
             used = sorted(items)
             key = id(blocks[call]), frozenset(used)
             if key not in names:
-                name = f"body_{len(names)}"
+                name = f"_halovae_body_{len(names)}"
                 bodies[name], inputs = _body(blocks[call], used)
                 names[key] = name, inputs
             name, inputs = names[key]

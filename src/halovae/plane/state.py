@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from enum import Enum
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from halovae.plane.tensor import PlaneTensor
 
@@ -16,8 +19,9 @@ _PLAIN = (
     bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout,
     Enum,
 )  # fmt: skip
-_OWN = set(vars(nn.Module())) - {"_buffers"}  # what every module has
-_MADE = (list, dict, OrderedDict)  # what a call may make anew
+# What every module has, but for what a call depends on. Hooks are counted by those who call.
+_OWN = set(vars(nn.Module())) - {"training"}
+_MADE = (list, dict, OrderedDict)  # what a call may make anew, and change
 
 Contents = tuple[tuple[Any, tuple[tuple[Any, Hashable], ...]], ...]
 
@@ -75,10 +79,14 @@ class State:
             return told
         if isinstance(value, (tuple, torch.Size)):
             return "tuple", type(value), tuple(map(self.told, value))
-        if isinstance(value, (list, dict)) or (hasattr(value, "__dict__") and not _is_fixed(value)):
+        if isinstance(value, functools.partial):
+            inside = tuple(map(self.told, (value.func, value.args, value.keywords)))
+            self._kept[id(value)] = value
+            return "object", id(value), inside
+        if not _is_fixed(value):
+            if not isinstance(value, (list, dict)) and not _has_only_attributes(value):
+                raise Unclear(type(value).__name__)
             return self._hold(value)
-        if isinstance(value, (set, bytearray)) or hasattr(value, "__next__"):
-            raise Unclear(type(value).__name__)
         self._kept[id(value)] = value
         return "object", id(value), value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
@@ -86,6 +94,10 @@ class State:
         if id(value) not in self._numbers:
             self._numbers[id(value)] = "holder", len(self.holders)
             self.holders.append(value)
+            if isinstance(value, nn.Module):  # one that is not called: whoever holds it may call it
+                for one in value._modules.values():
+                    if one is not None:
+                        self._hold(one)
         return self._numbers[id(value)]
 
     def take_over(
@@ -123,30 +135,56 @@ class State:
 
 
 def check_made(after: Contents, before: Contents) -> None:
-    """Make sure that the holders that a call made can be made again.
+    """Make sure that what a call made or changed can be made or changed alike.
 
     Raises:
-        Unclear: one of them cannot.
+        Unclear: something cannot.
     """
-    for kind, _ in after[len(before) :]:
-        if kind not in _MADE:
-            raise Unclear(kind.__name__)
+    for index, (kind, now) in enumerate(after):
+        then = before[index][1] if index < len(before) else None
+        if now == then:
+            continue
+        if then is None or issubclass(kind, (list, dict)):
+            if kind not in _MADE:
+                raise Unclear(kind.__name__)
+        elif [one for one in now if isinstance(one[0], tuple)] != [one for one in then if isinstance(one[0], tuple)]:
+            raise Unclear("weights or submodules")
 
 
 def _is_fixed(value: Any) -> bool:
-    return isinstance(value, (nn.Module, Tensor, type)) or callable(value)
+    """Whether a value stays as it is, or, of tensors, whether its version tells that it did not."""
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None
+    fixed = (Tensor, type, types.BuiltinFunctionType, types.ModuleType, range, torch.finfo, torch.iinfo, OpOverload)
+    return isinstance(value, fixed)
+
+
+def _has_only_attributes(value: Any) -> bool:
+    """Whether what an object holds is all among its attributes."""
+    slots = any(getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+    written = all(kind is object or kind.__flags__ & (1 << 9) for kind in type(value).__mro__)  # in Python
+    return hasattr(value, "__dict__") and not slots and written
 
 
 def _items(holder: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(holder, list):
         yield from enumerate(holder)
+        if type(holder) is not list:
+            yield from (((None, name), value) for name, value in vars(holder).items())
     elif isinstance(holder, dict):
         yield from holder.items()
-    else:
-        skipped = _OWN if isinstance(holder, nn.Module) else ()
+        if type(holder) not in _MADE:
+            yield from (((None, name), value) for name, value in vars(holder).items())
+    elif isinstance(holder, nn.Module):
+        for kind in ("_parameters", "_modules"):  # nobody but `_fill` skips such keys
+            yield (None, kind), hash(tuple(map(id, vars(holder)[kind].values())))
+        if holder._buffers:
+            yield "_buffers", holder._buffers
         for name, value in vars(holder).items():
-            if name not in skipped and not (name == "forward" and isinstance(holder, nn.Module)):
+            if name not in _OWN and name != "forward":
                 yield name, value
+    else:
+        yield from vars(holder).items()
 
 
 def _fill(holder: Any, items: list[tuple[Any, Any]]) -> None:
@@ -157,8 +195,8 @@ def _fill(holder: Any, items: list[tuple[Any, Any]]) -> None:
         holder.clear()
         holder.update(items)
         return
-    wanted = dict(items)
+    wanted = {name: value for name, value in items if isinstance(name, str)}
     for name, _ in list(_items(holder)):
-        if name not in wanted:
+        if isinstance(name, str) and name not in wanted:
             del vars(holder)[name]
     vars(holder).update(wanted)

@@ -26,7 +26,7 @@ from halovae.plane.constants import Constants, Memory
 from halovae.plane.layout import local_shape
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
-from halovae.plane.repeats import Repeats, clean
+from halovae.plane.repeats import LeakError, Repeats, clean
 from halovae.plane.rules.registry import is_composite, plane_tensors, written
 from halovae.plane.tensor import is_channels_last
 
@@ -211,7 +211,7 @@ class Recorder(TorchDispatchMode):
         clean(self.graph)
         bodies = repeats.outline(self.graph)
         with _disable_current_modes(), torch._C.DisableTorchFunction():
-            chunked = split(self.graph)
+            chunked = split(self.graph, bodies)
         clean(self.graph)
         for graph in (self.graph, *bodies.values()):
             graph.lint()
@@ -243,6 +243,17 @@ def trace(
     Raises:
         TraceError: the function reads values of its input, or draws from a generator of its own.
     """
+    try:
+        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, modules)
+    except LeakError:
+        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, ())
+
+
+def _traced(
+    function: Callable[..., Tensor], modules: Sequence[nn.Module], mesh: Mesh, shape: Sequence[int], dtype: torch.dtype,
+    device: torch.device, multiple: int, extras: Sequence[tuple[Sequence[int], torch.dtype]],
+    watched: Sequence[nn.Module],
+) -> Program:  # fmt: skip
     names: dict[int, str] = {}
     for index, module in enumerate(modules):
         prefix = f"module_{index}." if len(modules) > 1 else ""
@@ -257,7 +268,7 @@ def trace(
         for module in modules:
             stack.enter_context(untouched(module))
             stack.enter_context(_paths(module, recorder))
-        repeats = Repeats(recorder, modules)
+        repeats = Repeats(recorder, watched)
         stack.enter_context(repeats.watched())
         cached = torch.is_autocast_cache_enabled()  # autocast would keep casts of weights that are of this graph
         torch.set_autocast_cache_enabled(False)
@@ -315,15 +326,17 @@ def untouched(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _paths(module: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tell the recorder which submodule is being called."""
-    handles, before = [], []
+    handles, before, thread = [], [], threading.get_ident()
 
     def hooks(name: str) -> tuple[Any, Any]:
         def enter(*_: Any) -> None:
-            before.append(recorder.module)
-            recorder.module = name
+            if threading.get_ident() == thread:
+                before.append(recorder.module)
+                recorder.module = name
 
         def leave(*_: Any) -> None:
-            recorder.module = before.pop()
+            if threading.get_ident() == thread:
+                recorder.module = before.pop()
 
         return enter, leave
 

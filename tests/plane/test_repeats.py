@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -212,3 +214,171 @@ def test_diffusers_clips_are_rolled_up(name: str) -> None:
     result, program = replayed(lambda z: zoo.decode(module, z), x, module)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-11)
     assert program.bodies
+
+
+class Joined(nn.Module):
+    """Puts chunks together in odd ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.decoder = nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1), dtype=torch.float64)
+
+    def forward(self, z: Tensor) -> Tensor:
+        parts = torch.split(z, 1, 2)
+        if self.how == "backward":
+            return torch.cat([self.decoder(one) for one in reversed(parts)][::-1], 2)
+        made = [self.decoder(one) for one in parts]
+        if self.how == "twice":
+            return torch.cat([made[0], made[1], made[0], made[2]], 2)
+        if self.how == "first frame again":
+            whole = torch.cat(made, 2)
+            return torch.cat([whole[:, :, :1].repeat(1, 1, 2, 1, 1), whole], 2)
+        if self.how == "the input first":
+            return torch.cat([z[:, :, :1], *made], 2)
+        if self.how == "a constant first":
+            return torch.cat([torch.zeros_like(z[:, :, :1]) + 1, *made], 2)
+        if self.how == "cast late":
+            return torch.cat([made[0].float(), *made[1:]], 2)
+        before, found = None, []
+        for one in parts:  # each from the one before
+            before = self.decoder(one if before is None else one + before)
+            found.append(before)
+        return torch.cat(found, 2)
+
+
+HOWS = ["backward", "twice", "first frame again", "the input first", "a constant first", "cast late", "chained"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_chunks_are_in_order_and_belong_to_who_gets_them(how: str) -> None:
+    module, x = Joined(how).requires_grad_(False), picture(1, 2, 4, 4, 4)
+    expected, before = module(x), x.clone()
+    sharded = shard(module)
+    for _ in range(2):
+        found = []
+        for chunk in sharded.stream(x, grid=Grid()):
+            assert chunk is not None
+            found.append(chunk.clone())
+            chunk.fill_(7)
+        torch.testing.assert_close(torch.cat(found, 2), expected, rtol=0, atol=1e-6 if how == "cast late" else 1e-12)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(sharded(x, grid=Grid()), expected, rtol=0, atol=1e-6 if how == "cast late" else 1e-12)
+
+
+class Shares(nn.Module):
+    """Its decoder returns memory that it was given, or two results in one memory, which are then written to."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+
+        class Inner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1), dtype=torch.float64)
+
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                y = self.conv(x)
+                return y, (y if how == "the result" else x)[:, :, -1:]
+
+        self.decoder = Inner()
+
+    def forward(self, z: Tensor) -> Tensor:
+        z, found = z * 1.0, []
+        for one in torch.split(z, 1, 2):
+            y, kept = self.decoder(one)
+            found.append(y)
+            if self.how == "the result":
+                kept.mul_(0.5)
+        if self.how == "the input":
+            kept.mul_(0.5)
+        return torch.cat(found, 2) + z
+
+
+@pytest.mark.parametrize("how", ["the result", "the input"])
+def test_memory_that_calls_share_is_written_to(how: str) -> None:
+    module, x = Shares(how).requires_grad_(False), picture(1, 2, 4, 4, 4)
+    result, _ = replayed(module, x, module)
+    torch.testing.assert_close(result, module(x), rtol=0, atol=1e-12)
+
+
+class Keeps(nn.Module):
+    """Its decoder counts its calls in a place that is hard to see."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+
+        class Counter:
+            __slots__ = ("calls",)
+
+            def __init__(self) -> None:
+                self.calls = 0
+
+        counts = {"n": 0}
+
+        def closure() -> int:
+            counts["n"] += 1
+            return counts["n"]
+
+        class Inner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv3d(2, 2, 1, dtype=torch.float64)
+                self.queue: deque[int] = deque()
+                self.array = np.zeros(1)
+                self.slots = Counter()
+                self.call = closure
+                self.other = [nn.Identity()]
+                if place != "queue":
+                    del self.queue
+                if place != "array":
+                    del self.array
+                if place != "slots":
+                    del self.slots
+                if place != "call":
+                    del self.call
+
+            def forward(self, x: Tensor) -> Tensor:
+                times = 1.0
+                if place == "queue":
+                    self.queue.append(1)
+                    times = len(self.queue)
+                elif place == "array":
+                    self.array += 1
+                    times = float(self.array[0])
+                elif place == "slots":
+                    self.slots.calls += 1
+                    times = self.slots.calls
+                elif place == "call":
+                    times = self.call()
+                elif place == "module in a list":
+                    self.other[0].count = getattr(self.other[0], "count", 0) + 1  # type: ignore[assignment]
+                    times = self.other[0].count  # type: ignore[assignment]
+                elif place == "training":
+                    times = 2.0 if self.training else 3.0
+                y: Tensor = self.conv(x) * times
+                return y
+
+        self.place = place
+        self.decoder = Inner()
+
+    def forward(self, z: Tensor) -> Tensor:
+        found = []
+        for index, one in enumerate(torch.split(z, 1, 2)):
+            if self.place == "training":
+                self.decoder.train(index == 2)
+            found.append(self.decoder(one))
+        return torch.cat(found, 2)
+
+
+@pytest.mark.parametrize("place", ["queue", "array", "slots", "call", "module in a list", "training"])
+def test_state_that_is_hard_to_see_is_not_taken_for_equal(place: str) -> None:
+    x = picture(1, 2, 4, 4, 4)
+    expected = Keeps(place).requires_grad_(False)(x)
+    module = Keeps(place).requires_grad_(False)
+    program = trace(module, [module], Mesh(Grid(), CPU), x.shape, x.dtype, CPU)
+    torch.testing.assert_close(program(x, Mesh(Grid(), CPU)), expected, rtol=0, atol=1e-12)

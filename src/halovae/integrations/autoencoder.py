@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,8 +20,8 @@ from halovae.kernels import EAGER
 from halovae.lines import world_size
 from halovae.mesh import mesh_for
 from halovae.plane import Sharded, ShardReport
-from halovae.plane.sharded import Chunks, Gather
-from halovae.planning.choose import Decision
+from halovae.plane.sharded import Chunks, Gather, hooked, told_by_value
+from halovae.planning.choose import Decision, TooLittleMemory
 from halovae.planning.graphs import Search, UnplannableError
 from halovae.planning.planner import calibration_of, usable
 
@@ -138,7 +139,7 @@ class Autoencoder:
         if dtype is not None and not dtype.is_floating_point and dtype != torch.uint8:
             raise TypeError(f"dtype={dtype}: expected a floating dtype or torch.uint8")
         call = self._call("decode")
-        choice = call.choose(latents, mode, grid, options, memory_budget)
+        choice = call.choose(latents, mode, grid, gather, options, memory_budget)
         return PictureStream(self.module, latents, choice, call.stream(latents, choice, gather, options), call, dtype)
 
     def encode(
@@ -164,7 +165,7 @@ class Autoencoder:
             RuntimeError: another rank refused, or was given other arguments or weights.
         """
         call = self._call("encode")
-        return call.stream(pictures, call.choose(pictures, mode, grid, options, None), gather, options).join()
+        return call.stream(pictures, call.choose(pictures, mode, grid, gather, options, None), gather, options).join()
 
     def _call(self, name: Call) -> PlaneCall:
         if name not in self._calls:
@@ -180,11 +181,13 @@ class Choice:
         grid: of ranks.
         items: how many of the batch go at once; one round after the other.
         decision: why, if that was predicted.
+        kept: bytes of the pictures, which a rank that receives them holds besides.
     """
 
     grid: Grid
     items: int
     decision: Decision | None = None
+    kept: int = 0
 
 
 class PlaneCall:
@@ -214,8 +217,9 @@ class PlaneCall:
         return self._sharded.report
 
     def choose(
-        self, x: Tensor, mode: Mode, grid: Grid | None, options: dict[str, Any], memory_budget: int | None
-    ) -> Choice:
+        self, x: Tensor, mode: Mode, grid: Grid | None, gather: Gather, options: dict[str, Any],
+        memory_budget: int | None,
+    ) -> Choice:  # fmt: skip
         """How ranks share a call. Collective in mode "auto".
 
         Raises:
@@ -226,12 +230,14 @@ class PlaneCall:
             raise ValueError(f"mode={mode!r}: expected one of {', '.join(get_args(Mode))}")
         if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
             raise ValueError(f"memory_budget={memory_budget!r}: expected a number of bytes > 0")
-        world, batch = world_size(), x.shape[0] if isinstance(x, Tensor) and x.ndim else 1
-        if grid is not None or mode == "single" or world == 1 or not isinstance(x, Tensor) or x.ndim not in (4, 5):
+        if not isinstance(x, Tensor) or x.ndim not in (4, 5) or not x.numel() or not x.is_floating_point():
+            return Choice(grid or Grid(), 1)  # refused on all ranks in a moment
+        world, batch = world_size(), x.shape[0]
+        if grid is not None or mode == "single" or (world == 1 and memory_budget is None):
             return Choice(grid or Grid(), batch)
         if mode == "auto" and self.name == "decode":
             try:
-                return self._decided(x, options, memory_budget)
+                return self._decided(x, options, gather, memory_budget)
             except UnplannableError:
                 pass  # it runs eagerly
         height, width = x.shape[-2:]
@@ -239,33 +245,46 @@ class PlaneCall:
             return Choice(Grid(rows=world), batch)
         return Choice(Grid(cols=world) if width >= world else Grid(), batch)
 
-    def _decided(self, x: Tensor, options: dict[str, Any], memory_budget: int | None) -> Choice:
+    def _decided(self, x: Tensor, options: dict[str, Any], gather: Gather, memory_budget: int | None) -> Choice:
         """The grid that is predicted to be the fastest of those that fit; all ranks ask together, and decide alike."""
         tensors, static = self._bound(x, options)
+        told, moved = told_by_value(static), next(hooked(self.vae), None)
+        if told is None or moved is not None:
+            raise UnplannableError("an option is no plain value, or hooks move weights: it runs eagerly")
         batch, names = x.shape[0], ",".join(tensors)
-        asked = f"{list(x.shape)}, {x.dtype}, {static}, {[list(one.shape) for one in tensors.values()]}"
+        asked = f"{list(x.shape)}, {x.dtype}, {told}, {[list(one.shape) for one in tensors.values()]}, {gather}"
         everyone = mesh_for(Grid(rows=world_size()), x.device)
         free = everyone.platform.memory()[0], socket.gethostname()
         offers = everyone.agree(f"decode {asked}, budget {memory_budget}", None, free)
         budget = memory_budget or usable(offers, everyone.platform.kind)
         known = self._choices.get(asked)
-        if known is not None and known.decision is not None and known.decision.stands(budget):
+        if known is not None and known.decision is not None and known.decision.stands(budget - known.kept):
             return known
 
         def search(items: int) -> Search:
-            some = [one[:items] if one.ndim and one.shape[0] == batch else one for one in tensors.values()]
             return Search(
-                lambda z: self._run(z, *some, _names=names, **static), self.vae, (items, *x.shape[1:]), x.dtype,
-                calibration_of(everyone, x.dtype, EAGER), batch // items, budget,
+                lambda z: self._run(z, *tensors.values(), _names=names, **static), self.vae, (items, *x.shape[1:]),
+                x.dtype, calibration_of(everyone, x.dtype, EAGER), batch // items, budget,
                 len({host for _, host in offers}) > 1, all_ranks=True,
             )  # fmt: skip
 
-        by_item = search(1)
-        # Noise is drawn for all items at once.
-        whole = type(self.vae).__name__ in BATCHED or (batch > 1 and by_item.traced(Grid()).random)
-        decision = (search(batch) if whole else by_item).decide(world_size())
+        # Noise is drawn for all items at once, and other tensors may belong to all of them.
+        whole = batch == 1 or bool(tensors) or any(kind.__name__ in BATCHED for kind in type(self.vae).__mro__)
+        found = search(batch if whole else 1)
+        first = found.traced(Grid())
+        if not whole and first.random:
+            whole = True
+            first = (found := search(batch)).traced(Grid())
+        kept = 0 if gather == "none" else math.prod(first.pictures) * x.element_size() * (1 if whole else batch)
+        if kept >= budget:
+            raise TooLittleMemory(
+                f"latents {list(x.shape)} do not fit into a memory budget of {budget / 2**20:,.1f} MiB: their pictures "
+                f"alone take {kept / 2**20:,.1f} MiB"
+            )
+        decision = found.within(budget - kept).decide(world_size())
         grid = decision.chosen.plan.stages[0].grid
-        choice = self._choices[asked] = Choice(grid, batch if whole else grid.batch, decision)
+        items = batch if whole or gather == "none" else grid.batch
+        choice = self._choices[asked] = Choice(grid, items, decision, kept)
         return choice
 
     def _bound(self, x: Tensor, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -288,16 +307,32 @@ class PlaneCall:
             )
         tensors, static = self._bound(x, options)
         static["_names"] = ",".join(tensors)
-        batch, rounds = x.shape[0], []
-        for start in range(0, batch, choice.items):
-            some = slice(start, start + choice.items)
-            extras = [one[some] if one.ndim and one.shape[0] == batch else one for one in tensors.values()]
-            chunks = self._sharded.stream(x[some], *extras, grid=choice.grid, gather=gather, options=static)
-            if choice.items >= batch:
-                return chunks
-            rounds.append(chunks.join())
-        whole = [one for one in rounds if one is not None]
-        return Chunks(iter([torch.cat(whole)] if whole else []))
+        if choice.items >= x.shape[0]:
+            return self._sharded.stream(x, *tensors.values(), grid=choice.grid, gather=gather, options=static)
+        return Chunks(self._rounds(x, choice, gather, static))
+
+    def _rounds(self, x: Tensor, choice: Choice, gather: Gather, options: dict[str, Any]) -> Iterator[Tensor | None]:
+        """All items, a few at a time."""
+        whole, taken = None, []
+        for start in range(0, x.shape[0], choice.items):
+            some = x[start : start + choice.items]
+            part = self._sharded(some, grid=choice.grid, gather=gather, options=options)
+            if part is not None:
+                whole = part.new_empty((x.shape[0], *part.shape[1:])) if whole is None else whole
+                whole[start : start + choice.items] = part
+            assert self.report is not None
+            taken.append(self.report)
+        self._sharded.report = replace(
+            taken[-1],
+            shape=(x.shape[0], *taken[-1].shape[1:]),
+            chunked=None,
+            recorded=sum(one.recorded for one in taken),
+            seconds=sum(one.seconds for one in taken),
+            waiting=sum(one.waiting for one in taken),
+            messages=sum(one.messages for one in taken),
+            bytes_sent=sum(one.bytes_sent for one in taken),
+        )
+        yield whole
 
     def _run(self, x: Tensor, *tensors: Tensor, _names: str, **options: Any) -> Tensor:
         named = dict(zip(_names.split(","), tensors, strict=True)) if _names else {}
@@ -386,7 +421,7 @@ def _method(
             kept = vars(self).get(f"_halovae_{name}")
             used = kept if kept is not None and kept.vae is self else PlaneCall(self, name)
             vars(self)[f"_halovae_{name}"] = used
-        value = used.stream(x, used.choose(x, mode, grid, options, memory_budget), gather, options).join()
+        value = used.stream(x, used.choose(x, mode, grid, gather, options, memory_budget), gather, options).join()
         return used.result(used.blank(x) if value is None else value, not options.get("return_dict", True))
 
     return method

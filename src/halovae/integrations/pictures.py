@@ -14,7 +14,7 @@ from halovae.lines import world_size
 from halovae.loop import converted
 from halovae.memory import MemoryMeter
 from halovae.mesh import mesh_for
-from halovae.plane.sharded import Chunks
+from halovae.plane.sharded import Chunks, ShardReport
 from halovae.report import DecodeReport, RankReport
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class PictureStream(Iterator["Tensor | None"]):
         self._mesh = mesh_for(Grid(rows=world_size()), latents.device)
         self._memory = MemoryMeter(self._mesh.platform)
         self._own: RankReport | None = None
+        self._taken: ShardReport | None = None
 
     def __next__(self) -> Tensor | None:
         try:
@@ -58,6 +59,7 @@ class PictureStream(Iterator["Tensor | None"]):
         except StopIteration:
             taken = self._call.report
             if self._own is None and taken is not None:
+                self._taken = taken
                 self._own = RankReport(
                     self._mesh.lines.rank, taken.seconds, taken.waiting, taken.messages, taken.bytes_sent,
                     self._memory.read(),
@@ -79,7 +81,7 @@ class PictureStream(Iterator["Tensor | None"]):
         Raises:
             RuntimeError: frames are still to come.
         """
-        taken = self._call.report
+        taken = self._taken
         if self._own is None or taken is None:
             raise RuntimeError("the report of a decode is there once its last frames have been taken")
         shape = taken.shape if len(taken.shape) == 5 else (*taken.shape[:2], 1, *taken.shape[2:])

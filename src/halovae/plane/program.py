@@ -29,6 +29,7 @@ class Program:
             the `module` that called it, and for operators between ranks the `messages` and bytes `sent`.
         bodies: graphs that it calls by their names: what a module does with each chunk of a clip.
         chunked: the dim of the result along which chunks of it are handed out one by one; None if it comes whole.
+        streams: whether `chunks` yields them one by one, too.
         takes: the layout of the input.
         returns: the layout of the result.
         dtype: of the result.
@@ -45,6 +46,7 @@ class Program:
         plane: Plane, takes: Layout, returns: Layout, dtype: torch.dtype, random: bool, writes: bool,
     ) -> None:  # fmt: skip
         self.graph, self.bodies, self.chunked = graph, bodies, chunked
+        self.streams = chunked is not None
         self.takes, self.returns, self.dtype = takes, returns, dtype
         self.random, self.writes = random, writes
         self.coordinates = plane.coordinates
@@ -96,7 +98,7 @@ class Program:
         Yields:
             Where along `chunked` a chunk begins, and this rank's part of it. One chunk, if the result comes whole.
         """
-        if self.chunked is None:
+        if not self.streams:
             yield 0, self(local, mesh, *extras)
         else:
             yield from self._handed_out(fx.Interpreter(self._module), local, mesh, extras)

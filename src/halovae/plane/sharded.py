@@ -112,6 +112,7 @@ class Sharded:
         self._function, self._modules, self._multiple = function, tuple(modules), multiple
         self._programs: OrderedDict[Any, Program | TraceError] = OrderedDict()
         self._digests: dict[Any, str] = {}
+        self._agreed: set[Any] = set()
         self.report: ShardReport | None = None
 
     def __call__(
@@ -184,7 +185,9 @@ class Sharded:
             self._check(x, used.grid, gather)
             key = self._key(used, x, extras, options)
             shapes = [(list(one.shape), str(one.dtype)) for one in (x, *extras)]
-            asked = f"{shapes}, grid {grid}, gather {gather}, options {_told(options)}, weights {self._digest(key)}"
+            asked = (
+                f"{shapes}, grid {grid}, gather {gather}, options {told_by_value(options)}, weights {self._digest(key)}"
+            )
         except (ValueError, TypeError) as refused:
             error = refused
         everyone.agree(asked, error, None)
@@ -199,7 +202,7 @@ class Sharded:
             mine = x[span]
         begin = time.perf_counter()
         with _without_gradients():
-            program = self._program(mine, rest, used, options, key)
+            program = self._settled(self._program(mine, rest, used, options, key), used, key)
         recorded = time.perf_counter() - begin
         if isinstance(program, Program) and program.random and used.grid.batch > 1:
             raise ValueError(
@@ -207,13 +210,32 @@ class Sharded:
                 "ones than one device; expected a grid of rows and cols"
             )
         plane = Plane(used)
-        # On one rank others would compute what nobody asks them for.
-        idle = gather == "rank0" and used.grid.size == 1 and everyone.rank > 0 and isinstance(program, Program)
-        steps = iter(()) if idle else self._steps(program, plane, mine, rest, options)
-        chunks = self._chunks(program, steps, plane, x, items, gather, recorded)
-        if not isinstance(program, Program) or program.chunked is None:
+        # On one rank others would compute what nobody asks them for. Noise they draw, to stay in step.
+        alone = gather == "rank0" and used.grid.size == 1 and everyone.rank > 0
+        if alone and isinstance(program, Program) and not program.random:
+            steps: Iterator[tuple[Tensor, Layout] | None] = iter([None] * max(1, len(program.starts)))
+        else:
+            steps = self._steps(program, plane, mine, rest, options)
+        chunks = self._chunks(program, steps, plane, x, items, "nobody" if alone else gather, recorded)
+        if not isinstance(program, Program) or not program.streams:
             return Chunks(chunks)
+        assert program.chunked is not None
         return Chunks(chunks, program.chunked, extent(program.returns[program.chunked]))
+
+    def _settled(self, program: Program | TraceError, mesh: Mesh, key: Any) -> Program | TraceError:
+        """The program, after all ranks of its mesh know that theirs come in the same chunks, or not in chunks.
+
+        What a rank records depends on its part of the plane: the last rank alone crops the last row.
+        """
+        if mesh.grid.size > 1 and key not in self._agreed:
+            mine = (program.chunked, program.starts) if isinstance(program, Program) else str(program)
+            everyone = mesh.lines.all_values(mine)
+            if refusals := [one for one in everyone if isinstance(one, str)]:
+                program = self._programs[key] = TraceError(refusals[0])
+            elif isinstance(program, Program):
+                program.streams = program.streams and len(set(everyone)) == 1
+            self._agreed.add(key)
+        return program
 
     def _digest(self, key: Any) -> str:
         """Tells the weights of ranks apart; computed once."""
@@ -222,33 +244,34 @@ class Sharded:
         return self._digests[key]
 
     def _chunks(
-        self, program: Program | TraceError, steps: Iterator[tuple[Tensor, Layout]], plane: Plane, x: Tensor,
-        items: Sequence[Span], gather: Gather, recorded: float,
+        self, program: Program | TraceError, steps: Iterator[tuple[Tensor, Layout] | None], plane: Plane, x: Tensor,
+        items: Sequence[Span], gather: Gather | Literal["nobody"], recorded: float,
     ) -> Iterator[Tensor | None]:  # fmt: skip
         mesh = plane.mesh
         traffic, seconds = Traffic(mesh.platform), 0.0
         layout: Layout = ()
-        done = False
-        while not done:
+        done = object()
+        step: Any = None
+        while step is not done:
             begin = time.perf_counter()
+            full = None
             with _without_gradients(), mesh.in_use(traffic):
-                step = next(steps, None)
-                full = None
-                if step is not None:
+                step = next(steps, done)
+                if isinstance(step, tuple):
                     own, layout = step
                     _check_result(x, layout)
-                    full = _gathered(own, layout, plane, items, gather)
+                    full = None if gather == "nobody" else _gathered(own, layout, plane, items, gather)
                     del own
             mesh.platform.synchronize()
             seconds += time.perf_counter() - begin
-            done = step is None
-            if not done:
+            if step is not done:
+                step = None
                 yield full
-            step = full = None
         told: Plane | Program = plane
         chunked, eager, peak = None, "", 0
         if isinstance(program, Program):
-            told, layout, chunked, peak = program, program.returns, program.chunked, program.peak
+            told, layout, peak = program, program.returns, program.peak
+            chunked = program.chunked if program.streams else None
         else:
             eager = str(program)
         sizes = tuple(map(extent, layout))
@@ -279,9 +302,12 @@ class Sharded:
             return
         local = plane.scatter(x, self._multiple).local
         local = local.clone() if program.writes else local  # the caller's tensor stays
-        for _, chunk in program.chunks(local, plane.mesh, *extras):
+        begin = 0
+        for start, chunk in program.chunks(local, plane.mesh, *extras):
             layout = list(program.returns)
-            if program.chunked is not None:
+            if program.streams and program.chunked is not None:
+                assert start == begin
+                begin += chunk.shape[program.chunked]
                 layout[program.chunked] = (Factor(chunk.shape[program.chunked]),)
             yield chunk, tuple(layout)
 
@@ -299,8 +325,8 @@ class Sharded:
     ) -> Program | TraceError:
         """The recorded program of this rank, or why there is none."""
         found = self._programs.get(key)
-        moving = next((name for module in self._modules for name in _hooked(module)), None)
-        if moving is not None or _told(options) is None:
+        moving = next((name for module in self._modules for name in hooked(module)), None)
+        if moving is not None or told_by_value(options) is None:
             return TraceError(
                 f"hooks of {moving!r} move or cast weights while it is called" if moving is not None
                 else "an option is no plain value"
@@ -315,7 +341,7 @@ class Sharded:
                 found = TraceError(str(error))  # its traceback holds all that the call computed
             self._programs[key] = found
             while len(self._programs) > _PROGRAMS:
-                self._programs.popitem(last=False)
+                self._agreed.discard(self._programs.popitem(last=False)[0])
         self._programs.move_to_end(key)
         return found
 
@@ -329,7 +355,7 @@ class Sharded:
         kind = x.device.type
         casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         return (
-            mesh.grid, mesh.rank, shapes, x.device, hash(state), weights, _told(options), casting,
+            mesh.grid, mesh.rank, shapes, x.device, hash(state), weights, told_by_value(options), casting,
             torch.get_default_dtype(),
         )  # fmt: skip
 
@@ -404,7 +430,7 @@ def _state(module: nn.Module) -> Any:
     return id(module), type(module), values, hooks, tuple(map(id, module._buffers.values()))
 
 
-def _told(value: Any) -> Any:
+def told_by_value(value: Any) -> Any:
     """Options as a key; None if they hold something that cannot be compared by value. A generator is told by its kind:
     a graph cannot draw from one."""
     if isinstance(value, _SIMPLE):
@@ -412,15 +438,15 @@ def _told(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return "generator"
     if isinstance(value, Mapping):
-        found: Any = [(str(name), _told(one)) for name, one in value.items()]
+        found: Any = [(str(name), told_by_value(one)) for name, one in value.items()]
         return None if any(one is None for _, one in found) else tuple(found)
     if isinstance(value, (list, tuple)):
-        found = [_told(one) for one in value]
+        found = [told_by_value(one) for one in value]
         return None if None in found else tuple(found)
     return None
 
 
-def _hooked(module: nn.Module) -> Iterator[str]:
+def hooked(module: nn.Module) -> Iterator[str]:
     """Submodules whose hooks move or cast weights, as those of offloading and of layerwise casting do."""
     for name, one in module.named_modules():
         if hasattr(one, "_diffusers_hook") or (name and hasattr(one, "_hf_hook")):

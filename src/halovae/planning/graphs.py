@@ -267,6 +267,11 @@ class Search:
         self._traced: dict[Grid, Traced] = {}
         self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
 
+    def within(self, budget: int) -> Search:
+        """The same search within another budget."""
+        self._budget = budget
+        return self
+
     def traced(self, grid: Grid) -> Traced:
         """What the rank with the most to do takes for one item, traced once.
 

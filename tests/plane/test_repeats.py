@@ -382,3 +382,37 @@ def test_state_that_is_hard_to_see_is_not_taken_for_equal(place: str) -> None:
     module = Keeps(place).requires_grad_(False)
     program = trace(module, [module], Mesh(Grid(), CPU), x.shape, x.dtype, CPU)
     torch.testing.assert_close(program(x, Mesh(Grid(), CPU)), expected, rtol=0, atol=1e-12)
+
+
+LEAKED: list[Tensor] = []
+
+
+class Leaks(nn.Module):
+    """Its parent uses an intermediate result that its decoder left in a global list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+
+        class Inner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv3d(2, 2, 1, dtype=torch.float64)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y: Tensor = self.conv(x)
+                LEAKED[:] = [y]
+                return y * 2
+
+        self.decoder = Inner()
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.cat([self.decoder(one) + LEAKED[0] for one in torch.split(z, 1, 2)], 2)
+
+
+def test_an_intermediate_result_that_leaks_is_recorded_in_full() -> None:
+    module, x = Leaks().requires_grad_(False), picture(1, 2, 4, 4, 4)
+    expected = module(x)
+    result, program = replayed(module, x, module)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+    assert not program.bodies

@@ -20,7 +20,7 @@ from halovae.kernels import EAGER
 from halovae.lines import world_size
 from halovae.mesh import mesh_for
 from halovae.plane import Sharded, ShardReport
-from halovae.plane.sharded import Chunks, Gather, hooked, told_by_value
+from halovae.plane.sharded import Chunks, Gather, hooked, value_key
 from halovae.planning.choose import Decision, TooLittleMemory
 from halovae.planning.graphs import Search, UnplannableError
 from halovae.planning.planner import calibration_of, usable
@@ -248,7 +248,7 @@ class PlaneCall:
     def _decided(self, x: Tensor, options: dict[str, Any], gather: Gather, memory_budget: int | None) -> Choice:
         """The grid that is predicted to be the fastest of those that fit; all ranks ask together, and decide alike."""
         tensors, static = self._bound(x, options)
-        told, moved = told_by_value(static), next(hooked(self.vae), None)
+        told, moved = value_key(static), next(hooked(self.vae), None)
         if told is None or moved is not None:
             raise UnplannableError("an option is no plain value, or hooks move weights: it runs eagerly")
         batch, names = x.shape[0], ",".join(tensors)

@@ -13,7 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from halovae.plane.live import root, shares
-from halovae.plane.operators import hand_out, take
+from halovae.plane.operators import emit, take
 from halovae.plane.rules.registry import written
 
 aten = torch.ops.aten
@@ -24,7 +24,7 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def split(graph: fx.Graph, bodies: Mapping[str, fx.Graph]) -> int | None:
     """Let a graph hand out its result in chunks, if it is a concatenation and what follows looks at no others.
 
-    Instead of joining the chunks and then, say, clamping all of them, each is clamped, and handed out by `hand_out`.
+    Instead of joining the chunks and then, say, clamping all of them, each is clamped, and handed out by `emit`.
     The graph then returns nothing.
 
     Args:
@@ -80,7 +80,7 @@ def split(graph: fx.Graph, bodies: Mapping[str, fx.Graph]) -> int | None:
                 chunk = graph.call_function(aten.clone.default, (chunk,), {"memory_format": torch.contiguous_format})
                 chunk.meta = {**meta}
                 graph.inserting_after(chunk)
-            graph.call_function(hand_out, (chunk, start)).meta["module"] = ""
+            graph.call_function(emit, (chunk, start)).meta["module"] = ""
         start += chunk.meta["shape"][dim]
     assert start == output.all_input_nodes[0].meta["shape"][dim]
     output.args = (None,)

@@ -22,7 +22,7 @@ class Memory:
         attribute: whether it is from outside of the graph.
         written: whether an operator writes to it.
         nodes: the tensors in it.
-        twins: storages in whose place it stands, in calls that repeat.
+        originals: for a result of a repeated call, the storages of the recorded call's result.
     """
 
     storage: Any
@@ -30,7 +30,7 @@ class Memory:
     attribute: bool
     written: bool = False
     nodes: list[fx.Node] = field(default_factory=list)
-    twins: list[Memory] = field(default_factory=list)
+    originals: list[Memory] = field(default_factory=list)
 
     def write(self, constant: bool) -> None:
         """Note that something is written to it, constant or not."""
@@ -41,7 +41,7 @@ class Memory:
             if id(one) not in seen:
                 seen.add(id(one))
                 one.written, one.constant = True, one.constant and constant
-                reached.extend(one.twins)
+                reached.extend(one.originals)
 
 
 class Constants:

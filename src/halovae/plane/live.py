@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from halovae.plane.operators import hand_out, pack, take
+from halovae.plane.operators import emit, pack, take
 
 
 def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.Node], int] = lambda _: 0) -> int:
@@ -60,7 +60,7 @@ def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.
 
 def is_operator(node: fx.Node) -> bool:
     """Whether a node computes something, and does not only hand on what a called graph takes or returns."""
-    if node.op != "call_function" or node.target in (pack, take, hand_out):
+    if node.op != "call_function" or node.target in (pack, take, emit):
         return False
     return node.target is not operator.getitem or node.all_input_nodes[0].op != "call_module"
 

@@ -190,7 +190,7 @@ def take(box: list[Any], index: int) -> Any:
     return value
 
 
-def hand_out(chunk: Tensor, start: int) -> None:
+def emit(chunk: Tensor, start: int) -> None:
     """Marks a finished chunk of the result, and where along the result's chunked dim it begins."""
 
 

@@ -83,7 +83,7 @@ class Program:
                 whole: Tensor = kind(self._module).run(local, *extras)
             return whole
         whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
-        for start, chunk in self._handed_out(kind(self._module), local, mesh, extras):
+        for start, chunk in self._emitted(kind(self._module), local, mesh, extras):
             whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
         return whole
 
@@ -101,9 +101,9 @@ class Program:
         if not self.streams:
             yield 0, self(local, mesh, *extras)
         else:
-            yield from self._handed_out(fx.Interpreter(self._module), local, mesh, extras)
+            yield from self._emitted(fx.Interpreter(self._module), local, mesh, extras)
 
-    def _handed_out(
+    def _emitted(
         self, run: fx.Interpreter, local: Tensor, mesh: Mesh, extras: Sequence[Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
         run.args_iter = iter((local, *extras))
@@ -135,7 +135,7 @@ class Program:
     @property
     def starts(self) -> tuple[int, ...]:
         """Where along `chunked` each chunk begins; empty if the result comes whole."""
-        found: list[Any] = [node.args[1] for node in self.graph.nodes if node.target is operators.hand_out]
+        found: list[Any] = [node.args[1] for node in self.graph.nodes if node.target is operators.emit]
         return tuple(found)
 
     @property
@@ -175,7 +175,7 @@ def _until_chunk(run: fx.Interpreter, nodes: Iterator[fx.Node]) -> tuple[int, Te
     """Run nodes up to the next chunk that is handed out."""
     for node in nodes:
         found = None
-        if node.target is operators.hand_out:
+        if node.target is operators.emit:
             start: Any = node.args[1]
             found = start, run.env[node.all_input_nodes[0]]
         else:

@@ -1,7 +1,4 @@
-"""Calls of a submodule that repeat, as a decoder's do that gets a clip chunk by chunk.
-
-They are recorded once, as a graph that the main graph calls.
-"""
+"""Outlining: a submodule that is called once per chunk is recorded once, as a graph that the main graph calls."""
 
 from __future__ import annotations
 
@@ -17,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halovae.plane.operators import BETWEEN_RANKS, hand_out, pack, take
-from halovae.plane.state import Contents, State, Unclear, check_made
+from halovae.plane.operators import BETWEEN_RANKS, emit, pack, take
+from halovae.plane.state import Snapshot, State, Unclear, check_made
 from halovae.plane.tensor import PlaneTensor
 
 if TYPE_CHECKING:
@@ -33,11 +30,11 @@ def _end(*outputs: Any) -> None:
     """Stands after them, and uses what the call leaves."""
 
 
-def _again(*inputs: Any) -> None:
+def _repeated(*inputs: Any) -> None:
     """Stands for a call like an earlier one."""
 
 
-_MARKS = (_begin, _end, _again)
+_MARKS = (_begin, _end, _repeated)
 
 
 @dataclass
@@ -48,21 +45,21 @@ class _Block:
         state: what it found; in the end also what it made.
         before: what its holders held at first.
         after: what they held in the end.
-        told: what it returned.
+        returned: a description of what it returned.
         begin: stands before its nodes.
         end: stands after them.
-        counted: what it added to the plane's counters.
-        again: the calls like it.
+        counters: what it added to the plane's counters.
+        repeats: the calls like it.
     """
 
     state: State
-    before: Contents
-    after: Contents
-    told: Any
+    before: Snapshot
+    after: Snapshot
+    returned: Any
     begin: fx.Node
     end: fx.Node
-    counted: tuple[Counter[str], Counter[str], int, int]
-    again: list[fx.Node] = field(default_factory=list)
+    counters: tuple[Counter[str], Counter[str], int, int]
+    repeats: list[fx.Node] = field(default_factory=list)
 
     @property
     def inputs(self) -> int:
@@ -79,14 +76,15 @@ class _Block:
 
 
 class LeakError(RuntimeError):
-    """What a call made is used elsewhere, though it neither returned nor kept it."""
+    """A tensor of a repeated call is used outside of it, though the call neither returned nor kept it."""
 
 
 class Repeats:
-    """Recognizes calls of modules' children that find the same but for the values of tensors.
+    """Recognizes calls of modules' children whose state is equal except for tensor values.
 
-    Caches between chunks are part of what a call finds and leaves, wherever they are kept: in lists and dicts that are
-    passed, or on modules. A child that returns or keeps anything that cannot be followed is recorded in full each time.
+    The state includes feature caches, in lists and dicts that are passed or on modules. A call is recorded in full if
+    its state cannot be tracked, if it writes to its inputs, or if it uses tensors from elsewhere. Changes to globals
+    and class attributes are not seen.
 
     Args:
         recorder: of the calls.
@@ -131,21 +129,21 @@ class Repeats:
             return original(*args, **kwargs)  # hooks besides the recorder's own, which may keep anything
         state = State([*args, kwargs], child)
         try:
-            before = state.contents()
-            signs = tuple(self._sign(one, state.tensors) for one in state.tensors)
+            before = state.snapshot()
+            signatures = tuple(self._signature(one, state.tensors) for one in state.tensors)
         except Unclear:
             return original(*args, **kwargs)
         kind = self._recorder.device.type
         casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        key = id(child), len(args), before, signs, casting, torch.get_default_dtype()
+        key = id(child), len(args), before, signatures, casting, torch.get_default_dtype()
         if key not in self._blocks:
             self._blocks[key] = None
-            result, self._blocks[key] = self._first(original, args, kwargs, state, before)
+            result, self._blocks[key] = self._record(original, args, kwargs, state, before)
             return result
         block = self._blocks[key]
         return original(*args, **kwargs) if block is None else self._repeat(block, state)
 
-    def _sign(self, x: PlaneTensor, everyone: Sequence[PlaneTensor]) -> Any:
+    def _signature(self, x: PlaneTensor, everyone: Sequence[PlaneTensor]) -> Any:
         """What a call depends on besides a tensor's values."""
         if not hasattr(x.local, "halovae_node") or self._recorder.memory(x.local).constant:
             raise Unclear("a constant")  # whose values the graph has
@@ -154,8 +152,8 @@ class Repeats:
         alias = next(at for at, one in enumerate(everyone) if one.local.untyped_storage() is storage or one is x)
         return x.partition, x.local.shape, x.local.stride(), x.stride(), x.dtype, x.frozen, alias
 
-    def _first(
-        self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], state: State, before: Contents
+    def _record(
+        self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], state: State, before: Snapshot
     ) -> tuple[Any, _Block | None]:
         recorder, plane = self._recorder, self._recorder.plane
         assert plane is not None
@@ -166,7 +164,7 @@ class Repeats:
         writes = len(recorder.written)
         result = original(*args, **kwargs)
         try:
-            told, after = state.told(result), state.contents()
+            returned, after = state.describe(result), state.snapshot()
             check_made(after, before)
             made = state.tensors[count:]
             if any(one.source is not None or one.plane is not plane for one in made):
@@ -175,11 +173,11 @@ class Repeats:
         except Unclear:
             return result, None
         end = recorder.graph.call_function(_end, nodes)
-        counted = (
+        counters = (
             plane.fallbacks - fallbacks, plane.gathered - gathered, plane.received - received,
             plane.computed - computed,
         )  # fmt: skip
-        block = _Block(state, before, after, told, begin, end, counted)
+        block = _Block(state, before, after, returned, begin, end, counters)
         inside = set(block.nodes())
         known = {*inside, *begin.all_input_nodes}
         for node in (*inside, end):
@@ -193,9 +191,9 @@ class Repeats:
         recorder, plane = self._recorder, self._recorder.plane
         assert plane is not None
         graph = recorder.graph
-        call = graph.call_function(_again, tuple(recorder.node(one.local) for one in state.tensors))
+        call = graph.call_function(_repeated, tuple(recorder.node(one.local) for one in state.tensors))
         call.meta["module"] = recorder.module
-        block.again.append(call)
+        block.repeats.append(call)
         samples, made = block.state.tensors, []
         bases: dict[int, Tensor] = {}
         for sample, one in zip(samples[: block.inputs], state.tensors, strict=True):
@@ -210,16 +208,16 @@ class Repeats:
                 # What lies in one memory there lies in one memory here; where in it does not matter.
                 local = torch.empty(0, dtype=like.dtype, device="meta")
                 local.set_(bases[id(storage)].untyped_storage(), 0, like.shape, like.stride())
-            memory, twin = recorder.noted(local, item, False), recorder.memory(like)
-            if memory is not twin:
-                memory.twins.append(twin)
+            memory, original = recorder.noted(local, item, False), recorder.memory(like)
+            if memory is not original:
+                memory.originals.append(original)
             made.append(PlaneTensor(local, sample.partition, plane, sample.frozen, tuple(sample.stride())))
-        fallbacks, gathered, received, computed = block.counted
+        fallbacks, gathered, received, computed = block.counters
         plane.fallbacks.update(fallbacks)
         plane.gathered.update(gathered)
         plane.received += received
         plane.computed += computed
-        return state.take_over(block.state, made, block.before, block.after, block.told)
+        return state.replay(block.state, made, block.before, block.after, block.returned)
 
     def outline(self, graph: fx.Graph) -> dict[str, fx.Graph]:
         """Make graphs of the calls of children that are called alike more than once.
@@ -232,15 +230,15 @@ class Repeats:
             what is used of their results: what nobody uses is not computed.
 
         Raises:
-            LeakError: something that such a call made is used elsewhere, but was neither returned nor kept.
+            LeakError: a tensor of such a call is used outside of it, but was neither returned nor kept.
         """
-        repeating = {key[0] for key, block in self._blocks.items() if block is not None and block.again}
+        repeating = {key[0] for key, block in self._blocks.items() if block is not None and block.repeats}
         blocks: dict[fx.Node, _Block] = {}
         gone = {node for node in graph.nodes if node.target in (_begin, _end)}
         for key, block in self._blocks.items():
             if block is not None and key[0] in repeating:  # also the first chunk, which no other one is like
                 gone.update(block.nodes())
-                blocks.update(dict.fromkeys((_called(graph, block), *block.again), block))
+                blocks.update(dict.fromkeys((_called(graph, block), *block.repeats), block))
         bodies: dict[str, fx.Graph] = {}
         names: dict[tuple[int, frozenset[int]], tuple[str, list[int]]] = {}
         calls = [node for node in graph.nodes if node in blocks]
@@ -265,9 +263,8 @@ class Repeats:
             if node not in gone or (node.op == "get_attr" and node.users):
                 continue
             if node.users:
-                raise RuntimeError(
-                    f"{node.target} of {node.meta.get('module')} is used elsewhere, but was not returned"
-                )
+                source = f"{node.target} of {node.meta.get('module')}"
+                raise LeakError(f"the result of {source} is used outside of the call, which neither returned nor kept it")
             graph.erase_node(node)
         return bodies
 
@@ -277,7 +274,7 @@ def _called(graph: fx.Graph, block: _Block) -> fx.Node:
     inside = block.nodes()
     within = {*inside, block.end}
     with graph.inserting_before(block.begin):
-        call = graph.call_function(_again, block.begin.args)
+        call = graph.call_function(_repeated, block.begin.args)
         call.meta["module"] = next((one.meta["module"] for one in inside if one.meta.get("module")), "")
         for index, output in enumerate(block.end.args):
             assert isinstance(output, fx.Node)
@@ -321,5 +318,5 @@ def _body(block: _Block, used: Sequence[int]) -> tuple[fx.Graph, list[int]]:
 
 def clean(graph: fx.Graph) -> None:
     """Leave out what nobody uses, but for what other ranks wait for."""
-    kept = (*BETWEEN_RANKS, *_MARKS, hand_out)
+    kept = (*BETWEEN_RANKS, *_MARKS, emit)
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.target in kept or node.is_impure())

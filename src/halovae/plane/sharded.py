@@ -185,9 +185,7 @@ class Sharded:
             self._check(x, used.grid, gather)
             key = self._key(used, x, extras, options)
             shapes = [(list(one.shape), str(one.dtype)) for one in (x, *extras)]
-            asked = (
-                f"{shapes}, grid {grid}, gather {gather}, options {told_by_value(options)}, weights {self._digest(key)}"
-            )
+            asked = f"{shapes}, grid {grid}, gather {gather}, options {value_key(options)}, weights {self._digest(key)}"
         except (ValueError, TypeError) as refused:
             error = refused
         everyone.agree(asked, error, None)
@@ -326,7 +324,7 @@ class Sharded:
         """The recorded program of this rank, or why there is none."""
         found = self._programs.get(key)
         moving = next((name for module in self._modules for name in hooked(module)), None)
-        if moving is not None or told_by_value(options) is None:
+        if moving is not None or value_key(options) is None:
             return TraceError(
                 f"hooks of {moving!r} move or cast weights while it is called" if moving is not None
                 else "an option is no plain value"
@@ -355,7 +353,7 @@ class Sharded:
         kind = x.device.type
         casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         return (
-            mesh.grid, mesh.rank, shapes, x.device, hash(state), weights, told_by_value(options), casting,
+            mesh.grid, mesh.rank, shapes, x.device, hash(state), weights, value_key(options), casting,
             torch.get_default_dtype(),
         )  # fmt: skip
 
@@ -430,7 +428,7 @@ def _state(module: nn.Module) -> Any:
     return id(module), type(module), values, hooks, tuple(map(id, module._buffers.values()))
 
 
-def told_by_value(value: Any) -> Any:
+def value_key(value: Any) -> Any:
     """Options as a key; None if they hold something that cannot be compared by value. A generator is told by its kind:
     a graph cannot draw from one."""
     if isinstance(value, _SIMPLE):
@@ -438,10 +436,10 @@ def told_by_value(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return "generator"
     if isinstance(value, Mapping):
-        found: Any = [(str(name), told_by_value(one)) for name, one in value.items()]
+        found: Any = [(str(name), value_key(one)) for name, one in value.items()]
         return None if any(one is None for _, one in found) else tuple(found)
     if isinstance(value, (list, tuple)):
-        found = [told_by_value(one) for one in value]
+        found = [value_key(one) for one in value]
         return None if None in found else tuple(found)
     return None
 

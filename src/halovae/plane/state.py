@@ -1,4 +1,4 @@
-"""What a call finds in its arguments and on its module, and what it leaves there: tensors, and what holds them."""
+"""The state of a module call: tensors in its arguments and on its module, and the containers that hold them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _PLAIN = (
 _OWN = set(vars(nn.Module())) - {"training"}
 _MADE = (list, dict, OrderedDict)  # what a call may make anew, and change
 
-Contents = tuple[tuple[Any, tuple[tuple[Any, Hashable], ...]], ...]
+Snapshot = tuple[tuple[Any, tuple[tuple[Any, Hashable], ...]], ...]
 
 
 class Unclear(Exception):
-    """A state that holds something whose changes cannot be followed."""
+    """The state holds a value whose changes cannot be tracked."""
 
 
 class State:
-    """Tensors and their holders, numbered in the order in which they are met.
+    """Tensors and their holders, numbered in the order of a traversal.
 
-    Two calls whose states have equal contents differ in the tensors of the same numbers at most.
+    Calls with equal snapshots differ only in tensor values.
 
     Args:
         arguments: of the call.
@@ -48,39 +48,39 @@ class State:
         self.tensors: list[PlaneTensor] = []
         self.holders: list[Any] = []
         self._numbers: dict[int, Hashable] = {}
-        self._kept: dict[int, Any] = {}  # so that ids stay theirs, and values can be told by them
+        self._kept: dict[int, Any] = {}  # keeps ids from being reused
         for holder in (arguments, *module.modules()):
             self._hold(holder)
 
-    def contents(self) -> Contents:
-        """What each holder holds now.
+    def snapshot(self) -> Snapshot:
+        """The contents of all holders.
 
         Raises:
-            Unclear: something else than tensors, plain values and holders.
+            Unclear: a value may change without a trace.
         """
         found = []
         for holder in self.holders:  # grows on the way
-            found.append((type(holder), tuple((key, self.told(value)) for key, value in _items(holder))))
+            found.append((type(holder), tuple((key, self.describe(value)) for key, value in _items(holder))))
         return tuple(found)
 
-    def told(self, value: Any) -> Hashable:
-        """A value by what it is, and by its number if it is a tensor or a holder.
+    def describe(self, value: Any) -> Hashable:
+        """A hashable description: plain values by value, tensors and holders by number.
 
         Raises:
-            Unclear: it may change unseen.
+            Unclear: the value may change without a trace.
         """
         if isinstance(value, _PLAIN):
             return "plain", type(value), value
         if id(value) in self._numbers:
             return self._numbers[id(value)]
         if isinstance(value, PlaneTensor):
-            self._numbers[id(value)] = told = "tensor", len(self.tensors)
+            self._numbers[id(value)] = described = "tensor", len(self.tensors)
             self.tensors.append(value)
-            return told
+            return described
         if isinstance(value, (tuple, torch.Size)):
-            return "tuple", type(value), tuple(map(self.told, value))
+            return "tuple", type(value), tuple(map(self.describe, value))
         if isinstance(value, functools.partial):
-            inside = tuple(map(self.told, (value.func, value.args, value.keywords)))
+            inside = tuple(map(self.describe, (value.func, value.args, value.keywords)))
             self._kept[id(value)] = value
             return "object", id(value), inside
         if not _is_fixed(value):
@@ -100,17 +100,17 @@ class State:
                         self._hold(one)
         return self._numbers[id(value)]
 
-    def take_over(
-        self, other: State, tensors: list[PlaneTensor], before: Contents, after: Contents, told: Hashable
+    def replay(
+        self, other: State, tensors: list[PlaneTensor], before: Snapshot, after: Snapshot, returned: Hashable
     ) -> Any:
-        """Leave what another call of equal contents left, and return what it returned.
+        """Apply the effects of a recorded call with an equal snapshot, and return its result.
 
         Args:
-            other: the state of that call.
-            tensors: those that this call made, in place of those that the other one made.
-            before: what the other one's holders, and this one's, held at first.
-            after: what the other one's held in the end.
-            told: what it returned.
+            other: the recorded call's state.
+            tensors: this call's new tensors, in the order of the recorded call's.
+            before: the snapshot before both calls.
+            after: the snapshot after the recorded call.
+            returned: a description of what it returned.
         """
         self._kept.update(other._kept)
         self.tensors.extend(tensors)
@@ -118,10 +118,10 @@ class State:
         for holder, then, now in zip(self.holders, (*before, *[None] * len(after)), after, strict=False):
             if then != now:
                 _fill(holder, [(key, self._value(one)) for key, one in now[1]])
-        return self._value(told)
+        return self._value(returned)
 
-    def _value(self, told: Any) -> Any:
-        kind, which, *rest = told
+    def _value(self, description: Any) -> Any:
+        kind, which, *rest = description
         if kind == "plain":
             return rest[0]
         if kind == "tensor":
@@ -134,7 +134,7 @@ class State:
         return which._make(values) if hasattr(which, "_make") else which(values)
 
 
-def check_made(after: Contents, before: Contents) -> None:
+def check_made(after: Snapshot, before: Snapshot) -> None:
     """Make sure that what a call made or changed can be made or changed alike.
 
     Raises:

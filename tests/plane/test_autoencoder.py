@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import halovae
@@ -232,3 +233,43 @@ def test_a_budget_holds_on_one_process_too() -> None:
     assert pieces.report.memory.peak_allocated < 0.6 * unlimited
     with pytest.raises(TooLittleMemory, match="do not fit into a memory budget"):
         decoder.decode(x, memory_budget=1)
+
+
+def refused_by_one(what: str) -> str:
+    decoder, x, _ = made("AutoencoderKL", 1, 4, 8, 8)
+    wrong: Any = {"mode": {"mode": "fast"}, "option": {"tmeb": x}, "dtype": {"dtype": torch.int8}}[what]
+    try:
+        decoder.decode(x, **({"grid": Grid(rows=2)} if dist.get_rank() else wrong))
+    except (ValueError, TypeError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("mode", "mode='fast': expected one of"),
+        ("option", "unexpected keyword argument 'tmeb'"),
+        ("dtype", "dtype=torch.int8: expected"),
+    ],
+)
+def test_what_one_rank_refuses_ends_all(ranks: Group, what: str, message: str) -> None:
+    first, second = ranks(2).run(refused_by_one, what)
+    assert message in first
+    assert "others cannot" in second
+    assert message in second
+
+
+def test_pictures_are_converted_before_they_are_sent(ranks: Group) -> None:
+    (wide, narrow), _ = ranks(2).run(sent_bytes)
+    assert narrow < wide
+
+
+def sent_bytes() -> list[int]:
+    decoder, x, _ = made("AutoencoderKL", 1, 4, 8, 8)
+    sent = []
+    for dtype in (None, torch.uint8):
+        pieces = decoder.stream(x, grid=Grid(rows=2), dtype=dtype)
+        pieces.join()
+        sent.append(sum(rank.bytes_sent for rank in pieces.shared_report().ranks))
+    return sent

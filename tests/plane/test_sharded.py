@@ -150,7 +150,7 @@ def refused(what: str) -> str:
         elif what == "world":
             shard(x, grid=Grid(rows=3))
         elif what == "gather":
-            shard(x, gather="some")  # type: ignore[arg-type]
+            shard(x, gather="some")
         elif what == "integers":
             shard(torch.zeros(1, 3, 6, 4, dtype=torch.int64))
         elif what == "gradients":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halovae.integrations.autoencoder import BATCHED
+from halovae.integrations.plane_call import BATCHED
 from halovae.models.wan import WanConfig
 
 

@@ -14,7 +14,7 @@ from halovae import latents as latents_file
 from halovae import media
 from halovae.cli.common import Dtype, check_installed, console, errors_shown, parse_size, parsed
 from halovae.cli.planes import PlaneModel
-from halovae.integrations.autoencoder import FIELDS
+from halovae.integrations.plane_call import FIELDS
 from halovae.models.load import CLASSES, diffusers_module, find_folder, read_class, read_config
 from halovae.platform import Platform
 

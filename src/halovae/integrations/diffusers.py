@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from halovae.decode import Decoder, HaloDepth, Mode
 from halovae.encode import Encoder
 from halovae.geometry import Grid
-from halovae.integrations.autoencoder import parallelize_plane, tiles_only
+from halovae.integrations.autoencoder import parallelize_plane
+from halovae.integrations.plane_call import Sharing, tiles_only
 from halovae.loop import Gather
 from halovae.models.load import CLASSES, encoder_from_module, from_module
 from halovae.planning.plan import Chunk
@@ -70,7 +71,7 @@ def parallelize(
                 raise ValueError(
                     f"{name}={value!r}: {type(vae).__name__} runs on the plane path, which has no {name} yet"
                 )
-        parallelize_plane(vae, mode, grid, gather, memory_budget, _warn_of_tiling)
+        parallelize_plane(vae, Sharing(mode, grid, gather, None, memory_budget), _warn_of_tiling)
         return pipe_or_vae
     decoder = Decoder(from_module(vae))
 

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halovae.geometry import Grid
 from halovae.lines import world_size
-from halovae.loop import converted
 from halovae.memory import MemoryMeter
 from halovae.mesh import mesh_for
-from halovae.plane.sharded import Chunks, ShardReport
+from halovae.plane.results import Chunks, ShardReport
 from halovae.report import DecodeReport, RankReport
 
 if TYPE_CHECKING:
-    from halovae.integrations.autoencoder import Choice, PlaneCall
+    from halovae.integrations.plane_call import Choice, PlaneCall
 
 
 class PictureStream(Iterator["Tensor | None"]):
@@ -27,22 +25,17 @@ class PictureStream(Iterator["Tensor | None"]):
     A chunk is decoded when the next item is asked for. After the last one `report` says what the decode took.
 
     Args:
-        module: the autoencoder.
         latents: what it decodes.
         choice: how ranks share them.
         chunks: its result.
         call: what makes them.
-        dtype: of the pictures; None for that of the result.
 
     Attributes:
         latents: what is decoded.
     """
 
-    def __init__(
-        self, module: nn.Module, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall,
-        dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
-        self._module, self.latents, self._choice, self._call, self._dtype = module, latents, choice, call, dtype
+    def __init__(self, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall) -> None:
+        self.latents, self._choice, self._call = latents, choice, call
         self._chunks = chunks
         self._mesh = mesh_for(Grid(rows=world_size()), latents.device)
         self._memory = MemoryMeter(self._mesh.platform)
@@ -52,10 +45,7 @@ class PictureStream(Iterator["Tensor | None"]):
     def __next__(self) -> Tensor | None:
         try:
             with self._memory.counting():
-                chunk = next(self._chunks)
-                if chunk is None or self._dtype is None:
-                    return chunk
-                return converted(chunk if self._dtype.is_floating_point else chunk.clamp(-1, 1), self._dtype)
+                return next(self._chunks)
         except StopIteration:
             taken = self._call.report
             if self._own is None and taken is not None:
@@ -87,7 +77,7 @@ class PictureStream(Iterator["Tensor | None"]):
         shape = taken.shape if len(taken.shape) == 5 else (*taken.shape[:2], 1, *taken.shape[2:])
         decision = self._choice.decision
         return DecodeReport(
-            family=type(self._module).__name__,
+            family=type(self._call.vae).__name__,
             latents=tuple(self.latents.shape),
             frames=(self.latents.shape[0], *shape[1:]),
             dtype=str(self.latents.dtype).removeprefix("torch."),

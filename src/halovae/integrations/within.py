@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from typing import Any
 
 from torch import Tensor, nn
 
-from halovae.integrations.autoencoder import Autoencoder, tiles_only
+from halovae.integrations.autoencoder import Autoencoder
+from halovae.integrations.plane_call import tiles_only
 from halovae.report import DecodeReport
 
 
@@ -27,37 +27,23 @@ class SharedDecode:
     def __init__(self, vae: Any) -> None:
         self.options: dict[str, Any] = {}
         self.report: DecodeReport | None = None
-        self._autoencoder = Autoencoder(vae)
+        autoencoder = Autoencoder(vae)
+        call = autoencoder.calls["decode"]
         if tiles_only(vae):
             vae.enable_tiling()
-        own = type(vae).decode
-        signature = inspect.signature(own)
 
-        @functools.wraps(own)
-        def decode(module: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-            from diffusers.models.autoencoders.vae import DecoderOutput
-
-            given = dict(list(signature.bind(module, z, *args, **kwargs).arguments.items())[2:])
-            given |= given.pop("kwargs", {})
-            as_tuple = not given.pop("return_dict", True)
-            sample = self._decode(z, given)
-            return (sample,) if as_tuple else DecoderOutput(sample=sample)
+        @functools.wraps(type(vae).decode)
+        def decode(_: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+            given, as_tuple = call.arguments(z, *args, **kwargs)
+            # Pipelines hand over what the transformer's dtype is; the VAE's may be another.
+            dtype = autoencoder.dtype
+            given = {name: value.to(dtype) if _is_floating(value) else value for name, value in given.items()}
+            stream = autoencoder.stream(z.to(dtype), gather="rank0", **self.options, **given)
+            sample = stream.join()
+            self.report = stream.shared_report()
+            return call.result(call.blank(z.to(dtype)) if sample is None else sample, as_tuple)
 
         vars(vae)["decode"] = types.MethodType(decode, vae)
-
-    def _decode(self, z: Tensor, given: dict[str, Any]) -> Tensor:
-        # Pipelines hand over what the transformer's dtype is; the VAE's may be another.
-        dtype = self._autoencoder.dtype
-        z = z.to(dtype)
-        given = {name: value.to(dtype) if _is_floating(value) else value for name, value in given.items()}
-        stream = self._autoencoder.stream(z, gather="rank0", **self.options, **given)
-        sample = stream.join()
-        self.report = stream.shared_report()
-        if sample is None:
-            taken = self._autoencoder.report
-            assert taken is not None
-            sample = z.new_full((), -1).expand(taken.shape)  # one number, seen from everywhere
-        return sample
 
 
 def _is_floating(value: Any) -> bool:

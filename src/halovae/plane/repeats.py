@@ -264,7 +264,7 @@ class Repeats:
                 continue
             if node.users:
                 source = f"{node.target} of {node.meta.get('module')}"
-                raise LeakError(f"the result of {source} is used outside of the call, which neither returned nor kept it")
+                raise LeakError(f"the result of {source} is used outside of a call that did not return it")
             graph.erase_node(node)
         return bodies
 

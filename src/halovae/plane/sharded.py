@@ -3,96 +3,26 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from halovae.geometry import Grid, Shard, Span, split
+from halovae.geometry import Grid, Span, split
 from halovae.lines import world_size
 from halovae.mesh import Mesh, Traffic, mesh_for
-from halovae.plane.layout import Factor, Layout, extent, sole
+from halovae.plane.keys import hooked, module_key, value_key, weights_digest
+from halovae.plane.layout import Factor, Layout, extent
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
+from halovae.plane.results import Chunks, Gather, ShardReport, check_result, gathered, warn_of_fallbacks
 from halovae.plane.tensor import PlaneTensor
 from halovae.plane.trace import TraceError, trace, untouched
 
-Gather = Literal["rank0", "all", "none"]
 _PROGRAMS = 16  # that a function keeps: one for each shape, dtype and grid
-_ALARMING = 0.05  # share of the received bytes of all computed ones from which fallbacks are warned of
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """What a call took on this rank.
-
-    Attributes:
-        shape: of the whole result.
-        grid: how the ranks shared the plane.
-        eager: why the function was not recorded; empty if it was.
-        chunked: the dim of the result along which chunks come one by one; None if it comes whole.
-        recorded: seconds that recording took; 0 if the program was there already.
-        seconds: of the call, without recording.
-        waiting: seconds of these that it waited for other ranks' data.
-        messages: sent by this rank, and their `bytes_sent`.
-        fallbacks: operators that no rule covers, with their calls: they ran replicated on all ranks.
-        gathered: the share of all computed bytes that these received.
-        peak: bytes of live tensors at the highest point, weights and finished chunks apart, by the recorded graph; 0
-            without one.
-    """
-
-    shape: tuple[int, ...]
-    grid: Grid
-    eager: str
-    chunked: int | None
-    recorded: float
-    seconds: float
-    waiting: float
-    messages: int
-    bytes_sent: int
-    fallbacks: Mapping[str, int]
-    gathered: float
-    peak: int
-
-
-class Chunks(Iterator["Tensor | None"]):
-    """A result in chunks, in order. Nothing is computed before it is asked for.
-
-    Args:
-        chunks: one after the other; None on ranks that receive nothing.
-        dim: along which they lie side by side; None if there is but one.
-        extent: of all of them along it.
-    """
-
-    def __init__(self, chunks: Iterator[Tensor | None], dim: int | None = None, extent: int = 0) -> None:
-        self._chunks, self.dim, self.extent = chunks, dim, extent
-
-    def __next__(self) -> Tensor | None:
-        return next(self._chunks)
-
-    def close(self) -> None:
-        """Compute no further."""
-        if isinstance(self._chunks, Generator):
-            self._chunks.close()
-
-    def join(self) -> Tensor | None:
-        """All of them as one tensor; None on ranks that receive nothing."""
-        whole, start = None, 0
-        for chunk in self:
-            if self.dim is None or chunk is None:
-                whole = chunk
-                continue
-            if whole is None:
-                whole = chunk.new_empty([*chunk.shape[: self.dim], self.extent, *chunk.shape[self.dim + 1 :]])
-            whole.narrow(self.dim, start, chunk.shape[self.dim]).copy_(chunk)
-            start += chunk.shape[self.dim]
-        return whole
 
 
 class Sharded:
@@ -115,37 +45,18 @@ class Sharded:
         self._agreed: set[Any] = set()
         self.report: ShardReport | None = None
 
-    def __call__(
-        self,
-        x: Tensor,
-        *extras: Tensor,
-        grid: Grid | None = None,
-        mesh: Mesh | None = None,
-        gather: Gather = "all",
-        options: Mapping[str, Any] | None = None,
-    ) -> Tensor | None:
-        """Call the function on all ranks. Collective.
+    def __call__(self, x: Tensor, *extras: Tensor, **how: Any) -> Tensor | None:
+        """Call the function on all ranks, and join the chunks of its result. Collective.
 
         Args:
-            x: `[B, ..., H, W]`, the same on all ranks.
-            extras: further tensors for the function, which every rank has all of.
-            grid: how ranks share the plane, and the batch; None to share the rows of all ranks. On 1x1 each rank
-                computes all of it by itself, or rank 0 alone with gather="rank0".
-            mesh: a mesh to use instead of the one that all calls with this grid share.
-            gather: who receives the result: "all" ranks, "rank0", or "none": each rank keeps its own part.
-            options: keyword arguments for the function; no tensors.
+            x: as for `stream`, which takes the same arguments and raises the same errors.
+            extras: further tensors.
+            how: `grid`, `mesh`, `gather`, `options`, `convert`.
 
         Returns:
             The result, None on the ranks that receive nothing. With gather="none", this rank's part.
-
-        Raises:
-            ValueError: a grid that does not match the world or has more ranks than there are rows, cols or items; a
-                result without the input's plane; an unknown `gather`; weights on several devices, or in need of
-                gradients.
-            TypeError: the input is not a floating tensor `[..., H, W]`, or the result is no tensor.
-            RuntimeError: another rank refused, or has other arguments or weights.
         """
-        return self.stream(x, *extras, grid=grid, mesh=mesh, gather=gather, options=options).join()
+        return self.stream(x, *extras, **how).join()
 
     def stream(
         self,
@@ -155,25 +66,32 @@ class Sharded:
         mesh: Mesh | None = None,
         gather: Gather = "all",
         options: Mapping[str, Any] | None = None,
+        convert: Callable[[Tensor], Tensor] | None = None,
     ) -> Chunks:
-        """Call the function, and get its result in chunks, where it puts it together of chunks that it computes one by
-        one, as video autoencoders do. Nothing is computed before it is asked for. All ranks ask for all chunks.
+        """Call the function on all ranks, and yield its result in chunks. Collective: all ranks take all chunks.
+
+        A function that concatenates what it computes one by one, as video autoencoders do, yields each piece once it is
+        computed. Other functions yield one chunk.
 
         Args:
-            x: as for a call; likewise all others.
-            extras: further tensors.
-            grid: how ranks share the plane.
-            mesh: instead of the one that all calls with this grid share.
-            gather: who receives chunks.
-            options: keyword arguments for the function.
+            x: `[B, ..., H, W]`, the same on all ranks.
+            extras: further tensors for the function, which every rank has all of.
+            grid: how ranks share the plane, and the batch; None to share the rows of all ranks. On 1x1 each rank
+                computes all of it by itself, or rank 0 alone with gather="rank0".
+            mesh: a mesh to use instead of the one that all calls with this grid share.
+            gather: who receives the result: "all" ranks, "rank0", or "none": each rank keeps its own part.
+            options: keyword arguments for the function; no tensors.
+            convert: what is done to each rank's part of the result before it is sent; pointwise.
 
         Yields:
             Chunks along the dim in which the function concatenates them, frames mostly; None on the ranks that receive
             nothing. The whole result at once if the function does not work in chunks.
 
         Raises:
-            ValueError: as for a call; likewise the others.
-            TypeError: the input or the result is no such tensor.
+            ValueError: a grid that does not match the world or has more ranks than there are rows, cols or items; a
+                result without the input's plane; an unknown `gather`; weights on several devices, or in need of
+                gradients.
+            TypeError: the input is not a floating tensor `[..., H, W]`, or the result is no tensor.
             RuntimeError: another rank refused, or has other arguments or weights.
         """
         options = dict(options or {})
@@ -208,42 +126,50 @@ class Sharded:
                 "ones than one device; expected a grid of rows and cols"
             )
         plane = Plane(used)
-        # On one rank others would compute what nobody asks them for. Noise they draw, to stay in step.
-        alone = gather == "rank0" and used.grid.size == 1 and everyone.rank > 0
-        if alone and isinstance(program, Program) and not program.random:
+        # On grid 1x1 rank 0 computes for all. Where noise is drawn others compute too: generators stay in step.
+        idle = gather == "rank0" and used.grid.size == 1 and everyone.rank > 0
+        if idle and isinstance(program, Program) and not program.random:
             steps: Iterator[tuple[Tensor, Layout] | None] = iter([None] * max(1, len(program.starts)))
         else:
             steps = self._steps(program, plane, mine, rest, options)
-        chunks = self._chunks(program, steps, plane, x, items, "nobody" if alone else gather, recorded)
+        send = (
+            None
+            if idle
+            else lambda own, layout: gathered(own if convert is None else convert(own), layout, plane, items, gather)
+        )
+        chunks = self._chunks(program, steps, plane, x, items, send, recorded)
         if not isinstance(program, Program) or not program.streams:
             return Chunks(chunks)
         assert program.chunked is not None
         return Chunks(chunks, program.chunked, extent(program.returns[program.chunked]))
 
     def _settled(self, program: Program | TraceError, mesh: Mesh, key: Any) -> Program | TraceError:
-        """The program, after all ranks of its mesh know that theirs come in the same chunks, or not in chunks.
+        """The program, once all ranks of the mesh have agreed to record, and on the chunks of the result.
 
-        What a rank records depends on its part of the plane: the last rank alone crops the last row.
+        Graphs differ between ranks: only the last rank crops the last row. Collective for a new program.
         """
-        if mesh.grid.size > 1 and key not in self._agreed:
-            mine = (program.chunked, program.starts) if isinstance(program, Program) else str(program)
-            everyone = mesh.lines.all_values(mine)
-            if refusals := [one for one in everyone if isinstance(one, str)]:
-                program = self._programs[key] = TraceError(refusals[0])
-            elif isinstance(program, Program):
-                program.streams = program.streams and len(set(everyone)) == 1
+        if mesh.grid.size == 1 or key in self._agreed:
+            return program
+        mine = (program.chunked, program.starts) if isinstance(program, Program) else str(program)
+        everyone = mesh.lines.all_values(mine)
+        if refusals := [one for one in everyone if isinstance(one, str)]:
+            program = TraceError(refusals[0])
+        elif isinstance(program, Program):
+            program.streams = program.streams and len(set(everyone)) == 1
+        if key in self._programs:
+            self._programs[key] = program
             self._agreed.add(key)
         return program
 
     def _digest(self, key: Any) -> str:
         """Tells the weights of ranks apart; computed once."""
         if key not in self._digests:
-            self._digests = {key: _digest(self._modules)}
+            self._digests = {key: weights_digest(self._modules)}
         return self._digests[key]
 
     def _chunks(
         self, program: Program | TraceError, steps: Iterator[tuple[Tensor, Layout] | None], plane: Plane, x: Tensor,
-        items: Sequence[Span], gather: Gather | Literal["nobody"], recorded: float,
+        items: Sequence[Span], send: Callable[[Tensor, Layout], Tensor | None] | None, recorded: float,
     ) -> Iterator[Tensor | None]:  # fmt: skip
         mesh = plane.mesh
         traffic, seconds = Traffic(mesh.platform), 0.0
@@ -257,18 +183,18 @@ class Sharded:
                 step = next(steps, done)
                 if isinstance(step, tuple):
                     own, layout = step
-                    _check_result(x, layout)
-                    full = None if gather == "nobody" else _gathered(own, layout, plane, items, gather)
+                    check_result(x, layout)
+                    full = None if send is None else send(own, layout)
                     del own
             mesh.platform.synchronize()
             seconds += time.perf_counter() - begin
             if step is not done:
                 step = None
                 yield full
-        told: Plane | Program = plane
+        source: Plane | Program = plane
         chunked, eager, peak = None, "", 0
         if isinstance(program, Program):
-            told, layout, peak = program, program.returns, program.peak
+            source, layout, peak = program, program.returns, program.peak
             chunked = program.chunked if program.streams else None
         else:
             eager = str(program)
@@ -283,11 +209,11 @@ class Sharded:
             traffic.waiting.seconds(),
             traffic.messages,
             traffic.bytes,
-            dict(told.fallbacks),
-            sum(told.gathered.values()) / max(1, told.computed),
+            dict(source.fallbacks),
+            sum(source.gathered.values()) / max(1, source.computed),
             peak,
         )
-        _warn(told.fallbacks, told.gathered, told.computed)
+        warn_of_fallbacks(source.fallbacks, source.gathered, source.computed)
 
     def _steps(
         self, program: Program | TraceError, plane: Plane, x: Tensor, extras: Sequence[Tensor], options: dict[str, Any]
@@ -349,7 +275,7 @@ class Sharded:
             tuple((id(one), one.dtype, one.device) for module in self._modules for one in module.parameters())
         )
         shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
-        state = tuple(_state(one) for module in self._modules for one in module.modules())
+        state = tuple(module_key(one) for module in self._modules for one in module.modules())
         kind = x.device.type
         casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         return (
@@ -412,105 +338,3 @@ def _device(modules: Sequence[nn.Module], x: Any) -> torch.device:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"the module's weights are on several devices ({names}): expected all of them on one")
     return devices.pop() if devices else x.device if isinstance(x, Tensor) else torch.device("cpu")
-
-
-_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-
-def _state(module: nn.Module) -> Any:
-    """What a recorded graph depends on of one module, its weights apart."""
-    values = tuple(
-        (name, (id(value), value._version) if isinstance(value, Tensor) and not value.is_inference() else value)
-        for name, value in vars(module).items()
-        if isinstance(value, (Tensor, *_SIMPLE))
-    )
-    hooks = tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
-    return id(module), type(module), values, hooks, tuple(map(id, module._buffers.values()))
-
-
-def value_key(value: Any) -> Any:
-    """Options as a key; None if they hold something that cannot be compared by value. A generator is told by its kind:
-    a graph cannot draw from one."""
-    if isinstance(value, _SIMPLE):
-        return repr(value)
-    if isinstance(value, torch.Generator):
-        return "generator"
-    if isinstance(value, Mapping):
-        found: Any = [(str(name), value_key(one)) for name, one in value.items()]
-        return None if any(one is None for _, one in found) else tuple(found)
-    if isinstance(value, (list, tuple)):
-        found = [value_key(one) for one in value]
-        return None if None in found else tuple(found)
-    return None
-
-
-def hooked(module: nn.Module) -> Iterator[str]:
-    """Submodules whose hooks move or cast weights, as those of offloading and of layerwise casting do."""
-    for name, one in module.named_modules():
-        if hasattr(one, "_diffusers_hook") or (name and hasattr(one, "_hf_hook")):
-            yield name or type(one).__name__
-
-
-def _digest(modules: Sequence[nn.Module]) -> str:
-    """Tells weights of ranks apart: their names, shapes and sums."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return ""
-    sums = [one.detach().double().sum() for module in modules for one in module.parameters() if not one.is_meta]
-    shapes = hash(tuple(tuple(one.shape) for module in modules for one in module.parameters()))
-    total = float(torch.stack(sums).mul(torch.arange(1, len(sums) + 1, device=sums[0].device)).sum()) if sums else 0.0
-    return f"{shapes:x}/{total!r}"
-
-
-def _check_result(x: Tensor, layout: Layout) -> None:
-    sizes = [extent(dim) for dim in layout]
-    if len(sizes) < 3 or any(now % then and then % now for now, then in zip(sizes[-2:], x.shape[-2:], strict=True)):
-        raise ValueError(
-            f"the function made a result of shape {sizes} of an input of shape {list(x.shape)}: expected "
-            f"[..., H', W'] with multiples or divisors of {x.shape[-2]} and {x.shape[-1]}"
-        )
-
-
-def _gathered(own: Tensor, layout: Layout, plane: Plane, items: Sequence[Span], gather: Gather) -> Tensor | None:
-    """The whole result where it is wanted."""
-    mesh = plane.mesh
-    if gather == "none":
-        return own
-    rows, cols = (sole(dim) for dim in layout[-2:])
-    plain = all(sole(dim) is not None or all(f.mesh_dim is None for f in dim) for dim in layout[-2:])
-    if not plain or any(factor.mesh_dim for dim in layout[:-2] for factor in dim):
-        own, rows, cols = plane.full(plane.wrap(own, layout)), None, None
-    if mesh.grid.size == 1:
-        return own
-    height, width = (extent(dim) for dim in layout[-2:])
-    middle = own.shape[1:-2]
-    ratio = extent(layout[0]) // items[mesh.item].size  # frames may be in the batch
-    shards = []
-    for rank in range(mesh.grid.size):
-        item, row, col = mesh.grid.coordinates(rank)
-        whole = (rows is None and row > 0) or (cols is None and col > 0)  # what every rank has, only one gives
-        part_rows = Span(rows.bounds[row], rows.bounds[row + 1]) if rows else Span(0, 0 if whole else height)
-        part_cols = Span(cols.bounds[col], cols.bounds[col + 1]) if cols else Span(0, 0 if whole else width)
-        shards.append(Shard(items[item].scaled(ratio), part_rows, part_cols))
-    given = shards[mesh.rank]
-    own = own[..., : given.rows.size, : given.cols.size].contiguous()
-    total = items[-1].stop * ratio
-    wanted = gather == "all" or mesh.rank == 0
-    # A message may not be empty, a part of a collective call may.
-    everyone = gather == "all" or any(0 in (one.rows.size, one.cols.size) for one in shards)
-    count = middle.numel()
-    out = own.new_empty((total, count, 1, height, width)) if wanted else None
-    flat = own.reshape(given.batch.size, count, 1, given.rows.size, given.cols.size)
-    mesh.gather_frames(flat, shards, out, everyone)
-    return None if out is None else out.view(total, *middle, height, width)
-
-
-def _warn(fallbacks: Counter[str], gathered: Counter[str], computed: int) -> None:
-    share = sum(gathered.values()) / max(1, computed)
-    if share > _ALARMING:
-        names = ", ".join(
-            f"{name}: {calls} calls, {gathered[name] / max(1, computed):.1%} of bytes"
-            for name, calls in fallbacks.items()
-        )
-        warnings.warn(
-            f"these operators have no rule and run replicated on all ranks: {names}", RuntimeWarning, stacklevel=4
-        )

@@ -251,7 +251,7 @@ class Search:
         dtype: of the latents.
         calibration: what prices the work.
         batch: how many items there are.
-        budget: bytes that a rank may take besides weights; None for any number.
+        budget: bytes that a rank may take besides weights; None for any number. An attribute, too: it may change.
         hosts: whether the ranks are on several hosts.
         all_ranks: whether a grid has one rank, or all of them, and as many items at a time as go into the batch evenly.
     """
@@ -262,15 +262,10 @@ class Search:
         all_ranks: bool = False,
     ) -> None:  # fmt: skip
         self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
-        self._calibration, self._batch, self._budget, self._hosts = calibration, batch, budget, hosts
+        self._calibration, self._batch, self.budget, self._hosts = calibration, batch, budget, hosts
         self._all_ranks = all_ranks
         self._traced: dict[Grid, Traced] = {}
         self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
-
-    def within(self, budget: int) -> Search:
-        """The same search within another budget."""
-        self._budget = budget
-        return self
 
     def traced(self, grid: Grid) -> Traced:
         """What the rank with the most to do takes for one item, traced once.
@@ -305,7 +300,7 @@ class Search:
         alone = self.price(Grid())
         seen: dict[Grid, Candidate] = {Grid(): alone}
         unseen: list[Candidate] = []
-        best = alone if alone.fits(self._budget) else None
+        best = alone if alone.fits(self.budget) else None
         for grid in sorted(self._grids(world), key=lambda one: (self._share(one), *_complexity(one))):
             if grid in seen:
                 continue
@@ -320,7 +315,7 @@ class Search:
         others = sorted([*seen.values(), *unseen], key=lambda one: one.seconds)
         ranked = [best, *(one for one in others if one is not best)]
         calibration = f"{self._calibration.name} ({self._calibration.origin})"
-        return Decision(tuple(self._judged(one, best, seen.values()) for one in ranked), self._budget, calibration)
+        return Decision(tuple(self._judged(one, best, seen.values()) for one in ranked), self.budget, calibration)
 
     def _grids(self, world: int) -> Iterator[Grid]:
         height, width = self._shape[-2:]
@@ -356,7 +351,7 @@ class Search:
         return floor * (1 + WORTH) >= best.seconds and _complexity(_grid(best)) < _complexity(grid)
 
     def _best(self, candidates: Sequence[Candidate]) -> Candidate | None:
-        fitting = [one for one in candidates if one.fits(self._budget)]
+        fitting = [one for one in candidates if one.fits(self.budget)]
         if not fitting:
             return None
         limit = min(one.seconds for one in fitting) * (1 + WORTH)
@@ -367,13 +362,13 @@ class Search:
     def _judged(self, one: Candidate, best: Candidate, seen: Iterable[Candidate]) -> Candidate:
         ratio = one.seconds / best.seconds
         if one is best:
-            verdict = "chosen: the fastest that fits" if self._budget is not None else "chosen: the fastest"
-            if any(other.seconds < best.seconds and other.fits(self._budget) for other in seen):
+            verdict = "chosen: the fastest that fits" if self.budget is not None else "chosen: the fastest"
+            if any(other.seconds < best.seconds and other.fits(self.budget) for other in seen):
                 verdict = f"chosen: plainer than those that are up to {WORTH:.0%} faster"
         elif one.peak is None:
             slower = ratio > 1 + WORTH
             verdict = f"not looked at: {f'at least {ratio:.2f}x the time' if slower else _LITTLE}"
-        elif not one.fits(self._budget):
+        elif not one.fits(self.budget):
             verdict = "does not fit into the memory budget"
         else:
             verdict = f"{ratio:.2f}x the time" + (", but less plain" if ratio <= 1 else "")
@@ -382,15 +377,15 @@ class Search:
         return replace(one, verdict=verdict)
 
     def _too_little(self, seen: Sequence[Candidate], world: int) -> TooLittleMemory:
-        assert self._budget is not None
+        assert self.budget is not None
         least = min(seen, key=lambda one: one.peak or 0)
         said = f"the leanest grid ({least.plan.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
         for ranks in _ADVISED:
-            if world < ranks <= self._shape[-2] and self.price(Grid(rows=ranks)).fits(self._budget):
+            if world < ranks <= self._shape[-2] and self.price(Grid(rows=ranks)).fits(self.budget):
                 said += f"; what would fit: {ranks} ranks"
                 break
         return TooLittleMemory(
-            f"latents {list(self._shape)} do not fit into a memory budget of {_mib(self._budget)}: {said}"
+            f"latents {list(self._shape)} do not fit into a memory budget of {_mib(self.budget)}: {said}"
         )
 
 

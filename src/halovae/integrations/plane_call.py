@@ -1,0 +1,298 @@
+"""One call of a diffusers autoencoder on a partitioned plane: how ranks share it, and its result."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from halovae.geometry import Grid
+from halovae.kernels import EAGER
+from halovae.lines import world_size
+from halovae.loop import converted
+from halovae.mesh import mesh_for
+from halovae.plane import Sharded, ShardReport
+from halovae.plane.keys import hooked, value_key
+from halovae.plane.results import Chunks, Gather
+from halovae.planning.choose import Decision, TooLittleMemory
+from halovae.planning.graphs import Search, UnplannableError
+from halovae.planning.planner import calibration_of, usable
+
+Call = Literal["decode", "encode"]
+Mode = Literal["auto", "single", "parallel"]
+BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
+FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a caller asks for; see `Autoencoder.stream`."""
+
+    mode: Mode = "auto"
+    grid: Grid | None = None
+    gather: Gather = "rank0"
+    dtype: torch.dtype | None = None
+    memory_budget: int | None = None
+
+    def check(self) -> None:
+        """Check all but the grid, which the mesh checks.
+
+        Raises:
+            ValueError: an unknown mode, or a budget below 1.
+            TypeError: a dtype that pictures cannot have.
+        """
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(get_args(Mode))}")
+        if self.memory_budget is not None and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
+            raise ValueError(f"memory_budget={self.memory_budget!r}: expected a number of bytes > 0")
+        if self.dtype is not None and not self.dtype.is_floating_point and self.dtype != torch.uint8:
+            raise TypeError(f"dtype={self.dtype}: expected a floating dtype or torch.uint8")
+
+    @property
+    def convert(self) -> Callable[[Tensor], Tensor] | None:
+        """What each rank does to its pictures before it sends them: uint8 is a quarter of fp32."""
+        dtype = self.dtype
+        if dtype is None:
+            return None
+        return lambda own: converted(own if dtype.is_floating_point else own.clamp(-1, 1), dtype)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How ranks share a call.
+
+    Attributes:
+        grid: of ranks.
+        items: how many of the batch go at once; one round after the other.
+        decision: why, if that was predicted.
+        kept: bytes of the pictures, which a rank that receives them holds besides.
+    """
+
+    grid: Grid
+    items: int
+    decision: Decision | None = None
+    kept: int = 0
+
+
+class PlaneCall:
+    """One of an autoencoder's two calls, sharded.
+
+    Args:
+        vae: the autoencoder.
+        name: which call.
+    """
+
+    def __init__(self, vae: nn.Module, name: Call) -> None:
+        self.vae, self.name = vae, name
+        self._own: Callable[..., Any] = getattr(type(vae), name)
+        self.signature = inspect.signature(self._own)
+        config = getattr(vae, "config", None)
+        ratio = vars(vae).get("spatial_compression_ratio", getattr(config, "spatial_compression_ratio", None))
+        levels = len(getattr(config, "block_out_channels", None) or (0,))
+        multiple = int(ratio) if isinstance(ratio, (int, float)) else 2 ** (levels - 1)
+        self._sharded = Sharded(self._run, [vae], multiple if name == "encode" else 1)
+        self._choices: dict[str, Choice] = {}
+        # Of the result: its class, the field that counts, and the class of a distribution in there.
+        self.kind: tuple[type, str, type | None] = (Tensor, "", None)
+
+    @property
+    def report(self) -> ShardReport | None:
+        """What the last call took."""
+        return self._sharded.report
+
+    def choose(self, x: Tensor, sharing: Sharing, options: Mapping[str, Any]) -> Choice:
+        """How ranks share a call. Collective.
+
+        Args:
+            x: the latents or pictures.
+            sharing: what the caller asks for.
+            options: further arguments of the module's own call.
+
+        Raises:
+            ValueError: an argument out of range.
+            TooLittleMemory: (a ValueError) no grid fits into the memory budget.
+            TypeError: an argument of the wrong kind, or one that the module does not take.
+        """
+        try:
+            sharing.check()
+            self._check(x, options)
+        except (ValueError, TypeError) as error:
+            # Other ranks are about to agree, and learn of it.
+            mesh_for(Grid(rows=world_size()), next(self.vae.parameters()).device).agree("", error, None)
+        world, (height, width) = world_size(), x.shape[-2:]
+        planned = sharing.mode == "auto" and self.name == "decode" and x.numel() > 0
+        if sharing.grid is not None or sharing.mode == "single" or (world == 1 and sharing.memory_budget is None):
+            return Choice(sharing.grid or Grid(), x.shape[0])
+        if planned:
+            try:
+                return self._planned(x, sharing, options)
+            except UnplannableError:
+                pass  # it runs eagerly
+        if height >= world or sharing.mode == "parallel":
+            return Choice(Grid(rows=world), x.shape[0])
+        return Choice(Grid(cols=world) if width >= world else Grid(), x.shape[0])
+
+    def _check(self, x: Any, options: Mapping[str, Any]) -> None:
+        if not isinstance(x, Tensor) or x.ndim not in (4, 5) or not x.is_floating_point():
+            described = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"{type(self.vae).__name__}.{self.name} of {described}: expected floating [B, C, H, W] or "
+                "[B, C, T, H, W]; audio and other autoencoders without a plane of rows and cols cannot be partitioned"
+            )
+        self._bound(x, options)
+
+    def _planned(self, x: Tensor, sharing: Sharing, options: Mapping[str, Any]) -> Choice:
+        """The grid that is predicted to be the fastest of those that fit; all ranks ask together, and decide alike."""
+        tensors, static = self._bound(x, options)
+        key = value_key(static)
+        if key is None or next(hooked(self.vae), None) is not None:
+            raise UnplannableError("an option is no plain value, or hooks move weights: it runs eagerly")
+        batch, names = x.shape[0], ",".join(tensors)
+        asked = f"{list(x.shape)}, {x.dtype}, {key}, {[list(one.shape) for one in tensors.values()]}, {sharing}"
+        everyone = mesh_for(Grid(rows=world_size()), next(self.vae.parameters()).device)
+        free = everyone.platform.memory()[0], socket.gethostname()
+        offers = everyone.agree(f"decode {asked}", None, free)
+        budget = sharing.memory_budget or usable(offers, everyone.platform.kind)
+        known = self._choices.get(asked)
+        if known is not None and known.decision is not None and known.decision.stands(budget - known.kept):
+            return known
+
+        def search(items: int) -> Search:
+            return Search(
+                lambda z: self._run(z, *tensors.values(), _names=names, **static), self.vae, (items, *x.shape[1:]),
+                x.dtype, calibration_of(everyone, x.dtype, EAGER), batch // items, budget,
+                len({host for _, host in offers}) > 1, all_ranks=True,
+            )  # fmt: skip
+
+        # Noise is drawn for all items at once, and other tensors may belong to all of them.
+        whole = batch == 1 or bool(tensors) or any(kind.__name__ in BATCHED for kind in type(self.vae).__mro__)
+        found = search(batch if whole else 1)
+        first = found.traced(Grid())
+        if not whole and first.random:
+            whole = True
+            first = (found := search(batch)).traced(Grid())
+        size = math.prod(first.pictures) * (sharing.dtype or x.dtype).itemsize * (1 if whole else batch)
+        kept = 0 if sharing.gather == "none" else size
+        if kept >= budget:
+            raise TooLittleMemory(
+                f"latents {list(x.shape)} do not fit into a memory budget of {budget / 2**20:,.1f} MiB: their pictures "
+                f"alone take {kept / 2**20:,.1f} MiB"
+            )
+        found.budget = budget - kept
+        decision = found.decide(world_size())
+        grid = decision.chosen.plan.stages[0].grid
+        items = batch if whole or sharing.gather == "none" else grid.batch
+        choice = self._choices[asked] = Choice(grid, items, decision, kept)
+        return choice
+
+    def arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], bool]:
+        """Arguments of the module's own call besides `x`, by name, and whether it is to return a tuple."""
+        bound = dict(list(self.signature.bind(self.vae, x, *args, **kwargs).arguments.items())[2:])
+        bound |= bound.pop("kwargs", {})
+        return bound, not bound.pop("return_dict", True)
+
+    def _bound(self, x: Tensor, options: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Further tensors, and other arguments, by name."""
+        rest, _ = self.arguments(x, **options)
+        tensors = {name: value for name, value in rest.items() if isinstance(value, Tensor)}
+        return tensors, {name: value for name, value in rest.items() if name not in tensors}
+
+    def stream(self, x: Tensor, choice: Choice, sharing: Sharing, options: Mapping[str, Any]) -> Chunks:
+        """The result in chunks, as `Sharded.stream` has them; a result of several rounds is one chunk.
+
+        Args:
+            x: the latents or pictures.
+            choice: how ranks share them.
+            sharing: who receives the result, and its dtype.
+            options: further arguments of the module's own call.
+        """
+        tensors, static = self._bound(x, options)
+        static["_names"] = ",".join(tensors)
+        if choice.items >= x.shape[0]:
+            return self._sharded.stream(
+                x, *tensors.values(), grid=choice.grid, gather=sharing.gather, options=static, convert=sharing.convert
+            )
+        return Chunks(self._rounds(x, choice, sharing, static))
+
+    def _rounds(self, x: Tensor, choice: Choice, sharing: Sharing, options: dict[str, Any]) -> Iterator[Tensor | None]:
+        """All items, a few at a time."""
+        whole, taken = None, []
+        for start in range(0, x.shape[0], choice.items):
+            some = x[start : start + choice.items]
+            part = self._sharded(
+                some, grid=choice.grid, gather=sharing.gather, options=options, convert=sharing.convert
+            )
+            if part is not None:
+                whole = part.new_empty((x.shape[0], *part.shape[1:])) if whole is None else whole
+                whole[start : start + choice.items] = part
+            assert self.report is not None
+            taken.append(self.report)
+        self._sharded.report = replace(
+            taken[-1],
+            shape=(x.shape[0], *taken[-1].shape[1:]),
+            chunked=None,
+            recorded=sum(one.recorded for one in taken),
+            seconds=sum(one.seconds for one in taken),
+            waiting=sum(one.waiting for one in taken),
+            messages=sum(one.messages for one in taken),
+            bytes_sent=sum(one.bytes_sent for one in taken),
+        )
+        yield whole
+
+    def _run(self, x: Tensor, *tensors: Tensor, _names: str, **options: Any) -> Tensor:
+        named = dict(zip(_names.split(","), tensors, strict=True)) if _names else {}
+        with _whole(self.vae):
+            result = self._own(self.vae, x, **named, **options)
+        if isinstance(result, Tensor):
+            self.kind = Tensor, "", None
+            return result
+        field = next((name for name in FIELDS if getattr(result, name, None) is not None), None)
+        if field is None:
+            name, fields = f"{type(self.vae).__name__}.{self.name}", ", ".join(FIELDS)
+            raise TypeError(f"{name} returned {type(result).__name__}: expected one of {fields} in it")
+        value = getattr(result, field)
+        distribution = None
+        if not isinstance(value, Tensor):
+            distribution, value = type(value), value.parameters
+        self.kind = type(result), field, distribution
+        tensor: Tensor = value
+        return tensor
+
+    def result(self, value: Tensor, as_tuple: bool) -> Any:
+        """What the module's own call returns."""
+        cls, field, distribution = self.kind
+        if not field:
+            return value
+        held = value if distribution is None else distribution(value)
+        return (held,) if as_tuple else cls(**{field: held})
+
+    def blank(self, x: Tensor) -> Tensor:
+        """Black pictures of the result's shape: one number, seen from everywhere."""
+        report = self.report
+        assert report is not None
+        return x.new_full((), -1).expand(report.shape)
+
+
+def tiles_only(vae: nn.Module) -> bool:
+    """Whether an autoencoder has no other way than tiles: diffusers' Allegro refuses to work without."""
+    return type(vae).__name__ == "AutoencoderKLAllegro"
+
+
+@contextmanager
+def _whole(vae: nn.Module) -> Iterator[None]:
+    """Let an autoencoder take its whole plane at once: ranks share the memory. Some know nothing but tiles."""
+    flags = {name: vars(vae)[name] for name in ("use_tiling", "use_slicing") if vars(vae).get(name) is True}
+    if tiles_only(vae):
+        flags.pop("use_tiling", None)
+    vars(vae).update(dict.fromkeys(flags, False))
+    try:
+        yield
+    finally:
+        vars(vae).update(flags)

@@ -1,0 +1,55 @@
+"""What a recorded graph depends on, as keys: options, flags and buffers of modules, and the sum of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def module_key(module: nn.Module) -> Any:
+    """The flags, buffers and hooks of one module, without submodules and weights."""
+    values = tuple(
+        (name, (id(value), value._version) if isinstance(value, Tensor) and not value.is_inference() else value)
+        for name, value in vars(module).items()
+        if isinstance(value, (Tensor, *_SIMPLE))
+    )
+    hooks = tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+    return id(module), type(module), values, hooks, tuple(map(id, module._buffers.values()))
+
+
+def value_key(value: Any) -> Any:
+    """An option as a key; None if it cannot be compared by value. All generators are equal: no graph draws from one."""
+    if isinstance(value, _SIMPLE):
+        return repr(value)
+    if isinstance(value, torch.Generator):
+        return "generator"
+    if isinstance(value, Mapping):
+        found: Any = [(str(name), value_key(one)) for name, one in value.items()]
+        return None if any(one is None for _, one in found) else tuple(found)
+    if isinstance(value, (list, tuple)):
+        found = [value_key(one) for one in value]
+        return None if None in found else tuple(found)
+    return None
+
+
+def hooked(module: nn.Module) -> Iterator[str]:
+    """Names of submodules whose hooks move or cast weights (offloading, layerwise casting)."""
+    for name, one in module.named_modules():
+        if hasattr(one, "_diffusers_hook") or (name and hasattr(one, "_hf_hook")):
+            yield name or type(one).__name__
+
+
+def weights_digest(modules: Sequence[nn.Module]) -> str:
+    """A digest of all weights by shapes and sums, to find ranks with other weights; empty in a world of one."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return ""
+    sums = [one.detach().double().sum() for module in modules for one in module.parameters() if not one.is_meta]
+    shapes = hash(tuple(tuple(one.shape) for module in modules for one in module.parameters()))
+    total = float(torch.stack(sums).mul(torch.arange(1, len(sums) + 1, device=sums[0].device)).sum()) if sums else 0.0
+    return f"{shapes:x}/{total!r}"

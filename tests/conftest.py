@@ -3,11 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
+from typer.testing import CliRunner
 
 from halovae.bench.ranks import Ranks
+from halovae.cli.main import app
 
 # Plans by figures that do not change, and no measurement in each group of ranks.
 os.environ["HALOVAE_CALIBRATION"] = "cpu-epyc-2-cores"
@@ -26,6 +29,20 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield of
     for group in groups.values():
         group.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`models("flux")` is a folder with that tiny pipeline, made once."""
+    home = tmp_path_factory.mktemp("models")
+
+    def of(name: str) -> Path:
+        if not (home / name).exists():
+            done = CliRunner().invoke(app, ["make-model", name, "--size", "tiny", "-o", str(home / name)])
+            assert done.exit_code == 0, done.output
+        return home / name
+
+    return of
 
 
 @pytest.fixture(scope="module")

@@ -33,19 +33,6 @@ EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for
 SIZE = (96, 64)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`models("flux")` is a folder with that pipeline, made once."""
-    home = tmp_path_factory.mktemp("models")
-
-    def of(name: str) -> Path:
-        if not (home / name).exists():
-            tiny.make_model(name, home / name)
-        return home / name
-
-    return of
-
-
 def prompt_for(folder: Path) -> Prompt:
     kind = Pipeline.read(folder)
     size = (max(SIZE[0], kind.widths.least), max(SIZE[1], kind.heights.least))

@@ -22,20 +22,6 @@ from halovae.pipelines import Prompt
 SIZE = (80, 48)  # 15 tokens a frame, which no two ranks divide
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`models("wan2.1")` is a folder with that pipeline, made once."""
-    home = tmp_path_factory.mktemp("models")
-
-    def of(name: str) -> Path:
-        if not (home / name).exists():
-            done = CliRunner().invoke(app, ["make-model", name, "--size", "tiny", "-o", str(home / name)])
-            assert done.exit_code == 0, done.output
-        return home / name
-
-    return of
-
-
 def picture(folder: Path) -> Path:
     path = folder / "given.png"
     Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB").save(path)

@@ -30,21 +30,9 @@ LONG = {"num_inference_steps": 1000}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    home = tmp_path_factory.mktemp("models")
-
-    def of(name: str) -> Path:
-        if not (home / name).exists():
-            tiny.make_model(name, home / name)
-        return home / name
-
-    return of
-
-
-@pytest.fixture(scope="module")
-def server(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two ranks that serve Wan2.1."""
-    with Server(model("wan2.1"), tmp_path_factory.mktemp("server") / "out") as running:
+    with Server(models("wan2.1"), tmp_path_factory.mktemp("server") / "out") as running:
         yield running.wait()
 
 
@@ -111,11 +99,11 @@ def test_openais_client_makes_fetches_lists_and_deletes_a_video(server: Server) 
 
 
 def test_what_is_served_is_what_one_rank_generates(
-    server: Server, model: Callable[[str], Path], tmp_path: Path
+    server: Server, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Several results, decoded together, each with its seed: the frames of equal mp4 files."""
     shown = server.ended(server.submit(n=2, seed=11))
-    generator = Generator(model("wan2.1"), torch.float32, torch.float32)
+    generator = Generator(models("wan2.1"), torch.float32, torch.float32)
     for index in range(2):
         prompt = generator.kind.fitted(Prompt("a cat", (64, 48), 5, 2, seed=11 + index))
         made = generator.decoder.decode(generator.denoise(prompt), dtype=torch.uint8, denormalize=True)
@@ -160,10 +148,10 @@ def test_a_running_job_is_deleted_within_a_step(server: Server) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_fails_alone_ends_all_and_its_job_is_tried_again(
-    model: Callable[[str], Path], tmp_path: Path
+    models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """By memory that it really cannot have."""
-    with Server(model("wan2.1"), tmp_path / "out") as server:
+    with Server(models("wan2.1"), tmp_path / "out") as server:
         before = server.wait().ranks()
         all_it_has = before[1].memory_info().vms
         before[1].rlimit(psutil.RLIMIT_AS, (all_it_has, all_it_has))
@@ -174,16 +162,16 @@ def test_a_rank_that_fails_alone_ends_all_and_its_job_is_tried_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.1-i2v"])  # one that starts from nothing, one from a picture
-def test_a_server_serves_once_it_is_warm(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
-    with Server(model(name), tmp_path / "out", "--warmup", "64x48x5") as server:
+def test_a_server_serves_once_it_is_warm(name: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+    with Server(models(name), tmp_path / "out", "--warmup", "64x48x5") as server:
         server.wait()
         given = {} if name == "wan2.1" else {"input_reference": picture()}
         assert made_by_openai(server, {}, **given).status == "completed"
 
 
 @pytest.mark.slow
-def test_what_all_ranks_refuse_fails_and_they_go_on(model: Callable[[str], Path], tmp_path: Path) -> None:
-    with Server(model("wan2.1"), tmp_path / "out", "--memory-budget", "64KiB") as server:
+def test_what_all_ranks_refuse_fails_and_they_go_on(models: Callable[[str], Path], tmp_path: Path) -> None:
+    with Server(models("wan2.1"), tmp_path / "out", "--memory-budget", "64KiB") as server:
         before = server.wait().ranks()
         for _ in range(2):
             failed = server.ended(server.submit())
@@ -208,14 +196,16 @@ def test_a_killed_rank_costs_an_attempt_and_two_the_job(server: Server) -> None:
     assert server.ended(waiting)["status"] == "completed"
 
 
-def test_a_killed_front_takes_its_ranks_along_and_another_goes_on(server: Server, model: Callable[[str], Path]) -> None:
+def test_a_killed_front_takes_its_ranks_along_and_another_goes_on(
+    server: Server, models: Callable[[str], Path]
+) -> None:
     """The last one of this server."""
     made = [server.submit(num_inference_steps=steps) for steps in (300, 2, 2)]
     started(server, made[0])
     processes = psutil.Process(server.process.pid).children(recursive=True)
     server.stop(signal.SIGKILL)
     assert not psutil.wait_procs(processes, timeout=10)[1]
-    with Server(model("wan2.1"), server.output) as second:
+    with Server(models("wan2.1"), server.output) as second:
         second.wait()
         assert [second.ended(one)["status"] for one in made] == ["completed"] * 3
         assert all(frames_of(content(second, one)) for one in made)
@@ -223,7 +213,7 @@ def test_a_killed_front_takes_its_ranks_along_and_another_goes_on(server: Server
 
 
 @pytest.mark.slow
-def test_a_full_disk_fails_the_job_and_leaves_nothing(model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_full_disk_fails_the_job_and_leaves_nothing(models: Callable[[str], Path], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -232,7 +222,7 @@ def test_a_full_disk_fails_the_job_and_leaves_nothing(model: Callable[[str], Pat
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
     try:
-        with Server(model("wan2.1"), disk, ranks=1) as server:
+        with Server(models("wan2.1"), disk, ranks=1) as server:
             server.wait()
             failed = server.ended(server.submit(size="256x256", num_frames=33, num_inference_steps=1))
             assert (failed["status"], failed["error"]["code"]) == ("failed", "disk_full"), failed
@@ -245,8 +235,8 @@ def test_a_full_disk_fails_the_job_and_leaves_nothing(model: Callable[[str], Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan2.2", "wan2.1-i2v", "qwen-image", "qwen-image-edit", "qwen-image-edit-plus"])
-def test_the_other_models_are_served(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
-    with Server(model(name), tmp_path / "out") as server:
+def test_the_other_models_are_served(name: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+    with Server(models(name), tmp_path / "out") as server:
         server.wait()
         if name.startswith("wan"):
             if name == "wan2.2":
@@ -267,14 +257,22 @@ def test_the_other_models_are_served(name: str, model: Callable[[str], Path], tm
         assert Image.open(io.BytesIO(png)).size == (64, 48)
 
 
-def test_what_cannot_start_ends_with_a_reason(model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_cannot_start_ends_with_a_reason(models: Callable[[str], Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     tiny.make_model("wan2.1", broken)
     (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
     with Server(broken, tmp_path / "out", ranks=1) as server:
         assert server.process.wait(60) == 2
         assert "the ranks ended before they were ready" in " ".join(server.log.read_text().split())
-    words = ["serve", "--model-path", str(model("wan2.1")), "--output-dir", str(tmp_path / "other"), "--sp-degree", "3"]
+    words = [
+        "serve",
+        "--model-path",
+        str(models("wan2.1")),
+        "--output-dir",
+        str(tmp_path / "other"),
+        "--sp-degree",
+        "3",
+    ]
     done = subprocess.run([sys.executable, "-m", "halovae.cli.main", *words], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--sp-degree 3" in done.stderr

@@ -30,8 +30,8 @@ from halovae.models.load import CLASSES, find_folder, read_class, read_config, r
 from halovae.models.wan import WanConfig
 from halovae.planning.calibration import Calibration, read, shipped
 from halovae.planning.choose import Decision, Question, TooLittleMemory, choose
-from halovae.planning.graphs import Search
 from halovae.planning.plan import Plan
+from halovae.planning.search import Search
 
 EXPLORED = (1, 2, 4, 8, 16, 32, 64)
 FRAMES = 81  # of a clip, where none are asked for

@@ -22,8 +22,9 @@ from halovae.plane import Sharded, ShardReport
 from halovae.plane.keys import hooked, value_key
 from halovae.plane.results import Chunks, Gather
 from halovae.planning.choose import Decision, TooLittleMemory
-from halovae.planning.graphs import Search, UnplannableError
+from halovae.planning.graphs import UnplannableError
 from halovae.planning.planner import calibration_of, usable
+from halovae.planning.search import Search
 
 Call = Literal["decode", "encode"]
 Mode = Literal["auto", "single", "parallel"]

@@ -1,0 +1,186 @@
+"""The search for the fastest grid of ranks, by prices of recorded graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from halovae.geometry import Grid
+from halovae.planning.calibration import Calibration
+from halovae.planning.choose import MARGIN, WORTH, Candidate, Decision, TooLittleMemory
+from halovae.planning.cost import EXCHANGE, GATHER
+from halovae.planning.graphs import Traced, traced
+from halovae.planning.plan import Plan
+
+_LITTLE = f"less plain, and at most {WORTH:.0%} faster"
+_ADVISED = (2, 4, 8, 16, 32, 64)
+
+
+class Search:
+    """Prices the grids of one decode, and decides among them.
+
+    Items of a batch are decoded one after the other, or shared by whole items. Pictures stay on the ranks that
+    decode them.
+
+    Args:
+        function: from latents to pictures.
+        module: whose parameters it uses; meta tensors will do.
+        shape: of the latents of one item, plane last.
+        dtype: of the latents.
+        calibration: what prices the work.
+        batch: how many items there are.
+        budget: bytes that a rank may take besides weights; None for any number. An attribute, too: it may change.
+        hosts: whether the ranks are on several hosts.
+        all_ranks: whether a grid has one rank, or all of them, and as many items at a time as go into the batch evenly.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype,
+        calibration: Calibration, batch: int = 1, budget: int | None = None, hosts: bool = False,
+        all_ranks: bool = False,
+    ) -> None:  # fmt: skip
+        self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
+        self._calibration, self._batch, self.budget, self._hosts = calibration, batch, budget, hosts
+        self._all_ranks = all_ranks
+        self._traced: dict[Grid, Traced] = {}
+        self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
+
+    def traced(self, grid: Grid) -> Traced:
+        """What the rank with the most to do takes for one item, traced once.
+
+        Raises:
+            UnplannableError: the decode cannot be traced.
+        """
+        plane = replace(grid, batch=1)
+        if plane not in self._traced:
+            found = traced(self._function, self._module, self._shape, self._dtype, plane)
+            computed = {key: work for key, work in found.cost.work.items() if key[1] not in (EXCHANGE, GATHER)}
+            rates = self._calibration.seconds(replace(found.cost, work=computed), plane.size, self._hosts)
+            self._traced[plane], self._computing[plane] = found, sum(rates.values())
+        return self._traced[plane]
+
+    def price(self, grid: Grid) -> Candidate:
+        """What a grid takes."""
+        found, items = self.traced(grid), -(-self._batch // grid.batch)
+        cost = found.cost
+        seconds = items * sum(self._calibration.seconds(cost, grid.size, self._hosts).values())
+        return Candidate(
+            Plan.of(self._batch, grid), grid.size, seconds, cost.peak, items * cost.messages, items * cost.bytes_sent
+        )
+
+    def decide(self, world: int) -> Decision:
+        """The fastest grid of up to so many ranks that fits.
+
+        Raises:
+            TooLittleMemory: none fits. Says what the leanest takes, and how many ranks would do.
+            UnplannableError: the decode cannot be traced.
+        """
+        alone = self.price(Grid())
+        seen: dict[Grid, Candidate] = {Grid(): alone}
+        unseen: list[Candidate] = []
+        best = alone if alone.fits(self.budget) else None
+        for grid in sorted(self._grids(world), key=lambda one: (self._share(one), *_complexity(one))):
+            if grid in seen:
+                continue
+            floor = self._floor(grid)
+            if best is not None and self._cannot_win(floor, grid, best):
+                unseen.append(Candidate(Plan.of(self._batch, grid), grid.size, floor))
+                continue
+            seen[grid] = self.price(grid)
+            best = self._best(list(seen.values()))
+        if best is None:
+            raise self._too_little(list(seen.values()), world)
+        others = sorted([*seen.values(), *unseen], key=lambda one: one.seconds)
+        ranked = [best, *(one for one in others if one is not best)]
+        calibration = f"{self._calibration.name} ({self._calibration.origin})"
+        return Decision(tuple(self._judged(one, best, seen.values()) for one in ranked), self.budget, calibration)
+
+    def _grids(self, world: int) -> Iterator[Grid]:
+        height, width = self._shape[-2:]
+        for items in range(1, min(self._batch, world) + 1):
+            for rows in range(1, min(height, world // items) + 1):
+                for cols in range(1, min(width, world // (items * rows)) + 1):
+                    grid = Grid(items, rows, cols)
+                    if not self._all_ranks or (grid.size in (1, world) and self._batch % items == 0):
+                        yield grid
+
+    def _share(self, grid: Grid) -> float:
+        """The share of an item's cells that the largest shard has, times the items."""
+        height, width = self._shape[-2:]
+        return -(-self._batch // grid.batch) * _cells(grid, height, width) / (height * width)
+
+    def _floor(self, grid: Grid) -> float:
+        """Seconds that a grid takes at least.
+
+        Work that all ranks repeat does not shrink with the shard: grids that cut further show how much that is.
+        """
+        items, share = -(-self._batch // grid.batch), self._share(replace(grid, batch=1)) / self._batch
+        alone = self._computing[Grid()]
+        floors = [share * alone]
+        for other, seconds in self._computing.items():
+            finer = self._share(other) / self._batch
+            if other.rows >= grid.rows and other.cols >= grid.cols and finer < share:
+                floors.append(seconds + (alone - seconds) * (share - finer) / (1 - finer))
+        return items * max(floors)
+
+    def _cannot_win(self, floor: float, grid: Grid, best: Candidate) -> bool:
+        if floor > best.seconds * (1 + WORTH):
+            return True
+        return floor * (1 + WORTH) >= best.seconds and _complexity(_grid(best)) < _complexity(grid)
+
+    def _best(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        fitting = [one for one in candidates if one.fits(self.budget)]
+        if not fitting:
+            return None
+        limit = min(one.seconds for one in fitting) * (1 + WORTH)
+        return min(
+            (one for one in fitting if one.seconds <= limit), key=lambda one: (*_complexity(_grid(one)), one.seconds)
+        )
+
+    def _judged(self, one: Candidate, best: Candidate, seen: Iterable[Candidate]) -> Candidate:
+        ratio = one.seconds / best.seconds
+        if one is best:
+            verdict = "chosen: the fastest that fits" if self.budget is not None else "chosen: the fastest"
+            if any(other.seconds < best.seconds and other.fits(self.budget) for other in seen):
+                verdict = f"chosen: plainer than those that are up to {WORTH:.0%} faster"
+        elif one.peak is None:
+            slower = ratio > 1 + WORTH
+            verdict = f"not looked at: {f'at least {ratio:.2f}x the time' if slower else _LITTLE}"
+        elif not one.fits(self.budget):
+            verdict = "does not fit into the memory budget"
+        else:
+            verdict = f"{ratio:.2f}x the time" + (", but less plain" if ratio <= 1 else "")
+        if one.peak is not None and one.ranks > 1 and (names := self.traced(_grid(one)).fallbacks):
+            verdict += f"; {', '.join(names)} {'runs' if len(names) == 1 else 'run'} replicated"
+        return replace(one, verdict=verdict)
+
+    def _too_little(self, seen: Sequence[Candidate], world: int) -> TooLittleMemory:
+        assert self.budget is not None
+        least = min(seen, key=lambda one: one.peak or 0)
+        said = f"the leanest grid ({least.plan.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
+        for ranks in _ADVISED:
+            if world < ranks <= self._shape[-2] and self.price(Grid(rows=ranks)).fits(self.budget):
+                said += f"; what would fit: {ranks} ranks"
+                break
+        return TooLittleMemory(
+            f"latents {list(self._shape)} do not fit into a memory budget of {_mib(self.budget)}: {said}"
+        )
+
+
+def _cells(grid: Grid, height: int, width: int) -> int:
+    return -(-height // grid.rows) * -(-width // grid.cols)
+
+
+def _complexity(grid: Grid) -> tuple[int, int]:
+    return grid.size, grid.cols  # borders between cols are not in one piece of memory
+
+
+def _grid(one: Candidate) -> Grid:
+    return one.plan.stages[0].grid
+
+
+def _mib(amount: float) -> str:
+    return f"{amount / 2**20:,.0f} MiB"

@@ -108,6 +108,16 @@ def test_latents_of_another_shape_are_refused(folders: dict[str, tuple[Path, Ten
     assert "latents of shape [1, 7, 4, 4]; expected [B, C, H, W] with 4 channels" in said
 
 
+def test_pictures_with_an_alpha_channel_are_refused(tmp_path: Path) -> None:
+    entry = ENTRIES["AutoencoderKLQwenImage21"]
+    assert entry.latents is not None
+    zoo.build(entry).save_pretrained(tmp_path / "vae")  # type: ignore[operator]
+    latents_file.save(tmp_path / "z.safetensors", torch.zeros(entry.latents), entry.name, scaled=False, fps=1.0)
+    result = halovae("decode", tmp_path / "z.safetensors", "--model", tmp_path / "vae", "-o", tmp_path / "out.png")
+    assert result.exit_code == 2
+    assert "makes pictures of 4 channels; only 3 (RGB) can be written" in " ".join(result.output.split())
+
+
 @pytest.mark.slow
 def test_any_vae_is_validated_and_measured(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     folder, _ = folders["AutoencoderKLCogVideoX"]

@@ -224,6 +224,12 @@ def makes_clips(module: nn.Module) -> bool:
     return any(isinstance(one, nn.Conv3d) for one in decoder.modules()) or type(module).__name__ in BATCHED
 
 
+def latent_dims(module: nn.Module) -> str:
+    """The dims of latents, such as "[B, C, H, W]". Those of one class always have one frame."""
+    framed = makes_clips(module) or type(module).__name__ in _ONE_FRAME
+    return "[B, C, T, H, W]" if framed else "[B, C, H, W]"
+
+
 _CHANNELS = ("latent_channels", "z_dim", "z_channels", "vq_embed_dim", "encoder_hidden_size")
 _ONE_FRAME = ("AutoencoderKLQwenImage21",)
 _SAME_FRAMES = ("AutoencoderKLHunyuanImageRefiner",)

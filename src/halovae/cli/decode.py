@@ -13,7 +13,7 @@ import typer
 from halovae import latents as latents_file
 from halovae import media
 from halovae.cli.common import Dtype, Mode, errors_shown, parse_bytes, parse_chunk, parsed
-from halovae.cli.planes import PlaneModel, denormalized, options
+from halovae.cli.planes import PlaneModel, decode_options, denormalized
 from halovae.cli.writing import outputs, tell, write
 from halovae.decode import check_latents, load
 from halovae.geometry import Grid
@@ -167,7 +167,7 @@ def _pieces(decoder: Any, latents: torch.Tensor, job: _Job) -> FrameStream | Pic
         if job.denormalize:
             latents = denormalized(latents, decoder.config, type(decoder.module).__name__)
         latents = latents.to(decoder.dtype)
-        return decoder.stream(latents, **common, **options(decoder.module, latents))
+        return decoder.stream(latents, **common, **decode_options(decoder.module, latents))
     pieces: FrameStream = decoder.stream(
         latents, chunk=job.chunk, halo_depth=job.halo_depth, denormalize=job.denormalize, **common
     )

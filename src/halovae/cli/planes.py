@@ -23,12 +23,10 @@ class PlaneModel:
     Attributes:
         name: its class.
         module: itself, on meta tensors.
-        config: its config.
     """
 
     name: str
     module: nn.Module
-    config: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path, dtype: torch.dtype) -> PlaneModel:
@@ -37,11 +35,11 @@ class PlaneModel:
         Raises:
             ValueError: it describes no autoencoder that can be partitioned, or diffusers is not installed.
         """
-        name, config = read_class(folder), read_json(folder / "config.json")
+        name, source = read_class(folder), folder / "config.json"
         check_installed(f"a VAE of class {name}", "diffusers")
         from halovae.bench.models import meta_vae_of
 
-        return cls(name, meta_vae_of(config, str(folder / "config.json"), dtype), config)
+        return cls(name, meta_vae_of(read_json(source), str(source), dtype))
 
     def traced(self, shape: Sequence[int], dtype: torch.dtype, grid: Grid) -> Traced:
         """What the rank with the most to do takes to decode latents of a shape.
@@ -50,12 +48,12 @@ class PlaneModel:
             ValueError: the model decodes no such latents.
         """
         from halovae.bench import zoo
-        from halovae.bench.models import latent_channels, makes_clips
+        from halovae.bench.models import latent_channels, latent_dims
         from halovae.integrations.plane_call import BATCHED
 
         if self.name in BATCHED:
             raise ValueError(f"{self.name} takes the frames of a clip as a batch: decode it in Python, by halovae.load")
-        dims = "[B, C, T, H, W]" if makes_clips(self.module) else "[B, C, H, W]"
+        dims = latent_dims(self.module)
         channels = latent_channels(self.module)
         expected = f"{dims} with {channels} channels, each at least 1, for {self.name}"
         if len(shape) != dims.count(",") + 1 or min(shape) < 1 or channels not in (None, shape[1]):
@@ -69,8 +67,10 @@ class PlaneModel:
         Raises:
             ValueError: the model decodes no such latents.
         """
-        made = self.traced(shape, dtype, Grid(grid.batch)).pictures
+        made = self.traced(shape, dtype, Grid()).pictures
         grid.shards(shape[0], shape[-2], shape[-1])
+        if made[1] != 3:
+            raise ValueError(f"{self.name} makes pictures of {made[1]} channels; only 3 (RGB) can be written")
         return made if len(made) == 5 else (*made[:2], 1, *made[2:])
 
 
@@ -89,7 +89,7 @@ def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
     return latents / values["scaling_factor"] + (values.get("shift_factor") or 0.0)
 
 
-def options(module: nn.Module, latents: Tensor) -> dict[str, Any]:
+def decode_options(module: nn.Module, latents: Tensor) -> dict[str, Any]:
     """What a class's `decode` needs besides latents: LTX-Video's timestep, 0 as its pipelines have it."""
     if getattr(module.config, "timestep_conditioning", False):
         return {"temb": torch.zeros(latents.shape[0], dtype=latents.dtype, device=latents.device)}

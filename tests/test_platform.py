@@ -183,13 +183,13 @@ def test_what_is_sent_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     from halovae import simulate as simulation
 
     sent: list[bool] = []
-    original = simulation._ThreadLines.exchange
+    original = simulation._ThreadLines.start
 
-    def recorded(self: Any, scope: Any, sends: Any, receives: Any) -> None:
+    def recorded(self: Any, scope: Any, sends: Any, receives: Any) -> Any:
         sent.extend(tensor.is_contiguous() for _, tensor in [*sends, *receives])
-        original(self, scope, sends, receives)
+        return original(self, scope, sends, receives)
 
-    monkeypatch.setattr(simulation._ThreadLines, "exchange", recorded)
+    monkeypatch.setattr(simulation._ThreadLines, "start", recorded)
     simulate(halovae.load(vae("wan2.1")), latents("wan2.1"), Grid(rows=2, cols=2))
     assert sent
     assert all(sent)

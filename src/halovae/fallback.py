@@ -6,7 +6,7 @@ data, and sends and receives in its place what is still due, with nothing of wor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,12 +48,13 @@ class _Replayed(Lines):
     def _void(self, tensor: Tensor) -> Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
 
-    def exchange(
+    def start(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> None:
-        if self._calls.is_due():
-            sent, received = ([(peer, self._void(one)) for peer, one in side] for side in (sends, receives))
-            self._lines.exchange(scope, sent, received)
+    ) -> Callable[[], None]:
+        if not self._calls.is_due():
+            return lambda: None
+        sent, received = ([(peer, self._void(one)) for peer, one in side] for side in (sends, receives))
+        return self._lines.start(scope, sent, received)
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         if self._calls.is_due():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -81,8 +81,15 @@ class Lines:
 
         On an accelerator the tensors are ready for what is queued next on the current stream.
         """
+        self.start(scope, sends, receives)()
+
+    def start(
+        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], None]:
+        """Start an exchange, and return what waits for its end. What is sent must stay as it is until then."""
         assert not sends
         assert not receives
+        return lambda: None
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         """Every rank's flat `own`, all of one length, in the order of the scope's `ranks` ranks."""
@@ -125,14 +132,19 @@ class ProcessLines(Lines):
         assert group is not None
         return group
 
-    def exchange(
+    def start(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> None:
+    ) -> Callable[[], None]:
         group = self._group(scope)
         operations = [dist.P2POp(dist.isend, tensor, peer, group) for peer, tensor in sends]
         operations += [dist.P2POp(dist.irecv, tensor, peer, group) for peer, tensor in receives]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        works = dist.batch_isend_irecv(operations)
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return wait
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         everyone = [torch.empty_like(own) for _ in range(ranks)]

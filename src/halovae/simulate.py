@@ -222,18 +222,24 @@ class _ThreadLines(Lines):
         torch.set_rng_state(self._random)
         self._resumed = time.perf_counter()
 
-    def exchange(
+    def start(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> None:
+    ) -> Callable[[], None]:
         self.pause()
         for peer, tensor in sends:
             self._meeting.post(self.rank, peer, tensor, self.clock)
-        arrivals = []
-        for peer, tensor in receives:
-            content, sent = self._meeting.collect(peer, self.rank)
-            tensor.copy_(content)
-            arrivals.append(sent + self._meeting.link.seconds(content))
-        self._resume(arrivals)
+        self._resume([])
+
+        def wait() -> None:
+            self.pause()
+            arrivals = []
+            for peer, tensor in receives:
+                content, sent = self._meeting.collect(peer, self.rank)
+                tensor.copy_(content)
+                arrivals.append(sent + self._meeting.link.seconds(content))
+            self._resume(arrivals)
+
+        return wait
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         contents, last = self._all(scope, own)

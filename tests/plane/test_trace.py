@@ -218,7 +218,7 @@ def test_a_graph_between_ranks_holds_no_other_operators() -> None:
     assert entry.latents is not None
     mesh = on_threads(Grid(rows=2), CPU, lambda mesh: mesh)[0]
     program = trace(lambda z: zoo.decode(module, z), [module], mesh, entry.latents, torch.float32, CPU)
-    ours = {operators.fetch, operators.gather, operators.group_norm, operators.whole_group_norm, operators.attention}
+    ours = {*operators.BETWEEN_RANKS, operators.whole_group_norm, operators.attention}
     for node in program.graph.nodes:
         if node.op == "call_function":
             assert node.target in ours or node.target is operator.getitem or hasattr(node.target, "_schema")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -23,6 +23,10 @@ def flops(node: fx.Node) -> float:
         weight = _shape(node.args[1])
         transposed = bool(node.args[6])
         return 2.0 * (math.prod(_shape(node.args[0])) if transposed else result) * math.prod(weight[1:])
+    if target is operators.convolution:
+        weight, x, cuts = _shape(node.args[1]), _shape(node.args[0]), cast(Any, node.args[6])
+        twice: float = sum(width / x[dim] * (before + after) for dim, *_, width, before, after in cuts)
+        return 2.0 * result * math.prod(weight[1:]) * (1 + twice)
     if target in _PRODUCTS:
         inner = _shape(node.args[1 if target in (aten.addmm.default, aten.baddbmm.default) else 0])[-1]
         return 2.0 * result * inner

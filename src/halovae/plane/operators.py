@@ -57,16 +57,24 @@ def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
     Returns:
         The wanted intervals side by side along `dim`.
     """
+    return _fetching(lambda start, length: x.narrow(dim, start, length), x, dim, mesh_dim, bounds, wanted)()
+
+
+def _fetching(
+    take: Callable[[int, int], Tensor], x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
+) -> Callable[[], Tensor]:
+    """Start to fetch what `take` gives of this rank's rows or cols; returns what waits for the intervals."""
     mesh = current()
     position = _position(mesh, mesh_dim)
     first = mesh.rank - position * _stride(mesh, mesh_dim)
     own, mine = (bounds[position], bounds[position + 1]), wanted[position]
     sends, receives, places = [], [], []
+    sizes = list(take(0, 0).shape)
     for peer, intervals in enumerate(wanted):
         if peer == position:
             continue
         rank = first + peer * _stride(mesh, mesh_dim)
-        pieces = [x.narrow(dim, a - own[0], b - a) for a, b in _overlaps(intervals, own)]
+        pieces = [take(a - own[0], b - a) for a, b in _overlaps(intervals, own)]
         if pieces:
             sent = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
             # Ranks that share a process read what is sent later, when this one may have written to it.
@@ -74,27 +82,127 @@ def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
             sends.append((rank, sent.view(-1)))
         theirs = (bounds[peer], bounds[peer + 1])
         if length := sum(b - a for a, b in _overlaps(mine, theirs)):
-            buffer = x.new_empty([*x.shape[:dim], length, *x.shape[dim + 1 :]])
+            buffer = x.new_empty([*sizes[:dim], length, *sizes[dim + 1 :]])
             receives.append((rank, buffer.view(-1)))
             places.append((buffer, theirs))
+    wait = None
     if sends or receives:
         for _, sent in sends:
             mesh.traffic.sent(sent)
         mesh.traffic.calls += 1
         with mesh.traffic.waiting.running():
-            mesh.lines.exchange(mesh_dim, sends, receives)
-    out = _empty_along(x, dim, sum(b - a for a, b in mine))
-    begin = 0
-    for a, b in mine:
-        _zero(out, dim, begin, min(b, 0) - a)
-        _zero(out, dim, begin + max(bounds[-1], a) - a, b - max(bounds[-1], a))
-        for source, (low, high) in ((x, own), *places):
-            start, stop = max(a, low), min(b, high)
+            wait = mesh.lines.start(mesh_dim, sends, receives)
+
+    def finish() -> Tensor:
+        if wait is not None:
+            with mesh.traffic.waiting.running():
+                wait()
+        out = _empty_along(x, dim, sum(b - a for a, b in mine), sizes)
+        begin = 0
+        for a, b in mine:
+            _zero(out, dim, begin, min(b, 0) - a)
+            _zero(out, dim, begin + max(bounds[-1], a) - a, b - max(bounds[-1], a))
+            start, stop = max(a, own[0]), min(b, own[1])
             if start < stop:
-                offset = start - low if source is x else _offset(mine, (low, high), (a, b)) + start - max(a, low)
-                out.narrow(dim, begin + start - a, stop - start).copy_(source.narrow(dim, offset, stop - start))
-        begin += b - a
+                out.narrow(dim, begin + start - a, stop - start).copy_(take(start - own[0], stop - start))
+            for buffer, (low, high) in places:
+                start, stop = max(a, low), min(b, high)
+                if start < stop:
+                    offset = _offset(mine, (low, high), (a, b))
+                    out.narrow(dim, begin + start - a, stop - start).copy_(buffer.narrow(dim, offset, stop - start))
+            begin += b - a
+        return out
+
+    return finish
+
+
+# A dim along which a convolution's input is cut: the dim, and mesh dim, bounds and intervals as `fetch` has them; the
+# width of the halos; and whether there are ranks before and after this one.
+Cut = tuple[int, MeshDim, Bounds, Wanted, int, bool, bool]
+Halos = Sequence[tuple[int, Tensor, int]]  # by dim: those before and after, side by side; and the width of each
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], dilation: tuple[int, ...], groups: int,
+    cuts: tuple[Cut, ...],
+) -> Tensor:  # fmt: skip
+    """A convolution of stride 1 that keeps its input's extents: all of it while halos travel, then the edges again.
+
+    Padded with zeros, this rank's part is convolved right but for the rows and cols next to a cut. These are computed
+    from their neighborhoods once halos are there, in place of a copy of the whole map with its halos.
+
+    Args:
+        x: this rank's part `[N, C, *]`.
+        weight: `[C', C / groups, *]`.
+        bias: `[C']`.
+        padding: of each spatial dim.
+        dilation: likewise.
+        groups: of channels.
+        cuts: the dims along which other ranks have what this one needs. Every rank wants its own part and its halos.
+    """
+
+    def convolved(part: Tensor, padding: list[int]) -> Tensor:
+        ones, zeros = [1] * len(padding), [0] * len(padding)
+        result: Tensor = torch.ops.aten.convolution.default(
+            part, weight, bias, ones, padding, dilation, False, zeros, groups
+        )
+        return result
+
+    position = {name: _position(current(), name) for _, name, *_ in cuts}
+    halos: list[tuple[int, Tensor, int]] = []
+    out = None
+    for dim, mesh_dim, bounds, wanted, width, *_ in cuts:
+        start, stop = wanted[position[mesh_dim]][0]
+        mine = ((start, start + width), (stop - width, stop))
+        known = tuple(halos)
+
+        def take(start: int, length: int, dim: int = dim, known: Halos = known) -> Tensor:
+            inner = [(at, halo.narrow(dim, start, length), wide) for at, halo, wide in known]
+            return _region(x.narrow(dim, start, length), inner, [(-w, x.shape[at] + w) for at, _, w in known])
+
+        intervals = tuple(mine if at == position[mesh_dim] else one for at, one in enumerate(wanted))
+        finish = _fetching(take, x, dim, mesh_dim, bounds, intervals)
+        if out is None:
+            out = convolved(x, list(padding))
+        halos.append((dim, finish(), width))
+    assert out is not None
+    left = list(padding)
+    for dim, *_ in cuts:
+        left[dim - 2] = 0
+    whole = [(-width, x.shape[dim] + width) for dim, _, width in halos]
+    for index, (dim, _, _, _, width, before, after) in enumerate(cuts):
+        extent = x.shape[dim]
+        edges = ((before, 0, -width), (after, extent - width, extent - 2 * width))
+        for _, place, start in (one for one in edges if one[0]):
+            box = [*whole[:index], (start, start + 3 * width), *whole[index + 1 :]]
+            out.narrow(dim, place, width).copy_(convolved(_region(x, halos, box), left))
     return out
+
+
+def _region(x: Tensor, halos: Halos, box: Sequence[tuple[int, int]]) -> Tensor:
+    """A region of a map with its halos.
+
+    Args:
+        x: the map.
+        halos: along the first dim without corners, along a second one with those of the first.
+        box: for each dim of the halos, where the region begins and ends; the map begins at 0.
+    """
+    if not halos:
+        return x
+    *inner, (dim, halo, width) = halos
+    *others, (start, stop) = box
+    extent = x.shape[dim]
+    for (at, _, wide), (low, high) in zip(inner, others, strict=True):
+        halo = halo.narrow(at, low + wide, high - low)
+    pieces = [halo.narrow(dim, width + start, min(stop, 0) - start)] if start < 0 else []
+    low, high = max(start, 0), min(stop, extent)
+    if low < high or not pieces:
+        narrowed = [(at, one.narrow(dim, low, high - low), wide) for at, one, wide in inner]
+        pieces.append(_region(x.narrow(dim, low, high - low), narrowed, others))
+    if stop > extent:
+        first = max(start, extent)
+        pieces.append(halo.narrow(dim, width + first - extent, stop - first))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def fetched_shape(
@@ -107,6 +215,19 @@ def fetched_shape(
     lengths = [sum(b - a for a, b in _overlaps(intervals, own)) for intervals in wanted]
     sent = [length * cell for peer, length in enumerate(lengths) if length and peer != position]
     return _empty_along(x, dim, sum(b - a for a, b in wanted[position])), len(sent), sum(sent)
+
+
+def _convolved_shape(
+    mesh: Mesh, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, dilation: Any, groups: int,
+    cuts: tuple[Cut, ...],
+) -> tuple[Tensor, int, int]:  # fmt: skip
+    messages = sent = 0
+    extended = x
+    for dim, mesh_dim, bounds, wanted, *_ in cuts:
+        extended, more, size = fetched_shape(mesh, extended, dim, mesh_dim, bounds, wanted)
+        messages, sent = messages + more, sent + size
+    last = is_channels_last(x) or is_channels_last(weight)
+    return _empty_along(x, 1, weight.shape[0], last=last), messages, sent
 
 
 def attention(
@@ -176,7 +297,8 @@ def group_norm(
     )
 
 
-BETWEEN_RANKS = (fetch, gather, group_norm)  # a rank that wants nothing of the result may have to send for it
+# A rank that wants nothing of the result may have to send for it.
+BETWEEN_RANKS = (fetch, convolution, gather, group_norm)
 
 
 def pack(*values: Tensor) -> list[Tensor]:
@@ -199,6 +321,8 @@ def shape_of(function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh)
     x = args[0]
     if function is fetch:
         return fetched_shape(mesh, *args)
+    if function is convolution:
+        return _convolved_shape(mesh, *args)
     if function is attention:
         return _heads_last(x.new_empty((*x.shape[:-1], args[2].shape[-1]))), 0, 0
     if function is whole_group_norm:
@@ -213,13 +337,20 @@ def shape_of(function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh)
 
 
 def _moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Variance and mean `[N, groups]`."""
+    """Variance and mean `[N, groups]`, of so many values at once that a wide copy of them stays small."""
     grouped = x.unflatten(1, (groups, -1)).flatten(2)
-    if x.dtype == dtype:
-        return _variance_and_mean(grouped)
-    found = [_variance_and_mean(one.to(dtype)) for one in grouped.split(1, 1)]  # no wide copy of it all
+    limit = _VALUES_ON_CPU if x.device.type == "cpu" else _VALUES
+    step = max(1, limit // (grouped[:, 0].numel() or 1))
+    found = [_variance_and_mean(one.to(dtype)) for one in grouped.split(step, 1)]
+    if len(found) == 1:
+        return found[0]
     variances, means = zip(*found, strict=True)
     return torch.cat(variances, 1), torch.cat(means, 1)
+
+
+# Values of a map whose statistics are computed at once: of a size that a core's cache holds; and few enough that a wide
+# copy is small beside the map.
+_VALUES_ON_CPU, _VALUES = 2**18, 2**24
 
 
 def _variance_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,13 +382,16 @@ def _offset(intervals: Sequence[Interval], owned: Interval, until: Interval) -> 
     return sum(b - a for a, b in _overlaps(intervals[: intervals.index(until)], owned))
 
 
-def _empty_along(x: Tensor, dim: int, length: int) -> Tensor:
-    """An empty tensor like `x`, channels last where it is, with another extent along `dim`."""
+def _empty_along(
+    x: Tensor, dim: int, length: int, sizes: Sequence[int] | None = None, last: bool | None = None
+) -> Tensor:
+    """An empty tensor of another extent along `dim`, channels last where `x` or `last` is; of its or other sizes."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     layout = formats.get(x.ndim, torch.contiguous_format)
-    shape = [*x.shape[:dim], length, *x.shape[dim + 1 :]]
-    last = layout if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
+    sizes = x.shape if sizes is None else sizes
+    shape = [*sizes[:dim], length, *sizes[dim + 1 :]]
+    last = is_channels_last(x) if last is None else last
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout if last else torch.contiguous_format)
 
 
 def _zero(out: Tensor, dim: int, start: int, length: int) -> None:

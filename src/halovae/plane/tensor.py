@@ -94,12 +94,16 @@ def contiguous(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a new tensor whose dims lie in memory in the order of another's, without gaps."""
+    """The strides of a new tensor whose dims lie in memory in the order of another's, without gaps.
+
+    They are the other's where it has no gaps, even odd ones of dims of size 1: PyTorch tells formats apart by them.
+    """
     result, step = [0] * len(sizes), 1
     for dim in sorted(range(len(sizes)), key=lambda dim: (strides[dim], -dim)):
         result[dim] = step
         step *= max(sizes[dim], 1)
-    return tuple(result)
+    gaps = any(extent > 1 and ours != own for extent, ours, own in zip(sizes, strides, result, strict=True))
+    return tuple(result) if gaps else strides
 
 
 def is_channels_last(x: Tensor) -> bool:

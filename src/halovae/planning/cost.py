@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -380,11 +380,12 @@ class _WalkedLines(Lines):
         self.rank, self.world = rank, world
         self._recorder = recorder
 
-    def exchange(
+    def start(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> None:
+    ) -> Callable[[], None]:
         largest = max(_bytes(tensor) for _, tensor in (*sends, *receives))
         self._recorder.note(EXCHANGE, Work(calls=1, bytes=largest))
+        return lambda: None
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         self._recorder.note(GATHER, Work(calls=1, bytes=(ranks - 1) * _bytes(own)))

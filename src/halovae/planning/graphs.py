@@ -47,11 +47,12 @@ class TracedLines(Lines):
     def __init__(self, rank: int, world: int, recorder: Recorder | None = None) -> None:
         self.rank, self.world, self._recorder = rank, world, recorder
 
-    def exchange(
+    def start(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> None:
+    ) -> Callable[[], None]:
         if self._recorder is not None:
             self._recorder.note(EXCHANGE, Work(1, bytes=max(map(_nbytes, (one for _, one in (*sends, *receives))))))
+        return lambda: None
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         if self._recorder is not None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.plane import operators
 from halovae.plane.layout import Bounds, Factor, MeshDim, even, is_partitioned, proper, ranges, shape, sole
 from halovae.plane.rules.registry import plain, rule
 from halovae.plane.tensor import PlaneTensor, channels_last, is_channels_last
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 Reach = Callable[[int, int], tuple[int, int]]  # the inputs that a range of outputs depends on
+# Edges are computed twice where the map is this many times as large as the weights, which every call lays out again,
+# and where it has this many rows (or cols) for each of a halo.
+_MAP_TO_WEIGHTS, _EXTENT_TO_HALO = 4, 8
 
 
 def output_factor(plane: Plane, before: Factor, size: int, bounds: Callable[[int], int], mesh_dim: MeshDim) -> Factor:
@@ -157,13 +161,51 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
             (x.shape[2 + index] + 2 * p - d * (k - 1) - 1) // s + 1
             for index, (k, s, p, d) in enumerate(zip(kernel, stride, padding, dilation, strict=True))
         ]
-        data, left, factors = windows(plane, x, sizes, kernel, stride, padding, dilation)
-        local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
+        cuts = _cuts(plane, x, weight, stride, padding, dilation) if sizes == list(x.shape[2:]) else ()
+        if cuts:
+            factors = [sole(dim) or Factor(size) for dim, size in zip(x.partition[2:], sizes, strict=True)]
+            local = plane.run(
+                operators.convolution, x.local, weight, bias, tuple(padding), tuple(dilation), groups, cuts
+            )
+        else:
+            data, left, factors = windows(plane, x, sizes, kernel, stride, padding, dilation)
+            local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
     layout = (x.partition[0], (Factor(channels),) if channels != 1 else (), *(_dim(factor) for factor in factors))
     plane.note(layout)
     # With either of them the result is channels-last, on devices that know such maps.
     last = is_channels_last(x) or is_channels_last(weight)
     return plane.wrap(local, layout, strides=channels_last(shape(layout)) if last else None)
+
+
+def _cuts(
+    plane: Plane, x: PlaneTensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[operators.Cut, ...]:
+    """Along which dims `operators.convolution` can compute without other ranks; none where a copy takes less."""
+    if any(step != 1 for step in stride) or x.local.numel() < _MAP_TO_WEIGHTS * weight.numel():
+        return ()
+    found: list[operators.Cut] = []
+    cells = x.local.numel() * x.element_size()
+    received = 0
+    for dim, (k, p, d) in enumerate(zip(weight.shape[2:], padding, dilation, strict=True), start=2):
+        factor, mesh_dim = sole(x.partition[dim]), mesh_dim_of(plane, x, dim)
+        if mesh_dim is None:
+            continue
+        if factor is None or factor.mesh_dim is None or 2 * p != d * (k - 1):
+            return ()
+        if p == 0:
+            continue
+        extent = factor.local(plane.coordinates)
+        if extent < max(_EXTENT_TO_HALO, 2) * p:
+            return ()
+        wanted = tuple(((start - p, stop + p),) for start, stop in ranges(factor.bounds))
+        position, last = plane.coordinates[mesh_dim], plane.extents[mesh_dim] - 1
+        sides = position > 0, position < last
+        found.append((dim, mesh_dim, factor.bounds, wanted, p, *sides))
+        received += sum(sides) * p * cells // extent
+        cells += 2 * p * cells // extent
+    if found:
+        plane.received += received
+    return tuple(found)
 
 
 def _dim(factor: Factor) -> tuple[Factor, ...]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from halovae.bench import zoo
 from halovae.bench.models import latent_shape, meta_vae, random_vae
+from halovae.cli import plan as plan_command
 from halovae.cli.main import app
 from halovae.geometry import Grid
 from halovae.memory import LiveBytes
@@ -258,3 +259,11 @@ def test_true_sizes_are_planned(words: str) -> None:
     subprocess.run(
         [sys.executable, "-c", "from halovae.cli.main import app; app()", "plan", *words.split()], check=True
     )
+
+
+def test_what_stands_for_the_compiler_leaves_functions_as_they_are() -> None:
+    stand_in = plan_command._Compiler()
+    assert stand_in.disable(abs) is abs
+    assert stand_in.disable(recursive=False)(abs) is abs
+    assert not hasattr(stand_in, "__path__")
+    assert stand_in.config is torch._dynamo.config  # more than that is the compiler's

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -146,15 +148,44 @@ def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> li
 
 
 def _hurry() -> None:
-    """Keep diffusers from importing what its autoencoders do without, and Python from collecting garbage.
+    """Keep Python from collecting garbage, and diffusers and PyTorch from importing what plans do without.
 
-    Together they take a third of a plan's time. Only in the command's own process, which soon ends. Python does not
-    import a module that is None in `sys.modules`, and diffusers then takes it for not installed.
+    Together they take more than a third of a plan's time. Only in the command's own process, which soon ends. Python
+    does not import a module that is None in `sys.modules`, and diffusers then takes it for not installed.
     """
     if Path(sys.argv[0]).stem == "halovae" and "diffusers" not in sys.modules:
         gc.disable()
         for name in ("accelerate", "scipy", "transformers"):
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+        sys.modules.setdefault(_Compiler.NAME, _Compiler())
+        importlib.metadata.packages_distributions = dict  # diffusers asks for the files of all that is installed
+
+
+class _Compiler(ModuleType):
+    """Stands for PyTorch's compiler, until something asks it for more than to leave functions as they are.
+
+    diffusers marks functions that must not be compiled, and so do PyTorch's shape functions. A mark imports all of the
+    compiler, which takes longer than a trace.
+    """
+
+    NAME = "torch._dynamo"
+
+    def __init__(self) -> None:
+        super().__init__(self.NAME)
+
+    @staticmethod
+    def disable(fn: Any = None, *_: Any, **__: Any) -> Any:
+        """The function itself, or a decorator that returns it."""
+        return fn if fn is not None else lambda one: one
+
+    allow_in_graph = disable
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python asks all modules for these
+            raise AttributeError(name)
+        if sys.modules.get(self.NAME) is self:
+            del sys.modules[self.NAME]
+        return getattr(importlib.import_module(self.NAME), name)
 
 
 def _tile_case(config: WanConfig, size: tuple[int, int], options: Options) -> Case:

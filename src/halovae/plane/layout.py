@@ -103,6 +103,7 @@ def partitioned(layout: Layout) -> Iterator[tuple[int, Factor]]:
                 yield index, factor
 
 
+@lru_cache(maxsize=4096)
 def is_partitioned(dim: Dim) -> bool:
     """Whether ranks have parts of a dim."""
     return any(factor.mesh_dim is not None for factor in dim)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from halovae.lines import Scope
 from halovae.mesh import Mesh
 from halovae.plane import operators
 from halovae.plane.layout import (
+    Bounds,
     Coordinates,
     Factor,
     Layout,
@@ -23,7 +25,7 @@ from halovae.plane.layout import (
     even,
     is_partitioned,
     joined,
-    local_extent,
+    local_shape,
     partitioned,
     ranges,
     regrouped,
@@ -32,7 +34,7 @@ from halovae.plane.layout import (
     shape,
 )  # fmt: skip
 from halovae.plane.operators import Wanted
-from halovae.plane.tensor import PlaneTensor
+from halovae.plane.tensor import PlaneTensor, made
 
 if TYPE_CHECKING:
     from halovae.plane.trace import Recorder
@@ -67,6 +69,7 @@ class Plane:
         self.received = self.computed = 0
         self.inside = 0
         self._seen: dict[tuple[int, ...], Layout] = {}
+        self._parts: dict[Layout, tuple[int, ...]] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -102,7 +105,7 @@ class Plane:
         self, local: Tensor, layout: Layout, frozen: str = "", strides: tuple[int, ...] | None = None
     ) -> PlaneTensor:
         """A plane tensor of this rank's part of it; contiguous, unless it has other `strides`."""
-        return PlaneTensor(local, layout, self, frozen, strides)
+        return made(local, layout, self, frozen, strides)
 
     def scatter(self, x: Tensor, multiple: int = 1) -> PlaneTensor:
         """Partition the last two dims of a tensor that every rank has all of. No data moves.
@@ -176,12 +179,11 @@ class Plane:
         """`operators.fetch` over a factor; where no rank wants what others have, the part that it wants."""
         assert factor.mesh_dim is not None
         position = self.coordinates[factor.mesh_dim]
-        owned = ranges(factor.bounds)
-        pairs = list(zip(owned, wanted, strict=True))
-        if all(len(mine) == 1 and own[0] <= mine[0][0] and mine[0][1] <= own[1] for own, mine in pairs):
+        if _owned(factor.bounds, wanted):
             start, stop = wanted[position][0]
-            own = owned[position]
+            own = factor.bounds[position], factor.bounds[position + 1]
             return local if (start, stop) == own else local.narrow(dim, start - own[0], stop - start)
+        owned = ranges(factor.bounds)
         inside = [(max(a, 0), min(b, factor.size)) for a, b in wanted[position]]
         kept = sum(max(0, min(b, owned[position][1]) - max(a, owned[position][0])) for a, b in inside)
         cells = local.numel() // local.shape[dim] * local.element_size()
@@ -260,16 +262,26 @@ class Plane:
                     index, wished = x.partition[dim].index(factor), factor._replace(bounds=bounds)
                     x = self.moved(x, dim, index, tuple((one,) for one in ranges(bounds)), wished)
 
-    def local_sizes(self, layout: Layout) -> list[int]:
+    def local_sizes(self, layout: Layout) -> tuple[int, ...]:
         """The extents of this rank's part."""
-        return [local_extent(dim, self.coordinates) for dim in layout]
+        found = self._parts.get(layout)
+        if found is None:
+            found = self._parts[layout] = local_shape(layout, self.coordinates)
+        return found
 
     def note(self, layout: Layout) -> None:
         """Remember the bounds of a map, so that buffers of its size get them too."""
-        if len(layout) >= 3 and any(map(is_partitioned, layout[-2:])):
+        if len(layout) >= 3 and (is_partitioned(layout[-2]) or is_partitioned(layout[-1])):
             self._seen[shape(layout)[-2:]] = layout[-2:]
 
     def like_seen(self, sizes: tuple[int, ...]) -> Layout | None:
         """The layout of a new buffer, if maps of its size were seen."""
         found = self._seen.get(sizes[-2:]) if len(sizes) >= 3 else None
         return None if found is None else (*replicated(sizes[:-2]), *found)
+
+
+@lru_cache(maxsize=4096)
+def _owned(bounds: Bounds, wanted: Wanted) -> bool:
+    """Whether every rank wants one interval, of what it has."""
+    pairs = zip(ranges(bounds), wanted, strict=True)
+    return all(len(mine) == 1 and own[0] <= mine[0][0] and mine[0][1] <= own[1] for own, mine in pairs)

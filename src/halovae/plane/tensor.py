@@ -40,14 +40,7 @@ class PlaneTensor(Tensor):
         cls, local: Tensor, layout: Layout, plane: Plane, frozen: str = "", strides: tuple[int, ...] | None = None,
         source: tuple[Tensor, int] | None = None,
     ) -> PlaneTensor:  # fmt: skip
-        device = plane.recorder.device if plane.recorder is not None else local.device
-        sizes = shape(layout)
-        made: PlaneTensor = torch.Tensor._make_wrapper_subclass(
-            cls, sizes, strides=contiguous(sizes) if strides is None else strides, dtype=local.dtype, device=device
-        )
-        made.local, made.partition, made.plane = local, layout, plane
-        made.frozen, made.source = frozen, source
-        return made
+        return made(local, layout, plane, frozen, strides, source)
 
     def check_fresh(self) -> None:
         """Make sure that a copy that stands for a view still has what its base has.
@@ -68,10 +61,31 @@ class PlaneTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return _dispatch()(func, args, kwargs or {})
+        return _dispatch()(func, args, {} if kwargs is None else kwargs)
 
     # `Interception` sees functions that must be seen before PyTorch takes them apart.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+_make = torch.Tensor._make_wrapper_subclass
+
+
+def made(
+    local: Tensor, layout: Layout, plane: Plane, frozen: str = "", strides: tuple[int, ...] | None = None,
+    source: tuple[Tensor, int] | None = None,
+) -> PlaneTensor:  # fmt: skip
+    """`PlaneTensor(...)`, faster: each operator makes one."""
+    sizes = shape(layout)
+    recorder = plane.recorder
+    result: PlaneTensor = _make(
+        PlaneTensor,
+        sizes,
+        strides=contiguous(sizes) if strides is None else strides,
+        dtype=local.dtype,
+        device=local.device if recorder is None else recorder.device,
+    )
+    result.local, result.partition, result.plane, result.frozen, result.source = local, layout, plane, frozen, source
+    return result
 
 
 @cache
@@ -93,6 +107,15 @@ def contiguous(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
+def strides_of_new(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a new tensor like one of these sizes and strides: contiguous ones, if that one is contiguous."""
+    whole = contiguous(sizes)
+    if all(a == b or size == 1 for a, b, size in zip(whole, strides, sizes, strict=True)) or 0 in sizes:
+        return whole
+    return dense(sizes, strides)
+
+
+@lru_cache(maxsize=4096)
 def dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a new tensor whose dims lie in memory in the order of another's, without gaps.
 
@@ -108,9 +131,18 @@ def dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of a map `[N, C, *]` lie side by side."""
-    return x.ndim in (4, 5) and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return _is_channels_last(x.shape, x.stride())
 
 
+@lru_cache(maxsize=4096)
+def _is_channels_last(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    if len(sizes) not in (4, 5) or sizes[1] <= 1 or strides[1] != 1:
+        return False
+    whole = contiguous(sizes)
+    return 0 not in sizes and any(size > 1 and a != b for size, a, b in zip(sizes, strides, whole, strict=True))
+
+
+@lru_cache(maxsize=4096)
 def channels_last(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a map `[N, C, *]` whose channels lie side by side."""
     inner = contiguous((sizes[0], *sizes[2:], sizes[1]))

@@ -5,8 +5,8 @@ from importlib import import_module
 from halovae.plane.rules.registry import dispatch
 
 _KINDS = (
-    "attention", "convolution", "creation", "joins", "matmul", "normalization", "padding", "pointwise", "reductions",
-    "resampling", "views",
+    "attention", "convolution", "creation", "joins", "matmul", "normalization", "one_cell", "padding", "pointwise",
+    "reductions", "resampling", "views",
 )  # fmt: skip
 for _kind in _KINDS:
     import_module(f"{__name__}.{_kind}")

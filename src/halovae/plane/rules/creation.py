@@ -58,7 +58,8 @@ def random(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return plane.wrap(part.local, part.partition, "")
 
 
-_MAKERS = (torch.zeros, torch.ones, torch.empty, torch.full)
+_MAKERS = frozenset((torch.zeros, torch.ones, torch.empty, torch.full))
+_SEEN = _MAKERS | {F.scaled_dot_product_attention}
 
 
 class Interception(TorchFunctionMode):
@@ -73,6 +74,8 @@ class Interception(TorchFunctionMode):
         self._plane = plane
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _SEEN:  # most functions: each of them comes by here
+            return func(*args, **kwargs) if kwargs else func(*args)
         # `types` lacks plane tensors, whose own `__torch_function__` is disabled.
         if func is F.scaled_dot_product_attention and any(
             True for _ in plane_tensors((*args, *(kwargs or {}).values()))

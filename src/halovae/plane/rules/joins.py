@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halovae.plane.layout import Factor, Layout, is_partitioned, joined, partitioned, ranges, sole
+from halovae.plane.layout import Factor, Layout, extent, is_partitioned, joined, partitioned, ranges, sole, whole
 from halovae.plane.rules.pointwise import common
-from halovae.plane.rules.registry import rule
+from halovae.plane.rules.registry import known, rule
+from halovae.plane.tensor import PlaneTensor
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -21,10 +22,28 @@ def _without(layout: Layout, dim: int) -> Layout:
     return (*layout[:dim], (), *layout[dim + 1 :])
 
 
+@lru_cache(maxsize=4096)
+def _side_by_side(layouts: tuple[Layout, ...], dim: int) -> Layout | None:
+    """The layout of tensors that are alike but for a dim that every rank has all of, along that dim; else None."""
+    first = layouts[0]
+    if not first or any(len(one) != len(first) for one in layouts):
+        return None
+    dim %= len(first)
+    if any(is_partitioned(one[dim]) or _without(one, dim) != _without(first, dim) for one in layouts):
+        return None
+    if any(extent(factors) == 0 for one in layouts for factors in one):
+        return None
+    return (*first[:dim], whole(sum(extent(one[dim]) for one in layouts)), *first[dim + 1 :])
+
+
 @rule(aten.cat)
 def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Along a dim that is whole, on each rank; along a partitioned one, each rank fetches its part of the result."""
     tensors, dim = (*args, kwargs.get("dim", 0))[:2]
+    if all(isinstance(one, PlaneTensor) for one in tensors) and len({one.dtype for one in tensors}) == 1:
+        joint = _side_by_side(tuple([one.partition for one in tensors]), dim)
+        if joint is not None:
+            return plane.wrap(known(func).direct([one.local for one in tensors], dim % len(joint)), joint)
     ndim = max(one.ndim for one in tensors)
     pieces = [plane.lift(one) for one in tensors if one.ndim == ndim and one.numel()]
     dim %= ndim

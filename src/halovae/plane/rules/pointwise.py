@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from halovae.plane.layout import Dim, Layout, extent, is_partitioned, replicated, shape, whole
-from halovae.plane.rules.registry import rule, written
-from halovae.plane.tensor import PlaneTensor, channels_last, dense
+from halovae.plane.rules.registry import known, rule
+from halovae.plane.tensor import PlaneTensor, channels_last, made, strides_of_new
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -49,14 +50,30 @@ def common(layouts: Sequence[Layout], leader: int | None = None) -> Layout:
 def aligned(plane: Plane, x: Tensor, layout: Layout) -> Tensor:
     """This rank's part of a tensor that is broadcast with one of this layout."""
     lifted = plane.lift(x)
-    own = layout[len(layout) - lifted.ndim :]
-    wanted = tuple(dim if extent(now) == extent(dim) else now for now, dim in zip(lifted.partition, own, strict=True))
+    wanted = _wanted(lifted.partition, layout)
     return lifted.local if wanted == lifted.partition else plane.to_layout(lifted, wanted).local
 
 
-def _alike(args: tuple[Any, ...]) -> list[Any] | None:
+@lru_cache(maxsize=4096)
+def _wanted(now: Layout, layout: Layout) -> Layout:
+    """The layout that a tensor needs to be broadcast with one of another layout."""
+    own = layout[len(layout) - len(now) :]
+    return tuple(dim if extent(before) == extent(dim) else before for before, dim in zip(now, own, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _shared(layouts: tuple[Layout, ...], leader: int | None) -> tuple[Layout, bool]:
+    """A layout of the broadcast of tensors, and whether no tensor has to move for it."""
+    layout = layouts[0] if len(layouts) == 1 else common(layouts, leader)
+    return layout, all(_wanted(one, layout) == one for one in layouts)
+
+
+def _alike(partition: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
     """The ranks' parts, where all tensors have the first one's layout: most calls. None for others."""
-    partition, found = args[0].partition, []
+    for one in kwargs.values():
+        if isinstance(one, (Tensor, list, tuple)):
+            return None
+    found = []
     for one in args:
         if isinstance(one, PlaneTensor):
             if one.partition is not partition and one.partition != partition:
@@ -69,38 +86,57 @@ def _alike(args: tuple[Any, ...]) -> list[Any] | None:
     return found
 
 
-def pointwise(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def pointwise(
+    plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Any:  # fmt: skip
     """Any number of tensors of any layouts, broadcast."""
-    if args and not kwargs and isinstance(args[0], PlaneTensor):
-        alike = _alike(args)
+    first = args[0] if args else None
+    if isinstance(first, PlaneTensor):
+        alike = _alike(first.partition, args, kwargs)
         if alike is not None:
-            result = func(*alike)
-            return args[0] if written(func) else plane.wrap(result, args[0].partition, strides=strides_like(args[0]))
-    flat, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+            details = known(func)
+            result = details.direct(*alike, **kwargs)
+            if details.writes:
+                return first
+            if isinstance(result, Tensor):
+                return made(result, first.partition, plane, strides=strides_like(first, memory_format))
+            return type(result)(plane.wrap(one, first.partition, strides=strides_like(first)) for one in result)
+    nested = any(isinstance(one, (list, tuple)) for one in (*args, *kwargs.values()))
+    flat, spec = torch.utils._pytree.tree_flatten((args, kwargs)) if nested else ([*args, *kwargs.values()], None)
     tensors = [one for one in flat if isinstance(one, Tensor)]
-    layouts = [one.partition if isinstance(one, PlaneTensor) else replicated(tuple(one.shape)) for one in tensors]
-    in_place = bool(written(func))
-    if in_place and not isinstance(args[0], PlaneTensor):
+    layouts = tuple(
+        [one.partition if isinstance(one, PlaneTensor) else replicated(tuple(one.shape)) for one in tensors]
+    )
+    details = known(func)
+    in_place = details.writes
+    if in_place and not isinstance(first, PlaneTensor):
         return NotImplemented
-    layout = layouts[0] if len(tensors) == 1 else common(layouts, 0 if in_place else None)
-    locals_ = [aligned(plane, one, layout) if isinstance(one, Tensor) else one for one in flat]
-    local_args, local_kwargs = torch.utils._pytree.tree_unflatten(locals_, spec)
-    result = func(*local_args, **local_kwargs)
+    layout, still = _shared(layouts, 0 if in_place else None)
+    if still:
+        locals_ = [one.local if isinstance(one, PlaneTensor) else one for one in flat]
+    else:
+        locals_ = [aligned(plane, one, layout) if isinstance(one, Tensor) else one for one in flat]
+    if spec is None:
+        call = details.direct if isinstance(first, Tensor) else func
+        result = call(*locals_[: len(args)], **dict(zip(kwargs, locals_[len(args) :], strict=True)))
+    else:
+        local_args, local_kwargs = torch.utils._pytree.tree_unflatten(locals_, spec)
+        result = func(*local_args, **local_kwargs)
     if in_place:
-        return args[0]
-    sizes = shape(layout)
-    leader = next((one for one in tensors if isinstance(one, PlaneTensor) and tuple(one.shape) == sizes), None)
-    strides = None if leader is None else strides_like(leader)
+        return first
+    leader = next((one for one in tensors if isinstance(one, PlaneTensor) and one.shape == shape(layout)), None)
+    strides = None if leader is None else strides_like(leader, memory_format)
     if isinstance(result, Tensor):
-        return plane.wrap(result, layout, strides=strides)
+        return made(result, layout, plane, strides=strides)
     return type(result)(plane.wrap(one, layout, strides=strides) for one in result)
 
 
 def strides_like(x: PlaneTensor, memory_format: torch.memory_format = torch.preserve_format) -> tuple[int, ...] | None:
     """The strides of a new tensor like another; None if it is contiguous."""
-    if memory_format in (torch.channels_last, torch.channels_last_3d):
-        return channels_last(tuple(x.shape))
-    return None if memory_format is torch.contiguous_format or x.is_contiguous() else dense(tuple(x.shape), x.stride())
+    if memory_format is torch.preserve_format:
+        return strides_of_new(x.shape, x.stride())
+    return None if memory_format is torch.contiguous_format else channels_last(x.shape)
 
 
 @rule(
@@ -111,18 +147,14 @@ def untagged(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     """Pointwise operators that PyTorch does not tag as such."""
     if func is aten.where.default:
         return NotImplemented
-    result = pointwise(plane, func, args, kwargs)
-    wished = kwargs.get("memory_format")
-    if wished is None or not isinstance(result, PlaneTensor):
-        return result
-    return plane.wrap(result.local, result.partition, strides=strides_like(args[0], wished))
+    return pointwise(plane, func, args, kwargs, kwargs.get("memory_format") or torch.preserve_format)
 
 
 @rule(aten.detach, aten.alias, aten.lift_fresh, aten.lift)
 def same(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The tensor itself."""
     x = args[0]
-    return PlaneTensor(x.local, x.partition, plane, x.frozen, x.stride(), x.source)
+    return made(x.local, x.partition, plane, x.frozen, x.stride(), x.source)
 
 
 @rule(aten._local_scalar_dense)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from halovae.plane.layout import Layout, is_partitioned, local_extent
 from halovae.plane.layout import whole as whole_dim
-from halovae.plane.rules.registry import rule
+from halovae.plane.rules.registry import known, rule
 from halovae.plane.tensor import PlaneTensor
 
 if TYPE_CHECKING:
@@ -22,20 +23,32 @@ Combine = Callable[[Tensor], Tensor]
 
 
 def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, default: Any) -> Any:
-    names = [argument.name for argument in func._schema.arguments]
     if name in kwargs:
         return kwargs[name]
-    return args[names.index(name)] if name in names and names.index(name) < len(args) else default
+    position = _position(func, name)
+    return args[position] if position is not None and position < len(args) else default
+
+
+@cache
+def _position(func: Any, name: str) -> int | None:
+    """Where an argument is in an operator's schema."""
+    return next((at for at, argument in enumerate(func._schema.arguments) if argument.name == name), None)
 
 
 def _dims(x: Tensor, dims: Any) -> list[int]:
     if dims is None or (isinstance(dims, Sequence) and len(dims) == 0):
         return list(range(x.ndim))
-    return sorted({dim % x.ndim for dim in ([dims] if isinstance(dims, int) else dims)})
+    ndim = x.ndim
+    return sorted({dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)})
 
 
 def reduced_layout(layout: Layout, dims: Sequence[int], keep: bool) -> Layout:
     """The layout once these dims are reduced."""
+    return _reduced(layout, tuple(dims), keep)
+
+
+@lru_cache(maxsize=4096)
+def _reduced(layout: Layout, dims: tuple[int, ...], keep: bool) -> Layout:
     return tuple(() if dim in dims else factors for dim, factors in enumerate(layout) if keep or dim not in dims)
 
 
@@ -59,7 +72,7 @@ def total(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     keep = _argument(func, args, kwargs, "keepdim", False)
     layout = reduced_layout(x.partition, dims, keep)
     if not any(is_partitioned(x.partition[dim]) for dim in dims):
-        return plane.wrap(func(x.local, *args[1:], **kwargs), layout)
+        return plane.wrap(known(func).direct(x.local, *args[1:], **kwargs), layout)
     result, wide = _wide(x, kwargs.get("dtype"))
     part = aten.sum.dim_IntList(x.local, dims, keep, dtype=wide)
     whole = over_ranks(plane, x, dims, part, lambda parts: parts.sum(0))

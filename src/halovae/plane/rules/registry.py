@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,11 +81,80 @@ def plain(x: Any) -> Any:
     return x.local if isinstance(x, PlaneTensor) and not any(True for _ in partitioned(x.partition)) else x
 
 
+class Known(NamedTuple):
+    """What is looked up of an operator at each call.
+
+    Attributes:
+        func: the operator.
+        rule: its rule.
+        composite: whether it is made of others.
+        targets: positions and names of the arguments whose values it changes.
+        writes: whether it writes to any argument.
+        direct: calls it.
+    """
+
+    func: Any
+    rule: Rule | None
+    composite: bool
+    targets: tuple[tuple[int, str], ...]
+    writes: bool
+    direct: Callable[..., Any]
+
+
+_KNOWN: dict[int, Known] = {}  # by id: operators stay, and hash slowly
+
+
+def known(func: Any) -> Known:
+    """What there is to know of an operator."""
+    found = _KNOWN.get(id(func))
+    if found is None:
+        # Some operators that write change a tensor's sizes, not its values.
+        positions = () if torch.Tag.inplace_view in func.tags else written(func)
+        targets = tuple((index, func._schema.arguments[index].name) for index in positions)
+        direct = _DIRECT.get(func, func)
+        found = Known(func, rule_of(func), is_composite(func), targets, bool(written(func)), direct)
+        _KNOWN[id(func)] = found
+    return found
+
+
+aten = torch.ops.aten
+# PyTorch's own bindings take the arguments of these as they arrive, and less than half of the time of a call by schema.
+_DIRECT: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.mul.Tensor: torch.mul,
+    aten.div.Tensor: torch.div,
+    aten.silu.default: torch._C._nn.silu,
+    aten.sigmoid.default: torch.sigmoid,
+    aten.tanh.default: torch.tanh,
+    aten.clone.default: torch.clone,
+    aten.cat.default: torch.cat,
+    aten.mean.dim: torch.mean,
+    aten.convolution.default: torch.convolution,
+}
+
+
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an operator on plane tensors."""
-    first = args[0] if args else None
-    found = first if isinstance(first, PlaneTensor) else next(plane_tensors((*args, *kwargs.values())))
-    plane = found.plane
+    plane = None
+    for one in args:
+        if isinstance(one, PlaneTensor):
+            if plane is None:
+                plane = one.plane
+            elif one.plane is not plane:
+                raise _of_two_calls(func)
+            if one.source is not None:
+                one.check_fresh()
+        elif isinstance(one, (list, tuple)) and one and type(one[0]) is not int:  # a list of sizes has no tensors
+            for inner in plane_tensors(one):
+                if plane is None:
+                    plane = inner.plane
+                elif inner.plane is not plane:
+                    raise _of_two_calls(func)
+                if inner.source is not None:
+                    inner.check_fresh()
+    if plane is None:
+        plane = next(plane_tensors(kwargs.values())).plane
     plane.inside += 1
     try:
         with torch._C.DisableTorchFunction():  # rules make plain tensors
@@ -94,27 +163,28 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plane.inside -= 1
 
 
+def _of_two_calls(func: Any) -> RuntimeError:
+    return RuntimeError(f"{func}: its tensors are of two calls; one of them was kept from an earlier call")
+
+
 def _dispatched(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    for one in plane_tensors(args):
-        if one.plane is not plane:
-            raise RuntimeError(f"{func}: its tensors are of two calls; one of them was kept from an earlier call")
-        if one.source is not None:
-            one.check_fresh()
-    for index in written(func):
-        target = args[index] if index < len(args) else kwargs.get(func._schema.arguments[index].name)
-        # Some change a tensor's sizes, not its values.
-        if isinstance(target, PlaneTensor) and torch.Tag.inplace_view not in func.tags:
+    found = known(func)
+    for index, name in found.targets:
+        target = args[index] if index < len(args) else kwargs.get(name)
+        if isinstance(target, PlaneTensor):
             if target.frozen:
                 raise RuntimeError(f"{func}: cannot write in place to a view of a partitioned tensor: {target.frozen}")
             increment_version(target.local)  # PyTorch counts above dispatch only
-    chosen = rule_of(func)
-    if chosen is not None:
-        result = chosen(plane, func, args, kwargs)
+    if found.rule is not None:
+        result = found.rule(plane, func, args, kwargs)
         if result is not NotImplemented:
-            for one in (result,) if isinstance(result, PlaneTensor) else plane_tensors([result]):
-                plane.computed += one.local.nbytes
+            if isinstance(result, PlaneTensor):
+                plane.computed += result.local.nbytes
+            else:
+                for one in plane_tensors((result,)):
+                    plane.computed += one.local.nbytes
             return result
-    elif is_composite(func):
+    elif found.composite:
         result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._mode_utils import no_dispatch
 
 from halovae.plane.layout import (
+    Dim,
     Factor,
     Layout,
     even,
     extent,
     is_partitioned,
     joined,
-    local_shape,
     proper,
     ranges,
     sole,
     whole,
 )
+from halovae.plane.operators import Wanted
 from halovae.plane.rules.registry import plain, rule
-from halovae.plane.tensor import PlaneTensor, version
+from halovae.plane.tensor import PlaneTensor, made, version
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -30,11 +33,10 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _resolved(x: torch.Tensor, sizes: Any) -> tuple[int, ...]:
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    return tuple(size if size != -1 else x.numel() // max(known, 1) for size in sizes)
+@lru_cache(maxsize=4096)
+def _resolved(own: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    known = math.prod(size for size in sizes if size != -1)
+    return tuple(size if size != -1 else math.prod(own) // max(known, 1) for size in sizes)
 
 
 @rule(aten.view, aten.reshape, aten._unsafe_view, aten._reshape_alias)
@@ -43,19 +45,20 @@ def view(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     x, sizes = args[:2]
     if isinstance(sizes, torch.dtype) or x.numel() == 0:
         return NotImplemented
-    sizes = _resolved(x, sizes)
+    own = x.shape
+    sizes = _resolved(own, tuple(sizes))
     moved, layout = plane.viewed(x, sizes)
-    local = moved.local.reshape(local_shape(layout, plane.coordinates))
+    local = moved.local.reshape(plane.local_sizes(layout))
     if func is aten._unsafe_view.default:
         return plane.wrap(local, layout)
-    strides = viewed_strides(tuple(x.shape), x.stride(), sizes)
+    strides = viewed_strides(own, x.stride(), sizes)
     frozen, source = moved.frozen or x.frozen, x.source
     if moved is not x:
         source = source or version(x.local)
     if strides is None or local.untyped_storage()._cdata != moved.local.untyped_storage()._cdata:
         # Plain PyTorch would copy, or refuse; or it would not, but this rank's part lies in memory otherwise.
         frozen, source = frozen or "it had to be copied", source or version(x.local)
-    return PlaneTensor(local, layout, plane, frozen, strides, source)
+    return made(local, layout, plane, frozen, strides, source)
 
 
 @lru_cache(maxsize=4096)
@@ -73,55 +76,64 @@ def _view_of(
 ) -> PlaneTensor:
     """A view of a tensor; `frozen` says why it is a copy in truth."""
     source = x.source or (version(x.local) if frozen else None)
-    return PlaneTensor(local, layout, x.plane, x.frozen or frozen, strides, source)
+    return made(local, layout, x.plane, x.frozen or frozen, strides, source)
 
 
-def _ordered(plane: Plane, x: PlaneTensor, order: list[int]) -> Any:
-    strides = tuple(x.stride(dim) for dim in order)
-    return _view_of(x, x.local.permute(order), tuple(x.partition[dim] for dim in order), strides)
+def _ordered(x: PlaneTensor, order: tuple[int, ...]) -> Any:
+    strides, layout = x.stride(), x.partition
+    return _view_of(
+        x, x.local.permute(order), tuple([layout[dim] for dim in order]), tuple([strides[dim] for dim in order])
+    )
 
 
 @rule(aten.permute)
 def permute(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dims in another order."""
     x, order = args
-    return _ordered(plane, x, [dim % x.ndim for dim in order])
+    ndim = len(x.partition)
+    return _ordered(x, tuple([dim % ndim for dim in order]))
 
 
 @rule(aten.transpose)
 def transpose(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Two dims swapped."""
     x, first, second = args
-    order = list(range(x.ndim))
+    order = list(range(len(x.partition)))
     order[first], order[second] = order[second], order[first]
-    return _ordered(plane, x, order)
+    return _ordered(x, tuple(order))
 
 
 @rule(aten.t)
 def t(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A matrix transposed."""
-    return _ordered(plane, args[0], list(range(args[0].ndim))[::-1])
+    return _ordered(args[0], tuple(range(args[0].ndim))[::-1])
 
 
 @rule(aten.squeeze)
 def squeeze(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dims of extent 1 dropped."""
     x, *rest = args
-    dims = range(x.ndim) if not rest else [rest[0]] if isinstance(rest[0], int) else rest[0]
-    gone = [dim % x.ndim for dim in dims if x.shape[dim] == 1]
-    kept = [dim for dim in range(x.ndim) if dim not in gone]
-    strides = tuple(x.stride(dim) for dim in kept)
-    return _view_of(x, x.local.squeeze(gone), tuple(x.partition[dim] for dim in kept), strides)
+    sizes = x.shape
+    dims = range(len(sizes)) if not rest else rest if isinstance(rest[0], int) else rest[0]
+    return _squeezed(x, tuple([dim % len(sizes) for dim in dims if sizes[dim] == 1]))
+
+
+def _squeezed(x: PlaneTensor, gone: tuple[int, ...]) -> PlaneTensor:
+    strides, layout = x.stride(), x.partition
+    kept = [dim for dim in range(len(layout)) if dim not in gone]
+    return _view_of(
+        x, x.local.squeeze(gone), tuple([layout[dim] for dim in kept]), tuple([strides[dim] for dim in kept])
+    )
 
 
 @rule(aten.unsqueeze)
 def unsqueeze(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A dim of extent 1 added."""
     x, dim = args
-    at = dim % (x.ndim + 1)
-    own = x.stride()
-    strides = (*own[:at], x.shape[at] * own[at] if at < x.ndim else 1, *own[at:])
-    return _view_of(x, x.local.unsqueeze(at), (*x.partition[:at], (), *x.partition[at:]), strides)
+    own, layout = x.stride(), x.partition
+    at = dim % (len(own) + 1)
+    strides = (*own[:at], x.shape[at] * own[at] if at < len(own) else 1, *own[at:])
+    return _view_of(x, x.local.unsqueeze(at), (*layout[:at], (), *layout[at:]), strides)
 
 
 @rule(aten.squeeze_, aten.unsqueeze_, aten.transpose_, aten.t_)
@@ -141,69 +153,130 @@ def in_place(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 def expand(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dims of extent 1 repeated."""
     x, sizes = args[:2]
-    new = len(sizes) - x.ndim
-    layout: list[Any] = []
-    strides = []
+    layout, strides = _expanded(x.partition, x.stride(), tuple(sizes))
+    return _view_of(x, x.local.expand(plane.local_sizes(layout)), layout, strides)
+
+
+@lru_cache(maxsize=4096)
+def _expanded(layout: Layout, strides: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Layout, tuple[int, ...]]:
+    """The layout and the strides of a tensor with dims of extent 1 repeated."""
+    new = len(sizes) - len(layout)
+    found: list[Dim] = []
+    steps = []
     for index, size in enumerate(sizes):
-        dim = x.partition[index - new] if index >= new else ()
+        dim = layout[index - new] if index >= new else ()
         kept = size in (-1, extent(dim))
-        layout.append(dim if kept else whole(size))
-        strides.append(x.stride(index - new) if kept and index >= new else 0)
-    return _view_of(x, x.local.expand(plane.local_sizes(tuple(layout))), tuple(layout), tuple(strides))
+        found.append(dim if kept else whole(size))
+        steps.append(strides[index - new] if kept and index >= new else 0)
+    return tuple(found), tuple(steps)
 
 
-@rule(aten.slice)
-def slice_(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A range of a dim: each rank keeps what it owns of it, if it owns any."""
-    x, dim, start, end, step = tuple([*args, *[0, None, None, 1][len(args) - 1 :]])
-    dim, size = dim % x.ndim, x.shape[dim]
+class _Cut(NamedTuple):
+    """A range of a dim.
+
+    Attributes:
+        dim: which one.
+        start: where it begins.
+        stop: before which it ends.
+        step: from each index to the next.
+        strides: of the result.
+        layout: of the result.
+        all: whether it is all of the dim.
+        factor: what each rank has of the dim; None if all of them have all of it, or are to have.
+        wanted: what each rank wants of it.
+        free: whether all of them have that.
+    """
+
+    dim: int
+    start: int
+    stop: int
+    step: int
+    strides: tuple[int, ...]
+    layout: Layout
+    all: bool = False
+    factor: Factor | None = None
+    wanted: Wanted = ()
+    free: bool = True
+
+
+@lru_cache(maxsize=4096)
+def _cut(layout: Layout, strides: tuple[int, ...], dim: int, start: Any, end: Any, step: int) -> _Cut:
+    dim %= len(layout)
+    size = extent(layout[dim])
     start, stop, step = slice(start, end, step).indices(size)
     length = max(0, -(-(stop - start) // step))
-    strides = tuple(own * step if at == dim else own for at, own in enumerate(x.stride()))
     if length == size:
-        return _view_of(x, x.local, x.partition, x.stride())
-    layout = list(x.partition)
-    factor = sole(x.partition[dim])
+        return _Cut(dim, 0, size, 1, strides, layout, True)
+    strides = tuple(own * step if at == dim else own for at, own in enumerate(strides))
+    factor = sole(layout[dim])
     if factor is None or length == 0:
-        whole_x = plane.to_whole(x, [dim])
-        layout[dim] = joined((Factor(length),)) if length else (Factor(0),)
-        local = whole_x.local[(slice(None),) * dim + (slice(start, stop, step),)]
-        return _view_of(x, local, tuple(layout), strides, "" if whole_x is x else whole_x.frozen)
+        left = joined((Factor(length),)) if length else (Factor(0),)
+        return _Cut(dim, start, stop, step, strides, (*layout[:dim], left, *layout[dim + 1 :]))
     assert factor.mesh_dim is not None
     ranks = len(factor.bounds) - 1
     bounds = (0, *(min(max(-(-(bound - start) // step), 0), length) for bound in factor.bounds[1:-1]), length)
     if not proper(bounds, length):
         bounds = even(length, ranks) if length >= ranks else ()
     result = Factor(length, factor.mesh_dim, bounds) if bounds else Factor(length)
-    owned = ranges(factor.bounds)
     parts = list(ranges(bounds)) if bounds else [(0, length)] * ranks
     wanted = tuple(((start + a * step, start + (b - 1) * step + 1),) for a, b in parts)
+    owned = ranges(factor.bounds)
     free = all(own[0] <= mine[0] and mine[1] <= own[1] for own, (mine,) in zip(owned, wanted, strict=True))
-    local = plane.fetch(x.local, dim, factor, wanted)
+    layout = (*layout[:dim], joined((result,)), *layout[dim + 1 :])
+    return _Cut(dim, start, stop, step, strides, layout, False, factor, wanted, free)
+
+
+@rule(aten.slice)
+def slice_(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A range of a dim: each rank keeps what it owns of it, if it owns any."""
+    x, dim, start, end, step = args if len(args) == 5 else (*args, *(0, None, None, 1)[len(args) - 1 :])
+    return _sliced(plane, x, dim, start, end, step)
+
+
+def _sliced(plane: Plane, x: PlaneTensor, dim: int, start: int | None, end: int | None, step: int = 1) -> PlaneTensor:
+    cut = _cut(x.partition, x.stride(), dim, start, end, step)
+    local, frozen = _part(plane, x, cut)
+    return _view_of(x, local, cut.layout, cut.strides, frozen)
+
+
+def _part(plane: Plane, x: PlaneTensor, cut: _Cut) -> tuple[torch.Tensor, str]:
+    """This rank's part of a range, and why it is a copy, if it is one."""
+    at, step = cut.dim, cut.step
+    if cut.all:
+        return x.local, ""
+    if cut.factor is None:
+        whole_x = plane.to_whole(x, (at,))
+        local = whole_x.local[(slice(None),) * at + (slice(cut.start, cut.stop, step),)]
+        return local, "" if whole_x is x else whole_x.frozen
+    local = plane.fetch(x.local, at, cut.factor, cut.wanted)
     if step != 1:
-        local = local[(slice(None),) * dim + (slice(None, None, step),)]
-    layout[dim] = joined((result,))
-    return _view_of(x, local, tuple(layout), strides, "" if free else "it was made of other ranks' data")
+        local = local[(slice(None),) * at + (slice(None, None, step),)]
+    return local, "" if cut.free else "it was made of other ranks' data"
 
 
 @rule(aten.select)
 def select(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One index of a dim."""
     x, dim, index = args
-    dim = dim % x.ndim
-    index = index % x.shape[dim]
-    return slice_(plane, func, (x, dim, index, index + 1), {}).squeeze(dim)
+    sizes = x.shape
+    dim %= len(sizes)
+    index %= sizes[dim]
+    cut = _cut(x.partition, x.stride(), dim, index, index + 1, 1)
+    local, frozen = _part(plane, x, cut)
+    layout, strides = cut.layout, cut.strides
+    layout, strides = (*layout[:dim], *layout[dim + 1 :]), (*strides[:dim], *strides[dim + 1 :])
+    return _view_of(x, local.squeeze((dim,)), layout, strides, frozen)
 
 
 @rule(aten.split, aten.split_with_sizes)
 def split(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A dim cut into ranges."""
     x, sizes, *rest = args
-    dim = (rest[0] if rest else kwargs.get("dim", 0)) % x.ndim
-    if isinstance(sizes, int):
-        sizes = [min(sizes, x.shape[dim] - at) for at in range(0, x.shape[dim], sizes)]
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [slice_(plane, func, (x, dim, a, a + size), {}) for a, size in zip(starts, sizes, strict=True)]
+    own = x.shape
+    dim = (rest[0] if rest else kwargs.get("dim", 0)) % len(own)
+    each = isinstance(sizes, int)
+    starts = [*range(0, own[dim], max(sizes, 1)), own[dim]] if each else [0, *accumulate(sizes)]
+    return [_sliced(plane, x, dim, a, b) for a, b in pairwise(starts)]
 
 
 @rule(aten.unbind)

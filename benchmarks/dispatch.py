@@ -3,7 +3,7 @@
     python benchmarks/dispatch.py
 
 One rank of a simulated 2x1 grid, tiny tensors, no communication: what is measured is Python. The two take turns, and
-the least of several rounds counts. Plans and replayed graphs do not pay this; eager calls do, for each operator.
+the least of several rounds counts. Eager calls take it for each operator; replayed graphs do not.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from typer.testing import CliRunner, Result
 from halovae import latents as latents_file
 from halovae.bench import zoo
 from halovae.cli.main import app
+from halovae.decode import load
+from halovae.geometry import Grid
+from halovae.integrations.autoencoder import Autoencoder
+from halovae.plane import sharded
+from halovae.simulate import simulate
 
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
 SHAPES = {"AutoencoderKL": (1, 4, 12, 10), "AutoencoderKLCogVideoX": (1, 4, 5, 6, 5)}
@@ -59,7 +66,11 @@ def test_a_clip_and_its_way_back(folders: dict[str, tuple[Path, Tensor]], tmp_pa
     for index, path in enumerate(pictures):
         found = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
         assert (found - expected[0, :, index]).abs().max() <= 0.51
-    assert '"family": "AutoencoderKLCogVideoX"' in (tmp_path / "report.json").read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["family"] == "AutoencoderKLCogVideoX"
+    simulation = simulate(load(folder), latents_file.read(folder / "z.safetensors"), Grid(cols=2), dtype=torch.uint8)
+    sent = [(one["messages"], one["bytes_sent"]) for one in report["ranks"]]
+    assert [(one.messages, one.bytes_sent) for one in simulation.ranks] == sent
 
 
 def test_encode_takes_what_the_model_does(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
@@ -125,10 +136,58 @@ def test_any_vae_is_validated_and_measured(folders: dict[str, tuple[Path, Tensor
     result = halovae("validate", "--model-path", folder, *common, "-o", tmp_path / "validation")
     assert result.exit_code == 0, result.output
     assert "1 of 1 supported" in result.output
+    simulated = ["--simulate-ranks", "3", "--dtype", "bf16", *common[2:]]
+    result = halovae("validate", "--model-path", folder, *simulated, "-o", tmp_path / "s")
+    assert result.exit_code == 0, result.output
     bench = ["bench", "--model", folder, *common[2:], "--repeat", "1"]
     result = halovae(*bench, "--num-gpus", "1,2", "-o", tmp_path / "b")
     assert result.exit_code == 0, result.output
     assert {"single", "parallel", "tiled", "auto"} <= set(result.output.replace(",", " ").split())
-    result = halovae(*bench, "--profile", "-o", tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_simulated_ranks_make_the_pictures_of_one_process(folders: dict[str, tuple[Path, Tensor]], name: str) -> None:
+    folder, expected = folders[name]
+    z = latents_file.read(folder / "z.safetensors")
+    simulation = simulate(load(folder), z, Grid(rows=2, cols=2), dtype=torch.uint8)
+    assert (simulation.frames - expected).abs().max() <= 0.51
+    assert [one.rank for one in simulation.ranks] == [0, 1, 2, 3]
+    assert all(one.computing > 0 and one.peak_allocated > 0 for one in simulation.ranks)
+    assert simulation.seconds == pytest.approx(max(one.computing + one.waiting for one in simulation.ranks))
+
+
+def test_simulated_ranks_share_weights_and_no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = zoo.build(ENTRIES["AutoencoderKLWan (2.1)"])
+    z = torch.randn(1, 4, 3, 4, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = zoo.decode(module, z)
+    kept = next(module.parameters()).data_ptr()
+    used = set()
+
+    def hooked(seen: Any) -> Any:  # such modules are not recorded: all ranks call them at once
+        used.add(next(seen.parameters()).data_ptr())
+        return iter(["decoder"])
+
+    monkeypatch.setattr(sharded, "hooked", hooked)
+    simulation = simulate(Autoencoder(module), z, Grid(rows=2))
+    assert (simulation.frames - expected).abs().max() <= 1e-4
+    assert used == {kept}
+
+
+def test_bench_simulates_ranks_and_profiles_submodules(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
+    bench = ["bench", "--model", folders["AutoencoderKL"][0], "--size", "64x48", "--modes", "single", "--num-gpus", "1"]
+    result = halovae(*bench, "--compile", "-o", tmp_path)
     assert result.exit_code == 2
-    assert "simulates no ranks, compiles nothing and has no profile yet" in " ".join(result.output.split())
+    assert "--compile: AutoencoderKL runs as a recorded graph" in " ".join(result.output.split())
+    options = ["--repeat", "1", "--simulate-ranks", "2", "--profile"]
+    result = halovae(*bench, *options, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    row = json.loads((tmp_path / "results.json").read_text())["rows"][1]
+    assert (row["mode"], row["grid"], [one["rank"] for one in row["by_rank"]]) == ("simulated", "2x1", [0, 1])
+    assert row["peak_allocated"] == max(one["peak_allocated"] for one in row["by_rank"])
+    assert row["seconds"] == pytest.approx(max(one["computing"] + one["waiting"] for one in row["by_rank"]))
+    folder = tmp_path / "results-profile"
+    assert "| decoder.up_blocks." in (folder / "profile.md").read_text()
+    with gzip.open(folder / "trace-single-1.json.gz") as trace:
+        names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    assert "halovae/decoder.up_blocks.1.resnets.0.conv1" in names

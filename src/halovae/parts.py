@@ -1,4 +1,7 @@
-"""The parts of a decode, as profilers show them; `halovae bench --profile` sums them up."""
+"""The parts of a decode, as profilers show them; `halovae bench --profile` sums them up.
+
+On the plane path, a part is a submodule.
+"""
 
 from torch.profiler import record_function
 
@@ -7,5 +10,5 @@ PREFIX = "halovae/"
 
 
 def part(name: str) -> record_function:
-    """A stretch of work that belongs to one of `PARTS`; parts do not hold one another."""
+    """A stretch of work that belongs to one of `PARTS`, or to a submodule; parts do not hold one another."""
     return record_function(PREFIX + name)

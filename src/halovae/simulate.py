@@ -1,11 +1,12 @@
 """Many ranks in one process on one device: each a thread that meets the others where they exchange halos.
 
 The ranks take turns, one computing at a time, so that what each takes can be told apart: its time, and the memory of
-its tensors. The decoder's code is that of real ranks; only the lines between them differ.
+its tensors. The decoder's code is that of real ranks; only the lines between them differ. Weights are shared.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import defaultdict, deque
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from halovae.decode import Decoder
 from halovae.geometry import Grid
+from halovae.integrations.autoencoder import Autoencoder
 from halovae.lines import Lines, Scope, Value
 from halovae.mesh import Mesh
 from halovae.platform import Platform
@@ -50,7 +52,7 @@ class SimulatedRank:
     """What one simulated rank took.
 
     Attributes:
-        computing: seconds that it held the device.
+        computing: seconds that it held the device, from its first chunk on; likewise `waiting`.
         waiting: seconds that it would wait for others, over the given link.
         peak_allocated: bytes of its tensors at the highest point, without weights.
         messages: how many it sent, and their `bytes_sent`.
@@ -69,7 +71,7 @@ class Simulation:
     """A decode by simulated ranks.
 
     Attributes:
-        frames: what it decoded to, as `Decoder.decode` returns it on rank 0.
+        frames: what it decoded to, as the decoder's `decode` returns it on rank 0.
         grid: how the ranks stood.
         ranks: what each took, in order.
         seconds: when the last of them would be done, had each a device of its own.
@@ -81,33 +83,46 @@ class Simulation:
     seconds: float
 
 
-def simulate(decoder: Decoder, latents: Tensor, grid: Grid, link: Link | None = None, **options: Any) -> Simulation:
+def simulate(
+    decoder: Decoder | Autoencoder, latents: Tensor, grid: Grid, link: Link | None = None, **options: Any
+) -> Simulation:
     """Decode by `grid.size` ranks in this process, on the decoder's device.
 
     Args:
         decoder: what every rank decodes with.
-        latents: `[B, C, T, H, W]`.
+        latents: as the decoder's `stream` takes them.
         grid: how the ranks share the latents.
         link: what to predict the time over; None for the defaults of `Link`.
-        options: `chunk`, `dtype`, `halo_depth` and `denormalize` of `Decoder.stream`.
+        options: of the decoder's `stream`, but for `mode`, `grid` and `gather`.
 
     Raises:
-        ValueError: as `Decoder.stream` raises it.
+        ValueError: as the decoder's `stream` raises it.
     """
 
     def work(mesh: Mesh, lines: _ThreadLines) -> tuple[Tensor | None, SimulatedRank, float]:
-        stream = decoder.stream(latents, mesh=mesh, **options)
+        stream = _own(decoder).stream(latents, mesh=mesh, **options)
+        lines.all_values(None)  # until all ranks have recorded their graphs: only the first decode does that
+        clock, computing, waiting = lines.clock, lines.computing, lines.waiting
         frames = stream.join()
         lines.pause()
         took = stream.report.ranks[0]
-        allocated = took.memory.peak_allocated
-        simulated = SimulatedRank(mesh.rank, lines.computing, lines.waiting, allocated, took.messages, took.bytes_sent)
-        return frames, simulated, lines.clock
+        simulated = SimulatedRank(
+            mesh.rank, lines.computing - computing, lines.waiting - waiting, took.memory.peak_allocated, took.messages,
+            took.bytes_sent,
+        )  # fmt: skip
+        return frames, simulated, lines.clock - clock
 
     done = _on_threads(grid, decoder.device, work, link or Link())
     frames = done[0][0]
     assert frames is not None
     return Simulation(frames, grid, tuple(rank for _, rank, _ in done), max(clock for _, _, clock in done))
+
+
+def _own(decoder: Decoder | Autoencoder) -> Any:
+    """A decoder for one rank, with the same weights: autoencoders may keep caches on themselves while they decode."""
+    if isinstance(decoder, Decoder):
+        return decoder
+    return Autoencoder(copy.deepcopy(decoder.module, {id(one): one for one in decoder.module.parameters()}))
 
 
 def on_threads(grid: Grid, device: torch.device, function: Callable[[Mesh], Result]) -> list[Result]:

@@ -193,9 +193,9 @@ def test_regions_of_a_profile_are_the_submodules() -> None:
     mesh, x = Mesh(Grid(), CPU), torch.randn(entry.latents)
     program = trace(lambda z: zoo.decode(module, z), [module], mesh, x.shape, x.dtype, CPU)
     with torch.profiler.profile() as profile:
-        profiled = program.profiled(x, mesh)
+        profiled = program(x, mesh)
     assert torch.equal(profiled, program(x, mesh))
-    assert "decoder.up_blocks.1.resnets.0.conv1" in {event.name for event in profile.events()}
+    assert "halovae/decoder.up_blocks.1.resnets.0.conv1" in {event.name for event in profile.events()}
 
 
 def test_the_peak_falls_with_the_ranks() -> None:

@@ -21,6 +21,7 @@ from halovae.bench.ranks import Ranks
 from halovae.decode import Decoder, load
 from halovae.fallback import is_out_of_memory
 from halovae.geometry import Grid
+from halovae.integrations.autoencoder import Autoencoder
 from halovae.launch import RankError
 from halovae.memory import Memory, MemoryMeter
 from halovae.platform import RANK_ENVIRONMENT, Platform, Stopwatch
@@ -60,16 +61,21 @@ class Taken:
 
 def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
-    decoder: Decoder = load(model.folder, dtype=model.dtype, device=Platform.default(model.device).device)
+    decoder: Decoder | Autoencoder = load(model.folder, dtype=model.dtype, device=Platform.default(model.device).device)
     if compiled:
         kernels.works(decoder.device)  # the compiler rests in memory as the weights do
 
     def decode(latents: Tensor) -> tuple[Tensor | None, DecodeReport]:
-        stream = decoder.stream(latents, **options)
+        stream = decoder.stream(_moved(latents), **options)
         return stream.join(), stream.report
 
     _hold(decoder.device, decode, decoder)
     _held["options"] = options
+
+
+def _moved(latents: Tensor) -> Tensor:
+    """Latents as this process's model computes: autoencoders of the plane path take no others."""
+    return latents.to(_held["owner"].device, _held["owner"].dtype)
 
 
 def _hold_diffusers(model: Model, tiled: bool) -> None:
@@ -126,7 +132,7 @@ def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None, 
 
 
 def _plan(latents: Tensor) -> None:
-    _held["owner"].stream(latents, **_held["options"]).close()
+    _held["owner"].stream(_moved(latents), **_held["options"]).close()
 
 
 def _warm_up(shape: Sequence[int]) -> float:
@@ -159,7 +165,7 @@ def _noticing_lack_of_memory(platform: Platform) -> Iterator[None]:
 
 
 def _simulate(latents: Tensor, grid: Grid, link: Link) -> Simulation:
-    return simulate(_held["owner"], latents, grid, link)
+    return simulate(_held["owner"], _moved(latents), grid, link)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where the time of a decode goes: by kind of work, against what the device can do at most, and as a trace."""
+"""Where the time of a decode goes: by kind of work or by submodule, against the device's best, and as a trace."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from halovae.parts import PARTS, PREFIX
 from halovae.platform import Platform
 
 COLUMNS = ("part", "seconds", "share")
+LONGEST = 20  # submodules in a table
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Profile:
     Attributes:
         label: whose decode.
         seconds: all of it, watched, which makes it slower.
-        parts: seconds by `PARTS`, and "other": Python, and what is between the parts.
+        parts: seconds by `PARTS`, or of the `LONGEST` submodules, and "other": Python, and all that is not listed.
         flops: multiplications and additions that were made, by torch's own count of operators.
         peaks: FLOP/s of a large matrix multiplication and of a large convolution, measured right after.
     """
@@ -45,7 +46,7 @@ class Profile:
 
     def conclusions(self) -> list[str]:
         """The rate in convolutions, and of all, against the peaks."""
-        times = {"the decode": self.seconds, "convolutions": self.parts["convolution"]}
+        times = {"the decode": self.seconds, "convolutions": self.parts.get("convolution")}
         rates = {subject: self.flops / seconds for subject, seconds in times.items() if seconds}
         against = [
             f"{subject}: {rate / 1e9:,.1f} GFLOP/s, "
@@ -71,7 +72,9 @@ def profiled(platform: Platform, decode: Callable[[], Any], flops: int, label: s
     watched.export_chrome_trace(str(trace))
     field = "cpu_time_total" if platform.kind in ("cpu", "npu") else "device_time_total"
     events = {event.key: getattr(event, field) / 1e6 for event in watched.key_averages()}
-    parts = {part: events.get(f"{PREFIX}{part}", 0.0) for part in PARTS}
+    found = {key.removeprefix(PREFIX): seconds for key, seconds in events.items() if key.startswith(PREFIX)}
+    longest = sorted(found, key=lambda part: -found[part])[:LONGEST]
+    parts = {part: found.get(part, 0.0) for part in (PARTS if found.keys() <= set(PARTS) else longest)}
     parts["other"] = max(0.0, seconds - math.fsum(parts.values()))
     return Profile(label, seconds, parts, flops, {})
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from halovae.simulate import SimulatedRank
+
 COLUMNS = (
     "mode", "decoding time (s)", "peak memory (GB)", "peak allocated (GB)", "pool overhead (GB)",
     "remaining at peak (GB)",
@@ -34,6 +36,7 @@ class Row:
         decodes: how many were measured.
         peak_reserved: and the other memory figures: medians over the decodes; None where they were not measured.
         out_of_memory: bytes reserved when memory ran out (0 if the system ended the process); None if it sufficed.
+        by_rank: what each simulated rank took; empty for other modes.
     """
 
     mode: str
@@ -51,6 +54,7 @@ class Row:
     pool_overhead: float | None = None
     remaining: float | None = None
     out_of_memory: int | None = None
+    by_rank: tuple[SimulatedRank, ...] = ()
 
     @property
     def label(self) -> str:

@@ -184,10 +184,10 @@ def run(
     with model_folder(benchmark.model, say) as folder:
         model = Model(folder, read_class(folder), benchmark.dtype, benchmark.device)
         contestants = benchmark.contestants(model)
-        if model.name not in CLASSES and (benchmark.simulated or benchmark.compiled or traces):
+        if model.name not in CLASSES and benchmark.compiled:
             raise ValueError(
-                f"{model.name}: the plane path simulates no ranks, compiles nothing and has no profile yet; leave "
-                "--simulate-ranks, --compile and --profile out"
+                f"--compile: {model.name} runs as a recorded graph of PyTorch's own operators, which halovae does not "
+                "compile: use --eager, the default"
             )
         for size in benchmark.sizes:  # before any work
             for batch in benchmark.batches:
@@ -206,7 +206,8 @@ def run(
                 for contestant in (one for one in contestants if one.kind == "halovae"):
                     say(f"profiling {contestant.name}, {contestant.ranks} rank(s)")
                     trace = traces / f"trace-{contestant.name}-{contestant.ranks}.json.gz"
-                    profile = contestant.profile(latents[:, :, :PROFILED], trace)
+                    crop = latents[:, :, :PROFILED] if latents.ndim == 5 else latents
+                    profile = contestant.profile(crop, trace)
                     profiles += [] if profile is None else [profile]
         finally:
             for contestant in contestants:
@@ -252,7 +253,16 @@ def _measured(
         simulation = contestants[0].simulate(latents, grid, benchmark.link)
         allocated = max(rank.peak_allocated for rank in simulation.ranks)
         rows.append(
-            Row("simulated", ranks, str(grid), **case, seconds=simulation.seconds, decodes=1, peak_allocated=allocated)
+            Row(
+                "simulated",
+                ranks,
+                str(grid),
+                **case,
+                seconds=simulation.seconds,
+                decodes=1,
+                peak_allocated=allocated,
+                by_rank=simulation.ranks,
+            )
         )
         step()
     return rows

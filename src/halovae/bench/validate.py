@@ -19,7 +19,7 @@ from halovae.bench.ranks import Ranks
 from halovae.bench.report import GB, markdown_table
 from halovae.bench.run import check_fits, model_folder, subject_of
 from halovae.geometry import Grid
-from halovae.models.load import CLASSES, read_class
+from halovae.models.load import read_class
 from halovae.platform import Platform
 from halovae.simulate import Link
 
@@ -162,8 +162,6 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
         latents, factor = subject.latents, subject.factor
         parallel = Grid(rows=validation.simulated or validation.ranks)
         parallel.shards(1, *latents.shape[-2:])
-        if validation.simulated and read_class(folder) not in CLASSES:
-            raise ValueError(f"{subject.family}: the plane path simulates no ranks; leave --simulate-ranks out")
         check_fits(subject.family, folder, platform, validation.ranks)
         exact = Model(folder, read_class(folder), torch.float32, validation.device, exact=True)
         model = replace(exact, dtype=validation.dtype)
@@ -193,7 +191,8 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
                 say(f"{name}: simulating {parallel}")
                 simulation = single.simulate(latents, parallel, Link())
                 allocated = max(rank.peak_allocated for rank in simulation.ranks)
-                modes.append(mode("simulated", parallel, simulation.frames, None, simulation.seconds, allocated))
+                frames = _clip(simulation.frames)
+                modes.append(mode("simulated", parallel, frames, None, simulation.seconds, allocated))
         if not validation.simulated:
             say(f"{name}: parallel, {parallel}")
             with closing(Contestant("parallel", model, parallel.size, validation.threads)) as several:
@@ -226,8 +225,11 @@ def _decoded(contestant: Contestant, latents: Tensor) -> tuple[Tensor, Taken]:
     if contestant.frames is None:
         reached = contestant.out_of_memory or 0
         raise RuntimeError(f"{contestant.name} ran out of memory at {reached / GB:.2f} GB reserved")
-    frames = contestant.frames
-    return frames if frames.ndim == 5 else frames.unsqueeze(2), contestant.taken[0]
+    return _clip(contestant.frames), contestant.taken[0]
+
+
+def _clip(frames: Tensor) -> Tensor:
+    return frames if frames.ndim == 5 else frames.unsqueeze(2)
 
 
 COLUMNS = (

@@ -40,7 +40,8 @@ def bench(
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, npu or xpu. [default: what is here]")] = None,
     compile_kernels: Annotated[
-        bool, typer.Option("--compile/--eager", help="Compile the passes between convolutions first (once a machine).")
+        bool,
+        typer.Option("--compile/--eager", help="Compile Wan's and Qwen-Image's passes between convolutions first."),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Write where the time goes as well: a table and Chrome traces.")

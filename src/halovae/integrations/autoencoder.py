@@ -83,6 +83,7 @@ class Autoencoder:
             dtype: None for the module's dtype, another floating dtype, or uint8 for pictures in 0..255.
             memory_budget: bytes that a decode may take on each rank, above the resting process; mode "auto" plans
                 within them. None for what is free on the rank with the least.
+            mesh: a mesh to use instead of the one that all decodes with this grid share; all its ranks share the plane.
             options: further arguments of the module's own `decode`, such as `temb` or `num_frames`.
 
         Yields:
@@ -97,7 +98,7 @@ class Autoencoder:
         sharing, options = _sharing(options)
         call = self._call("decode")
         choice = call.choose(latents, sharing, options)
-        return PictureStream(latents, choice, call.stream(latents, choice, sharing, options), call)
+        return PictureStream(latents, choice, call.stream(latents, choice, sharing, options), call, sharing.mesh)
 
     def encode(self, pictures: Tensor, **options: Any) -> Tensor | None:
         """Encode pictures or clips.

@@ -11,7 +11,7 @@ from torch import Tensor
 from halovae.geometry import Grid
 from halovae.lines import world_size
 from halovae.memory import MemoryMeter
-from halovae.mesh import mesh_for
+from halovae.mesh import Mesh, mesh_for
 from halovae.plane.results import Chunks, ShardReport
 from halovae.report import DecodeReport, RankReport
 
@@ -29,16 +29,19 @@ class PictureStream(Iterator["Tensor | None"]):
         choice: how ranks share them.
         chunks: its result.
         call: what makes them.
+        mesh: the ranks; None for all of the world.
 
     Attributes:
         latents: what is decoded.
     """
 
-    def __init__(self, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall) -> None:
+    def __init__(
+        self, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall, mesh: Mesh | None = None
+    ) -> None:
         self.latents, self._choice, self._call = latents, choice, call
         self._chunks = chunks
-        self._mesh = mesh_for(Grid(rows=world_size()), latents.device)
-        self._memory = MemoryMeter(self._mesh.platform)
+        self._mesh = mesh or mesh_for(Grid(rows=world_size()), latents.device)
+        self._memory = MemoryMeter(self._mesh.platform, by_thread=self._mesh.lines.shared_device)
         self._own: RankReport | None = None
         self._taken: ShardReport | None = None
 

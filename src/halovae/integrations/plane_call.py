@@ -17,7 +17,7 @@ from halovae.geometry import Grid
 from halovae.kernels import EAGER
 from halovae.lines import world_size
 from halovae.loop import converted
-from halovae.mesh import mesh_for
+from halovae.mesh import Mesh, mesh_for
 from halovae.plane import Sharded, ShardReport
 from halovae.plane.keys import hooked, value_key
 from halovae.plane.results import Chunks, Gather
@@ -41,16 +41,19 @@ class Sharing:
     gather: Gather = "rank0"
     dtype: torch.dtype | None = None
     memory_budget: int | None = None
+    mesh: Mesh | None = None
 
     def check(self) -> None:
         """Check all but the grid, which the mesh checks.
 
         Raises:
-            ValueError: an unknown mode, or a budget below 1.
+            ValueError: an unknown mode, a budget below 1, or a grid that is not the mesh's.
             TypeError: a dtype that pictures cannot have.
         """
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(get_args(Mode))}")
+        if self.mesh is not None and self.grid not in (None, self.mesh.grid):
+            raise ValueError(f"grid {self.grid} is not the grid of the given mesh, {self.mesh.grid}: leave one out")
         if self.memory_budget is not None and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
             raise ValueError(f"memory_budget={self.memory_budget!r}: expected a number of bytes > 0")
         if self.dtype is not None and not self.dtype.is_floating_point and self.dtype != torch.uint8:
@@ -126,7 +129,10 @@ class PlaneCall:
             self._check(x, options)
         except (ValueError, TypeError) as error:
             # Other ranks are about to agree, and learn of it.
-            mesh_for(Grid(rows=world_size()), next(self.vae.parameters()).device).agree("", error, None)
+            everyone = sharing.mesh or mesh_for(Grid(rows=world_size()), next(self.vae.parameters()).device)
+            everyone.agree("", error, None)
+        if sharing.mesh is not None:
+            return Choice(sharing.mesh.grid, x.shape[0])
         world, (height, width) = world_size(), x.shape[-2:]
         planned = sharing.mode == "auto" and self.name == "decode" and x.numel() > 0
         if sharing.grid is not None or sharing.mode == "single" or (world == 1 and sharing.memory_budget is None):
@@ -218,8 +224,9 @@ class PlaneCall:
         static["_names"] = ",".join(tensors)
         if choice.items >= x.shape[0]:
             return self._sharded.stream(
-                x, *tensors.values(), grid=choice.grid, gather=sharing.gather, options=static, convert=sharing.convert
-            )
+                x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh, gather=sharing.gather, options=static,
+                convert=sharing.convert,
+            )  # fmt: skip
         return Chunks(self._rounds(x, choice, sharing, static))
 
     def _rounds(self, x: Tensor, choice: Choice, sharing: Sharing, options: dict[str, Any]) -> Iterator[Tensor | None]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.profiler import record_function
 
 from halovae.mesh import Mesh
+from halovae.parts import part
 from halovae.plane import operators
 from halovae.plane.flops import flops
 from halovae.plane.layout import Layout, local_extent
@@ -20,9 +20,13 @@ from halovae.plane.live import is_operator, peak
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
 
+WHOLE = "between submodules"  # the profiler region of operators that the function calls itself
+
 
 class Program:
     """What one rank does, without the module that it was recorded from.
+
+    While a profiler watches, the operators of each submodule are a profiler region with the submodule's path as name.
 
     Attributes:
         graph: its operators, and calls of `bodies`. A node's `meta` has the `shape`, `dtype` and `bytes` of its result,
@@ -71,19 +75,12 @@ class Program:
         Returns:
             This rank's part of the result, as `returns` says.
         """
-        if self.chunked is not None:
-            return self._joined(local, mesh, extras, fx.Interpreter)
-        with self._running(mesh):
-            whole: Tensor = self._module(local, *extras)
-        return whole
-
-    def _joined(self, local: Tensor, mesh: Mesh, extras: Sequence[Tensor], kind: type[fx.Interpreter]) -> Tensor:
         if self.chunked is None:
             with self._running(mesh):
-                whole: Tensor = kind(self._module).run(local, *extras)
+                whole: Tensor = (self._interpreter().run if _profiling() else self._module)(local, *extras)
             return whole
         whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
-        for start, chunk in self._emitted(kind(self._module), local, mesh, extras):
+        for start, chunk in self._emitted(local, mesh, extras):
             whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
         return whole
 
@@ -101,11 +98,13 @@ class Program:
         if not self.streams:
             yield 0, self(local, mesh, *extras)
         else:
-            yield from self._emitted(fx.Interpreter(self._module), local, mesh, extras)
+            yield from self._emitted(local, mesh, extras)
 
-    def _emitted(
-        self, run: fx.Interpreter, local: Tensor, mesh: Mesh, extras: Sequence[Tensor]
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _interpreter(self) -> fx.Interpreter:
+        return (_Regions if _profiling() else fx.Interpreter)(self._module)
+
+    def _emitted(self, local: Tensor, mesh: Mesh, extras: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        run = self._interpreter()
         run.args_iter = iter((local, *extras))
         nodes = iter(self.graph.nodes)
         while True:
@@ -114,10 +113,6 @@ class Program:
             if chunk is None:
                 return
             yield chunk
-
-    def profiled(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Tensor:
-        """Run it with a profiler region for each submodule that it was recorded from."""
-        return self._joined(local, mesh, extras, _Regions)
 
     @contextmanager
     def _running(self, mesh: Mesh) -> Iterator[None]:
@@ -162,9 +157,13 @@ class Program:
         return peak(self.graph, self.bodies)
 
 
+def _profiling() -> bool:
+    return torch._C._autograd._profiler_enabled()
+
+
 class _Regions(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
-        with record_function(n.meta.get("module") or n.op):
+        with part(n.meta.get("module") or WHOLE) if is_operator(n) else nullcontext():
             return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:

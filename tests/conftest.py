@@ -14,6 +14,8 @@ from halovae.cli.main import app
 
 # Plans by figures that do not change, and no measurement in each group of ranks.
 os.environ["HALOVAE_CALIBRATION"] = "cpu-epyc-2-cores"
+# Tests trace their own graphs, and leave the user's cache as it is.
+os.environ["HALOVAE_GRAPHS"] = "0"
 
 
 @pytest.fixture(scope="module")

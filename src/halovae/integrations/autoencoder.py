@@ -162,4 +162,5 @@ def _method(call: PlaneCall, sharing: Sharing, warn: Callable[[Any], None]) -> C
         value = used.stream(x, used.choose(x, sharing, options), sharing, options).join()
         return used.result(used.blank(x) if value is None else value, as_tuple)
 
+    vars(method)["halovae_method"] = True  # graphs do not depend on it: they are of the class's own method
     return method

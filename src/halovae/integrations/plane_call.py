@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,8 +20,10 @@ from halovae.lines import world_size
 from halovae.loop import converted
 from halovae.mesh import Mesh, mesh_for
 from halovae.plane import Sharded, ShardReport
+from halovae.plane.fingerprint import Unstable
 from halovae.plane.keys import hooked, value_key
 from halovae.plane.results import Chunks, Gather
+from halovae.plane.stored import Identity
 from halovae.planning.choose import Decision, TooLittleMemory
 from halovae.planning.graphs import UnplannableError
 from halovae.planning.planner import calibration_of, usable
@@ -101,7 +104,8 @@ class PlaneCall:
         ratio = vars(vae).get("spatial_compression_ratio", getattr(config, "spatial_compression_ratio", None))
         levels = len(getattr(config, "block_out_channels", None) or (0,))
         multiple = int(ratio) if isinstance(ratio, (int, float)) else 2 ** (levels - 1)
-        self._sharded = Sharded(self._run, [vae], multiple if name == "encode" else 1)
+        identity = Identity(f"PlaneCall.{name}", self._kind_by_name, self._recall_kind)
+        self._sharded = Sharded(self._run, [vae], multiple if name == "encode" else 1, identity)
         self._choices: dict[str, Choice] = {}
         # Of the result: its class, the field that counts, and the class of a distribution in there.
         self.kind: tuple[type, str, type | None] = (Tensor, "", None)
@@ -272,6 +276,28 @@ class PlaneCall:
         self.kind = type(result), field, distribution
         tensor: Tensor = value
         return tensor
+
+    def _kind_by_name(self) -> list[str | None]:
+        """`kind`, for a process that reads the graph instead of calling the module."""
+        kind, field, distribution = self.kind
+        classes = (kind, distribution) if field else ()
+        for one in classes:
+            if one is not None and self._class(one.__name__) is not one:
+                raise Unstable(f"{one.__name__} is not known where {type(self.vae).__name__} is defined")
+        return [kind.__name__, field, None if distribution is None else distribution.__name__]
+
+    def _recall_kind(self, notes: list[Any]) -> None:
+        kind, field, distribution = notes
+        found = (self._class(kind), field, distribution and self._class(distribution)) if field else (Tensor, "", None)
+        self.kind = found
+
+    def _class(self, name: str) -> type:
+        """A class by its name in the files that define the module's class."""
+        for cls in type(self.vae).__mro__:
+            found = vars(sys.modules[cls.__module__]).get(name)
+            if isinstance(found, type):
+                return found
+        raise Unstable(name)
 
     def result(self, value: Tensor, as_tuple: bool) -> Any:
         """What the module's own call returns."""

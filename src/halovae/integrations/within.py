@@ -43,6 +43,7 @@ class SharedDecode:
             self.report = stream.shared_report()
             return call.result(call.blank(z.to(dtype)) if sample is None else sample, as_tuple)
 
+        vars(decode)["halovae_method"] = True  # as in `parallelize_plane`
         vars(vae)["decode"] = types.MethodType(decode, vae)
 
 

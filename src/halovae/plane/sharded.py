@@ -19,6 +19,7 @@ from halovae.plane.layout import Factor, Layout, extent
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.results import Chunks, Gather, ShardReport, check_result, gathered, warn_of_fallbacks
+from halovae.plane.stored import Identity, stored_or_traced
 from halovae.plane.tensor import PlaneTensor
 from halovae.plane.trace import TraceError, trace, untouched
 
@@ -33,13 +34,19 @@ class Sharded:
             divisors of H and W. It runs unmodified.
         modules: whose weights it uses. They are shared, and stay as they are.
         multiple: of which the ranks' bounds are to be multiples: an encoder's compression ratio saves messages.
+        identity: says what the function does, if it closes over more than modules and plain values: else its graphs
+            are not kept on disk.
 
     Attributes:
         report: what the last call took; None before the first.
     """
 
-    def __init__(self, function: Callable[..., Tensor], modules: Sequence[nn.Module], multiple: int = 1) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], modules: Sequence[nn.Module], multiple: int = 1,
+        identity: Identity | None = None,
+    ) -> None:  # fmt: skip
         self._function, self._modules, self._multiple = function, tuple(modules), multiple
+        self._identity = identity
         self._programs: OrderedDict[Any, Program | TraceError] = OrderedDict()
         self._digests: dict[Any, str] = {}
         self._agreed: set[Any] = set()
@@ -247,7 +254,7 @@ class Sharded:
     def _program(
         self, x: Tensor, extras: Sequence[Tensor], mesh: Mesh, options: dict[str, Any], key: Any
     ) -> Program | TraceError:
-        """The recorded program of this rank, or why there is none."""
+        """The recorded program of this rank, from memory, disk or a trace, or why there is none."""
         found = self._programs.get(key)
         moving = next((name for module in self._modules for name in hooked(module)), None)
         if moving is not None or value_key(options) is None:
@@ -256,10 +263,17 @@ class Sharded:
                 else "an option is no plain value"
             )  # fmt: skip
         if found is None:
-            try:
-                found = trace(
+
+            def record() -> Program:
+                return trace(
                     lambda z, *rest: self._function(z, *rest, **options), self._modules, mesh, x.shape, x.dtype,
                     x.device, self._multiple, [(one.shape, one.dtype) for one in extras],
+                )  # fmt: skip
+
+            settings = self._multiple, _settings(mesh, x, extras, options)
+            try:
+                found = stored_or_traced(
+                    record, self._function, self._modules, self._identity, mesh, x.device, settings
                 )  # fmt: skip
             except TraceError as error:
                 found = TraceError(str(error))  # its traceback holds all that the call computed
@@ -274,14 +288,8 @@ class Sharded:
         weights = hash(
             tuple((id(one), one.dtype, one.device) for module in self._modules for one in module.parameters())
         )
-        shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
         state = tuple(module_key(one) for module in self._modules for one in module.modules())
-        kind = x.device.type
-        casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        return (
-            mesh.grid, mesh.rank, shapes, x.device, hash(state), weights, value_key(options), casting,
-            torch.get_default_dtype(),
-        )  # fmt: skip
+        return _settings(mesh, x, extras, options), x.device, hash(state), weights
 
     def _check(self, x: Tensor, grid: Grid, gather: Gather) -> None:
         if not isinstance(x, Tensor) or x.ndim < 3 or not x.is_floating_point():
@@ -324,6 +332,14 @@ def shard(
     if not given:
         raise ValueError("modules: name the modules whose weights the function uses, modules=()  if there are none")
     return Sharded(function, given, multiple)
+
+
+def _settings(mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a graph depends on besides the modules, the function and the device."""
+    shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
+    kind = x.device.type
+    casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return mesh.grid, mesh.rank, shapes, value_key(options), casting, torch.get_default_dtype()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from halovae.plane.rules.registry import is_composite, plane_tensors, written
 from halovae.plane.tensor import is_channels_last
 
 aten = torch.ops.aten
-_RECORDING = threading.Lock()  # hooks on modules serve one recording at a time
+RECORDING = threading.Lock()  # hooks on modules serve one recording at a time
 
 
 class TraceError(RuntimeError):
@@ -262,7 +262,7 @@ def _traced(
     recorder = Recorder(device, names)
     plane = recorder.plane = Plane(mesh, recorder)
     layout = plane.layout_of(tuple(shape), multiple)
-    with _RECORDING, ExitStack() as stack:
+    with RECORDING, ExitStack() as stack:
         stack.enter_context(plane.active())
         stack.enter_context(recorder)
         for module in modules:

@@ -20,7 +20,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +29,7 @@ from halovae.kernels import EAGER, Kernels
 from halovae.loop import Loop, Request
 from halovae.mesh import Mesh, Traffic
 from halovae.models.wan import WanConfig, WanDecoder
+from halovae.plane.stored import cache_folder
 from halovae.planning.calibration import OTHER, Calibration, Line, Rates
 from halovae.planning.cost import Work, described, norm_work
 from halovae.planning.plan import Plan
@@ -238,12 +238,7 @@ class _Key:
     @property
     def path(self) -> Path:
         name = "-".join(str(value) for value in vars(self).values())
-        return folder() / (re.sub(r"[^\w.+]+", "-", name) + ".json")
-
-
-def folder() -> Path:
-    """Where calibrations are kept: `HALOVAE_CACHE`, else the user's cache directory."""
-    return Path(os.environ.get("HALOVAE_CACHE") or platformdirs.user_cache_path("halovae"))
+        return cache_folder() / (re.sub(r"[^\w.+]+", "-", name) + ".json")
 
 
 def key_of(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> _Key:

@@ -132,7 +132,7 @@ def test_a_map_keeps_the_format_that_plain_pytorch_gives_it() -> None:
 
     def function(x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2).contiguous()
-        return convolve(F.silu(norm((tokens.transpose(1, 2).reshape(x.shape) + x) / 2)))  # type: ignore[no-any-return]
+        return convolve(F.silu(norm((tokens.transpose(1, 2).reshape(x.shape) + x) / 2)))
 
     x = numbers(1, 4, 8, 6)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -283,18 +284,31 @@ def group_norm(
     """
     items, channels = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    variance, mean = _moments(x, groups, wide)
-    everyone = gather(torch.stack((mean, variance)), scope, len(counts))
-    means, variances = everyone.unbind(1)
-    count = torch.tensor(counts, dtype=wide, device=x.device).view(-1, 1, 1)
-    total = float(sum(counts))
-    mean = (count * means).sum(0) / total
-    variance = (count * (variances + (means - mean).square())).sum(0) / total
-    mean, variance = (one.repeat_interleave(channels // groups, 1).flatten() for one in (mean, variance))
-    weight, bias = (None if one is None else one.to(wide).repeat(items) for one in (weight, bias))
-    return F.batch_norm(x.reshape(1, items * channels, *x.shape[2:]), mean, variance, weight, bias, eps=eps).view(
-        x.shape
-    )
+    variances, means = gather(torch.stack(_moments(x, groups, wide)), scope, len(counts)).unbind(1)
+    # Small operators: on an accelerator each takes as long as a large one takes to be queued.
+    mean = _average(means, counts)
+    apart = means - mean
+    variance = _average(torch.addcmul(variances, apart, apart), counts)
+    shape = (2, items, groups, channels // groups)
+    variance, mean = torch.stack((variance, mean)).unsqueeze(-1).expand(shape).reshape(2, -1).unbind()
+    weight, bias = (None if one is None else one.to(wide) for one in (weight, bias))
+    if items > 1:
+        weight, bias = (None if one is None else one.repeat(items) for one in (weight, bias))
+    result = F.batch_norm(x.reshape(1, -1, *x.shape[2:]), mean, variance, weight, bias, eps=eps)
+    return result.view(x.shape)
+
+
+def _average(x: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The average over the first dim, by how much each of its entries stands for."""
+    if len(set(counts)) == 1:
+        return x.mean(0)
+    return (x * _shares(counts, x.dtype, x.device)).sum(0)
+
+
+@lru_cache(maxsize=256)
+def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    total = sum(counts)
+    return torch.tensor([count / total for count in counts], dtype=dtype, device=device).view(-1, 1, 1)
 
 
 # A rank that wants nothing of the result may have to send for it.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.lines import Scope
 from halovae.mesh import Mesh
-from halovae.plane import operators
+from halovae.plane import cuts, operators
 from halovae.plane.layout import (
     Bounds,
     Coordinates,
@@ -238,6 +238,10 @@ class Plane:
                 local = local.narrow(dim + index, start, factor.local(self.coordinates))
         if len(factors) > 1:
             local = local.flatten(dim, dim + len(factors) - 1)
+        if self.recorder is not None:
+            kept = [(one.size, one.bounds[self.coordinates[one.mesh_dim]] if one.mesh_dim else 0,
+                     one.local(self.coordinates)) for one in factors]  # fmt: skip
+            cuts.note(self.recorder.node(local), self.recorder.node(x.local), dim, kept)
         return self.wrap(
             local, (*x.partition[:dim], factors, *x.partition[dim + 1 :]), "it is part of what every rank has"
         )

@@ -23,6 +23,7 @@ from halovae.mesh import Mesh
 from halovae.plane import operators
 from halovae.plane.chunks import split
 from halovae.plane.constants import Constants, Memory
+from halovae.plane.cuts import cut_early
 from halovae.plane.layout import local_shape
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
@@ -207,6 +208,8 @@ class Recorder(TorchDispatchMode):
                 if node.target is aten.view.default and not memory.written:
                     # Its input may lie in memory otherwise on a device than on meta.
                     node.target = aten.reshape.default
+        moving = {node for memory in self._memory.values() if memory.written for node in memory.nodes}
+        cut_early(self.graph, self.attributes, lambda node: node.meta.get("constant", False) and node not in moving)
         self._values.fold(self.graph, self.attributes)
         clean(self.graph)
         bodies = repeats.outline(self.graph)

@@ -1,0 +1,153 @@
+"""What the plane path takes on one accelerator: the plain module, its replay, and a rank of larger grids by itself.
+
+    python benchmarks/accelerator.py --model flux --size 1024x1024 --grid 1x1,2x1,2x2,4x2
+
+A rank of a larger grid runs its recorded graph for real, and gets halos of no meaning at once: its time is what it
+computes, without messages, and its peak what it allocates. With --check, ranks of small latents are simulated and
+compared with the plain module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from halovae import Grid, shard
+from halovae.bench import zoo
+from halovae.bench.models import MODELS, latent_shape, random_vae
+from halovae.memory import MemoryMeter
+from halovae.mesh import Mesh
+from halovae.plane import Plane
+from halovae.plane.rules import convolution
+from halovae.plane.trace import trace
+from halovae.planning.graphs import TracedLines, busiest
+from halovae.platform import Platform
+from halovae.simulate import on_threads
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> None:
+    """Measure one model, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="flux")
+    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT of the pictures")
+    parser.add_argument("--frames", type=int, default=1)
+    parser.add_argument("--grid", default="1x1,2x1,2x2,4x2", help="ROWSxCOLS, several by commas")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--channels-last", action="store_true", help="weights and latents, for all contestants")
+    parser.add_argument("--check", default="", help="HxW of small latents: compare simulated ranks with the module")
+    args = parser.parse_args()
+    device, dtype = Platform.default().device, DTYPES[args.dtype]
+    torch.manual_seed(0)
+    module: Any = random_vae(args.model).to(device, dtype).eval().requires_grad_(False)
+    width, height = map(int, args.size.split("x"))
+    shape = latent_shape(module, args.model, (width, height), args.frames)
+    z = torch.randn(shape, device=device, dtype=dtype)
+    if args.channels_last:
+        form = torch.channels_last if z.ndim == 4 else torch.channels_last_3d
+        module, z = module.to(memory_format=form), z.to(memory_format=form)
+    grids = [Grid.parse(one) for one in args.grid.split(",")]
+    with torch.no_grad():
+        if args.check:
+            _check(module, z[..., : int(args.check.split("x")[0]), : int(args.check.split("x")[1])], grids[1:])
+        _measure(args, module, z, grids)
+
+
+def _decode(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: zoo.decode(module, x)
+
+
+def _check(module: nn.Module, z: Tensor, grids: list[Grid]) -> None:
+    expected = _decode(module)(z)
+    truth = expected.float().abs().max().item()
+    for grid in grids:
+        decode = shard(_decode(module), module)
+
+        def rank(mesh: Mesh, decode: Any = decode) -> Tensor:
+            found: Tensor = decode(z, mesh=mesh)
+            return found
+
+        error = max((one - expected).abs().max().item() for one in on_threads(grid, z.device, rank))
+        print(f"latents {list(z.shape)} on {grid}: largest error {error / truth:.1e} of the largest value", flush=True)
+
+
+def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list[Grid]) -> None:
+    platform = Platform(z.device)
+    weights = sum(one.numel() * one.element_size() for one in module.parameters())
+    cases: dict[str, Callable[[], Any]] = {"the plain module": lambda: _decode(module)(z)}
+    notes = dict.fromkeys(cases, ("", ""))
+    usual = convolution._MAP_TO_WEIGHTS
+    for grid in grids:
+        for name, least in (("", usual), (", halos copied", 10**12))[: 1 if grid.size == 1 else 2]:
+            convolution._MAP_TO_WEIGHTS = least
+            mesh = Mesh(grid, z.device, TracedLines(busiest(grid, *z.shape[-2:]), grid.size))
+            begin = time.perf_counter()
+            program = trace(_decode(module), [module], mesh, z.shape, z.dtype, z.device)
+            traced = f"{time.perf_counter() - begin:.2f}"
+            local = _local(z, mesh)
+            title = f"a rank of {grid}{name}"
+            cases[title] = partial(program, local, mesh)
+            notes[title] = traced, f"{program.peak / 2**20:,.0f}"
+    convolution._MAP_TO_WEIGHTS = usual
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    peaks: dict[str, float] = {}
+    for turn in range(args.repeat + 1):  # the first warms up
+        for name, run in cases.items():
+            platform.synchronize()
+            if turn == 0:
+                held = 0 if platform.kind == "cpu" else platform.module.memory_allocated(z.device)
+                meter = MemoryMeter(platform)
+                with meter.counting():
+                    run()
+                peaks[name] = (meter.read().peak_allocated - held) / 2**20
+                continue
+            begin = time.perf_counter()
+            run()
+            platform.synchronize()
+            taken[name].append(time.perf_counter() - begin)
+    plain = statistics.median(taken["the plain module"])
+    table = Table(title=f"{args.model}, latents {list(z.shape)}, {args.dtype}, {_name(z)}", title_justify="left")
+    columns = (
+        "what runs",
+        "median (ms)",
+        "least (ms)",
+        "of plain",
+        "peak (MiB)",
+        "of plain",
+        "by graph (MiB)",
+        "traced (s)",
+    )
+    for column in columns:
+        table.add_column(column)
+    for name, times in taken.items():
+        middle = statistics.median(times)
+        peak = peaks[name]
+        table.add_row(
+            name, f"{middle * 1e3:.1f}", f"{min(times) * 1e3:.1f}", f"{middle / plain:.3f}", f"{peak:,.0f}",
+            f"{peak / peaks['the plain module']:.3f}", notes[name][1], notes[name][0],
+        )  # fmt: skip
+    table.caption = f"weights: {weights / 2**20:,.0f} MiB; peaks without weights; torch {torch.__version__}"
+    Console(width=140).print(table)
+
+
+def _local(z: Tensor, mesh: Mesh) -> Tensor:
+    return Plane(mesh).scatter(z).local.clone()
+
+
+def _name(z: Tensor) -> str:
+    return str(Platform(z.device).describe()["device"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Masks and the like of which a rank needs a part: the part is computed, in place of cutting it from the whole.
+
+A mask of attention between all cells of a clip is larger than the clip. It is made of small tensors by broadcasting, so
+a part of it can be made of parts of these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+aten = torch.ops.aten
+_SMALLEST = 2**20  # bytes of a tensor for which that is done
+_BROADCAST = (aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.reshape.default)
+_COPIES = (aten._to_copy.default, aten.clone.default, aten.where.self, aten.masked_fill.Scalar)
+
+# A factor of a dim: its size, and which of it this rank keeps, by start and length.
+Kept = Sequence[tuple[int, int, int]]
+
+
+def note(part: fx.Node, whole: fx.Node, dim: int, kept: Kept) -> None:
+    """Note that a node is part of another one, cut along a dim."""
+    part.meta["cut"] = whole, dim, kept
+
+
+def cut_early(graph: fx.Graph, attributes: dict[str, Tensor], is_fixed: Callable[[fx.Node], bool]) -> None:
+    """Compute the noted parts from parts of what the whole is made of.
+
+    Args:
+        graph: changed in place. What nobody uses any longer stays in it.
+        attributes: the tensors that it reads, by name; indices are added.
+        is_fixed: whether a node depends neither on the input, nor on what is written in place.
+    """
+    for node in list(graph.nodes):
+        if "cut" not in node.meta:
+            continue
+        whole, dim, kept = node.meta.pop("cut")
+        if whole.meta["bytes"] < _SMALLEST or not is_fixed(whole):
+            continue
+        with _disable_current_modes():
+            index = torch.arange(math.prod(size for size, _, _ in kept)).view([size for size, _, _ in kept])
+            for at, (_, start, length) in enumerate(kept):
+                index = index.narrow(at, start, length)
+            index = index.flatten()
+        with graph.inserting_before(node):
+            found = _Cutting(graph, attributes, index, is_fixed).part(whole, dim)
+            if found is not None:
+                node.replace_all_uses_with(found)
+
+
+class _Cutting:
+    """Nodes for the part of a tensor that has some indices of a dim."""
+
+    def __init__(
+        self, graph: fx.Graph, attributes: dict[str, Tensor], index: Tensor, is_fixed: Callable[[fx.Node], bool]
+    ) -> None:
+        self._graph, self._attributes, self._index, self._is_fixed = graph, attributes, index, is_fixed
+        self._node: fx.Node | None = None
+
+    def part(self, node: fx.Node, dim: int) -> fx.Node | None:
+        """The part of a node; None where it would have to be cut from a large whole."""
+        if not self._is_fixed(node):
+            return None
+        if node.meta["bytes"] < _SMALLEST:
+            return self._made(node, dim, aten.index_select.default, (node, dim, self._indices(node)), {})
+        target: Any = node.target
+        if node.op == "call_function" and target in _BROADCAST:
+            return self._broadcast(node, dim)
+        if node.op == "call_function" and (target in _COPIES or torch.Tag.pointwise in getattr(target, "tags", ())):
+            parts: dict[fx.Node, fx.Node] = {}
+            for one in node.all_input_nodes:
+                place = dim - len(node.meta["shape"]) + len(one.meta["shape"])
+                spread = place < 0 or one.meta["shape"][place] != node.meta["shape"][dim]
+                found = one if spread else self.part(one, place)
+                if found is None:
+                    return None
+                parts[one] = found
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), parts.__getitem__)
+            return self._made(node, dim, target, args, kwargs)
+        return None
+
+    def _indices(self, like: fx.Node) -> fx.Node:
+        if self._node is None:
+            name = f"constant_{len(self._attributes)}"
+            self._attributes[name] = self._index
+            self._node = self._graph.create_node("get_attr", name)
+            own = {"shape": tuple(self._index.shape), "dtype": torch.int64, "bytes": 8 * len(self._index)}
+            self._node.meta = {**like.meta, **own}
+        return self._node
+
+    def _broadcast(self, node: fx.Node, dim: int) -> fx.Node | None:
+        source = node.all_input_nodes[0]
+        own: tuple[int, ...] = source.meta["shape"]
+        if node.target is aten.unsqueeze.default:
+            at: Any = node.args[1]
+            at %= len(own) + 1
+            if dim == at:
+                return None
+            found = self.part(source, dim - (dim > at))
+            return found and self._made(node, dim, aten.unsqueeze.default, (found, at), {})
+        sizes = [*node.meta["shape"]]
+        if node.target is not aten.expand.default:  # a view, of which only dims of size 1 may differ
+            real = [at for at, size in enumerate(own) if size != 1]
+            if [own[at] for at in real] != [size for size in sizes if size != 1] or sizes[dim] == 1:
+                return None
+            found = self.part(source, real[sum(size != 1 for size in sizes[:dim])])
+            sizes[dim] = len(self._index)
+            return found and self._made(node, dim, aten.reshape.default, (found, sizes), {})
+        place = dim - len(sizes) + len(own)
+        sizes[dim] = len(self._index)
+        if place >= 0 and own[place] == node.meta["shape"][dim]:
+            part = self.part(source, place)
+            return part and self._made(node, dim, aten.expand.default, (part, sizes), {})
+        return self._made(node, dim, aten.expand.default, (source, sizes), {})
+
+    def _made(self, like: fx.Node, dim: int, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        made = self._graph.call_function(target, args, kwargs)
+        shape = [*like.meta["shape"]]
+        bytes_ = like.meta["bytes"] // shape[dim] * len(self._index)
+        shape[dim] = len(self._index)
+        made.meta = {key: value for key, value in like.meta.items() if key != "cut"}
+        made.meta |= {"shape": tuple(shape), "bytes": bytes_}
+        return made

@@ -87,10 +87,10 @@ def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list
     weights = sum(one.numel() * one.element_size() for one in module.parameters())
     cases: dict[str, Callable[[], Any]] = {"the plain module": lambda: _decode(module)(z)}
     notes = dict.fromkeys(cases, ("", ""))
-    usual = convolution._MAP_TO_WEIGHTS
+    usual = convolution._LARGE_MAP
     for grid in grids:
         for name, least in (("", usual), (", halos copied", 10**12))[: 1 if grid.size == 1 else 2]:
-            convolution._MAP_TO_WEIGHTS = least
+            convolution._LARGE_MAP = least
             mesh = Mesh(grid, z.device, TracedLines(busiest(grid, *z.shape[-2:]), grid.size))
             begin = time.perf_counter()
             program = trace(_decode(module), [module], mesh, z.shape, z.dtype, z.device)
@@ -99,7 +99,7 @@ def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list
             title = f"a rank of {grid}{name}"
             cases[title] = partial(program, local, mesh)
             notes[title] = traced, f"{program.peak / 2**20:,.0f}"
-    convolution._MAP_TO_WEIGHTS = usual
+    convolution._LARGE_MAP = usual
     taken: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, float] = {}
     for turn in range(args.repeat + 1):  # the first warms up

@@ -121,7 +121,7 @@ def test_a_graph_knows_messages_bytes_and_work(grid: Grid, monkeypatch: pytest.M
 
 def test_a_copy_is_taken_where_weights_are_larger_than_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    module = nn.Conv2d(64, 64, 3, padding=1).double()
+    module = nn.Conv2d(64, 64, 3, padding=1).double()  # 36,864 weights
     (_, program, _), _ = recorded(module, numbers(1, 64, 16, 8), Grid(rows=2), module)
     assert next(node.target for node in program.nodes()) is operators.fetch
 

@@ -28,13 +28,16 @@ def note(part: fx.Node, whole: fx.Node, dim: int, kept: Kept) -> None:
     part.meta["cut"] = whole, dim, kept
 
 
-def cut_early(graph: fx.Graph, attributes: dict[str, Tensor], is_fixed: Callable[[fx.Node], bool]) -> None:
+def cut_early(
+    graph: fx.Graph, attributes: dict[str, Tensor], is_fixed: Callable[[fx.Node], bool], device: torch.device
+) -> None:
     """Compute the noted parts from parts of what the whole is made of.
 
     Args:
         graph: changed in place. What nobody uses any longer stays in it.
         attributes: the tensors that it reads, by name; indices are added.
         is_fixed: whether a node depends neither on the input, nor on what is written in place.
+        device: where it will run.
     """
     for node in list(graph.nodes):
         if "cut" not in node.meta:
@@ -46,7 +49,7 @@ def cut_early(graph: fx.Graph, attributes: dict[str, Tensor], is_fixed: Callable
             index = torch.arange(math.prod(size for size, _, _ in kept)).view([size for size, _, _ in kept])
             for at, (_, start, length) in enumerate(kept):
                 index = index.narrow(at, start, length)
-            index = index.flatten()
+            index = index.flatten().to(device)
         with graph.inserting_before(node):
             found = _Cutting(graph, attributes, index, is_fixed).part(whole, dim)
             if found is not None:

@@ -209,7 +209,9 @@ class Recorder(TorchDispatchMode):
                     # Its input may lie in memory otherwise on a device than on meta.
                     node.target = aten.reshape.default
         moving = {node for memory in self._memory.values() if memory.written for node in memory.nodes}
-        cut_early(self.graph, self.attributes, lambda node: node.meta.get("constant", False) and node not in moving)
+        cut_early(
+            self.graph, self.attributes, lambda node: node.meta.get("constant", False) and node not in moving, self.device
+        )
         self._values.fold(self.graph, self.attributes)
         clean(self.graph)
         bodies = repeats.outline(self.graph)

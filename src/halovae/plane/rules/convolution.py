@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 Reach = Callable[[int, int], tuple[int, int]]  # the inputs that a range of outputs depends on
-# Edges are computed twice where the map is this many times as large as the weights, which every call lays out again,
-# and where it has this many rows (or cols) for each of a halo.
-_MAP_TO_WEIGHTS, _EXTENT_TO_HALO = 4, 8
+# Edges are computed twice where a map has this many rows (or cols) for each of a halo; and on the CPU, where every call
+# lays the weights out again, this many values for each of the weights; elsewhere, where a few small operators take
+# longer than to copy a small map, this many values. (docs/plane.md and docs/benchmarks/accelerator.md measure it.)
+_EXTENT_TO_HALO, _MAP_TO_WEIGHTS, _LARGE_MAP = 8, 0.25, 2**24
 
 
 def output_factor(plane: Plane, before: Factor, size: int, bounds: Callable[[int], int], mesh_dim: MeshDim) -> Factor:
@@ -181,7 +182,8 @@ def _cuts(
     plane: Plane, x: PlaneTensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[operators.Cut, ...]:
     """Along which dims `operators.convolution` can compute without other ranks; none where a copy takes less."""
-    if any(step != 1 for step in stride) or x.local.numel() < _MAP_TO_WEIGHTS * weight.numel():
+    least = _MAP_TO_WEIGHTS * weight.numel() if x.device.type == "cpu" else _LARGE_MAP
+    if any(step != 1 for step in stride) or x.local.numel() < least:
         return ()
     found: list[operators.Cut] = []
     cells = x.local.numel() * x.element_size()

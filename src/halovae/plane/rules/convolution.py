@@ -21,8 +21,8 @@ aten = torch.ops.aten
 Reach = Callable[[int, int], tuple[int, int]]  # the inputs that a range of outputs depends on
 # Edges are computed twice where a map has this many rows (or cols) for each of a halo; and on the CPU, where every call
 # lays the weights out again, this many values for each of the weights; elsewhere, where a few small operators take
-# longer than to copy a small map, this many values. (docs/plane.md and docs/benchmarks/accelerator.md measure it.)
-_EXTENT_TO_HALO, _MAP_TO_WEIGHTS, _LARGE_MAP = 8, 0.25, 2**24
+# longer than to copy a small map, this many values. (docs/plane.md, docs/benchmarks/accelerator.md)
+_EXTENT_TO_HALO, _MAP_TO_WEIGHTS, _LARGE_MAP = 8, 4, 2**24
 
 
 def output_factor(plane: Plane, before: Factor, size: int, bounds: Callable[[int], int], mesh_dim: MeshDim) -> Factor:

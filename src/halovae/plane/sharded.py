@@ -34,8 +34,8 @@ class Sharded:
             divisors of H and W. It runs unmodified.
         modules: whose weights it uses. They are shared, and stay as they are.
         multiple: of which the ranks' bounds are to be multiples: an encoder's compression ratio saves messages.
-        identity: says what the function does, if it closes over more than modules and plain values: else its graphs
-            are not kept on disk.
+        identity: says what the function does, if it is neither a module nor a method of one: else its graphs are not
+            kept on disk.
 
     Attributes:
         report: what the last call took; None before the first.

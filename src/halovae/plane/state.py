@@ -84,7 +84,7 @@ class State:
             self._kept[id(value)] = value
             return "object", id(value), inside
         if not _is_fixed(value):
-            if not isinstance(value, (list, dict)) and not _has_only_attributes(value):
+            if not isinstance(value, (list, dict)) and not has_only_attributes(value):
                 raise Unclear(type(value).__name__)
             return self._hold(value)
         self._kept[id(value)] = value
@@ -159,7 +159,7 @@ def _is_fixed(value: Any) -> bool:
     return isinstance(value, fixed)
 
 
-def _has_only_attributes(value: Any) -> bool:
+def has_only_attributes(value: Any) -> bool:
     """Whether what an object holds is all among its attributes."""
     slots = any(getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
     written = all(kind is object or kind.__flags__ & (1 << 9) for kind in type(value).__mro__)  # in Python

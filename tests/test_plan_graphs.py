@@ -265,5 +265,15 @@ def test_what_stands_for_the_compiler_leaves_functions_as_they_are() -> None:
     stand_in = plan_command._Compiler()
     assert stand_in.disable(abs) is abs
     assert stand_in.disable(recursive=False)(abs) is abs
-    assert not hasattr(stand_in, "__path__")
+    assert not hasattr(stand_in, "__wrapped__")
     assert stand_in.config is torch._dynamo.config  # more than that is the compiler's
+
+
+def test_the_compiler_can_be_used_in_place_of_what_stands_for_it() -> None:
+    code = (
+        "import sys, torch; from halovae.cli.plan import _Compiler; sys.modules['torch._dynamo'] = _Compiler(); "
+        "from torch._dynamo.utils import counters; import torch._dynamo.config; "
+        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "2.0", done.stderr

@@ -119,7 +119,7 @@ def simulate(
 
 
 def _own(decoder: Decoder | Autoencoder) -> Any:
-    """A decoder for one rank, with the same weights: autoencoders may keep caches on themselves while they decode."""
+    """A decoder for one rank, with the same parameters: autoencoders may keep caches on themselves as they decode."""
     if isinstance(decoder, Decoder):
         return decoder
     return Autoencoder(copy.deepcopy(decoder.module, {id(one): one for one in decoder.module.parameters()}))

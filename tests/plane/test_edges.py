@@ -12,9 +12,11 @@ from plane.test_trace import recorded
 from torch import Tensor, nn
 
 from halovae import Grid
+from halovae.mesh import Mesh
 from halovae.plane import Plane, operators
 from halovae.plane.layout import Bounds, Factor
 from halovae.plane.rules import convolution
+from halovae.planning.graphs import TracedLines
 
 QUICK = settings(
     max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -147,3 +149,18 @@ def test_a_map_keeps_the_format_that_plain_pytorch_gives_it() -> None:
     with torch.no_grad():
         expected = function(x)
     assert_exact(on_ranks(work, Grid(rows=2)), expected)
+
+
+def test_messages_are_waited_for_when_a_convolution_fails() -> None:
+    waited: list[bool] = []
+
+    class Counted(TracedLines):
+        def start(self, scope: Any, sends: Any, receives: Any) -> Any:
+            return lambda: waited.append(True)
+
+    mesh = Mesh(Grid(rows=2), torch.device("cpu"), Counted(0, 2))
+    cut = (2, "rows", (0, 4, 8), (((-1, 5),), ((3, 9),)), 1, False, True)
+    weight = numbers(3, 5, 3, 3)  # for maps of 5 channels
+    with operators.on(mesh), pytest.raises(RuntimeError):
+        operators.convolution(numbers(1, 4, 4, 6), weight, None, (1, 1), (1, 1), 1, (cut,))  # type: ignore[arg-type]
+    assert waited == [True]

@@ -181,7 +181,8 @@ class _Compiler(ModuleType):
     allow_in_graph = disable
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # Python asks all modules for these
+        # Python asks all modules for such names; for this one, when a module in the package is imported.
+        if name.startswith("__") and name != "__path__":
             raise AttributeError(name)
         if sys.modules.get(self.NAME) is self:
             del sys.modules[self.NAME]

@@ -10,7 +10,6 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from halovae.lines import Scope
 from halovae.mesh import Mesh
 from halovae.plane.layout import Bounds, MeshDim
+from halovae.plane.moments import average, moments
 from halovae.plane.tensor import is_channels_last
 
 Interval = tuple[int, int]
@@ -58,13 +58,15 @@ def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
     Returns:
         The wanted intervals side by side along `dim`.
     """
-    return _fetching(lambda start, length: x.narrow(dim, start, length), x, dim, mesh_dim, bounds, wanted)()
+    wait, joined = _fetching(lambda start, length: x.narrow(dim, start, length), x, dim, mesh_dim, bounds, wanted)
+    wait()
+    return joined()
 
 
 def _fetching(
     take: Callable[[int, int], Tensor], x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
-) -> Callable[[], Tensor]:
-    """Start to fetch what `take` gives of this rank's rows or cols; returns what waits for the intervals."""
+) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+    """Start to fetch what `take` gives of this rank's rows or cols; returns what waits, and what then joins them."""
     mesh = current()
     position = _position(mesh, mesh_dim)
     first = mesh.rank - position * _stride(mesh, mesh_dim)
@@ -86,18 +88,20 @@ def _fetching(
             buffer = x.new_empty([*sizes[:dim], length, *sizes[dim + 1 :]])
             receives.append((rank, buffer.view(-1)))
             places.append((buffer, theirs))
-    wait = None
+    arrive = None
     if sends or receives:
         for _, sent in sends:
             mesh.traffic.sent(sent)
         mesh.traffic.calls += 1
         with mesh.traffic.waiting.running():
-            wait = mesh.lines.start(mesh_dim, sends, receives)
+            arrive = mesh.lines.start(mesh_dim, sends, receives)
 
-    def finish() -> Tensor:
-        if wait is not None:
+    def wait() -> None:
+        if arrive is not None:
             with mesh.traffic.waiting.running():
-                wait()
+                arrive()
+
+    def joined() -> Tensor:
         out = _empty_along(x, dim, sum(b - a for a, b in mine), sizes)
         begin = 0
         for a, b in mine:
@@ -114,7 +118,7 @@ def _fetching(
             begin += b - a
         return out
 
-    return finish
+    return wait, joined
 
 
 # A dim along which a convolution's input is cut: the dim, and mesh dim, bounds and intervals as `fetch` has them; the
@@ -162,10 +166,12 @@ def convolution(
             return _region(x.narrow(dim, start, length), inner, [(-w, x.shape[at] + w) for at, _, w in known])
 
         intervals = tuple(mine if at == position[mesh_dim] else one for at, one in enumerate(wanted))
-        finish = _fetching(take, x, dim, mesh_dim, bounds, intervals)
-        if out is None:
-            out = convolved(x, list(padding))
-        halos.append((dim, finish(), width))
+        wait, joined = _fetching(take, x, dim, mesh_dim, bounds, intervals)
+        try:
+            out = convolved(x, list(padding)) if out is None else out
+        finally:
+            wait()  # whatever happens here: the others' messages are under way
+        halos.append((dim, joined(), width))
     assert out is not None
     left = list(padding)
     for dim, *_ in cuts:
@@ -284,11 +290,11 @@ def group_norm(
     """
     items, channels = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    variances, means = gather(torch.stack(_moments(x, groups, wide)), scope, len(counts)).unbind(1)
+    variances, means = gather(torch.stack(moments(x, groups, wide)), scope, len(counts)).unbind(1)
     # Small operators: on an accelerator each takes as long as a large one takes to be queued.
-    mean = _average(means, counts)
+    mean = average(means, counts)
     apart = means - mean
-    variance = _average(torch.addcmul(variances, apart, apart), counts)
+    variance = average(torch.addcmul(variances, apart, apart), counts)
     shape = (2, items, groups, channels // groups)
     variance, mean = torch.stack((variance, mean)).unsqueeze(-1).expand(shape).reshape(2, -1).unbind()
     weight, bias = (None if one is None else one.to(wide) for one in (weight, bias))
@@ -296,19 +302,6 @@ def group_norm(
         weight, bias = (None if one is None else one.repeat(items) for one in (weight, bias))
     result = F.batch_norm(x.reshape(1, -1, *x.shape[2:]), mean, variance, weight, bias, eps=eps)
     return result.view(x.shape)
-
-
-def _average(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The average over the first dim, by how much each of its entries stands for."""
-    if len(set(counts)) == 1:
-        return x.mean(0)
-    return (x * _shares(counts, x.dtype, x.device)).sum(0)
-
-
-@lru_cache(maxsize=256)
-def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    total = sum(counts)
-    return torch.tensor([count / total for count in counts], dtype=dtype, device=device).view(-1, 1, 1)
 
 
 # A rank that wants nothing of the result may have to send for it.
@@ -348,34 +341,6 @@ def shape_of(function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh)
     groups, counts = args[3], args[6]
     statistics = 2 * x.shape[0] * groups * max(4, x.element_size())
     return x.new_empty(x.shape), len(counts) - 1, (len(counts) - 1) * statistics
-
-
-def _moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Variance and mean `[N, groups]`, of so many values at once that a wide copy of them stays small."""
-    grouped = x.unflatten(1, (groups, -1)).flatten(2)
-    limit = _VALUES_ON_CPU if x.device.type == "cpu" else _VALUES
-    step = max(1, limit // (grouped[:, 0].numel() or 1))
-    found = [_variance_and_mean(one.to(dtype)) for one in grouped.split(step, 1)]
-    if len(found) == 1:
-        return found[0]
-    variances, means = zip(*found, strict=True)
-    return torch.cat(variances, 1), torch.cat(means, 1)
-
-
-# Values of a map whose statistics are computed at once: of a size that a core's cache holds; and few enough that a wide
-# copy is small beside the map.
-_VALUES_ON_CPU, _VALUES = 2**18, 2**24
-
-
-def _variance_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean over the last dim, in two passes on the CPU.
-
-    `torch.var_mean` of `[1, 32, 32768]` takes 6.9 ms there (one thread, torch 2.13), two passes 0.5 ms.
-    """
-    if x.device.type != "cpu":
-        return torch.var_mean(x, -1, correction=0)
-    mean = x.mean(-1)
-    return (x - mean.unsqueeze(-1)).square_().mean(-1), mean
 
 
 def _stride(mesh: Mesh, mesh_dim: MeshDim) -> int:

@@ -209,9 +209,8 @@ class Recorder(TorchDispatchMode):
                     # Its input may lie in memory otherwise on a device than on meta.
                     node.target = aten.reshape.default
         moving = {node for memory in self._memory.values() if memory.written for node in memory.nodes}
-        cut_early(
-            self.graph, self.attributes, lambda node: node.meta.get("constant", False) and node not in moving, self.device
-        )
+        fixed = {node for node in self.graph.nodes if node.meta.get("constant") and node not in moving}
+        cut_early(self.graph, self.attributes, fixed.__contains__, self.device)
         self._values.fold(self.graph, self.attributes)
         clean(self.graph)
         bodies = repeats.outline(self.graph)

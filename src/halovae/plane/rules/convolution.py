@@ -181,7 +181,10 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
 def _cuts(
     plane: Plane, x: PlaneTensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[operators.Cut, ...]:
-    """Along which dims `operators.convolution` can compute without other ranks; none where a copy takes less."""
+    """Along which dims `operators.convolution` can compute without other ranks; none where a copy takes less.
+
+    Ranks decide by their own parts. That needs no agreement: `windows` sends the same messages in the same order.
+    """
     least = _MAP_TO_WEIGHTS * weight.numel() if x.device.type == "cpu" else _LARGE_MAP
     if any(step != 1 for step in stride) or x.local.numel() < least:
         return ()

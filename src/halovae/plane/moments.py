@@ -1,0 +1,50 @@
+"""Means and variances of the groups of a map, and of several ranks' groups together."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+
+# Values of a map whose statistics are computed at once, but for groups that are larger: as many as a core's cache
+# holds, and so many that an accelerator is busy.
+_VALUES_ON_CPU, _VALUES = 2**18, 2**24
+
+
+def moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Variance and mean `[N, groups]`. Some groups at once, so that there is no wide copy of all of them."""
+    grouped = x.unflatten(1, (groups, -1)).flatten(2)
+    limit = _VALUES_ON_CPU if x.device.type == "cpu" else _VALUES
+    step = max(1, limit // (grouped[:, 0].numel() or 1))
+    found = [_variance_and_mean(one.to(dtype)) for one in grouped.split(step, 1)]
+    if len(found) == 1:
+        return found[0]
+    variances, means = zip(*found, strict=True)
+    return torch.cat(variances, 1), torch.cat(means, 1)
+
+
+def _variance_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean over the last dim, in two passes on the CPU.
+
+    `torch.var_mean` of `[1, 32, 32768]` takes 6.9 ms there (one thread, torch 2.13), two passes 0.5 ms.
+    """
+    if x.device.type != "cpu":
+        return torch.var_mean(x, -1, correction=0)
+    mean = x.mean(-1)
+    return (x - mean.unsqueeze(-1)).square_().mean(-1), mean
+
+
+def average(x: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The average over the first dim, by how much each of its entries stands for."""
+    if len(set(counts)) == 1:
+        return x.mean(0)
+    return (x * _shares(counts, x.dtype, x.device)).sum(0)
+
+
+@lru_cache(maxsize=256)
+def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    total = sum(counts)
+    with torch.inference_mode(False), no_dispatch():  # it outlives the call
+        return torch.tensor([count / total for count in counts], dtype=dtype, device=device).view(-1, 1, 1)

@@ -10,13 +10,13 @@ import hashlib
 import os
 import sys
 import sysconfig
+import time
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +31,9 @@ _WRAPPED = {  # kinds of functions, and where those are that they wrap
 _MODULE = frozenset(vars(nn.Module())) - {"training", "_modules", "_parameters", "_buffers"}
 _SMALL = 2**20  # bytes of a buffer whose values count
 _INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+# When this file was imported. The time at which the process began would be surer, but systems reckon it from when they
+# started themselves, and are wrong by seconds where their clock was set since.
+_STARTED = time.time()
 _OWN_SOURCES = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
 ).hexdigest()  # as they are when they are imported
@@ -181,6 +184,6 @@ def _digest(name: str, read: bool = True) -> str:
     path = Path(str(sys.modules[name].__file__))
     if package != "halovae" and not (package in _PACKAGES and str(path).startswith(_INSTALLED)):
         raise Unstable(f"{name} is not of an installed package that is known")
-    if path.stat().st_mtime > psutil.Process().create_time():
+    if path.stat().st_mtime > _STARTED:
         raise Unstable(f"{path} has changed since it was loaded")
     return hashlib.sha256(path.read_bytes() if read else b"").hexdigest()

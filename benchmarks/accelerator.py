@@ -33,7 +33,7 @@ from halovae.planning.graphs import TracedLines, busiest
 from halovae.platform import Platform
 from halovae.simulate import on_threads
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> None:

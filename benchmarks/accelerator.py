@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--check", default="", help="HxW of small latents: compare simulated ranks with the module")
     args = parser.parse_args()
     device, dtype = Platform.default().device, DTYPES[args.dtype]
+    if device.type == "cpu":
+        parser.error("there is no accelerator here: benchmarks/scaling.py measures the CPU")
     torch.manual_seed(0)
     module: Any = random_vae(args.model).to(device, dtype).eval().requires_grad_(False)
     width, height = map(int, args.size.split("x"))

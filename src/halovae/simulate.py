@@ -1,7 +1,7 @@
 """Many ranks in one process on one device: each a thread that meets the others where they exchange halos.
 
 The ranks take turns, one computing at a time, so that what each takes can be told apart: its time, and the memory of
-its tensors. The decoder's code is that of real ranks; only the lines between them differ. Weights are shared.
+its tensors. The decoder's code is that of real ranks; only the lines between them differ. Parameters are shared.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class SimulatedRank:
     """What one simulated rank took.
 
     Attributes:
-        computing: seconds that it held the device, from its first chunk on; likewise `waiting`.
-        waiting: seconds that it would wait for others, over the given link.
+        computing: seconds that it held the device, from its first chunk on.
+        waiting: seconds from then on that it would wait for others, over the given link.
         peak_allocated: bytes of its tensors at the highest point, without weights.
         messages: how many it sent, and their `bytes_sent`.
     """

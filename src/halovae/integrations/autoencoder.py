@@ -116,7 +116,7 @@ class Autoencoder:
             one, else the latents.
 
         Raises:
-            ValueError: as for `stream`; likewise the others.
+            ValueError: as for `stream`.
             TypeError: pictures without a plane.
             RuntimeError: another rank refused.
         """

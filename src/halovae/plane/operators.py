@@ -141,9 +141,12 @@ def convolution(
         weight: `[C', C / groups, *]`.
         bias: `[C']`.
         padding: of each spatial dim.
-        dilation: likewise.
+        dilation: of each spatial dim.
         groups: of channels.
         cuts: the dims along which other ranks have what this one needs. Every rank wants its own part and its halos.
+
+    Returns:
+        This rank's part of the result, `[N, C', *]` of the input's extents.
     """
 
     def convolved(part: Tensor, padding: list[int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.plane.operators import BETWEEN_RANKS, emit, pack, take
 from halovae.plane.state import Snapshot, State, Unclear, check_made
-from halovae.plane.tensor import PlaneTensor
+from halovae.plane.tensor import PlaneTensor, made
 
 if TYPE_CHECKING:
     from halovae.plane.trace import Recorder
@@ -194,7 +194,7 @@ class Repeats:
         call = graph.call_function(_repeated, tuple(recorder.node(one.local) for one in state.tensors))
         call.meta["module"] = recorder.module
         block.repeats.append(call)
-        samples, made = block.state.tensors, []
+        samples, results = block.state.tensors, []
         bases: dict[int, Tensor] = {}
         for sample, one in zip(samples[: block.inputs], state.tensors, strict=True):
             bases.setdefault(id(sample.local.untyped_storage()), one.local)
@@ -211,13 +211,13 @@ class Repeats:
             memory, original = recorder.noted(local, item, False), recorder.memory(like)
             if memory is not original:
                 memory.originals.append(original)
-            made.append(PlaneTensor(local, sample.partition, plane, sample.frozen, tuple(sample.stride())))
+            results.append(made(local, sample.partition, plane, sample.frozen, tuple(sample.stride())))
         fallbacks, gathered, received, computed = block.counters
         plane.fallbacks.update(fallbacks)
         plane.gathered.update(gathered)
         plane.received += received
         plane.computed += computed
-        return state.replay(block.state, made, block.before, block.after, block.returned)
+        return state.replay(block.state, results, block.before, block.after, block.returned)
 
     def outline(self, graph: fx.Graph) -> dict[str, fx.Graph]:
         """Make graphs of the calls of children that are called alike more than once.

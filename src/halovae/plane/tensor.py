@@ -35,13 +35,6 @@ class PlaneTensor(Tensor):
     frozen: str
     source: tuple[Tensor, int] | None
 
-    @staticmethod
-    def __new__(
-        cls, local: Tensor, layout: Layout, plane: Plane, frozen: str = "", strides: tuple[int, ...] | None = None,
-        source: tuple[Tensor, int] | None = None,
-    ) -> PlaneTensor:  # fmt: skip
-        return made(local, layout, plane, frozen, strides, source)
-
     def check_fresh(self) -> None:
         """Make sure that a copy that stands for a view still has what its base has.
 
@@ -74,7 +67,10 @@ def made(
     local: Tensor, layout: Layout, plane: Plane, frozen: str = "", strides: tuple[int, ...] | None = None,
     source: tuple[Tensor, int] | None = None,
 ) -> PlaneTensor:  # fmt: skip
-    """`PlaneTensor(...)`, faster: each operator makes one."""
+    """A plane tensor; contiguous, unless it has other `strides`.
+
+    A function, since a class's own call takes longer, and each operator makes one.
+    """
     sizes = shape(layout)
     recorder = plane.recorder
     result: PlaneTensor = _make(

@@ -5,7 +5,7 @@ from importlib import import_module
 from halovae.plane.rules.registry import dispatch
 
 _KINDS = (
-    "attention", "convolution", "creation", "joins", "matmul", "normalization", "one_cell", "padding", "pointwise",
+    "attention", "convolution", "creation", "joins", "matmul", "normalization", "padding", "pointwise",
     "reductions", "resampling", "views",
 )  # fmt: skip
 for _kind in _KINDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.plane import operators
-from halovae.plane.layout import Bounds, Factor, MeshDim, even, is_partitioned, proper, ranges, shape, sole
-from halovae.plane.rules.registry import plain, rule
+from halovae.plane.layout import (
+    Bounds,
+    Factor,
+    Layout,
+    MeshDim,
+    even,
+    is_partitioned,
+    partitioned,
+    proper,
+    ranges,
+    shape,
+    sole,
+    whole,
+)  # fmt: skip
+from halovae.plane.rules.registry import known, plain, rule
 from halovae.plane.tensor import PlaneTensor, channels_last, is_channels_last
 
 if TYPE_CHECKING:
@@ -142,6 +156,15 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
     weight, bias = plain(weight), plain(bias)
     if not isinstance(x, PlaneTensor) or isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
         return NotImplemented
+    last = is_channels_last(x) or is_channels_last(weight)  # then the result is, too, on devices that know such maps
+    one_cell = None
+    if not transposed:
+        mesh_dims = tuple(plane.extents)
+        one_cell = _layout_of_one_cell(x.partition, weight.shape, tuple(stride), tuple(padding), mesh_dims)
+    if one_cell is not None:  # nothing is needed of other ranks: little has to be known
+        plane.note(one_cell)
+        local = known(func).direct(x.local, weight, bias, *args[3:])
+        return plane.wrap(local, one_cell, strides=channels_last(shape(one_cell)) if last else None)
     spatial = weight.ndim - 2
     if x.ndim != weight.ndim:
         return NotImplemented
@@ -165,6 +188,7 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
         cuts = _cuts(plane, x, weight, stride, padding, dilation) if sizes == list(x.shape[2:]) else ()
         if cuts:
             factors = [sole(dim) or Factor(size) for dim, size in zip(x.partition[2:], sizes, strict=True)]
+            plane.received += _received(x.local, cuts)
             local = plane.run(
                 operators.convolution, x.local, weight, bias, tuple(padding), tuple(dilation), groups, cuts
             )
@@ -173,8 +197,6 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
             local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
     layout = (x.partition[0], (Factor(channels),) if channels != 1 else (), *(_dim(factor) for factor in factors))
     plane.note(layout)
-    # With either of them the result is channels-last, on devices that know such maps.
-    last = is_channels_last(x) or is_channels_last(weight)
     return plane.wrap(local, layout, strides=channels_last(shape(layout)) if last else None)
 
 
@@ -189,8 +211,6 @@ def _cuts(
     if any(step != 1 for step in stride) or x.local.numel() < least:
         return ()
     found: list[operators.Cut] = []
-    cells = x.local.numel() * x.element_size()
-    received = 0
     for dim, (k, p, d) in enumerate(zip(weight.shape[2:], padding, dilation, strict=True), start=2):
         factor, mesh_dim = sole(x.partition[dim]), mesh_dim_of(plane, x, dim)
         if mesh_dim is None:
@@ -199,18 +219,42 @@ def _cuts(
             return ()
         if p == 0:
             continue
-        extent = factor.local(plane.coordinates)
-        if extent < max(_EXTENT_TO_HALO, 2) * p:
+        if factor.local(plane.coordinates) < _EXTENT_TO_HALO * p:
             return ()
         wanted = tuple(((start - p, stop + p),) for start, stop in ranges(factor.bounds))
         position, last = plane.coordinates[mesh_dim], plane.extents[mesh_dim] - 1
-        sides = position > 0, position < last
-        found.append((dim, mesh_dim, factor.bounds, wanted, p, *sides))
-        received += sum(sides) * p * cells // extent
-        cells += 2 * p * cells // extent
-    if found:
-        plane.received += received
+        found.append((dim, mesh_dim, factor.bounds, wanted, p, position > 0, position < last))
     return tuple(found)
+
+
+def _received(local: Tensor, cuts: Sequence[operators.Cut]) -> int:
+    """Bytes of the halos, those along a second dim with the corners."""
+    total, size = 0, local.nbytes
+    for dim, *_, width, before, after in cuts:
+        line = size // local.shape[dim]
+        total += (before + after) * width * line
+        size += 2 * width * line
+    return total
+
+
+@lru_cache(maxsize=4096)
+def _layout_of_one_cell(
+    layout: Layout, weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+    mesh_dims: tuple[str, ...],
+) -> Layout | None:  # fmt: skip
+    """The layout of the result; None where it is not the input's but for the channels, which every rank has."""
+    spatial = len(weight) - 2
+    if len(layout) != len(weight) or {*weight[2:], *stride} != {1} or {*padding} != {0}:
+        return None
+    places = dict(partitioned(layout))
+    cut = {factor.mesh_dim for _, factor in partitioned(layout)}
+    if 1 in places or any(at >= 2 and sole(layout[at]) is None for at in places):
+        return None
+    # A dim that is whole may be large enough to be partitioned now.
+    for at, mesh_dim in ((len(layout) - 2, "rows"), (len(layout) - 1, "cols")):
+        if at >= len(layout) - spatial and at not in places and mesh_dim in mesh_dims and mesh_dim not in cut:
+            return None
+    return (layout[0], whole(weight[0]), *layout[2:])
 
 
 def _dim(factor: Factor) -> tuple[Factor, ...]:

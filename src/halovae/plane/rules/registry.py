@@ -137,22 +137,21 @@ _DIRECT: dict[Any, Callable[..., Any]] = {
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an operator on plane tensors."""
     plane = None
+    found: Iterable[PlaneTensor]
     for one in args:
         if isinstance(one, PlaneTensor):
-            if plane is None:
-                plane = one.plane
-            elif one.plane is not plane:
-                raise _of_two_calls(func)
-            if one.source is not None:
-                one.check_fresh()
+            found = (one,)
         elif isinstance(one, (list, tuple)) and one and type(one[0]) is not int:  # a list of sizes has no tensors
-            for inner in plane_tensors(one):
-                if plane is None:
-                    plane = inner.plane
-                elif inner.plane is not plane:
-                    raise _of_two_calls(func)
-                if inner.source is not None:
-                    inner.check_fresh()
+            found = plane_tensors(one)
+        else:
+            continue
+        for x in found:
+            if plane is None:
+                plane = x.plane
+            elif x.plane is not plane:
+                raise RuntimeError(f"{func}: its tensors are of two calls; one of them was kept from an earlier call")
+            if x.source is not None:
+                x.check_fresh()
     if plane is None:
         plane = next(plane_tensors(kwargs.values())).plane
     plane.inside += 1
@@ -161,10 +160,6 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return _dispatched(plane, func, args, kwargs)
     finally:
         plane.inside -= 1
-
-
-def _of_two_calls(func: Any) -> RuntimeError:
-    return RuntimeError(f"{func}: its tensors are of two calls; one of them was kept from an earlier call")
 
 
 def _dispatched(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

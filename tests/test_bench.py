@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from halovae import Grid
 from halovae.bench import validate as validation
 from halovae.bench.compare import compare, seam_band
 from halovae.bench.measure import Contestant, Model
+from halovae.bench.ranks import Ranks
 from halovae.bench.report import Row, conclusions
 from halovae.bench.run import subject_of
 from halovae.cli.main import app
 from halovae.cli.measuring import check_ranks
+from halovae.launch import RankError
 from halovae.models.load import read_class
 from halovae.platform import Platform
 from halovae.tiny import make_model
@@ -125,6 +128,20 @@ def test_a_rank_that_the_system_kills_is_taken_for_out_of_memory(folder: Path) -
     contestant.group.run(kill_soon)
     contestant.decode(latents("wan2.1", frames=400))
     assert contestant.out_of_memory == 0
+
+
+def lose_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError("connection reset by peer")
+
+
+def test_a_killed_rank_is_the_cause_even_if_another_one_fails_before() -> None:
+    with Ranks(2) as ranks, pytest.raises(RankError, match="rank 0 failed") as raised:
+        ranks.run(os.getpid)  # both are there
+        ranks.run(lose_rank_1)
+    assert raised.value.killed
 
 
 @pytest.mark.parametrize("family", ["wan2.2-5b", "qwen-image"])

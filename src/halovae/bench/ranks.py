@@ -68,22 +68,24 @@ class Ranks:
             waiting = [line for rank, line in enumerate(self._lines) if rank not in results]
             ready = wait(waiting)
             for rank in [rank for rank, line in enumerate(self._lines) if line in ready]:
-                code = None
                 try:
                     failed, answer, cause = self._lines[rank].recv()
                 except EOFError:
-                    code = self._exit_code(rank)
+                    self._processes[rank].join(5)
+                    code = self._processes[rank].exitcode
                     failed, answer, cause = True, f"the process ended with exit code {code}", None
                 if failed:
+                    killed = self._was_killed()
                     self.close()
                     message = f"rank {rank} failed, and all ranks were ended:\n{answer}"
-                    raise RankError(message, cause, killed=code == -signal.SIGKILL)
+                    raise RankError(message, cause, killed)
                 results[rank] = answer
         return [results[rank] for rank in range(len(self._lines))]
 
-    def _exit_code(self, rank: int) -> int | None:
-        self._processes[rank].join(5)
-        return self._processes[rank].exitcode
+    def _was_killed(self) -> bool:
+        """Whether the system killed a rank. What another one says of its lost connection can arrive first."""
+        wait([process.sentinel for process in self._processes], timeout=1)
+        return any(process.exitcode == -signal.SIGKILL for process in self._processes)
 
     def close(self) -> None:
         """End the processes."""

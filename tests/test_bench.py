@@ -138,9 +138,10 @@ def lose_rank_1() -> None:
 
 
 def test_a_killed_rank_is_the_cause_even_if_another_one_fails_before() -> None:
-    with Ranks(2) as ranks, pytest.raises(RankError, match="rank 0 failed") as raised:
+    with Ranks(2) as ranks:
         ranks.run(os.getpid)  # both are there
-        ranks.run(lose_rank_1)
+        with pytest.raises(RankError, match="rank 0 failed") as raised:
+            ranks.run(lose_rank_1)
     assert raised.value.killed
 
 

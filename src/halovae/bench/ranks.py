@@ -84,7 +84,10 @@ class Ranks:
 
     def _was_killed(self) -> bool:
         """Whether the system killed a rank. What another one says of its lost connection can arrive first."""
-        wait([process.sentinel for process in self._processes], timeout=1)
+        ended = wait([process.sentinel for process in self._processes], timeout=1)
+        for process in self._processes:
+            if process.sentinel in ended:
+                process.join(1)  # its files are closed before it can be waited for
         return any(process.exitcode == -signal.SIGKILL for process in self._processes)
 
     def close(self) -> None:

@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,8 +24,7 @@ from halovae import Grid, load, winograd
 from halovae.bench.measure import Contestant, Model
 from halovae.bench.models import FAMILIES, random_vae
 from halovae.bench.ranks import Ranks
-from halovae.kernels import EAGER, compiled
-from halovae.tile import Context
+from halovae.kernels import EAGER, Kernels, compiled
 
 CASES = (("wan2.1", "1x16x2x32x32"), ("qwen-image", "1x16x1x32x32"))
 _held: dict[str, Any] = {}
@@ -43,14 +41,14 @@ def never(*_: object) -> bool:
     return False
 
 
-def always(scheme: winograd.Scheme, weight: torch.Tensor, cells: int, context: Context) -> bool:
+def always(scheme: winograd.Scheme, weight: torch.Tensor, cells: int, kernels: Kernels, device: str) -> bool:
     """Winograd also where only compiled passes make it pay."""
-    return _pays(scheme, weight, cells, replace(context, kernels=compiled()))
+    return _pays(scheme, weight, cells, compiled(), device)
 
 
-def not_upsampling(scheme: winograd.Scheme, weight: torch.Tensor, cells: int, context: Context) -> bool:
+def not_upsampling(scheme: winograd.Scheme, weight: torch.Tensor, cells: int, kernels: Kernels, device: str) -> bool:
     """Winograd where there is nothing to upsample."""
-    return scheme is winograd.PLAIN and always(scheme, weight, cells, context)
+    return scheme is winograd.PLAIN and always(scheme, weight, cells, kernels, device)
 
 
 STEPS: dict[str, tuple[Callable[..., bool], bool]] = {

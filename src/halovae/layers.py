@@ -113,25 +113,17 @@ def _clear(data: Tensor, ring: Halo) -> None:
 
 def _convolved(window: Tensor, weight: Tensor, bias: Tensor, context: Context, onto: Tensor | None) -> Tensor:
     """`window` convolved in time and space without padding; added to `onto` if there is one."""
-    frames, rows, cols = (extent - taps + 1 for extent, taps in zip(window.shape[2:], weight.shape[2:], strict=True))
-    # Whole tiles, then what is left below and beside them.
-    down, across = (extent - extent % winograd.PLAIN.results for extent in (rows, cols))
-    if not (down and across and winograd.pays(winograd.PLAIN, weight, frames * rows * cols, context)):
-        data = _direct(window, weight, bias, context)
-        return data if onto is None else onto.add_(data)
-    out = context.empty(window, shape=(len(weight), frames, rows, cols)) if onto is None else onto
-    winograd.convolve(
-        winograd.PLAIN, window[..., : down + 2, : across + 2], weight, bias, out[..., :down, :across], context,
-        add=onto is not None,
+    return winograd.convolved(
+        window, weight, bias,
+        lambda: context.empty(window, shape=_convolved_shape(window, weight)) if onto is None else onto,
+        lambda piece: _direct(piece, weight, bias, context),
+        context.kernels, context.cache.pool, device=context.mesh.platform.kind, add=onto is not None,
     )  # fmt: skip
-    for rest, left in (
-        (window[..., down:, :], out[..., down:, :]),
-        (window[..., : down + 2, across:], out[..., :down, across:]),
-    ):
-        if left.numel():
-            strip = _direct(rest, weight, bias, context)
-            left.copy_(strip) if onto is None else left.add_(strip)
-    return out
+
+
+def _convolved_shape(window: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+    frames, rows, cols = (extent - taps + 1 for extent, taps in zip(window.shape[2:], weight.shape[2:], strict=True))
+    return len(weight), frames, rows, cols
 
 
 def _direct(window: Tensor, weight: Tensor, bias: Tensor, context: Context) -> Tensor:
@@ -284,7 +276,8 @@ class Upsample(nn.Module):
         spoiled = Halo(1, 1, 1, 1).beyond(context.edges())
         channels, height, width = frames[0].shape[1:]
         out = context.empty(tile.data, shape=(len(self.weight), len(frames), 2 * height, 2 * width))
-        if winograd.pays(winograd.UPSAMPLING, self.weight, len(frames) * height * width, context):
+        cells, kind = len(frames) * height * width, context.mesh.platform.kind
+        if winograd.pays(winograd.UPSAMPLING, self.weight, cells, context.kernels, kind):
             ring = Halo(1, 1, 1, 1)
             ringed = context.empty(tile.data, ring, shape=(channels, len(frames), height, width))
             with part("copies"):
@@ -292,7 +285,8 @@ class Upsample(nn.Module):
                 for target, frame in zip(inside(ringed, ring).unbind(2), frames, strict=True):
                     target.copy_(frame)
             with part("convolution"):
-                winograd.convolve(winograd.UPSAMPLING, ringed, self.weight.unsqueeze(2), self.bias, out, context)
+                weight, kernels, pool = self.weight.unsqueeze(2), context.kernels, context.cache.pool
+                winograd.convolve(winograd.UPSAMPLING, ringed, weight, self.bias, out, kernels, pool)
         else:
             with part("convolution"):
                 for target, frame in zip(out.unbind(2), frames, strict=True):

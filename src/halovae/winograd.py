@@ -12,7 +12,7 @@ Products of one transformed cell are summed over channels and past frames by mat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from halovae.kernels import EAGER, Kernels, Matrix, compiled
-from halovae.tile import Context
+from halovae.pool import Pool
 
 # Rows of the matrices that are multiplied, for each thread: fewer keep a CPU's units waiting, more leave its caches.
 ROWS = 256
@@ -87,15 +87,15 @@ UPSAMPLING = Scheme(
 SCHEMES = {"plain": PLAIN, "upsampling": UPSAMPLING}
 
 
-def pays(scheme: Scheme, weight: Tensor, cells: int, context: Context) -> bool:
-    """Whether this way is the faster one for `cells` cells and weights `[O, C, ...]`.
+def pays(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: str) -> bool:
+    """Whether this way is the faster one for `cells` cells and weights `[O, C, ...]` on a kind of device.
 
     Measured by benchmarks/decode.py and benchmarks/steps.py. Where a CPU has AMX, nothing is faster than its own half
     precision. With one temporal tap there is too little to multiply for what eager passes over memory take.
     """
-    if context.mesh.platform.kind != "cpu" or weight.dtype == torch.float64:
+    if device != "cpu" or weight.dtype == torch.float64:
         return False
-    if not context.compiled and math.prod(weight.shape[2:]) == 9:
+    if kernels is EAGER and math.prod(weight.shape[2:]) == 9:
         return False
     if weight.dtype == torch.float32:
         least = CHANNELS
@@ -103,12 +103,49 @@ def pays(scheme: Scheme, weight: Tensor, cells: int, context: Context) -> bool:
         return False
     else:
         least = HALF_CHANNELS
-    return min(weight.shape[:2]) >= least and cells >= (scheme.cells if context.compiled else EAGER_CELLS)
+    return min(weight.shape[:2]) >= least and cells >= (EAGER_CELLS if kernels is EAGER else scheme.cells)
+
+
+def convolved(
+    window: Tensor, weight: Tensor, bias: Tensor | None, out: Callable[[], Tensor], direct: Callable[[Tensor], Tensor],
+    kernels: Kernels, pool: Pool, *, device: str = "cpu", add: bool = False,
+) -> Tensor:  # fmt: skip
+    """A window convolved without padding, in whole tiles where that pays, and directly where it does not.
+
+    Args:
+        window: `[B, C, T + taps - 1, H + 2, W + 2]`, channels last.
+        weight: `[O, C, taps, 3, 3]`.
+        bias: `[O]`.
+        out: gives the memory of the result, `[B, O, T, H, W]`, channels last.
+        direct: the convolution of a part of the window, done by PyTorch.
+        kernels: eager or compiled.
+        pool: for scratch memory.
+        device: the kind of device.
+        add: add to what `out` holds.
+    """
+    frames, rows, cols = (extent - taps + 1 for extent, taps in zip(window.shape[2:], weight.shape[2:], strict=True))
+    # Whole tiles, then what is left below and beside them.
+    down, across = (extent - extent % PLAIN.results for extent in (rows, cols))
+    if not (down and across and pays(PLAIN, weight, frames * rows * cols, kernels, device)):
+        data = direct(window)
+        return out().add_(data) if add else data
+    result = out()
+    whole = result[..., :down, :across]
+    convolve(PLAIN, window[..., : down + 2, : across + 2], weight, bias, whole, kernels, pool, add=add)
+    for rest, left in (
+        (window[..., down:, :], result[..., down:, :]),
+        (window[..., : down + 2, across:], result[..., :down, across:]),
+    ):
+        if left.numel():
+            strip = direct(rest)
+            left.add_(strip) if add else left.copy_(strip)
+    return result
 
 
 def convolve(
-    scheme: Scheme, window: Tensor, weight: Tensor, bias: Tensor, out: Tensor, context: Context, *, add: bool = False
-) -> None:
+    scheme: Scheme, window: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, kernels: Kernels, pool: Pool, *,
+    add: bool = False,
+) -> None:  # fmt: skip
     """Convolve a window, without padding, into `out`.
 
     Args:
@@ -117,15 +154,17 @@ def convolve(
         weight: `[O, C, taps, 3, 3]`.
         bias: `[O]`.
         out: `[B, O, T, H', W']`, channels last, with a whole number of tiles in rows and cols.
-        context: whose scratch memory and kernels are used.
+        kernels: eager or compiled.
+        pool: for scratch memory.
         add: add to what `out` holds.
     """
     name = next(name for name, one in SCHEMES.items() if one is scheme)
     plan = _Plan.of(scheme, window, weight, out)
-    scratch = context.cache.pool.scratch(plan.scratch)
+    scratch = pool.scratch(plan.scratch)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
     for item, result in zip(window.unbind(0), out.unbind(0), strict=True):
         torch.ops.halovae.convolve(
-            item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, name, add, context.compiled
+            item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, name, add, kernels is not EAGER
         )
 
 

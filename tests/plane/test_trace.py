@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from halovae.bench import zoo
 from halovae.geometry import Grid
 from halovae.mesh import Mesh
-from halovae.plane import Plane, operators
+from halovae.plane import Plane, operators, windows
 from halovae.plane.program import Program
 from halovae.plane.trace import TraceError, trace
 from halovae.simulate import on_threads
@@ -218,7 +218,7 @@ def test_a_graph_between_ranks_holds_no_other_operators() -> None:
     assert entry.latents is not None
     mesh = on_threads(Grid(rows=2), CPU, lambda mesh: mesh)[0]
     program = trace(lambda z: zoo.decode(module, z), [module], mesh, entry.latents, torch.float32, CPU)
-    ours = {*operators.BETWEEN_RANKS, operators.whole_group_norm, operators.attention}
+    ours = {*operators.BETWEEN_RANKS, *windows.OPERATORS, operators.whole_group_norm, operators.attention}
     for node in program.graph.nodes:
         if node.op == "call_function":
             assert node.target in ours or node.target is operator.getitem or hasattr(node.target, "_schema")

@@ -184,11 +184,6 @@ def run(
     with model_folder(benchmark.model, say) as folder:
         model = Model(folder, read_class(folder), benchmark.dtype, benchmark.device)
         contestants = benchmark.contestants(model)
-        if model.name not in CLASSES and benchmark.compiled:
-            raise ValueError(
-                f"--compile: {model.name} runs as a recorded graph of PyTorch's own operators, which halovae does not "
-                "compile: use --eager, the default"
-            )
         for size in benchmark.sizes:  # before any work
             for batch in benchmark.batches:
                 subject = subject_of(folder, size, benchmark.frames, batch)

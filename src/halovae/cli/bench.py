@@ -41,7 +41,7 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, npu or xpu. [default: what is here]")] = None,
     compile_kernels: Annotated[
         bool,
-        typer.Option("--compile/--eager", help="Compile Wan's and Qwen-Image's passes between convolutions first."),
+        typer.Option("--compile/--eager", help="Compile kernels on the CPU first."),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Write where the time goes as well: a table and Chrome traces.")

@@ -143,7 +143,7 @@ def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> li
         check_installed(f"a plan for {name}", "diffusers")
         module = meta_vae_of(read_json(folder / "config.json"), str(folder / "config.json"), options.dtype)
     if options.compiled:
-        raise ValueError(f"--compile: {name} has no compiled kernels to plan with; leave it out")
+        raise ValueError(f"--compile: {name} is planned by the rates of eager kernels; leave it out")
     return [_graph_case(module, name, one, options) for one in sizes]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from halovae.integrations.pictures import PictureStream
 from halovae.integrations.plane_call import Call, PlaneCall, Sharing
 from halovae.plane import ShardReport
+from halovae.platform import Platform
 
 
 class Autoencoder:
@@ -55,6 +58,35 @@ class Autoencoder:
     def report(self) -> ShardReport | None:
         """What the last decode took; None before the first."""
         return self.calls["decode"].report if "decode" in self.calls else None
+
+    def warmup(self, shape: Sequence[int], **options: Any) -> float:
+        """Compile what later calls are made of, on the CPU, and decode zeros once. Collective: all ranks call it.
+
+        Until it is called, the CPU computes in eager PyTorch. Compiled kernels serve other shapes as well, and are kept
+        on disk: later processes load them. Accelerators choose their kernels for the shape.
+
+        Args:
+            shape: of the latents, `[B, C, H, W]` or `[B, C, T, H, W]`.
+            options: as for `stream`.
+
+        Returns:
+            The seconds it took.
+
+        Raises:
+            ValueError: as `stream`.
+
+        Warns:
+            RuntimeWarning: nothing can be compiled here (no C++ compiler?); calls run in eager PyTorch.
+        """
+        begin = time.perf_counter()
+        for call in self.calls.values():
+            call.compile()
+        stream = self.stream(torch.zeros(*shape, dtype=self.dtype, device=self.device), **options)
+        for _ in islice(stream, 2):  # the first chunk, and one like all others
+            pass
+        stream.close()
+        Platform(self.device).synchronize()
+        return time.perf_counter() - begin
 
     def decode(self, latents: Tensor, **options: Any) -> Tensor | None:
         """Decode latents to pictures.

@@ -115,6 +115,10 @@ class PlaneCall:
         """What the last call took."""
         return self._sharded.report
 
+    def compile(self) -> None:
+        """Compile what later calls are made of, on the CPU."""
+        self._sharded.compile()
+
     def choose(self, x: Tensor, sharing: Sharing, options: Mapping[str, Any]) -> Choice:
         """How ranks share a call. Collective.
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from halovae.plane import operators
+from halovae.plane import operators, windows
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
@@ -27,6 +27,12 @@ def flops(node: fx.Node) -> float:
         weight, x, cuts = _shape(node.args[1]), _shape(node.args[0]), cast(Any, node.args[6])
         twice: float = sum(width / x[dim] * (before + after) for dim, *_, width, before, after in cuts)
         return 2.0 * result * math.prod(weight[1:]) * (1 + twice)
+    if target is windows.convolution:
+        weight, x, cuts, early = _shape(node.args[1]), _shape(node.args[0]), cast(Any, node.args[4]), node.args[5]
+        twice = sum(width / x[dim] * (before + after) for dim, *_, width, before, after in cuts) if early else 0
+        return 2.0 * result * math.prod(weight[1:]) * (1 + twice)
+    if target in (windows.upsampled_convolution, windows.pointwise):
+        return 2.0 * result * math.prod(_shape(node.args[1])[1:])
     if target in _PRODUCTS:
         inner = _shape(node.args[1 if target in (aten.addmm.default, aten.baddbmm.default) else 0])[-1]
         return 2.0 * result * inner

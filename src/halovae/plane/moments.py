@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
+from halovae.plane.tensor import is_channels_last
+
 # Values of a map whose statistics are computed at once, but for groups that are larger: as many as a core's cache
 # holds, and so many that an accelerator is busy.
 _VALUES_ON_CPU, _VALUES = 2**18, 2**24
@@ -15,6 +17,8 @@ _VALUES_ON_CPU, _VALUES = 2**18, 2**24
 
 def moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Variance and mean `[N, groups]`. Some groups at once, so that there is no wide copy of all of them."""
+    if x.device.type == "cpu" and is_channels_last(x):
+        return _of_channels_last(x, groups, dtype)
     grouped = x.unflatten(1, (groups, -1)).flatten(2)
     limit = _VALUES_ON_CPU if x.device.type == "cpu" else _VALUES
     step = max(1, limit // (grouped[:, 0].numel() or 1))
@@ -34,6 +38,26 @@ def _variance_and_mean(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.var_mean(x, -1, correction=0)
     mean = x.mean(-1)
     return (x - mean.unsqueeze(-1)).square_().mean(-1), mean
+
+
+def _of_channels_last(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same where the channels of a cell lie together: of each channel, over some cells at once, then together."""
+    cells = x.movedim(1, -1).flatten(1, -2)
+    step = max(1, _VALUES_ON_CPU // (x.shape[0] * x.shape[1]))
+    parts = [part.to(dtype) for part in cells.split(step, 1)]
+    means = torch.stack([part.mean(1) for part in parts])
+    squares = [(part - mean.unsqueeze(1)).square_().mean(1) for part, mean in zip(parts, means, strict=True)]
+    variance, mean = together(torch.stack(squares), means, tuple(part.shape[1] for part in parts))
+    variances, means = (one.unflatten(1, (groups, -1)).movedim(-1, 0) for one in (variance, mean))
+    return together(variances, means, (1,) * len(means))
+
+
+def together(variances: Tensor, means: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Variance and mean of values whose parts have these, over the first dim (Chan et al. 1983)."""
+    mean = average(means, counts)
+    apart = means - mean
+    # Small operators: on an accelerator each takes as long as a large one takes to be queued.
+    return average(torch.addcmul(variances, apart, apart), counts), mean
 
 
 def average(x: Tensor, counts: tuple[int, ...]) -> Tensor:

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.kernels import EAGER, Kernels
 from halovae.lines import Scope
 from halovae.mesh import Mesh
 from halovae.plane.layout import Bounds, MeshDim
-from halovae.plane.moments import average, moments
+from halovae.plane.moments import moments, together
 from halovae.plane.tensor import is_channels_last
+from halovae.pool import Pool
 
 Interval = tuple[int, int]
 Wanted = tuple[tuple[Interval, ...], ...]  # by rank along a mesh dim: intervals, one after the other
@@ -29,20 +31,34 @@ _current = threading.local()
 
 
 @contextmanager
-def on(mesh: Mesh) -> Iterator[None]:
-    """Let this thread's operators reach the ranks of `mesh`."""
-    before = getattr(_current, "mesh", None)
-    _current.mesh = mesh
+def on(mesh: Mesh, kernels: Kernels = EAGER, pool: Pool | None = None) -> Iterator[None]:
+    """Let this thread's operators reach the ranks of `mesh`.
+
+    Args:
+        mesh: the ranks.
+        kernels: what passes over memory are made with, on the CPU.
+        pool: where maps lie that these make; None for a new one.
+    """
+    before = dict(vars(_current))
+    _current.mesh, _current.kernels, _current.pool = mesh, kernels, pool
     try:
         yield
     finally:
-        _current.mesh = before
+        vars(_current).clear()
+        vars(_current).update(before)
 
 
 def current() -> Mesh:
     """The mesh that operators use in this thread."""
     mesh: Mesh = _current.mesh
     return mesh
+
+
+def current_kernels() -> tuple[Kernels, Pool]:
+    """The kernels and the buffer pool of this thread."""
+    if _current.pool is None:
+        _current.pool = Pool(torch.device("cpu"))
+    return _current.kernels, _current.pool
 
 
 def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted) -> Tensor:
@@ -58,12 +74,12 @@ def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
     Returns:
         The wanted intervals side by side along `dim`.
     """
-    wait, joined = _fetching(lambda start, length: x.narrow(dim, start, length), x, dim, mesh_dim, bounds, wanted)
+    wait, joined = fetching(lambda start, length: x.narrow(dim, start, length), x, dim, mesh_dim, bounds, wanted)
     wait()
     return joined()
 
 
-def _fetching(
+def fetching(
     take: Callable[[int, int], Tensor], x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
 ) -> tuple[Callable[[], None], Callable[[], Tensor]]:
     """Start to fetch what `take` gives of this rank's rows or cols; returns what waits, and what then joins them."""
@@ -169,7 +185,7 @@ def convolution(
             return _region(x.narrow(dim, start, length), inner, [(-w, x.shape[at] + w) for at, _, w in known])
 
         intervals = tuple(mine if at == position[mesh_dim] else one for at, one in enumerate(wanted))
-        wait, joined = _fetching(take, x, dim, mesh_dim, bounds, intervals)
+        wait, joined = fetching(take, x, dim, mesh_dim, bounds, intervals)
         try:
             out = convolved(x, list(padding)) if out is None else out
         finally:
@@ -293,11 +309,7 @@ def group_norm(
     """
     items, channels = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    variances, means = gather(torch.stack(moments(x, groups, wide)), scope, len(counts)).unbind(1)
-    # Small operators: on an accelerator each takes as long as a large one takes to be queued.
-    mean = average(means, counts)
-    apart = means - mean
-    variance = average(torch.addcmul(variances, apart, apart), counts)
+    variance, mean = statistics(x, groups, scope, counts)
     shape = (2, items, groups, channels // groups)
     variance, mean = torch.stack((variance, mean)).unsqueeze(-1).expand(shape).reshape(2, -1).unbind()
     weight, bias = (None if one is None else one.to(wide) for one in (weight, bias))
@@ -305,6 +317,22 @@ def group_norm(
         weight, bias = (None if one is None else one.repeat(items) for one in (weight, bias))
     result = F.batch_norm(x.reshape(1, -1, *x.shape[2:]), mean, variance, weight, bias, eps=eps)
     return result.view(x.shape)
+
+
+def statistics(x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Variance and mean `[N, groups]` of the groups of a map, in fp32 at least, of all ranks' parts.
+
+    Args:
+        x: this rank's part `[N, C, *]`.
+        groups: of channels.
+        scope: the ranks that have parts.
+        counts: values of one group that each of these ranks has; empty if this rank has all of them.
+    """
+    variance, mean = moments(x, groups, torch.promote_types(x.dtype, torch.float32))
+    if not counts:
+        return variance, mean
+    variances, means = gather(torch.stack((variance, mean)), scope, len(counts)).unbind(1)
+    return together(variances, means, counts)
 
 
 # A rank that wants nothing of the result may have to send for it.
@@ -352,6 +380,11 @@ def _stride(mesh: Mesh, mesh_dim: MeshDim) -> int:
 
 def _position(mesh: Mesh, mesh_dim: MeshDim) -> int:
     return mesh.row if mesh_dim == "rows" else mesh.col
+
+
+def position(mesh_dim: MeshDim) -> int:
+    """Where along a mesh dim this thread's rank is."""
+    return _position(current(), mesh_dim)
 
 
 def _overlaps(intervals: Sequence[Interval], owned: Interval) -> list[Interval]:

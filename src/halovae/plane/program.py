@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from halovae.kernels import EAGER
 from halovae.mesh import Mesh
 from halovae.parts import part
 from halovae.plane import operators
@@ -39,6 +40,8 @@ class Program:
         dtype: of the result.
         random: whether it draws random numbers.
         writes: whether it writes to its input.
+        changes: how many changes each pass made, by its name.
+        kernels: what passes over memory are made with, on the CPU: eager or compiled.
         fallbacks: calls of operators that no rule covers, which run replicated.
         gathered: bytes that these receive.
         received: bytes that all operators receive.
@@ -48,11 +51,13 @@ class Program:
     def __init__(
         self, graph: fx.Graph, bodies: dict[str, fx.Graph], chunked: int | None, attributes: dict[str, Tensor],
         plane: Plane, takes: Layout, returns: Layout, dtype: torch.dtype, random: bool, writes: bool,
+        changes: dict[str, int],
     ) -> None:  # fmt: skip
         self.graph, self.bodies, self.chunked = graph, bodies, chunked
         self.streams = chunked is not None
         self.takes, self.returns, self.dtype = takes, returns, dtype
-        self.random, self.writes = random, writes
+        self.random, self.writes, self.changes = random, writes, changes
+        self.kernels = EAGER
         self.coordinates = plane.coordinates
         self.fallbacks, self.gathered = plane.fallbacks, plane.gathered
         self.received, self.computed = plane.received, plane.computed
@@ -116,7 +121,7 @@ class Program:
 
     @contextmanager
     def _running(self, mesh: Mesh) -> Iterator[None]:
-        with operators.on(mesh), torch.no_grad(), torch._C.DisableTorchFunction():
+        with operators.on(mesh, self.kernels), torch.no_grad(), torch._C.DisableTorchFunction():
             yield
 
     def nodes(self) -> Iterator[fx.Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -35,6 +35,7 @@ class ShardReport:
         gathered: the share of all computed bytes that these received.
         peak: bytes of live tensors at the highest point, weights and finished chunks apart, by the recorded graph; 0
             without one.
+        passes: how many changes each pass made to the graph, by its name.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class ShardReport:
     fallbacks: Mapping[str, int]
     gathered: float
     peak: int
+    passes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Chunks(Iterator["Tensor | None"]):

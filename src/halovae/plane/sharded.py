@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from halovae.geometry import Grid, Span, split
+from halovae.kernels import EAGER, compiled, works
 from halovae.lines import world_size
 from halovae.mesh import Mesh, Traffic, mesh_for
 from halovae.plane.keys import hooked, module_key, value_key, weights_digest
 from halovae.plane.layout import Factor, Layout, extent
+from halovae.plane.passes import chosen
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.results import Chunks, Gather, ShardReport, check_result, gathered, warn_of_fallbacks
@@ -39,6 +41,7 @@ class Sharded:
 
     Attributes:
         report: what the last call took; None before the first.
+        kernels: what passes over memory are made with, on the CPU: eager, or compiled once it is warmed up.
     """
 
     def __init__(
@@ -51,6 +54,16 @@ class Sharded:
         self._digests: dict[Any, str] = {}
         self._agreed: set[Any] = set()
         self.report: ShardReport | None = None
+        self.kernels = EAGER
+
+    def compile(self) -> None:
+        """Compile, on the CPU, what later calls are made of, as each part first runs; kept on disk between processes.
+
+        Warns:
+            RuntimeWarning: nothing can be compiled here (no C++ compiler?); calls run in eager PyTorch.
+        """
+        device = _device(self._modules, None)
+        self.kernels = compiled() if device.type == "cpu" and works(device) else EAGER
 
     def __call__(self, x: Tensor, *extras: Tensor, **how: Any) -> Tensor | None:
         """Call the function on all ranks, and join the chunks of its result. Collective.
@@ -110,7 +123,10 @@ class Sharded:
             self._check(x, used.grid, gather)
             key = self._key(used, x, extras, options)
             shapes = [(list(one.shape), str(one.dtype)) for one in (x, *extras)]
-            asked = f"{shapes}, grid {grid}, gather {gather}, options {value_key(options)}, weights {self._digest(key)}"
+            asked = (
+                f"{shapes}, grid {grid}, gather {gather}, options {value_key(options)}, passes {chosen()}, "
+                f"weights {self._digest(key)}"
+            )
         except (ValueError, TypeError) as refused:
             error = refused
         everyone.agree(asked, error, None)
@@ -127,6 +143,8 @@ class Sharded:
         with _without_gradients():
             program = self._settled(self._program(mine, rest, used, options, key), used, key)
         recorded = time.perf_counter() - begin
+        if isinstance(program, Program):
+            program.kernels = self.kernels
         if isinstance(program, Program) and program.random and used.grid.batch > 1:
             raise ValueError(
                 f"grid {used.grid}: the function draws random numbers, and ranks that share a batch would draw other "
@@ -199,9 +217,9 @@ class Sharded:
                 step = None
                 yield full
         source: Plane | Program = plane
-        chunked, eager, peak = None, "", 0
+        chunked, eager, peak, passes = None, "", 0, dict[str, int]()
         if isinstance(program, Program):
-            source, layout, peak = program, program.returns, program.peak
+            source, layout, peak, passes = program, program.returns, program.peak, program.changes
             chunked = program.chunked if program.streams else None
         else:
             eager = str(program)
@@ -219,6 +237,7 @@ class Sharded:
             dict(source.fallbacks),
             sum(source.gathered.values()) / max(1, source.computed),
             peak,
+            passes,
         )
         warn_of_fallbacks(source.fallbacks, source.gathered, source.computed)
 
@@ -339,7 +358,7 @@ def _settings(mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[
     shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
     kind = x.device.type
     casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return mesh.grid, mesh.rank, shapes, value_key(options), casting, torch.get_default_dtype()
+    return mesh.grid, mesh.rank, shapes, value_key(options), casting, torch.get_default_dtype(), chosen()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from halovae.mesh import Mesh
-from halovae.plane import operators
+from halovae.plane import operators, windows
 from halovae.plane.fingerprint import Unstable, fingerprint
 from halovae.plane.layout import Factor
 from halovae.plane.plane import Plane
@@ -39,8 +39,8 @@ from halovae.plane.trace import RECORDING
 
 LIMIT = 256 * 2**20  # bytes of all files
 LARGEST = 64 * 2**20  # bytes of one graph's constants
-_FORMAT = 2
-_FIELDS = ("chunked", "takes", "returns", "dtype", "random", "writes", "received", "computed")
+_FORMAT = 3
+_FIELDS = ("chunked", "takes", "returns", "dtype", "random", "writes", "changes", "received", "computed")
 _NAMED = {  # values of PyTorch's own kinds, by name
     str(value): value
     for value in vars(torch).values()
@@ -207,14 +207,15 @@ def _name(node: fx.Node) -> tuple[str, str]:
 
 @cache
 def _target(op: str, name: str) -> tuple[str, Any]:
-    """What a name stands for: an operator of ATen or of `plane.operators`, or an item of a result."""
+    """What a name stands for: an operator of ATen, `plane.operators` or `plane.windows`, or an item of a result."""
     place, _, function = name.rpartition(".")
     if op != "call_function":
         return op, name
     if name == "_operator.getitem":
         return op, operator.getitem
-    if place == operators.__name__:
-        return op, getattr(operators, function)
+    for module in (operators, windows):
+        if place == module.__name__:
+            return op, getattr(module, function)
     package, packet = place.split(".")
     if package != "aten":
         raise Unstable(f"{name} is no operator")

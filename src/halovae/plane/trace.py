@@ -25,6 +25,7 @@ from halovae.plane.chunks import split
 from halovae.plane.constants import Constants, Memory
 from halovae.plane.cuts import cut_early
 from halovae.plane.layout import local_shape
+from halovae.plane.passes import improve
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.repeats import LeakError, Repeats, clean
@@ -285,6 +286,8 @@ def _traced(
                 raise TypeError(f"expected a function that returns a tensor, but it returned {type(result).__name__}")
             lifted = plane.lift(result)
         bodies, chunked = recorder.finish(lifted.local, repeats)
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        changes = improve((recorder.graph, *bodies.values()), mesh)
     return Program(
         recorder.graph,
         bodies,
@@ -296,6 +299,7 @@ def _traced(
         lifted.dtype,
         recorder.random,
         recorder.writes(x.local),
+        changes,
     )
 
 

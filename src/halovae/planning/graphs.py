@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from halovae.geometry import Grid
 from halovae.lines import Lines, Scope
 from halovae.mesh import Mesh
-from halovae.plane import operators
+from halovae.plane import operators, windows
 from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
 from halovae.plane.live import is_operator, peak, shares, size
@@ -33,6 +33,8 @@ _CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
 _PRODUCTS = {
     aten.mm.default: 1, aten.bmm.default: 1, aten.linear.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2,
 }  # fmt: skip
+
+_RUN = (*operators.BETWEEN_RANKS, *windows.OPERATORS)  # priced by what they do
 
 WorkByKind = dict[tuple[str, str], Work]
 
@@ -178,7 +180,7 @@ class _Pricer:
         return messages, sent
 
     def _works(self, node: fx.Node) -> list[tuple[str, Work]]:
-        if node.target in operators.BETWEEN_RANKS:
+        if node.target in _RUN:
             return [(kind, work) for (_, kind), work in self._run(node)[0].items()]
         if node.target is operators.attention:
             copied = Work(1, bytes=2 * size_of(node))
@@ -189,7 +191,7 @@ class _Pricer:
 
     def scratch(self, node: fx.Node) -> int:
         """Bytes that an operator between ranks holds at its peak besides its result."""
-        return max(0, self._run(node)[1] - size(node)) if node.target in operators.BETWEEN_RANKS else 0
+        return max(0, self._run(node)[1] - size(node)) if node.target in _RUN else 0
 
     def _run(self, node: fx.Node) -> tuple[WorkByKind, int]:
         """What an operator between ranks does, and its peak, by running it on meta tensors."""

@@ -172,6 +172,8 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
         list(one) * (spatial if len(one) == 1 else 1) for one in (stride, padding, dilation, output_padding)
     )
     kernel = weight.shape[2:]
+    if x.padded is not None and not transposed and set(stride) == {1}:
+        x, padding = _unpadded(plane, x, padding)
     x = prepared(plane, x, spatial)
     channels = weight.shape[0]
     if transposed:
@@ -198,6 +200,24 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
     layout = (x.partition[0], (Factor(channels),) if channels != 1 else (), *(_dim(factor) for factor in factors))
     plane.note(layout)
     return plane.wrap(local, layout, strides=channels_last(shape(layout)) if last else None)
+
+
+def _unpadded(plane: Plane, x: PlaneTensor, padding: list[int]) -> tuple[PlaneTensor, list[int]]:
+    """A map before its rows and cols were padded with zeros, and what a convolution is to pad instead.
+
+    Nothing is copied to pad then, and halos are those of a convolution that pads. Zeros along other dims stay.
+    """
+    assert x.padded is not None
+    assert plane.recorder is not None
+    source, widths = x.padded
+    left, right, top, bottom = (*widths, 0, 0, 0, 0)[:4]
+    moved = any(plane.recorder.writes(one.local) for one in (x, source))
+    if moved or (left, top) != (right, bottom) or len(padding) < 2 or not (left or top):
+        return x, padding
+    rest = [0, 0, 0, 0, *widths[4:]]
+    if any(rest):
+        source = aten.constant_pad_nd(source, rest)
+    return source, [*padding[:-2], padding[-2] + top, padding[-1] + left]
 
 
 def _cuts(

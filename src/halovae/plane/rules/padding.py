@@ -26,7 +26,7 @@ def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
             before, after = (min(width, 0) for width in widths[2 * at : 2 * at + 2])
             x = x.narrow(x.ndim - 1 - at, -before, x.shape[x.ndim - 1 - at] + before + after)
         return func(x, [max(width, 0) for width in widths], *value, **kwargs)
-    layout, pads = list(x.partition), list(widths) + [0] * (2 * x.ndim - len(widths))
+    before_padding, layout, pads = x, list(x.partition), list(widths) + [0] * (2 * x.ndim - len(widths))
     for dim in range(x.ndim):
         at = 2 * (x.ndim - 1 - dim)
         before, after = pads[at : at + 2]
@@ -49,7 +49,10 @@ def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         layout[dim] = (Factor(size, factor.mesh_dim, bounds),)
     # A rank that pads nothing copies all the same: PyTorch returns a tensor of its own.
     local = func(x.local, pads, *value, **kwargs) if any(pads) else x.local.clone()
-    return plane.wrap(local, tuple(layout))
+    result = plane.wrap(local, tuple(layout))
+    if plane.recorder is not None and not any((*value, *kwargs.values())):
+        result.padded = before_padding, tuple(widths)
+    return result
 
 
 def reindexed(

@@ -1,0 +1,55 @@
+"""Rewrites of a recorded graph that make it fast. Each knows operators, never models.
+
+`HALOVAE_PASSES` names those that run, with commas between them; empty for none. By default all run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+from torch import fx
+
+from halovae.mesh import Mesh
+from halovae.plane.passes import channels_last, convolutions, dead_taps, identities, in_place, norms, upsampling
+
+PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
+    "convolutions": convolutions.run,
+    "dead-taps": dead_taps.run,
+    "identities": identities.run,
+    "upsampling": upsampling.run,
+    "norms": norms.run,
+    "channels-last": channels_last.run,
+    "in-place": in_place.run,
+}
+
+
+def chosen() -> tuple[str, ...]:
+    """The passes that run, in their order.
+
+    Raises:
+        ValueError: `HALOVAE_PASSES` names one that there is not.
+    """
+    named = os.environ.get("HALOVAE_PASSES")
+    if named is None:
+        return tuple(PASSES)
+    asked = {name.strip() for name in named.split(",")} - {""}
+    if unknown := asked - PASSES.keys():
+        raise ValueError(
+            f"HALOVAE_PASSES={named}: there is no pass {', '.join(sorted(unknown))}; expected some of "
+            f"{', '.join(PASSES)}"
+        )
+    return tuple(name for name in PASSES if name in asked)
+
+
+def improve(graphs: Iterable[fx.Graph], mesh: Mesh) -> dict[str, int]:
+    """Run the passes over a program's graphs.
+
+    Returns:
+        How many changes each made, by its name.
+    """
+    graphs = list(graphs)
+    changes = {name: sum(PASSES[name](graph, mesh) for graph in graphs) for name in chosen()}
+    for graph in graphs:
+        graph.lint()
+    return changes

@@ -1,0 +1,78 @@
+"""What passes ask of a recorded graph, and how they put nodes in."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from halovae.mesh import Mesh
+from halovae.plane import operators, windows
+from halovae.plane.live import root
+
+
+def shared(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose memory may be another's, too, or is written to, by `live.root`.
+
+    Called graphs may return views of what they take, and write to it. What a graph takes or returns is its caller's.
+    """
+    found = set()
+    for node in graph.nodes:
+        schema: Any = getattr(node.target, "_schema", None)
+        for argument, value in zip(() if schema is None else schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+                found.add(root(value))
+        if node.target in (operators.pack, operators.emit) or node.op == "output":
+            found |= set(map(root, node.all_input_nodes))
+        if node.op != "call_function" or node.target in (operators.take, operator.getitem):
+            found.add(root(node))
+    return found
+
+
+def only_user(node: Any, target: Any) -> bool:
+    """Whether a value is a node that calls `target`, and whose result one node uses."""
+    return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1
+
+
+def same(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes have results of one shape and dtype."""
+    return all(node.meta[name] == other.meta[name] for name in ("shape", "dtype"))
+
+
+def replaced(node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], *others: fx.Node) -> fx.Node:
+    """Put a call in place of a node.
+
+    Args:
+        node: what it replaces.
+        function: what is called.
+        args: with what.
+        others: nodes whose messages the call sends, too.
+    """
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(function, args)
+    new.meta = {**node.meta}
+    for name in ("messages", "sent"):
+        new.meta[name] = sum(one.meta.get(name, 0) for one in (node, *others))
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    for one in others:
+        if not one.users:
+            one.graph.erase_node(one)
+    return new
+
+
+def recounted(node: fx.Node, mesh: Mesh) -> None:
+    """Note the messages that a convolution's halos are now, and their bytes. It has no norm yet."""
+    cuts: Any = node.args[3 if node.target is windows.upsampled_convolution else 4]
+    x: Any = node.args[0]
+    with _disable_current_modes():
+        part: Tensor = torch.empty(x.meta["shape"], dtype=x.meta["dtype"], device="meta")
+        messages = sent = 0
+        for dim, mesh_dim, bounds, wanted, *_ in cuts:
+            part, more, size = operators.fetched_shape(mesh, part, dim, mesh_dim, bounds, wanted)
+            messages, sent = messages + more, sent + size
+    node.meta |= {"messages": messages, "sent": sent}

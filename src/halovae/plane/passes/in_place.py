@@ -1,0 +1,55 @@
+"""Pointwise operators write over their first input where nobody needs it any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from halovae.mesh import Mesh
+from halovae.plane import operators, windows
+from halovae.plane.live import root
+from halovae.plane.passes.graphs import same, shared
+
+aten = torch.ops.aten
+_OVERWRITING: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.silu.default: aten.silu_.default,
+}
+# Operators whose result is memory of its own: it is neither a view nor another one's.
+_ALLOCATING = (
+    *_OVERWRITING, *_OVERWRITING.values(), aten.convolution.default, aten.constant_pad_nd.default,
+    aten.upsample_nearest2d.default, operators.convolution, operators.group_norm, windows.convolution,
+    windows.pointwise, windows.upsampled_convolution,
+)  # fmt: skip
+
+
+def run(graph: fx.Graph, mesh: Mesh) -> int:
+    """Returns how many operators write over their input."""
+    last: dict[fx.Node, fx.Node] = {}  # by the node in whose memory results lie
+    for node in graph.nodes:
+        for one in (node, *node.all_input_nodes):
+            last[root(one)] = node
+    kept, found = shared(graph), 0
+    for node in list(graph.nodes):
+        if node.target not in _OVERWRITING:
+            continue
+        x: Any = node.args[0]
+        if not isinstance(x, fx.Node) or not same(node, x) or last[root(x)] is not node:
+            continue
+        if root(x) in kept or root(x).target not in _ALLOCATING or not same(root(x), x):
+            continue
+        if sum(root(one) is root(x) for one in node.all_input_nodes) > 1:
+            continue  # it reads another view of what it would write to
+        owner, until = root(x), last.pop(node)
+        if node in kept:
+            kept.add(owner)
+        node.target = _OVERWRITING[node.target]  # now its result lies in its input's memory
+        last[owner] = until
+        found += 1
+    return found

@@ -1,0 +1,230 @@
+"""Convolutions of 3 x 3 cells in space, as graph passes make them: with the norm, SiLU and upsampling before them.
+
+A window is all that a rank's part of a convolution depends on: its own part of the map, the halos of its neighbors, and
+zeros where the picture ends. Where Winograd's convolution is the faster one, the map is normalized and activated
+straight into the window. Where it is not, PyTorch's operators do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae import winograd
+from halovae.lines import Scope
+from halovae.plane import operators
+from halovae.plane.operators import Cut
+
+aten = torch.ops.aten
+Norm = tuple[int, float, Scope, tuple[int, ...]]  # groups, eps, and scope and counts as `operators.statistics` has them
+_VALUES = 2**18  # of a map that are normalized at once
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], cuts: tuple[Cut, ...], early: bool,
+    gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
+) -> Tensor:  # fmt: skip
+    """A convolution of stride 1 of a map that is normalized and activated before.
+
+    Args:
+        x: this rank's part `[N, C, *]`.
+        weight: `[C', C, *, 3, 3]`.
+        bias: `[C']`.
+        padding: of each spatial dim, 1 of the last two.
+        cuts: the dims along which other ranks have what this one needs.
+        early: whether PyTorch's convolution computes while halos travel, as `operators.convolution` does.
+        gamma: `[C]`, GroupNorm's weight.
+        beta: `[C]`, GroupNorm's bias.
+        norm: GroupNorm; None where there is none.
+        silu: whether SiLU comes before the convolution.
+
+    Returns:
+        This rank's part of the result, `[N, C', *]`.
+    """
+    frames = x.shape[2] + 2 * padding[0] - weight.shape[2] + 1 if x.ndim == 5 else 1
+    kernels, pool = operators.current_kernels()
+    cells = x.shape[0] * frames * x.shape[-2] * x.shape[-1]
+    if min(x.shape[-2:]) < winograd.PLAIN.results or not winograd.pays(
+        winograd.PLAIN, weight, cells, kernels, x.device.type
+    ):
+        return _direct(_activated(x, gamma, beta, norm, silu), weight, bias, padding, cuts, early)
+    window = _window(x, padding[0] if x.ndim == 5 else 0)
+    own = window[..., 1:-1, 1:-1]
+    own = own[:, :, padding[0] : own.shape[2] - padding[0]] if x.ndim == 5 else own[:, :, 0]
+    if norm is None:
+        own.copy_(x)
+        if silu:
+            F.silu(own, inplace=True)
+    else:
+        _normalize(x, gamma, beta, norm, silu, own)
+    flat = window if x.ndim == 5 else window[:, :, 0]
+    _fetch_halos(flat, cuts)
+    whole = weight if x.ndim == 5 else weight.unsqueeze(2)
+    shape = x.shape[0], weight.shape[0], frames, *x.shape[-2:]
+    result = winograd.convolved(
+        window, whole, bias, lambda: pool.empty(shape, x.dtype), lambda part: _plain(part, whole, bias), kernels, pool
+    )
+    return result if x.ndim == 5 else result[:, :, 0]
+
+
+def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: tuple[Cut, ...]) -> Tensor:
+    """A convolution, padded by 1, of a map whose rows and cols are repeated before: halos travel at the low resolution.
+
+    Args:
+        x: this rank's part `[N, C, H, W]`.
+        weight: `[C', C, 3, 3]`.
+        bias: `[C']`.
+        cuts: the dims of `x` along which other ranks have what this one needs.
+
+    Returns:
+        This rank's part of the result, `[N, C', 2H, 2W]`.
+    """
+    kernels, pool = operators.current_kernels()
+    items, _, height, width = x.shape
+    folded = winograd.pays(winograd.UPSAMPLING, weight, items * height * width, kernels, x.device.type)
+    if not folded and not cuts:
+        return F.conv2d(_upsampled(x), weight, bias, padding=1)
+    window = _window(x, 0) if folded else None
+    if window is None:
+        for dim, mesh_dim, bounds, wanted, *_ in cuts:
+            x = operators.fetch(x, dim, mesh_dim, bounds, wanted)
+        larger, padding = _upsampled(x), [1, 1]
+        for dim, *_ in cuts:
+            larger, padding[dim - 2] = larger.narrow(dim, 1, larger.shape[dim] - 2), 0
+        return F.conv2d(larger, weight, bias, padding=padding)
+    window[:, :, 0, 1:-1, 1:-1].copy_(x)
+    _fetch_halos(window[:, :, 0], cuts)
+    out = pool.empty((items, weight.shape[0], 1, 2 * height, 2 * width), x.dtype)
+    winograd.convolve(winograd.UPSAMPLING, window, weight.unsqueeze(2), bias, out, kernels, pool)
+    return out[:, :, 0]
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of one cell. Where channels lie side by side, a map is a matrix as it is.
+
+    PyTorch (2.13) copies such maps first where the weights do not lie so: 256 to 128 channels of 256 x 256 cells take
+    62 ms, the product of matrices 24 (fp32, one thread).
+
+    Args:
+        x: this rank's part `[N, C, *]`.
+        weight: `[C', C, 1, ...]`.
+        bias: `[C']`.
+    """
+    if x.device.type == "cpu" and x.stride(1) == 1 and x.shape[1] > 1:
+        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    return _plain(x, weight, bias)
+
+
+OPERATORS = (convolution, pointwise, upsampled_convolution)
+
+
+def _upsampled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _direct(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], cuts: Sequence[Cut], early: bool
+) -> Tensor:
+    """By PyTorch's convolution."""
+    left = list(padding)
+    if cuts and early:
+        ones = (1,) * len(padding)
+        return operators.convolution(x, weight, bias, padding, ones, 1, tuple(cuts))
+    for dim, mesh_dim, bounds, wanted, *_ in cuts:
+        x = operators.fetch(x, dim, mesh_dim, bounds, wanted)
+        left[dim - 2] = 0
+    return _plain(x, weight, bias, left)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int] = ()) -> Tensor:
+    if weight.ndim == 5 and weight.shape[2] == 1 and x.shape[2] == 1 and not any(padding[:1]):
+        return F.conv2d(x[:, :, 0], weight[:, :, 0], bias, padding=tuple(padding[1:]) or 0).unsqueeze(2)
+    spatial = weight.ndim - 2
+    zeros = [0] * spatial
+    result: Tensor = aten.convolution.default(
+        x, weight, bias, [1] * spatial, list(padding) or zeros, [1] * spatial, False, zeros, 1
+    )
+    return result
+
+
+def _activated(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool) -> Tensor:
+    """The map normalized and activated, by PyTorch's operators."""
+    if norm is not None:
+        groups, eps, scope, counts = norm
+        if counts:
+            x = operators.group_norm(x, gamma, beta, groups, eps, scope, counts)
+        else:
+            x = operators.whole_group_norm(x, groups, gamma, beta, eps)
+    return F.silu(x, inplace=norm is not None) if silu else x
+
+
+def _normalize(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm, silu: bool, out: Tensor) -> None:
+    """GroupNorm and SiLU of a map, into `out`, in fp32 at least and rounded once.
+
+    Some rows at once, so that they stay in a core's cache between the operators: of 128 x 256 x 256 it takes 15 ms,
+    where a compiled loop takes 35 and PyTorch's operators one after the other 60 (fp32, one thread, torch 2.13).
+    """
+    groups, eps, scope, counts = norm
+    items, channels = x.shape[:2]
+    variance, mean = operators.statistics(x, groups, scope, counts)
+    shape = (items, groups, channels // groups)
+    scale = (variance + eps).rsqrt().unsqueeze(-1).expand(shape).reshape(items, channels)
+    scale = scale if gamma is None else scale * gamma.to(scale.dtype)
+    shift = mean.unsqueeze(-1).expand(shape).reshape(items, channels) * -scale
+    shift = shift if beta is None else shift + beta.to(shift.dtype)
+    rows = max(1, _VALUES // (x[0].numel() // x.shape[-2]))
+    for start in range(0, x.shape[-2], rows):
+        span = (..., slice(start, start + rows), slice(None))
+        for one, target, times, plus in zip(x[span], out[span], scale, shift, strict=True):
+            source, result = one.movedim(0, -1), target.movedim(0, -1)
+            if result.dtype == times.dtype:
+                torch.addcmul(plus, source, times, out=result)
+                if silu:
+                    F.silu(result, inplace=True)
+            else:
+                wide = torch.addcmul(plus, source.to(times.dtype), times)
+                result.copy_(F.silu(wide, inplace=True) if silu else wide)
+
+
+def _window(x: Tensor, frames: int) -> Tensor:
+    """Memory for a map `[N, C, T, H, W]` with rings of zeros: `frames` before and after it, one row and one col."""
+    _, pool = operators.current_kernels()
+    depth = x.shape[2] if x.ndim == 5 else 1
+    shape = (x.shape[0], x.shape[1], depth + 2 * frames, x.shape[-2] + 2, x.shape[-1] + 2)
+    window = pool.empty(shape, x.dtype)
+    for dim, width in ((2, frames), (3, 1), (4, 1)):
+        window.narrow(dim, 0, width).zero_()
+        window.narrow(dim, window.shape[dim] - width, width).zero_()
+    return window
+
+
+def _fetch_halos(window: Tensor, cuts: Sequence[Cut]) -> None:
+    """Fill what of a window's ring other ranks have."""
+    known: list[int] = []
+    for dim, mesh_dim, bounds, wanted, width, *_ in cuts:
+        # Along a dim that was filled before, its halos travel too: they are the corners.
+        inner = window
+        for at in range(window.ndim - 2, window.ndim):
+            if at not in known:
+                inner = inner.narrow(at, 1, window.shape[at] - 2)
+        position = operators.position(mesh_dim)
+        start, stop = wanted[position][0]
+        mine = ((start, start + width), (stop - width, stop))
+        intervals = tuple(mine if at == position else one for at, one in enumerate(wanted))
+
+        def take(first: int, length: int, dim: int = dim, inner: Tensor = inner) -> Tensor:
+            return inner.narrow(dim, first, length)
+
+        wait, joined = operators.fetching(take, inner, dim, mesh_dim, bounds, intervals)
+        wait()
+        halos = joined()
+        ring = window
+        for at in range(window.ndim - 2, window.ndim):
+            if at not in known and at != dim:
+                ring = ring.narrow(at, 1, window.shape[at] - 2)
+        ring.narrow(dim, 0, 1).copy_(halos.narrow(dim, 0, 1))
+        ring.narrow(dim, window.shape[dim] - 1, 1).copy_(halos.narrow(dim, 1, 1))
+        known.append(dim)

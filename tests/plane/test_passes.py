@@ -1,0 +1,319 @@
+"""Passes over recorded graphs: each alone and all together, exact on any grid, with the messages that graphs tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plane.test_trace import picture, recorded
+from torch import Tensor, nn
+
+from halovae import Grid, winograd
+from halovae.kernels import compiled
+from halovae.plane import operators, passes, windows
+from halovae.plane.program import Program
+
+aten = torch.ops.aten
+GRIDS = tuple(map(Grid.parse, ("1x1", "2x1", "1x2", "2x2", "3x1")))
+
+
+class Block(nn.Module):
+    """A residual block as autoencoders have it, with its shortcut and an upsampling before."""
+
+    def __init__(self, channels: int = 4, outputs: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(2, channels), nn.Conv2d(channels, outputs, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(4, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut, self.upsampled = nn.Conv2d(channels, outputs, 1), nn.Conv2d(outputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv1(F.silu(self.norm1(x)))
+        inner = self.conv2(F.silu(self.norm2(inner)))
+        total = (self.shortcut(x) + inner) / 1.0
+        return self.upsampled(F.interpolate(total, scale_factor=2.0, mode="nearest"))
+
+
+class Causal(nn.Module):
+    """A convolution in time that pads in front, as Wan's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.conv(F.pad(x, (1, 1, 1, 1, 2, 0)))
+        return found
+
+
+def seeded(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return make().to(dtype)
+
+
+def check(module: nn.Module, x: Tensor, grids: tuple[Grid, ...] = GRIDS, atol: float = 1e-12) -> list[Program]:
+    with torch.no_grad():
+        expected = module(x.clone())
+    programs = []
+    for grid in grids:
+        for full, program, mesh in recorded(module, x, grid, module):
+            torch.testing.assert_close(full, expected, rtol=0, atol=atol * float(expected.abs().max()))
+            assert (program.messages, program.bytes_sent) == (mesh.traffic.messages, mesh.traffic.bytes)
+            programs.append(program)
+    return programs
+
+
+def targets(program: Program) -> list[Any]:
+    return [node.target for node in program.nodes()]
+
+
+@pytest.mark.parametrize("name", [*passes.PASSES, "all"])
+def test_a_block_is_exact_with_each_pass_and_with_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name != "all":  # some build on convolutions' own operator
+        monkeypatch.setenv("HALOVAE_PASSES", f"convolutions,{name}")
+    for program in check(seeded(Block), picture(1, 4, 13, 11)):
+        assert program.changes.get(name, 1) or name == "dead-taps" or name == "channels-last"
+
+
+def test_without_passes_a_graph_has_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALOVAE_PASSES", "")
+    (program,) = check(seeded(Block), picture(1, 4, 13, 11), (Grid(),))
+    assert not program.changes
+    assert targets(program).count(aten.convolution.default) == 4
+    assert targets(program).count(operators.whole_group_norm) == 2
+
+
+def test_an_unknown_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALOVAE_PASSES", "norms,faster")
+    with pytest.raises(ValueError, match="there is no pass faster; expected some of convolutions, dead-taps"):
+        passes.chosen()
+
+
+def test_a_block_becomes_four_operators_and_a_sum() -> None:
+    (program,) = check(seeded(Block), picture(1, 4, 13, 11), (Grid(),))
+    expected = [windows.convolution, windows.convolution, windows.pointwise, aten.add_.Tensor]
+    assert sorted(map(str, targets(program))) == sorted(map(str, [*expected, windows.upsampled_convolution]))
+    one, two = (node for node in program.nodes() if node.target is windows.convolution)
+    assert one.args[8] == (2, 1e-5, "plane", ())
+    assert (two.args[8], two.args[9]) == ((4, 1e-5, "plane", ()), True)
+
+
+def test_a_map_that_others_need_is_not_written_over() -> None:
+    def function(x: Tensor) -> Tensor:
+        first = x + 1
+        view, second = first[..., :1], first + 2
+        third = second + first  # the last use of `first`, but not of its view
+        return third + view
+
+    module = nn.Module()
+    module.forward = function
+    for program in check(module, picture(1, 2, 6, 5)):
+        assert program.changes["in-place"] == 2  # the sums of `second` and `third`
+
+
+def test_an_input_is_never_written_over() -> None:
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(x[:, :, 1:-1] if x.shape[2] > 8 else x) * 2
+
+    x = picture(1, 2, 6, 5)
+    before = x.clone()
+    check(Module(), x)
+    assert torch.equal(x, before)
+
+
+def test_what_is_written_to_keeps_its_copies() -> None:
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            neutral = x * 1
+            neutral += 3
+            return F.silu(neutral / 1) + x
+
+    check(Module(), picture(1, 2, 6, 5))
+
+
+class Loop(nn.Module):
+    """Calls a submodule for each frame, which returns a view of what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Inner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1))
+
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                return F.silu(self.conv(x)) * 1, x[:, :1]
+
+        self.decoder = Inner()
+
+    def forward(self, z: Tensor) -> Tensor:
+        found, views = [], []
+        for one in torch.split(z, 1, 2):
+            larger = F.silu(one * 2)
+            y, view = self.decoder(larger)
+            found.append(y + F.silu(larger) + 0)
+            views.append(view)
+        return torch.cat(found, 2) + torch.cat(views, 2)
+
+
+def test_what_a_called_graph_returns_a_view_of_is_not_written_over() -> None:
+    for program in check(seeded(Loop), picture(1, 2, 5, 6, 7)):
+        assert program.bodies
+        assert program.changes["in-place"]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_taps_that_meet_only_zeros_go(frames: int) -> None:
+    module = seeded(Causal)
+    for program in check(module, picture(1, 3, frames, 7, 9)):
+        (node,) = (node for node in program.nodes() if node.target is windows.convolution)
+        taps = {1: 1, 2: 2, 3: 3}[frames]
+        assert node.args[1].meta["shape"][2] == taps  # type: ignore[union-attr]
+        assert node.args[0].meta["shape"][2] == frames + taps - 1  # type: ignore[union-attr]
+        assert program.changes["dead-taps"] == int(taps < 3)
+
+
+def test_padding_that_is_not_zeros_or_not_even_stays() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.pad(x, (1, 1, 1, 1), value=2.0))[..., 1:] + self.conv(F.pad(x, (0, 2, 1, 1)))[..., 1:]
+
+    check(seeded(Module), picture(1, 2, 7, 9))
+
+
+def test_padding_that_was_written_to_stays() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            padded = F.pad(x, (1, 1, 1, 1))
+            padded += 1
+            found: Tensor = self.conv(padded)
+            return found
+
+    check(seeded(Module), picture(1, 2, 7, 9))
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Winograd for any map in fp32, by eager kernels."""
+    monkeypatch.setattr(winograd, "pays", lambda scheme, weight, *_: weight.dtype == torch.float32)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_winograd_is_exact_on_any_grid(layout: torch.memory_format) -> None:
+    module = seeded(Block, torch.float32)
+    for size in ((13, 11), (16, 24), (9, 8)):
+        check(module, picture(2, 4, *size).float().contiguous(memory_format=layout), atol=2e-5)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("frames", [1, 3])
+def test_winograd_of_frames_is_exact_on_any_grid(frames: int) -> None:
+    check(seeded(Causal, torch.float32), picture(1, 3, frames, 13, 9).float(), atol=2e-5)
+
+
+@pytest.mark.usefixtures("always")
+def test_ranks_that_use_winograd_and_ranks_that_do_not_understand_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        winograd, "pays", lambda scheme, weight, cells, *_: cells > 40 and weight.dtype != torch.float64
+    )
+    check(seeded(Block, torch.float32), picture(1, 4, 11, 9).float(), atol=2e-5)
+
+
+def test_half_precision_rounds_no_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "pays", lambda *_: True)
+    module, x = seeded(Block, torch.float32), picture(1, 4, 16, 16).float()
+    with torch.no_grad():
+        exact = module(x)
+        plain = (module.bfloat16()(x.bfloat16()).float() - exact).square().mean()
+    for full, *_ in recorded(module, x.bfloat16(), Grid(rows=2), module):
+        assert (full.float() - exact).square().mean() < 1.1 * plain
+
+
+@pytest.mark.slow
+def test_compiled_kernels_are_exact() -> None:
+    class Wide(Block):
+        def __init__(self) -> None:
+            super().__init__(32, 32)
+
+    module, x = seeded(Wide, torch.float32), picture(1, 32, 36, 34).float()
+    with torch.no_grad():
+        expected = module(x)
+    for grid in (Grid(), Grid(rows=2)):
+        for full, program, mesh in recorded(module, x, grid, module):
+            assert torch.allclose(full, expected, atol=1e-5)
+            if grid.size == 1:
+                program.kernels = compiled()
+                torch.testing.assert_close(program(x.clone(), mesh), expected, rtol=0, atol=2e-5)
+
+
+QUICK = settings(
+    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+class Random(nn.Module):
+    """Convolutions, norms, sums, upsamplings and views in random order."""
+
+    def __init__(self, steps: list[int]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.steps = steps
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3 if step % 2 else 1, padding=step % 2) for step in steps)
+        self.norms = nn.ModuleList(nn.GroupNorm(2, 4) for _ in steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, larger = x, 0
+        for step, conv, norm in zip(self.steps, self.convs, self.norms, strict=True):
+            if step in (0, 1):
+                x = conv(x)
+            elif step in (2, 3):
+                x = conv(F.silu(norm(x)))
+            elif step == 4:
+                x, kept = x + kept, x
+            elif step == 5 and larger < 1:
+                x = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                kept, larger = x, larger + 1
+            elif step == 6:
+                x = x.transpose(-1, -2).transpose(-1, -2) / 1 + 0
+            elif step == 7:
+                x = F.silu(x) * x
+            elif step == 8:
+                kept = F.silu(kept)
+            else:
+                x = F.conv2d(F.pad(x, (1, 1, 1, 1)), x.new_ones(()).expand(4, 4, 3, 3) / 9)
+        return x - kept
+
+
+def drawn(data: st.DataObject) -> None:
+    steps = data.draw(st.lists(st.integers(0, 9), min_size=2, max_size=9))
+    grid = data.draw(st.sampled_from(GRIDS))
+    size = data.draw(st.integers(6, 12)), data.draw(st.integers(6, 12))
+    check(Random(steps).double(), picture(data.draw(st.integers(1, 2)), 4, *size), (grid,), atol=1e-11)
+
+
+@QUICK
+@given(data=st.data())
+def test_any_network_is_exact(data: st.DataObject) -> None:
+    drawn(data)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=400, derandomize=False, print_blob=True)
+@given(data=st.data())
+def test_many_networks_are_exact(data: st.DataObject) -> None:
+    drawn(data)

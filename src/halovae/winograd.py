@@ -113,7 +113,7 @@ def pays(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: s
 
 def convolved(
     window: Tensor, weight: Tensor, bias: Tensor | None, out: Callable[[], Tensor], direct: Callable[[Tensor], Tensor],
-    kernels: Kernels, pool: Pool, *, device: str = "cpu", add: bool = False,
+    kernels: Kernels, pool: Pool, *, device: str = "cpu", add: bool = False, ready: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """A window convolved without padding, in whole tiles where that pays, and directly where it does not.
 
@@ -127,16 +127,19 @@ def convolved(
         pool: for scratch memory.
         device: the kind of device.
         add: add to what `out` holds.
+        ready: is called before the window's first or last row is read, which others may write until then.
     """
     frames, rows, cols = (extent - taps + 1 for extent, taps in zip(window.shape[2:], weight.shape[2:], strict=True))
     # Whole tiles, then what is left below and beside them.
     down, across = (extent - extent % PLAIN.results for extent in (rows, cols))
     if not (down and across and pays(PLAIN, weight, frames * rows * cols, kernels, device)):
+        if ready is not None:
+            ready()
         data = direct(window)
         return out().add_(data) if add else data
     result = out()
     whole = result[..., :down, :across]
-    convolve(PLAIN, window[..., : down + 2, : across + 2], weight, bias, whole, kernels, pool, add=add)
+    convolve(PLAIN, window[..., : down + 2, : across + 2], weight, bias, whole, kernels, pool, add=add, ready=ready)
     for rest, left in (
         (window[..., down:, :], result[..., down:, :]),
         (window[..., : down + 2, across:], result[..., :down, across:]),
@@ -149,7 +152,7 @@ def convolved(
 
 def convolve(
     scheme: Scheme, window: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, kernels: Kernels, pool: Pool, *,
-    add: bool = False,
+    add: bool = False, ready: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
     """Convolve a window, without padding, into `out`.
 
@@ -162,15 +165,19 @@ def convolve(
         kernels: eager or compiled.
         pool: for scratch memory.
         add: add to what `out` holds.
+        ready: as for `convolved`.
     """
     name = next(name for name, one in SCHEMES.items() if one is scheme)
     plan = _Plan.of(scheme, window, weight, out)
     scratch = pool.scratch(plan.scratch)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     for item, result in zip(window.unbind(0), out.unbind(0), strict=True):
-        torch.ops.halovae.convolve(
-            item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, name, add, kernels is not EAGER
-        )
+        maps = item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, name, add, kernels is not EAGER
+        if ready is None:
+            torch.ops.halovae.convolve(*maps)
+        else:
+            _convolve(*maps, ready)
+            ready = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,7 @@ class _Plan:
 
 def _convolve(
     window: Tensor, weight: Tensor, bias: Tensor, out: Tensor, scratch: Tensor, scheme: str, add: bool,
-    use_compiled: bool,
+    use_compiled: bool, ready: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
     """One item: `window` is `[T + taps - 1, H, W, C]` and `out` `[T, H', W', O]`."""
     how, kernels = SCHEMES[scheme], compiled() if use_compiled else EAGER
@@ -221,7 +228,15 @@ def _convolve(
     for first in range(0, len(weight), plan.block):
         block = slice(first, min(first + plan.block, len(weight)))
         transformed = _transformed(weight[block], how, weights)
-        for row in range(0, tile_rows, plan.band):
+        bands = list(range(0, tile_rows, plan.band))
+        if ready is not None:  # those between the first and the last one come before them
+            bands = [*bands[1:-1], -1, *bands[:1], *bands[1:][-1:]]
+        for row in bands:
+            if row < 0:
+                assert ready is not None
+                ready()
+                ready = None
+                continue
             rows = min(plan.band, tile_rows - row)
             start = row * how.step
             band = window[:, start : start + (rows - 1) * how.step + len(how.spread[0])]

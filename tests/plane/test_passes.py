@@ -136,6 +136,47 @@ def test_what_is_written_to_keeps_its_copies() -> None:
     check(Module(), picture(1, 2, 6, 5))
 
 
+class Cells(nn.Module):
+    """The norm over channels, SiLU and causal convolution of Wan's VAE."""
+
+    def __init__(self, least: float = 1e-12) -> None:
+        super().__init__()
+        self.gamma, self.conv, self.least = nn.Parameter(torch.randn(3, 1, 1, 1)), nn.Conv3d(3, 4, 3), least
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized = F.normalize(x, dim=1, eps=self.least) * 3**0.5 * self.gamma + 0.0
+        found: Tensor = self.conv(F.pad(F.silu(normalized), (1, 1, 1, 1, 2, 0)))
+        return found
+
+
+@pytest.mark.parametrize("least", [1e-12, 1.5])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_norms_over_channels_are_part_of_a_convolution(least: float, frames: int) -> None:
+    module = seeded(lambda: Cells(least))
+    for program in check(module, picture(2, 3, frames, 13, 9)):
+        if frames == 1:  # else frames of zeros come between
+            assert targets(program) == [aten.slice.Tensor, windows.convolution]
+            (node,) = (node for node in program.nodes() if node.target is windows.convolution)
+            assert node.args[8:] == ((least, 3**0.5), True)
+
+
+def test_what_only_resembles_a_norm_over_channels_stays() -> None:
+    class Module(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.how, self.gamma, self.conv = how, nn.Parameter(torch.randn(4, 1, 1)), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            length = x.norm(dim=2 if self.how == "rows" else 1, p=1 if self.how == "order" else 2, keepdim=True)
+            y = (x + 1 if self.how == "other" else x) / length.clamp_min(1e-3)
+            y = y * (x.mean() if self.how == "scalar" else self.gamma) * self.gamma
+            return self.conv(y) + (length if self.how == "kept" else 0)
+
+    for how in ("rows", "order", "other", "scalar", "kept", "twice"):
+        torch.manual_seed(0)
+        check(Module(how).double(), picture(1, 4, 8, 7), GRIDS[:3])
+
+
 class Loop(nn.Module):
     """Calls a submodule for each frame, which returns a view of what it gets."""
 
@@ -214,10 +255,17 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_winograd_is_exact_on_any_grid(layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("rows", [8, 256])
+def test_winograd_is_exact_on_any_grid(layout: torch.memory_format, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "ROWS", rows)  # few: several bands, some of which are computed while halos travel
     module = seeded(Block, torch.float32)
     for size in ((13, 11), (16, 24), (9, 8)):
         check(module, picture(2, 4, *size).float().contiguous(memory_format=layout), atol=2e-5)
+
+
+@pytest.mark.usefixtures("always")
+def test_winograd_of_norms_over_channels_is_exact_on_any_grid() -> None:
+    check(seeded(Cells, torch.float32), picture(2, 3, 1, 13, 9).float(), atol=2e-5)
 
 
 @pytest.mark.usefixtures("always")

@@ -7,7 +7,7 @@ straight into the window. Where it is not, PyTorch's operators do the work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ from halovae.plane import operators
 from halovae.plane.operators import Cut
 
 aten = torch.ops.aten
-Norm = tuple[int, float, Scope, tuple[int, ...]]  # groups, eps, and scope and counts as `operators.statistics` has them
+# GroupNorm's groups, eps, and scope and counts as `operators.statistics` has them; or the least norm of a cell's
+# channels, and what their quotient is multiplied by.
+Norm = tuple[int, float, Scope, tuple[int, ...]] | tuple[float, float]
 _VALUES = 2**18  # of a map that are normalized at once
 
 
@@ -36,9 +38,9 @@ def convolution(
         padding: of each spatial dim, 1 of the last two.
         cuts: the dims along which other ranks have what this one needs.
         early: whether PyTorch's convolution computes while halos travel, as `operators.convolution` does.
-        gamma: `[C]`, GroupNorm's weight.
+        gamma: `[C]`, the norm's weight; of a norm over channels of any shape with C values.
         beta: `[C]`, GroupNorm's bias.
-        norm: GroupNorm; None where there is none.
+        norm: GroupNorm, or the norm over each cell's channels, as `Norm` has them; None where there is none.
         silu: whether SiLU comes before the convolution.
 
     Returns:
@@ -58,15 +60,21 @@ def convolution(
         own.copy_(x)
         if silu:
             F.silu(own, inplace=True)
+    elif len(norm) == 2:
+        _normalize_cells(x, gamma, norm, silu, own)
     else:
         _normalize(x, gamma, beta, norm, silu, own)
     flat = window if x.ndim == 5 else window[:, :, 0]
-    _fetch_halos(flat, cuts)
+    finish = _start_halos(flat, cuts)
     whole = weight if x.ndim == 5 else weight.unsqueeze(2)
     shape = x.shape[0], weight.shape[0], frames, *x.shape[-2:]
-    result = winograd.convolved(
-        window, whole, bias, lambda: pool.empty(shape, x.dtype), lambda part: _plain(part, whole, bias), kernels, pool
-    )
+    try:
+        result = winograd.convolved(
+            window, whole, bias, lambda: pool.empty(shape, x.dtype), lambda part: _plain(part, whole, bias), kernels,
+            pool, ready=finish if cuts else None,
+        )  # fmt: skip
+    finally:
+        finish()  # whatever happens here: the others' messages are under way
     return result if x.ndim == 5 else result[:, :, 0]
 
 
@@ -96,9 +104,14 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
             larger, padding[dim - 2] = larger.narrow(dim, 1, larger.shape[dim] - 2), 0
         return F.conv2d(larger, weight, bias, padding=padding)
     window[:, :, 0, 1:-1, 1:-1].copy_(x)
-    _fetch_halos(window[:, :, 0], cuts)
-    out = pool.empty((items, weight.shape[0], 1, 2 * height, 2 * width), x.dtype)
-    winograd.convolve(winograd.UPSAMPLING, window, weight.unsqueeze(2), bias, out, kernels, pool)
+    finish = _start_halos(window[:, :, 0], cuts)
+    try:
+        out = pool.empty((items, weight.shape[0], 1, 2 * height, 2 * width), x.dtype)
+        winograd.convolve(
+            winograd.UPSAMPLING, window, weight.unsqueeze(2), bias, out, kernels, pool, ready=finish if cuts else None
+        )
+    finally:
+        finish()
     return out[:, :, 0]
 
 
@@ -152,6 +165,10 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
 
 def _activated(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool) -> Tensor:
     """The map normalized and activated, by PyTorch's operators."""
+    if norm is not None and len(norm) == 2:
+        out = torch.empty_like(x)
+        _normalize_cells(x, gamma, norm, silu, out)
+        return out
     if norm is not None:
         groups, eps, scope, counts = norm
         if counts:
@@ -161,12 +178,11 @@ def _activated(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm 
     return F.silu(x, inplace=norm is not None) if silu else x
 
 
-def _normalize(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm, silu: bool, out: Tensor) -> None:
-    """GroupNorm and SiLU of a map, into `out`, in fp32 at least and rounded once.
-
-    Some rows at once, so that they stay in a core's cache between the operators: of 128 x 256 x 256 it takes 15 ms,
-    where a compiled loop takes 35 and PyTorch's operators one after the other 60 (fp32, one thread, torch 2.13).
-    """
+def _normalize(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: tuple[int, float, Scope, tuple[int, ...]], silu: bool,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """GroupNorm and SiLU of a map, into `out`."""
     groups, eps, scope, counts = norm
     items, channels = x.shape[:2]
     variance, mean = operators.statistics(x, groups, scope, counts)
@@ -175,18 +191,56 @@ def _normalize(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm,
     scale = scale if gamma is None else scale * gamma.to(scale.dtype)
     shift = mean.unsqueeze(-1).expand(shape).reshape(items, channels) * -scale
     shift = shift if beta is None else shift + beta.to(shift.dtype)
-    rows = max(1, _VALUES // (x[0].numel() // x.shape[-2]))
+
+    def write(item: int, source: Tensor, result: Tensor) -> None:
+        torch.addcmul(shift[item], source, scale[item], out=result)
+
+    _in_parts(x, scale.dtype, write, silu, out)
+
+
+def _normalize_cells(x: Tensor, gamma: Tensor | None, norm: tuple[float, float], silu: bool, out: Tensor) -> None:
+    """Each cell's channels divided by their Euclidean norm, times a factor and `gamma`; SiLU; into `out`."""
+    least, factor = norm
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    scale = torch.full((), factor, dtype=dtype, device=x.device)
+    scale = scale if gamma is None else gamma.flatten().to(dtype) * factor
+
+    def write(item: int, source: Tensor, result: Tensor) -> None:
+        length = torch.linalg.vector_norm(source, dim=-1, keepdim=True).clamp_min_(least)
+        torch.div(source, length, out=result)
+        result.mul_(scale)
+
+    _in_parts(x, dtype, write, silu, out)
+
+
+def _in_parts(
+    x: Tensor, dtype: torch.dtype, write: Callable[[int, Tensor, Tensor], None], silu: bool, out: Tensor
+) -> None:
+    """Normalize and activate a map `[N, C, *]` into `out`, in `dtype`, rounded once.
+
+    Some rows at once, so that they stay in a core's cache between the operators: GroupNorm and SiLU of 128 x 256 x 256
+    take 15 ms, where a compiled loop takes 35 and PyTorch's operators one after the other 60 (fp32, one thread, torch
+    2.13).
+
+    Args:
+        x: the map.
+        dtype: to compute in.
+        write: normalizes rows of an item, channels last, into memory.
+        silu: whether SiLU follows.
+        out: of the map's shape.
+    """
+    values = _VALUES if x.device.type == "cpu" else x.numel()
+    rows = max(1, values * x.shape[-2] // x[0].numel())
     for start in range(0, x.shape[-2], rows):
         span = (..., slice(start, start + rows), slice(None))
-        for one, target, times, plus in zip(x[span], out[span], scale, shift, strict=True):
+        for item, (one, target) in enumerate(zip(x[span], out[span], strict=True)):
             source, result = one.movedim(0, -1), target.movedim(0, -1)
-            if result.dtype == times.dtype:
-                torch.addcmul(plus, source, times, out=result)
-                if silu:
-                    F.silu(result, inplace=True)
-            else:
-                wide = torch.addcmul(plus, source.to(times.dtype), times)
-                result.copy_(F.silu(wide, inplace=True) if silu else wide)
+            wide = result if result.dtype == dtype else torch.empty(source.shape, dtype=dtype, device=x.device)
+            write(item, source.to(dtype), wide)
+            if silu:
+                F.silu(wide, inplace=True)
+            if wide is not result:
+                result.copy_(wide)
 
 
 def _window(x: Tensor, frames: int) -> Tensor:
@@ -201,15 +255,21 @@ def _window(x: Tensor, frames: int) -> Tensor:
     return window
 
 
-def _fetch_halos(window: Tensor, cuts: Sequence[Cut]) -> None:
-    """Fill what of a window's ring other ranks have."""
+def _start_halos(window: Tensor, cuts: Sequence[Cut]) -> Callable[[], None]:
+    """Start to fill what of a window's ring other ranks have; returns what waits for it and does the rest, once.
+
+    Only rows travel meanwhile: with cols every row of the window is incomplete, and the corners come with them.
+    """
     known: list[int] = []
+    finish = lambda: None  # noqa: E731
     for dim, mesh_dim, bounds, wanted, width, *_ in cuts:
+        finish()
         # Along a dim that was filled before, its halos travel too: they are the corners.
-        inner = window
+        ring = window
         for at in range(window.ndim - 2, window.ndim):
-            if at not in known:
-                inner = inner.narrow(at, 1, window.shape[at] - 2)
+            if at not in known and at != dim:
+                ring = ring.narrow(at, 1, window.shape[at] - 2)
+        inner = ring.narrow(dim, 1, window.shape[dim] - 2)
         position = operators.position(mesh_dim)
         start, stop = wanted[position][0]
         mine = ((start, start + width), (stop - width, stop))
@@ -219,12 +279,22 @@ def _fetch_halos(window: Tensor, cuts: Sequence[Cut]) -> None:
             return inner.narrow(dim, first, length)
 
         wait, joined = operators.fetching(take, inner, dim, mesh_dim, bounds, intervals)
-        wait()
-        halos = joined()
-        ring = window
-        for at in range(window.ndim - 2, window.ndim):
-            if at not in known and at != dim:
-                ring = ring.narrow(at, 1, window.shape[at] - 2)
-        ring.narrow(dim, 0, 1).copy_(halos.narrow(dim, 0, 1))
-        ring.narrow(dim, window.shape[dim] - 1, 1).copy_(halos.narrow(dim, 1, 1))
+
+        def finish(
+            wait: Callable[[], None] = wait, joined: Callable[[], Tensor] = joined, dim: int = dim, ring: Tensor = ring
+        ) -> None:
+            wait()
+            halos = joined()
+            ring.narrow(dim, 0, 1).copy_(halos.narrow(dim, 0, 1))
+            ring.narrow(dim, ring.shape[dim] - 1, 1).copy_(halos.narrow(dim, 1, 1))
+
         known.append(dim)
+    left = [finish]
+
+    def finish_once() -> None:
+        if left:
+            left.pop()()
+
+    if known and known[-1] == window.ndim - 1:
+        finish_once()
+    return finish_once

@@ -1,4 +1,8 @@
-"""GroupNorm and SiLU before a convolution become a part of it: a map is normalized into what the convolution reads."""
+"""Norms and SiLU before a convolution become a part of it: a map is normalized into what the convolution reads.
+
+GroupNorm is one operator already. The norm over a cell's channels, as Wan's VAE has it, is recognized:
+`x / max(|x|, least) * factor * gamma`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,43 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             gone.append(x)
             x, groups, gamma, beta, eps = x.args
             norm = groups, eps, "plane", ()
+        elif norm is None and (cells := _norm_of_cells(x)) is not None:
+            x, gamma, norm, parts = cells
+            gone += parts
         if gone:
             replaced(node, windows.convolution, (x, *others, gamma, beta, norm, silu), *gone)
             found += len(gone)
     return found
+
+
+def _norm_of_cells(node: Any) -> tuple[Any, Any, tuple[float, float], list[fx.Node]] | None:
+    """What is normalized, gamma, `windows.Norm`, and the nodes that do it; None if a node is no norm over channels."""
+    factor, gamma, gone = 1.0, None, []
+    while only_user(node, aten.mul.Tensor):
+        value: Any = node.args[1]
+        if isinstance(value, fx.Node) and not (
+            gamma is None and value.op == "get_attr" and _is_of_channels(value, node)
+        ):
+            return None
+        gone.append(node)
+        gamma, factor = (value, factor) if isinstance(value, fx.Node) else (gamma, factor * value)
+        node = node.args[0]
+    if not only_user(node, aten.div.Tensor) or len(node.args) != 2:
+        return None
+    gone.append(node)
+    x, length = node.args
+    if only_user(length, aten.expand.default):
+        gone.append(length)
+        length = length.args[0]
+    if not only_user(length, aten.clamp_min.default) or not only_user(length.args[0], aten.linalg_vector_norm.default):
+        return None
+    (total, least), gone = length.args, [*gone, length, length.args[0]]
+    source, order, dims, keepdim, *rest = (*total.args, None, None, None)[:5]
+    plain = source is x and order == 2 and list(dims or ()) == [1] and keepdim and not any(rest) and not total.kwargs
+    return (x, gamma, (float(least), factor), gone) if plain else None
+
+
+def _is_of_channels(weight: fx.Node, node: fx.Node) -> bool:
+    """Whether a weight has one value for each channel of a map."""
+    shape, (_, channels, *spatial) = weight.meta["shape"], node.meta["shape"]
+    return bool(shape == (channels, *(1,) * len(spatial)))

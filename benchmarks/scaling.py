@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="wan2.1")
     parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW, of an even H")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="leave graphs' kernels uncompiled; Wan's always are")
     args = parser.parse_args()
     whole = torch.randn(*map(int, args.latent.split("x")), generator=torch.Generator().manual_seed(0))
     half = whole[..., : whole.shape[-2] // 2, :].contiguous()
@@ -47,7 +48,7 @@ def main() -> None:
     for column in ("decode", "median (s)", "all (s)", "waiting for halos (s)"):
         table.add_column(column)
     if args.model not in FAMILIES:
-        _plane(args.model, whole, half, args.repeat, table)
+        _plane(args.model, whole, half, args.repeat, not args.eager, table)
         Console().print(table)
         return
     with TemporaryDirectory() as folder:
@@ -72,7 +73,7 @@ def main() -> None:
     Console().print(table)
 
 
-def _plane(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, table: Table) -> None:
+def _plane(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, compiled: bool, table: Table) -> None:
     groups = {ranks: Ranks(ranks, 1) for ranks in (1, 2)}
     cases: dict[str, tuple[int, torch.Tensor, Grid | None]] = {
         "the plain module, 1 rank": (1, whole, None),
@@ -85,7 +86,7 @@ def _plane(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, tab
     try:
         for turn in range(repeat + 1):
             for name, (ranks, latents, grid) in cases.items():
-                outcomes = groups[ranks].run(_decoded, model, latents, grid)
+                outcomes = groups[ranks].run(_decoded, model, latents, grid, compiled)
                 if turn:  # the first records and warms up
                     taken[name].append((max(one for one, _ in outcomes), max(one for _, one in outcomes)))
     finally:
@@ -114,10 +115,12 @@ def _plane(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, tab
 _models: dict[str, Autoencoder] = {}
 
 
-def _decoded(model: str, latents: torch.Tensor, grid: Grid | None) -> tuple[float, float]:
+def _decoded(model: str, latents: torch.Tensor, grid: Grid | None, compiled: bool) -> tuple[float, float]:
     """Seconds of this rank's decode, frames left where they are, and of its waiting."""
     if model not in _models:
         _models[model] = Autoencoder(random_vae(model))
+        if compiled:
+            _models[model].warmup((1, *latents.shape[1:]), grid=grid or Grid(), gather="none")
     decoder = _models[model]
     if grid is None:
         begin = time.perf_counter()

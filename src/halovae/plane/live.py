@@ -9,10 +9,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from halovae.plane import windows
 from halovae.plane.operators import emit, pack, take
 
 
-def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.Node], int] = lambda _: 0) -> int:
+def normalized(node: fx.Node) -> int:
+    """Bytes of the map that a convolution normalizes or activates, where it cannot write over its input."""
+    arguments: Any = node.args
+    if node.target is not windows.convolution or arguments[10] or not (arguments[8] or arguments[9]):
+        return 0
+    return size(arguments[0])
+
+
+def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.Node], int] = normalized) -> int:
     """Bytes of live tensors at the highest point of a graph whose tensors are freed after their last use.
 
     Views share their input's memory. Weights and constants are not counted.

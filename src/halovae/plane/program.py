@@ -83,7 +83,7 @@ class Program:
         if self.chunked is None:
             with self._running(mesh):
                 whole: Tensor = (self._interpreter().run if _profiling() else self._module)(local, *extras)
-            return whole
+            return _own(whole)
         whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
         for start, chunk in self._emitted(local, mesh, extras):
             whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
@@ -117,11 +117,12 @@ class Program:
                 chunk = _until_chunk(run, nodes)
             if chunk is None:
                 return
-            yield chunk
+            yield chunk[0], _own(chunk[1])
 
     @contextmanager
     def _running(self, mesh: Mesh) -> Iterator[None]:
-        with operators.on(mesh, self.kernels), torch.no_grad(), torch._C.DisableTorchFunction():
+        casting = torch._C._DisableAutocast()  # casts are operators of the graph
+        with operators.on(mesh, self.kernels), torch.no_grad(), torch._C.DisableTorchFunction(), casting:
             yield
 
     def nodes(self) -> Iterator[fx.Node]:
@@ -160,6 +161,11 @@ class Program:
         Weights do not count, and chunks of the result do not once they are handed out.
         """
         return peak(self.graph, self.bodies)
+
+
+def _own(result: Tensor) -> Tensor:
+    """A result in memory of its own: one in a larger block of the buffer pool would keep all of it."""
+    return result if result.untyped_storage().nbytes() == result.nbytes else result.clone()
 
 
 def _profiling() -> bool:

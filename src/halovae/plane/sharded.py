@@ -15,6 +15,7 @@ from halovae.geometry import Grid, Span, split
 from halovae.kernels import EAGER, compiled, works
 from halovae.lines import world_size
 from halovae.mesh import Mesh, Traffic, mesh_for
+from halovae.plane.agreement import agree, conversations
 from halovae.plane.keys import hooked, module_key, value_key, weights_digest
 from halovae.plane.layout import Factor, Layout, extent
 from halovae.plane.passes import chosen
@@ -141,7 +142,13 @@ class Sharded:
             mine = x[span]
         begin = time.perf_counter()
         with _without_gradients():
-            program = self._settled(self._program(mine, rest, used, options, key), used, key)
+            program = self._program(mine, rest, used, options, key)
+            settled = self._settled(program, used, key)
+            if settled is None:  # passes saw different graphs on different ranks
+                program = self._program(mine, rest, used, options, key, ())
+                settled = self._settled(program, used, key)
+            assert settled is not None
+            program = settled
         recorded = time.perf_counter() - begin
         if isinstance(program, Program):
             program.kernels = self.kernels
@@ -168,19 +175,24 @@ class Sharded:
         assert program.chunked is not None
         return Chunks(chunks, program.chunked, extent(program.returns[program.chunked]))
 
-    def _settled(self, program: Program | TraceError, mesh: Mesh, key: Any) -> Program | TraceError:
-        """The program, once all ranks of the mesh have agreed to record, and on the chunks of the result.
+    def _settled(self, program: Program | TraceError, mesh: Mesh, key: Any) -> Program | TraceError | None:
+        """The program, once all ranks of the mesh have agreed to record, on messages, and on the chunks of the result.
 
-        Graphs differ between ranks: only the last rank crops the last row. Collective for a new program.
+        Graphs differ between ranks: only the last rank crops the last row. Collective for a new program. None if ranks
+        would wait for messages that others do not send.
         """
         if mesh.grid.size == 1 or key in self._agreed:
             return program
-        mine = (program.chunked, program.starts) if isinstance(program, Program) else str(program)
+        mine: Any = str(program)
+        if isinstance(program, Program):
+            mine = (program.chunked, program.starts), conversations(program, mesh)
         everyone = mesh.lines.all_values(mine)
         if refusals := [one for one in everyone if isinstance(one, str)]:
             program = TraceError(refusals[0])
         elif isinstance(program, Program):
-            program.streams = program.streams and len(set(everyone)) == 1
+            if not agree([talks for _, talks in everyone]):
+                return None
+            program.streams = program.streams and len({chunks for chunks, _ in everyone}) == 1
         if key in self._programs:
             self._programs[key] = program
             self._agreed.add(key)
@@ -271,10 +283,14 @@ class Sharded:
         return plane.lift(result)
 
     def _program(
-        self, x: Tensor, extras: Sequence[Tensor], mesh: Mesh, options: dict[str, Any], key: Any
-    ) -> Program | TraceError:
-        """The recorded program of this rank, from memory, disk or a trace, or why there is none."""
-        found = self._programs.get(key)
+        self, x: Tensor, extras: Sequence[Tensor], mesh: Mesh, options: dict[str, Any], key: Any,
+        passes: Sequence[str] | None = None,
+    ) -> Program | TraceError:  # fmt: skip
+        """The recorded program of this rank, from memory, disk or a trace, or why there is none.
+
+        With `passes` it is made by these, whatever there is already.
+        """
+        found = self._programs.get(key) if passes is None else None
         moving = next((name for module in self._modules for name in hooked(module)), None)
         if moving is not None or value_key(options) is None:
             return TraceError(
@@ -286,10 +302,10 @@ class Sharded:
             def record() -> Program:
                 return trace(
                     lambda z, *rest: self._function(z, *rest, **options), self._modules, mesh, x.shape, x.dtype,
-                    x.device, self._multiple, [(one.shape, one.dtype) for one in extras],
+                    x.device, self._multiple, [(one.shape, one.dtype) for one in extras], passes,
                 )  # fmt: skip
 
-            settings = self._multiple, _settings(mesh, x, extras, options)
+            settings = self._multiple, _settings(mesh, x, extras, options), passes
             try:
                 found = stored_or_traced(
                     record, self._function, self._modules, self._identity, mesh, x.device, settings

@@ -24,7 +24,8 @@ class PlaneTensor(Tensor):
         frozen: why it cannot be written in place: its memory is not the whole tensor's view that plain PyTorch would
             write through. Empty where it can.
         source: of a copy that stands for a view: whose memory was copied, and how often that had been written to.
-        padded: of a map padded with zeros: the map, and the widths as `constant_pad_nd` has them.
+        padded: of a map padded with zeros while a graph is recorded: the map, the widths as `constant_pad_nd` has them,
+            and the path of the submodule that padded it.
 
     Its strides are those that plain PyTorch would give the whole tensor, so that all ranks decide alike, and as plain
     PyTorch does, whether a view needs a copy. How a rank's part lies in memory may differ.
@@ -35,7 +36,7 @@ class PlaneTensor(Tensor):
     plane: Plane
     frozen: str
     source: tuple[Tensor, int] | None
-    padded: tuple[PlaneTensor, tuple[int, ...]] | None = None
+    padded: tuple[PlaneTensor, tuple[int, ...], str] | None = None
 
     def check_fresh(self) -> None:
         """Make sure that a copy that stands for a view still has what its base has.

@@ -25,7 +25,7 @@ from halovae.plane.chunks import split
 from halovae.plane.constants import Constants, Memory
 from halovae.plane.cuts import cut_early
 from halovae.plane.layout import local_shape
-from halovae.plane.passes import improve
+from halovae.plane.passes import chosen, improve
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.repeats import LeakError, Repeats, clean
@@ -232,6 +232,7 @@ def trace(
     device: torch.device,
     multiple: int = 1,
     extras: Sequence[tuple[Sequence[int], torch.dtype]] = (),
+    passes: Sequence[str] | None = None,
 ) -> Program:
     """Record what this mesh's rank does when a function is called with a tensor that is partitioned over the mesh.
 
@@ -244,20 +245,22 @@ def trace(
         device: where the program will run.
         multiple: of which the input's bounds are to be multiples, where its extents are.
         extras: shapes and dtypes of further arguments of the function, which every rank has all of.
+        passes: the passes that rewrite the graph; None for those that `HALOVAE_PASSES` names, by default all.
 
     Raises:
         TraceError: the function reads values of its input, or draws from a generator of its own.
     """
+    names = chosen() if passes is None else passes
     try:
-        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, modules)
+        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, modules, names)
     except LeakError:
-        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, ())
+        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, (), names)
 
 
 def _traced(
     function: Callable[..., Tensor], modules: Sequence[nn.Module], mesh: Mesh, shape: Sequence[int], dtype: torch.dtype,
     device: torch.device, multiple: int, extras: Sequence[tuple[Sequence[int], torch.dtype]],
-    watched: Sequence[nn.Module],
+    watched: Sequence[nn.Module], passes: Sequence[str],
 ) -> Program:  # fmt: skip
     names: dict[int, str] = {}
     for index, module in enumerate(modules):
@@ -287,7 +290,7 @@ def _traced(
             lifted = plane.lift(result)
         bodies, chunked = recorder.finish(lifted.local, repeats)
     with _disable_current_modes(), torch._C.DisableTorchFunction():
-        changes = improve((recorder.graph, *bodies.values()), mesh)
+        changes = improve((recorder.graph, *bodies.values()), mesh, passes)
     return Program(
         recorder.graph,
         bodies,

@@ -17,6 +17,7 @@ from halovae import winograd
 from halovae.lines import Scope
 from halovae.plane import operators
 from halovae.plane.operators import Cut
+from halovae.plane.tensor import is_channels_last
 
 aten = torch.ops.aten
 # GroupNorm's groups, eps, and scope and counts as `operators.statistics` has them; or the least norm of a cell's
@@ -27,7 +28,7 @@ _VALUES = 2**18  # of a map that are normalized at once
 
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], cuts: tuple[Cut, ...], early: bool,
-    gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
+    gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool, spare: bool,
 ) -> Tensor:  # fmt: skip
     """A convolution of stride 1 of a map that is normalized and activated before.
 
@@ -42,17 +43,18 @@ def convolution(
         beta: `[C]`, GroupNorm's bias.
         norm: GroupNorm, or the norm over each cell's channels, as `Norm` has them; None where there is none.
         silu: whether SiLU comes before the convolution.
+        spare: whether `x` may be written over.
 
     Returns:
         This rank's part of the result, `[N, C', *]`.
     """
     frames = x.shape[2] + 2 * padding[0] - weight.shape[2] + 1 if x.ndim == 5 else 1
     kernels, pool = operators.current_kernels()
-    cells = x.shape[0] * frames * x.shape[-2] * x.shape[-1]
+    cells = frames * x.shape[-2] * x.shape[-1]
     if min(x.shape[-2:]) < winograd.PLAIN.results or not winograd.pays(
         winograd.PLAIN, weight, cells, kernels, x.device.type
     ):
-        return _direct(_activated(x, gamma, beta, norm, silu), weight, bias, padding, cuts, early)
+        return _direct(_activated(x, gamma, beta, norm, silu, spare), weight, bias, padding, cuts, early)
     window = _window(x, padding[0] if x.ndim == 5 else 0)
     own = window[..., 1:-1, 1:-1]
     own = own[:, :, padding[0] : own.shape[2] - padding[0]] if x.ndim == 5 else own[:, :, 0]
@@ -64,7 +66,8 @@ def convolution(
         _normalize_cells(x, gamma, norm, silu, own)
     else:
         _normalize(x, gamma, beta, norm, silu, own)
-    flat = window if x.ndim == 5 else window[:, :, 0]
+    frames_padded = padding[0] if x.ndim == 5 else 0
+    flat = window.narrow(2, frames_padded, x.shape[2]) if x.ndim == 5 else window[:, :, 0]
     finish = _start_halos(flat, cuts)
     whole = weight if x.ndim == 5 else weight.unsqueeze(2)
     shape = x.shape[0], weight.shape[0], frames, *x.shape[-2:]
@@ -163,19 +166,25 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
     return result
 
 
-def _activated(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool) -> Tensor:
-    """The map normalized and activated, by PyTorch's operators."""
-    if norm is not None and len(norm) == 2:
-        out = torch.empty_like(x)
+def _activated(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool, spare: bool
+) -> Tensor:
+    """The map normalized and activated, written over it if it is spare and that is not slower."""
+    if norm is None:
+        return F.silu(x, inplace=spare) if silu else x
+    if len(norm) == 2:
+        out = x if spare else torch.empty_like(x)
         _normalize_cells(x, gamma, norm, silu, out)
         return out
-    if norm is not None:
-        groups, eps, scope, counts = norm
-        if counts:
-            x = operators.group_norm(x, gamma, beta, groups, eps, scope, counts)
-        else:
-            x = operators.whole_group_norm(x, groups, gamma, beta, eps)
-    return F.silu(x, inplace=norm is not None) if silu else x
+    if spare and x.device.type == "cpu" and is_channels_last(x):
+        _normalize(x, gamma, beta, norm, silu, x)
+        return x
+    groups, eps, scope, counts = norm
+    if counts:
+        x = operators.group_norm(x, gamma, beta, groups, eps, scope, counts)
+    else:
+        x = operators.whole_group_norm(x, groups, gamma, beta, eps)
+    return F.silu(x, inplace=True) if silu else x
 
 
 def _normalize(

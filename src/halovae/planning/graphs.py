@@ -21,6 +21,7 @@ from halovae.geometry import Grid
 from halovae.lines import Lines, Scope
 from halovae.mesh import Mesh
 from halovae.plane import operators, windows
+from halovae.plane.agreement import meta_tensor
 from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
 from halovae.plane.live import is_operator, peak, shares, size
@@ -200,7 +201,7 @@ class _Pricer:
             recorder = _Watch(self._results, self._statistics)
             mesh = Mesh(self._mesh.grid, CPU, TracedLines(self._mesh.rank, self._mesh.grid.size, recorder))
             with _disable_current_modes(), torch.inference_mode(), operators.on(mesh):
-                args = tuple(_meta(one) if isinstance(one, fx.Node) else one for one in node.args)
+                args = tuple(meta_tensor(one) if isinstance(one, fx.Node) else one for one in node.args)
                 target: Any = node.target
                 with recorder:
                     target(*args)
@@ -257,10 +258,6 @@ def _is_weight(node: fx.Node) -> bool:
 
 def _likeness(value: Any) -> Any:
     return (value.meta["shape"], value.meta["dtype"]) if isinstance(value, fx.Node) else value
-
-
-def _meta(node: fx.Node) -> Tensor:
-    return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device="meta")
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane.passes import channels_last, convolutions, dead_taps, identities, in_place, norms, upsampling
+from halovae.plane.passes.graphs import writes
 
 PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
     "convolutions": convolutions.run,
@@ -42,14 +43,23 @@ def chosen() -> tuple[str, ...]:
     return tuple(name for name in PASSES if name in asked)
 
 
-def improve(graphs: Iterable[fx.Graph], mesh: Mesh) -> dict[str, int]:
-    """Run the passes over a program's graphs.
+def improve(graphs: Iterable[fx.Graph], mesh: Mesh, names: Sequence[str]) -> dict[str, int]:
+    """Run passes over a program's graphs.
+
+    A graph that writes to tensors in place stays as it was recorded: passes move and merge what reads them.
+
+    Args:
+        graphs: the program's own, and those that it calls.
+        mesh: this rank's place.
+        names: of the passes, in their order.
 
     Returns:
         How many changes each made, by its name.
     """
     graphs = list(graphs)
-    changes = {name: sum(PASSES[name](graph, mesh) for graph in graphs) for name in chosen()}
+    if any(map(writes, graphs)):
+        return {}
+    changes = {name: sum(PASSES[name](graph, mesh) for graph in graphs) for name in names}
     for graph in graphs:
         graph.lint()
     return changes

@@ -29,7 +29,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             last.add(node)
         elif node.target is aten.add.Tensor and isinstance(node.args[1], fx.Node) and not node.kwargs:
             second: fx.Node = node.args[1]
-            if second in last and first not in last and same(first, second):
+            if second in last and isinstance(first, fx.Node) and first not in last and same(first, second):
                 node.args = (second, first)
                 found += 1
             if second in last or first in last:

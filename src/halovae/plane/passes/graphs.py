@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,17 +15,20 @@ from halovae.plane import operators, windows
 from halovae.plane.live import root
 
 
-def shared(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose memory may be another's, too, or is written to, by `live.root`.
+def writes(graph: fx.Graph) -> bool:
+    """Whether an operator writes to a tensor that others may see."""
+    schemas: Iterator[Any] = (getattr(node.target, "_schema", None) for node in graph.nodes)
+    arguments = [one for schema in schemas if schema is not None for one in schema.arguments]
+    return any(one.alias_info is not None and one.alias_info.is_write for one in arguments)
 
-    Called graphs may return views of what they take, and write to it. What a graph takes or returns is its caller's.
+
+def shared(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose memory may be another's, too, by `live.root`.
+
+    Called graphs may return views of what they take. What a graph takes or returns is its caller's.
     """
     found = set()
     for node in graph.nodes:
-        schema: Any = getattr(node.target, "_schema", None)
-        for argument, value in zip(() if schema is None else schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-                found.add(root(value))
         if node.target in (operators.pack, operators.emit) or node.op == "output":
             found |= set(map(root, node.all_input_nodes))
         if node.op != "call_function" or node.target in (operators.take, operator.getitem):

@@ -37,19 +37,29 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             last[root(one)] = node
     kept, found = shared(graph), 0
     for node in list(graph.nodes):
-        if node.target not in _OVERWRITING:
-            continue
-        x: Any = node.args[0]
-        if not isinstance(x, fx.Node) or not same(node, x) or last[root(x)] is not node:
-            continue
-        if root(x) in kept or root(x).target not in _ALLOCATING or not same(root(x), x):
+        x: Any = node.args[0] if node.args else None
+        if not isinstance(x, fx.Node) or last[root(x)] is not node or not _is_own(x) or root(x) in kept:
             continue
         if sum(root(one) is root(x) for one in node.all_input_nodes) > 1:
             continue  # it reads another view of what it would write to
-        owner, until = root(x), last.pop(node)
-        if node in kept:
-            kept.add(owner)
-        node.target = _OVERWRITING[node.target]  # now its result lies in its input's memory
-        last[owner] = until
-        found += 1
+        if node.target is windows.convolution and (node.args[8] is not None or node.args[9]):
+            node.args = (*node.args[:-1], True)
+            found += 1
+        elif node.target in _OVERWRITING and same(node, x):
+            owner, until = root(x), last.pop(node)
+            if node in kept:
+                kept.add(owner)
+            node.target = _OVERWRITING[node.target]  # now its result lies in its input's memory
+            last[owner] = until
+            found += 1
     return found
+
+
+def _is_own(x: fx.Node) -> bool:
+    """Whether a tensor has all of the memory that an operator allocated, and each value a place of its own."""
+    owner = root(x)
+    while x is not owner:
+        if x.target in (aten.expand.default, aten.as_strided.default):
+            return False
+        x = x.all_input_nodes[0]
+    return owner.target in _ALLOCATING

@@ -209,9 +209,11 @@ def _unpadded(plane: Plane, x: PlaneTensor, padding: list[int]) -> tuple[PlaneTe
     """
     assert x.padded is not None
     assert plane.recorder is not None
-    source, widths = x.padded
+    source, widths, module = x.padded
     left, right, top, bottom = (*widths, 0, 0, 0, 0)[:4]
     moved = any(plane.recorder.writes(one.local) for one in (x, source))
+    if module != plane.recorder.module:
+        return x, padding  # a call between them may be a graph of its own
     if moved or (left, top) != (right, bottom) or len(padding) < 2 or not (left or top):
         return x, padding
     rest = [0, 0, 0, 0, *widths[4:]]

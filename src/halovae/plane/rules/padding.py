@@ -51,7 +51,7 @@ def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     local = func(x.local, pads, *value, **kwargs) if any(pads) else x.local.clone()
     result = plane.wrap(local, tuple(layout))
     if plane.recorder is not None and not any((*value, *kwargs.values())):
-        result.padded = before_padding, tuple(widths)
+        result.padded = before_padding, tuple(widths), plane.recorder.module
     return result
 
 

@@ -144,6 +144,7 @@ def in_place(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     rules = {"squeeze": squeeze, "unsqueeze": unsqueeze, "transpose": transpose, "t": t}
     made = rules[name](plane, func, args, kwargs)
     x.local, x.partition, x.frozen, x.source = made.local, made.partition, made.frozen, made.source
+    x.padded = None
     with no_dispatch():  # changes the sizes that the wrapper reports
         func(*args, **kwargs)
     return x

@@ -230,15 +230,12 @@ def _convolve(
     for first in range(0, len(weight), plan.block):
         block = slice(first, min(first + plan.block, len(weight)))
         transformed = _transformed(weight[block], how, weights)
-        bands = list(range(0, tile_rows, plan.band))
-        if ready is not None:  # those between the first and the last one come before them
-            bands = [*bands[1:-1], -1, *bands[:1], *bands[1:][-1:]]
-        for row in bands:
-            if row < 0:
-                assert ready is not None
+        bands = range(0, tile_rows, plan.band)
+        edges = bands[0], bands[-1]
+        for row in bands if ready is None else sorted(bands, key=edges.__contains__):
+            if ready is not None and row in edges:  # all others were before them
                 ready()
                 ready = None
-                continue
             rows = min(plan.band, tile_rows - row)
             start = row * how.step
             band = window[:, start : start + (rows - 1) * how.step + len(how.spread[0])]

@@ -177,6 +177,23 @@ def test_what_only_resembles_a_norm_over_channels_stays() -> None:
         check(Module(how).double(), picture(1, 4, 8, 7), GRIDS[:3])
 
 
+def test_a_sum_lies_as_the_convolution_does_and_not_as_the_attention() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(2).transpose(1, 2)
+            found = F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2).reshape(x.shape)
+            return found + self.conv(x)
+
+    for program in check(seeded(Module), picture(1, 4, 8, 7)):
+        (node,) = (one for one in program.nodes() if one.target in (aten.add.Tensor, aten.add_.Tensor))
+        assert program.changes["channels-last"] == 1
+        assert node.all_input_nodes[0].target is windows.convolution
+
+
 class Loop(nn.Module):
     """Calls a submodule for each frame, which returns a view of what it gets."""
 

@@ -48,29 +48,27 @@ def convolution(
     Returns:
         This rank's part of the result, `[N, C', *]`.
     """
-    frames = x.shape[2] + 2 * padding[0] - weight.shape[2] + 1 if x.ndim == 5 else 1
     kernels, pool = operators.current_kernels()
-    cells = frames * x.shape[-2] * x.shape[-1]
+    maps, whole = (one if one.ndim == 5 else one.unsqueeze(2) for one in (x, weight))
+    depth, before = maps.shape[2], sum(padding[:-2])
+    shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
+    cells = shape[2] * shape[3] * shape[4]
     if min(x.shape[-2:]) < winograd.PLAIN.results or not winograd.pays(
         winograd.PLAIN, weight, cells, kernels, x.device.type
     ):
         return _direct(_activated(x, gamma, beta, norm, silu, spare), weight, bias, padding, cuts, early)
-    window = _window(x, padding[0] if x.ndim == 5 else 0)
-    own = window[..., 1:-1, 1:-1]
-    own = own[:, :, padding[0] : own.shape[2] - padding[0]] if x.ndim == 5 else own[:, :, 0]
+    window = _window(maps, before)
+    padded = window.narrow(2, before, depth)
+    own = padded[..., 1:-1, 1:-1]
     if norm is None:
-        own.copy_(x)
+        own.copy_(maps)
         if silu:
             F.silu(own, inplace=True)
     elif len(norm) == 2:
-        _normalize_cells(x, gamma, norm, silu, own)
+        _normalize_cells(maps, gamma, norm, silu, own)
     else:
-        _normalize(x, gamma, beta, norm, silu, own)
-    frames_padded = padding[0] if x.ndim == 5 else 0
-    flat = window.narrow(2, frames_padded, x.shape[2]) if x.ndim == 5 else window[:, :, 0]
-    finish = _start_halos(flat, cuts)
-    whole = weight if x.ndim == 5 else weight.unsqueeze(2)
-    shape = x.shape[0], weight.shape[0], frames, *x.shape[-2:]
+        _normalize(maps, gamma, beta, norm, silu, own)
+    finish = _start_halos(padded if x.ndim == 5 else padded.squeeze(2), cuts)
     try:
         result = winograd.convolved(
             window, whole, bias, lambda: pool.empty(shape, x.dtype), lambda part: _plain(part, whole, bias), kernels,
@@ -78,7 +76,7 @@ def convolution(
         )  # fmt: skip
     finally:
         finish()  # whatever happens here: the others' messages are under way
-    return result if x.ndim == 5 else result[:, :, 0]
+    return result if x.ndim == 5 else result.squeeze(2)
 
 
 def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: tuple[Cut, ...]) -> Tensor:
@@ -98,7 +96,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     folded = winograd.pays(winograd.UPSAMPLING, weight, items * height * width, kernels, x.device.type)
     if not folded and not cuts:
         return F.conv2d(_upsampled(x), weight, bias, padding=1)
-    window = _window(x, 0) if folded else None
+    window = _window(x.unsqueeze(2), 0) if folded else None
     if window is None:
         for dim, mesh_dim, bounds, wanted, *_ in cuts:
             x = operators.fetch(x, dim, mesh_dim, bounds, wanted)
@@ -255,8 +253,7 @@ def _in_parts(
 def _window(x: Tensor, frames: int) -> Tensor:
     """Memory for a map `[N, C, T, H, W]` with rings of zeros: `frames` before and after it, one row and one col."""
     _, pool = operators.current_kernels()
-    depth = x.shape[2] if x.ndim == 5 else 1
-    shape = (x.shape[0], x.shape[1], depth + 2 * frames, x.shape[-2] + 2, x.shape[-1] + 2)
+    shape = (x.shape[0], x.shape[1], x.shape[2] + 2 * frames, x.shape[-2] + 2, x.shape[-1] + 2)
     window = pool.empty(shape, x.dtype)
     for dim, width in ((2, frames), (3, 1), (4, 1)):
         window.narrow(dim, 0, width).zero_()

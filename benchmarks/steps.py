@@ -25,6 +25,7 @@ from halovae.bench.measure import Contestant, Model
 from halovae.bench.models import FAMILIES, random_vae
 from halovae.bench.ranks import Ranks
 from halovae.kernels import EAGER, Kernels, compiled
+from halovae.schemes import PLAIN, Scheme
 
 CASES = (("wan2.1", "1x16x2x32x32"), ("qwen-image", "1x16x1x32x32"))
 _held: dict[str, Any] = {}
@@ -41,14 +42,14 @@ def never(*_: object) -> bool:
     return False
 
 
-def always(scheme: winograd.Scheme, weight: torch.Tensor, cells: int, kernels: Kernels, device: str) -> bool:
+def always(scheme: Scheme, weight: torch.Tensor, cells: int, kernels: Kernels, device: str) -> bool:
     """Winograd also where only compiled passes make it pay."""
     return _pays(scheme, weight, cells, compiled(), device)
 
 
-def not_upsampling(scheme: winograd.Scheme, weight: torch.Tensor, cells: int, kernels: Kernels, device: str) -> bool:
+def not_upsampling(scheme: Scheme, weight: torch.Tensor, cells: int, kernels: Kernels, device: str) -> bool:
     """Winograd where there is nothing to upsample."""
-    return scheme is winograd.PLAIN and always(scheme, weight, cells, kernels, device)
+    return scheme is PLAIN and always(scheme, weight, cells, kernels, device)
 
 
 STEPS: dict[str, tuple[Callable[..., bool], bool]] = {

@@ -12,12 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import halovae
 from halovae import kernels, winograd
 from halovae.pool import Pool
+from halovae.schemes import PLAIN, UPSAMPLING, Scheme
 
 LAST = torch.channels_last_3d
 
 
 def convolve(
-    scheme: winograd.Scheme, window: Tensor, weight: Tensor, bias: Tensor, out: Tensor, compiled: bool = False,
+    scheme: Scheme, window: Tensor, weight: Tensor, bias: Tensor, out: Tensor, compiled: bool = False,
     add: bool = False,
 ) -> None:  # fmt: skip
     made = kernels.compiled() if compiled else kernels.EAGER
@@ -55,9 +56,9 @@ def test_it_is_the_same_convolution(
     )
     wanted = wide(window, weight, bias)
     out = torch.full(wanted.shape, torch.nan).contiguous(memory_format=LAST)
-    convolve(winograd.PLAIN, window, weight, bias, out)
+    convolve(PLAIN, window, weight, bias, out)
     assert (out - wanted).abs().max() < 5e-6
-    convolve(winograd.PLAIN, window, weight, bias, out, add=True)
+    convolve(PLAIN, window, weight, bias, out, add=True)
     assert (out - 2 * wanted).abs().max() < 1e-5
 
 
@@ -66,7 +67,7 @@ def test_rounding_errors_are_within_a_few_times_those_of_the_direct_way() -> Non
     window, (weight, bias) = maps(1, 96, 6, 34, 34), weights(96, 96, 3)
     wanted = wide(window, weight, bias)
     out = torch.empty(wanted.shape).contiguous(memory_format=LAST)
-    convolve(winograd.PLAIN, window, weight, bias, out)
+    convolve(PLAIN, window, weight, bias, out)
     direct = (F.conv3d(window, weight, bias) - wanted).square().mean().sqrt()
     assert (out - wanted).square().mean().sqrt() < 6 * direct
 
@@ -79,7 +80,7 @@ def test_upsampling_is_folded_into_the_convolution() -> None:
     wanted = F.conv2d(framed, weight[:, :, 0].double(), bias.double()).movedim(0, 1).unsqueeze(0)
     assert wanted.shape[-2:] == larger.shape[-2:]
     out = torch.empty(wanted.shape).contiguous(memory_format=LAST)
-    convolve(winograd.UPSAMPLING, window, weight, bias, out)
+    convolve(UPSAMPLING, window, weight, bias, out)
     assert (out - wanted).abs().max() < 5e-6
 
 
@@ -88,8 +89,8 @@ def test_the_flops_of_the_operator_are_those_of_its_matrix_multiplications() -> 
     window, (weight, bias) = maps(1, 16, 4, 18, 34), weights(24, 16, 3)
     out = torch.empty(1, 24, 2, 16, 32).contiguous(memory_format=LAST)
     with FlopCounterMode(display=False) as whole:
-        convolve(winograd.PLAIN, window, weight, bias, out)
-    scratch = torch.empty(winograd._Plan.of(winograd.PLAIN, window, weight, out).scratch)
+        convolve(PLAIN, window, weight, bias, out)
+    scratch = torch.empty(winograd._Plan.of(PLAIN, window, weight, out).scratch)
     with FlopCounterMode(display=False) as inside:  # not through the operator, so that what it does is seen
         winograd._convolve(
             window[0].movedim(0, -1), weight, bias, out[0].movedim(0, -1), scratch, "plain", False, False
@@ -124,7 +125,7 @@ def test_compiled_kernels_do_what_eager_ones_do() -> None:
     results = []
     for use_compiled in (False, True):
         out = torch.ones(1, 24, 4, 16, 32).contiguous(memory_format=LAST)
-        convolve(winograd.PLAIN, window, weight, bias, out, compiled=use_compiled, add=True)
+        convolve(PLAIN, window, weight, bias, out, compiled=use_compiled, add=True)
         results.append(out)
     assert (results[0] - results[1]).abs().max() < 1e-5
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Matrix = Sequence[Sequence[float]]
+from halovae.schemes import SCHEMES, Matrix
 
 
 def norm_silu(x: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -25,21 +25,29 @@ def norm_silu(x: Tensor, scale: Tensor, out: Tensor) -> None:
     out.copy_(F.silu(wide * inverse * scale))
 
 
-def spread(x: Tensor, rows: Matrix, step: int, out: Tensor) -> None:
-    """`out[p, a, n, k] = sum over i of rows[p][i] * x[a, n * step + i, k]`, in the dtype of `out`."""
-    last = step * (out.shape[2] - 1) + 1
-    out.copy_(torch.stack(_combined(rows, [x[:, i : i + last : step].to(out.dtype) for i in range(len(rows[0]))])))
+def spread(x: Tensor, scheme: str, outs: Sequence[Tensor]) -> None:
+    """`outs[p][a, n, k] = sum over i of spread[p][i] * x[a, n * step + i, k]`, in the dtype of `outs`."""
+    rows, step = _spreading(scheme)
+    last = step * (outs[0].shape[1] - 1) + 1
+    parts = [x[:, i : i + last : step].to(outs[0].dtype) for i in range(len(rows[0]))]
+    for out, total in zip(outs, _combined(rows, parts), strict=True):
+        out.copy_(total)
 
 
-def merge(products: Tensor, rows: Matrix, out: Tensor) -> None:
-    """`out[a, q, k] = sum over p of rows[q][p] * products[p, a, k]`."""
-    out.copy_(torch.stack(_combined(rows, products.unbind(0)), dim=1))
+def merge(products: Sequence[Tensor], scheme: str, bias: Tensor, outs: Sequence[Tensor], add: bool) -> None:
+    """`outs[q][a, k] = bias[k] + sum over p of merge[q][p] * products[p][a, k]`; added to `outs` if `add`."""
+    for out, total in zip(outs, _combined(_merging(scheme), products), strict=True):
+        merged = total + bias
+        out.copy_(merged + out if add else merged)
 
 
-def merge_into(products: Tensor, rows: Matrix, bias: Tensor, out: Tensor, add: bool) -> None:
-    """`out[t, n, q, w, c] = bias[c] + sum over p of rows[q][p] * products[p, t, n, w, c]`; added to `out` if `add`."""
-    merged = torch.stack(_combined(rows, products.unbind(0)), dim=2) + bias
-    out.copy_(merged + out if add else merged)
+# What these two return is a constant of compiled code. As arguments, factors would be loaded for each value.
+def _spreading(scheme: str) -> tuple[Matrix, int]:
+    return SCHEMES[scheme].spread, SCHEMES[scheme].step
+
+
+def _merging(scheme: str) -> Matrix:
+    return SCHEMES[scheme].merge
 
 
 def _combined(rows: Matrix, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -60,10 +68,9 @@ class Kernels:
     norm_silu: Callable[..., None]
     spread: Callable[..., None]
     merge: Callable[..., None]
-    merge_into: Callable[..., None]
 
 
-EAGER = Kernels(norm_silu, spread, merge, merge_into)
+EAGER = Kernels(norm_silu, spread, merge)
 
 
 @cache
@@ -72,8 +79,10 @@ def compiled() -> Kernels:
     import torch._dynamo  # takes seconds, and only those who compile need it
 
     # Each scheme and dtype, images and video: more kinds of tensors than the 8 that torch takes for a mistake.
+    for constant in (_spreading, _merging):
+        torch.compiler.assume_constant_result(constant)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return Kernels(*(torch.compile(kernel, dynamic=True) for kernel in (norm_silu, spread, merge, merge_into)))
+    return Kernels(*(torch.compile(kernel, dynamic=True) for kernel in (norm_silu, spread, merge)))
 
 
 def works(device: torch.device) -> bool:

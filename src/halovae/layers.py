@@ -19,6 +19,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from halovae import winograd
 from halovae.geometry import Halo
 from halovae.parts import part
+from halovae.schemes import UPSAMPLING
 from halovae.tile import PAST, Context, Tile, inside
 
 
@@ -277,7 +278,7 @@ class Upsample(nn.Module):
         channels, height, width = frames[0].shape[1:]
         out = context.empty(tile.data, shape=(len(self.weight), len(frames), 2 * height, 2 * width))
         cells, kind = len(frames) * height * width, context.mesh.platform.kind
-        if winograd.pays(winograd.UPSAMPLING, self.weight, cells, context.kernels, kind):
+        if winograd.pays(UPSAMPLING, self.weight, cells, context.kernels, kind):
             ring = Halo(1, 1, 1, 1)
             ringed = context.empty(tile.data, ring, shape=(channels, len(frames), height, width))
             with part("copies"):
@@ -286,7 +287,7 @@ class Upsample(nn.Module):
                     target.copy_(frame)
             with part("convolution"):
                 weight, kernels, pool = self.weight.unsqueeze(2), context.kernels, context.cache.pool
-                winograd.convolve(winograd.UPSAMPLING, ringed, weight, self.bias, out, kernels, pool)
+                winograd.convolve(UPSAMPLING, ringed, weight, self.bias, out, kernels, pool)
         else:
             with part("convolution"):
                 for target, frame in zip(out.unbind(2), frames, strict=True):

@@ -3,16 +3,13 @@
 A convolution of 3 x 3 in space computes 4 x 4 results from 36 products of transformed inputs and weights where the
 direct way takes 144 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). Along one dim, with
 the weights g and the inputs d of a tile, the results are `merge @ ((taps @ g) * (spread @ d))`.
-
-The points of the polynomials, 0, +-3/4, +-3/2 and infinity, keep rounding errors near those of the direct way
-(Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2018).
 Products of one transformed cell are summed over channels and past frames by matrix multiplications.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,8 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
-from halovae.kernels import EAGER, Kernels, Matrix, compiled
+from halovae.kernels import EAGER, Kernels, compiled
 from halovae.pool import Pool
+from halovae.schemes import PLAIN, SCHEMES, Matrix, Scheme
 
 # Rows of the matrices that are multiplied, for each thread: fewer keep a CPU's units waiting, more leave its caches.
 ROWS = 256
@@ -33,64 +31,6 @@ WEIGHTS = 16 * 2**20
 CHANNELS, HALF_CHANNELS = 16, 128
 # Fewer cells do not pay for transforming the weights by eager kernels; by compiled ones, see `Scheme`.
 EAGER_CELLS = 2560
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How the results of one tile along one dim are made.
-
-    Attributes:
-        spread: `[products, inputs of a tile]`.
-        taps: `[products, 3]`, for the weights.
-        merge: `[results of a tile, products]`.
-        step: input cells from tile to tile.
-        cells: fewer of them, over all frames, do not pay for transforming the weights by compiled kernels.
-    """
-
-    spread: Matrix
-    taps: Matrix
-    merge: Matrix
-    step: int
-    cells: int
-
-    @property
-    def products(self) -> int:
-        return len(self.spread)
-
-    @property
-    def results(self) -> int:
-        return len(self.merge)
-
-
-def _toom_cook(points: Sequence[float], results: int) -> Scheme:
-    """The scheme of `results` results of a filter of 3, by these points and the one at infinity."""
-    count = len(points) + 1
-    powers = torch.tensor([[point**power for power in range(count)] for point in points], dtype=torch.float64)
-    powers = torch.cat([powers, torch.eye(count, dtype=torch.float64)[-1:]])
-    infinite = torch.zeros(count, dtype=torch.float64)
-    infinite[-1] = 1
-    spread = torch.linalg.inv(powers).T
-    taps, merge = powers[:, :3].clone(), powers[:, :results].T.clone()
-    taps[-1], merge[:, -1] = torch.eye(3, dtype=torch.float64)[-1], torch.eye(results, dtype=torch.float64)[-1]
-    largest = spread.abs().amax(1, keepdim=True)  # moved to the weights, so that the inputs keep their magnitude
-    spread[spread.abs() < 1e-12] = 0
-    return Scheme(_rows(spread / largest), _rows(taps * largest), _rows(merge), results, 1024)
-
-
-def _rows(matrix: Tensor) -> Matrix:
-    return tuple(map(tuple, matrix.tolist()))
-
-
-PLAIN = _toom_cook((0, 0.75, -0.75, 1.5, -1.5), 4)
-# Nearest upsampling by two, then the convolution: of two adjoining cells and their copies only three products differ.
-UPSAMPLING = Scheme(
-    spread=((1, -1, 0), (0, 1, 0), (0, 1, -1)),
-    taps=((1, 0, 0), (1, 1, 1), (0, 0, 1)),
-    merge=((1, 1, 0), (0, 1, -1)),
-    step=1,
-    cells=256,
-)
-SCHEMES = {"plain": PLAIN, "upsampling": UPSAMPLING}
 
 
 def pays(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: str) -> bool:
@@ -168,12 +108,11 @@ def convolve(
         add: add to what `out` holds.
         ready: as for `convolved`.
     """
-    name = next(name for name, one in SCHEMES.items() if one is scheme)
     plan = _Plan.of(scheme, window, weight, out)
     scratch = pool.scratch(plan.scratch)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     for item, result in zip(window.unbind(0), out.unbind(0), strict=True):
-        maps = item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, name, add, kernels is not EAGER
+        maps = item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, scheme.name, add, kernels is not EAGER
         if ready is None:
             torch.ops.halovae.convolve(*maps)
         else:
@@ -270,9 +209,9 @@ def _spread(band: Tensor, rows: int, how: Scheme, kernels: Kernels, memory: Tens
     frames, _, width, channels = band.shape
     cols = (width - len(how.spread[0])) // how.step + 1
     halfway = _carved(memory, (how.products, frames, rows, width * channels))
-    kernels.spread(band.flatten(2), how.spread, how.step, halfway)
+    kernels.spread(band.flatten(2), how.name, halfway.unbind())
     out = _carved(target, (how.products, how.products * frames * rows, cols, channels))
-    kernels.spread(halfway.view(-1, width, channels), how.spread, how.step, out)
+    kernels.spread(halfway.view(-1, width, channels), how.name, out.unbind())
     return out.view(how.products**2, frames, rows * cols, channels)
 
 
@@ -294,8 +233,24 @@ def _merge(
     """`[products, T, tiles, O]` into `[T, H', W', O]`, by way of `memory`."""
     frames, width, channels = out.shape[0], out.shape[2], out.shape[3]
     halfway = _carved(memory, (how.products, frames, rows, width, channels))
-    kernels.merge(products.view(how.products, -1, channels), how.merge, halfway.view(-1, how.results, channels))
-    kernels.merge_into(halfway, how.merge, bias, out.unflatten(1, (rows, how.results)), add)
+    cols = halfway.view(-1, how.results, channels).unbind(1)
+    kernels.merge(products.view(how.products, -1, channels).unbind(), how.name, torch.zeros_like(bias), cols, False)
+    for parts, lines in _matrices(halfway, out):
+        kernels.merge(parts, how.name, bias.repeat(lines[0].shape[1] // len(bias)), lines, add)
+
+
+def _matrices(halfway: Tensor, out: Tensor) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """What is merged into the rows of tiles of `[T, H, W, O]`, from `[products, T, R, W, O]`.
+
+    Compiled code writes matrices of one shape in one loop, without a copy in between, and knows that they do not
+    overlap (torch 2.13). So their rows are those of a frame's tiles, or where these are not in one piece, cells.
+    """
+    for parts, frame in zip(halfway.unbind(1), out, strict=True):
+        tiles = frame.unflatten(0, (parts.shape[1], -1))
+        if len(tiles) > 1 and frame.stride(1) == frame.shape[2]:
+            yield parts.flatten(2).unbind(), tiles.flatten(2).unbind(1)
+        else:
+            yield from zip((part.unbind() for part in parts.unbind(1)), (tile.unbind() for tile in tiles), strict=True)
 
 
 def _carved(memory: Tensor, shape: Sequence[int]) -> Tensor:

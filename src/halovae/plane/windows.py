@@ -18,6 +18,7 @@ from halovae.lines import Scope
 from halovae.plane import operators
 from halovae.plane.operators import Cut
 from halovae.plane.tensor import is_channels_last
+from halovae.schemes import PLAIN, UPSAMPLING
 
 aten = torch.ops.aten
 # GroupNorm's groups, eps, and scope and counts as `operators.statistics` has them; or the least norm of a cell's
@@ -53,9 +54,7 @@ def convolution(
     depth, before = maps.shape[2], sum(padding[:-2])
     shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
     cells = shape[2] * shape[3] * shape[4]
-    if min(x.shape[-2:]) < winograd.PLAIN.results or not winograd.pays(
-        winograd.PLAIN, weight, cells, kernels, x.device.type
-    ):
+    if min(x.shape[-2:]) < PLAIN.results or not winograd.pays(PLAIN, weight, cells, kernels, x.device.type):
         return _direct(_activated(x, gamma, beta, norm, silu, spare), weight, bias, padding, cuts, early)
     window = _window(maps, before)
     padded = window.narrow(2, before, depth)
@@ -93,7 +92,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     """
     kernels, pool = operators.current_kernels()
     items, _, height, width = x.shape
-    folded = winograd.pays(winograd.UPSAMPLING, weight, items * height * width, kernels, x.device.type)
+    folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, x.device.type)
     if not folded and not cuts:
         return F.conv2d(_upsampled(x), weight, bias, padding=1)
     window = _window(x.unsqueeze(2), 0) if folded else None
@@ -109,7 +108,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     try:
         out = pool.empty((items, weight.shape[0], 1, 2 * height, 2 * width), x.dtype)
         winograd.convolve(
-            winograd.UPSAMPLING, window, weight.unsqueeze(2), bias, out, kernels, pool, ready=finish if cuts else None
+            UPSAMPLING, window, weight.unsqueeze(2), bias, out, kernels, pool, ready=finish if cuts else None
         )
     finally:
         finish()

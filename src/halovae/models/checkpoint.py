@@ -1,0 +1,179 @@
+"""A VAE in a single file: what it is, by keys and shapes, and its weights by diffusers' names.
+
+Files are recognized by `layouts.LAYOUTS`, alone or among the weights of a whole pipeline. Nothing is read but names and
+shapes until all of them are known to agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halovae.models.layouts import LAYOUTS, SCALINGS, Config, Layout, Scaling
+from halovae.models.weights import CheckpointError, Weights, dtype_names, some
+
+# What the VAE's keys begin with in files of a whole pipeline: none, ComfyUI's and Lightricks', latent diffusion's.
+PREFIXES = ("", "vae.", "first_stage_model.")
+# Of training: losses and averages of weights that the file has in another place, or not at all.
+_UNUSED = ("loss.", "model_ema.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A VAE's weights in files.
+
+    Attributes:
+        source: the file or folder, for messages.
+        config: of the diffusers class `_class_name`.
+        weights: the files' tensors.
+        keys: by diffusers' names, the name in the files, and the shape in diffusers.
+        layout: what a single file was recognized as; None for a folder, whose `config.json` says it.
+        prefix: what the VAE's keys begin with.
+    """
+
+    source: str
+    config: Config
+    weights: Weights
+    keys: Mapping[str, tuple[str, torch.Size]]
+    layout: Layout | None = None
+    prefix: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the VAE's weights as they are stored."""
+        return sum(self.weights.stored[key].nbytes for key, _ in self.keys.values())
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """What `halovae inspect` tells of the file: names of facts, and facts."""
+        own = [self.weights.stored[key] for key, _ in self.keys.values()]
+        if self.layout is not None:
+            yield "file", f"{self.layout.family}, {self.layout.names_of} names"
+        yield "stored as", dtype_names(own)
+        if self.prefix or len(own) < len(self.weights.stored):
+            others = len(self.weights.stored) - len(own)
+            yield "beside the VAE", f"{others} tensors; its keys begin with {self.prefix!r}"
+        if "scaling_factor" in self.config and self.layout is not None:
+            used, alike = _scaling(self)
+            yield "scaling", str(used) + (f" (or {' or '.join(map(str, alike))}: files do not tell)" if alike else "")
+
+    def check_dtypes(self, names: Iterable[str]) -> None:
+        """Check that weights, by diffusers' names, are floating-point numbers.
+
+        Raises:
+            CheckpointError: names one that is not.
+        """
+        for key, _ in (self.keys[name] for name in names):
+            dtype = self.weights.stored[key].dtype
+            if not dtype.is_floating_point and not key.endswith("num_batches_tracked"):
+                raise CheckpointError(f"{self.source}: {key} is no floating-point number; expected fp32 to fp8")
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Weights by diffusers' names on the CPU in the stored dtype, as views of the file where they can be.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        wanted = {self.keys[name][0]: name for name in names}
+        for key, tensor in self.weights.read(wanted):
+            yield wanted[key], tensor.reshape(self.keys[wanted[key]][1])
+
+
+def recognize(path: Path) -> Checkpoint:
+    """Tell what VAE is in a file, by keys and shapes.
+
+    Args:
+        path: `.safetensors` or a file of `torch.save`; its name does not matter.
+
+    Raises:
+        CheckpointError: it cannot be read, or it is no layout in `layouts.LAYOUTS`; names the nearest and what differs.
+    """
+    weights = Weights([path])
+    found = [
+        (layout, prefix)
+        for layout in LAYOUTS
+        for prefix in PREFIXES
+        if all(prefix + key in weights.stored for key in layout.signature)
+    ]
+    if not found:
+        raise CheckpointError(f"{path}: {_nearest(weights.stored)}")
+    layout, prefix = max(found, key=lambda one: len(one[0].signature))
+    own = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in weights.stored.items()
+        if key.startswith(prefix) and not key.removeprefix(prefix).startswith(_UNUSED)
+    }
+    with torch.inference_mode(False), torch.no_grad():  # so that a view knows what it is a view of
+        named = layout.names(own)
+        try:
+            config = {"_class_name": layout.class_name, **layout.config(named)}
+        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{path}: begins as {layout.family}, but lacks {error}") from error
+    original = {id(tensor): prefix + key for key, tensor in own.items()}
+    keys = {name: (original[id(one if one._base is None else one._base)], one.shape) for name, one in named.items()}
+    checkpoint = Checkpoint(str(path), config, weights, keys, layout, prefix)
+    if "scaling_factor" in config:
+        config.update(_scaling(checkpoint)[0].factors)
+    return checkpoint
+
+
+def check_weights(
+    source: str, kind: str, wanted: Mapping[str, torch.Size], given: Mapping[str, tuple[str, torch.Size]]
+) -> None:
+    """Check that weights are those of a module.
+
+    Args:
+        source: where they are from, for the message.
+        kind: what the module is, likewise.
+        wanted: the module's shapes, by its names.
+        given: by the same names, what they are called in `source`, and their shapes.
+
+    Raises:
+        CheckpointError: names what is missing, what is unexpected, and which shapes differ.
+    """
+    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
+    unexpected = [key for name, (key, _) in given.items() if name not in wanted]
+    misshapen = [
+        f"{key} is {list(shape)}, not {list(wanted[name])}"
+        for name, (key, shape) in given.items()
+        if name in wanted and shape != wanted[name]
+    ]
+    problems = [
+        f"{label}: {some(names)}"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{source}: not the weights of a {kind}; " + "; ".join(problems))
+
+
+def _scaling(checkpoint: Checkpoint) -> tuple[Scaling, tuple[Scaling, ...]]:
+    """Who scales latents, by what is beside the VAE; and who else may, if nothing tells."""
+    first, *others = SCALINGS.get(checkpoint.config["latent_channels"], SCALINGS[4])
+    for one in others:
+        if any(key.startswith(one.beside) for key in checkpoint.weights.stored):
+            return one, ()
+    return first, () if checkpoint.prefix else tuple(others)
+
+
+def _nearest(stored: Mapping[str, Tensor]) -> str:
+    """Why no layout fits: the nearest one, and the first keys that differ."""
+    words = {word for key in stored for word in key.split(".")}
+
+    def likeness(one: tuple[Layout, str]) -> tuple[int, float]:
+        layout, prefix = one
+        own = {word for key in layout.signature for word in key.split(".")}
+        return sum(prefix + key in stored for key in layout.signature), len(own & words) / len(own)
+
+    layout, prefix = max(((layout, prefix) for layout in LAYOUTS for prefix in PREFIXES), key=likeness)
+    lacks = [prefix + key for key in layout.signature if prefix + key not in stored]
+    has = [key for key in sorted(stored) if key.removeprefix(prefix) not in layout.signature]
+    known = "; ".join(dict.fromkeys(one.family for one in LAYOUTS))
+    return (
+        f"no VAE of a known layout. The nearest is {layout.family} by {layout.names_of} names: "
+        f"the file lacks {some(lacks, 3)}, and has {some(has, 3)}. "
+        f"Expected a folder in diffusers layout, or a file of {known}"
+    )

@@ -9,7 +9,7 @@ from halovae.decode import Decoder, load
 from halovae.geometry import Grid, Shard
 from halovae.integrations.diffusers import parallelize, restore
 from halovae.mesh import Mesh
-from halovae.models.load import CheckpointError
+from halovae.models.weights import CheckpointError
 from halovae.plane import shard
 from halovae.planning.plan import Plan
 

@@ -23,6 +23,7 @@ from halovae.loop import Gather, Request
 from halovae.mesh import Mesh, mesh_for
 from halovae.models import load as checkpoints
 from halovae.models.wan import WanConfig, WanDecoder
+from halovae.models.weights import CheckpointError
 from halovae.planning.choose import Question
 from halovae.planning.plan import Chunk, Plan
 from halovae.planning.planner import decide
@@ -250,11 +251,12 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Any:
-    """Make a decoder from a diffusers VAE, a directory in diffusers layout, or a hub id.
+    """Make a decoder from a diffusers VAE, a folder in diffusers layout, a file, or a hub id.
 
     Args:
         source: a live diffusers autoencoder, whose parameters are shared, not copied; a folder with `config.json` and
-            `.safetensors` files, or a pipeline's folder with such a one as `vae/`; or a hub id.
+            `.safetensors` files, or a pipeline's folder with such a one as `vae/`; a single file of a layout that is
+            known, alone or among a whole pipeline's weights (docs/models.md); or a hub id.
         subfolder: where in the folder or the repository the VAE is; None tries the top and `vae/`.
         dtype: what weights that come from files are converted to.
         device: where weights that come from files go; None for this process's accelerator, or the CPU without one.
@@ -264,19 +266,20 @@ def load(
         needs diffusers.
 
     Raises:
-        halovae.CheckpointError: an unsupported class, damaged files, missing or unexpected weights (named).
+        halovae.CheckpointError: an unsupported class, a file of an unknown layout, damaged files, missing or unexpected
+            weights (named).
     """
     if isinstance(source, nn.Module):
         known = type(source).__name__ in checkpoints.CLASSES
         try:
             return Decoder(checkpoints.from_module(source)) if known else Autoencoder(source)
         except TypeError as error:
-            raise checkpoints.CheckpointError(str(error)) from error
-    folder = checkpoints.find_folder(source, subfolder)
+            raise CheckpointError(str(error)) from error
+    path = checkpoints.find_model(source, subfolder)
     target = Platform.default().device if device is None else torch.device(device)
-    if checkpoints.read_class(folder) not in checkpoints.CLASSES:
-        return Autoencoder(checkpoints.diffusers_module(folder, dtype).to(target))
-    return Decoder(checkpoints.from_directory(folder, dtype, target))
+    if checkpoints.read_class(path) not in checkpoints.CLASSES:
+        return Autoencoder(checkpoints.diffusers_module(path, dtype).to(target))
+    return Decoder(checkpoints.from_files(path, dtype, target))
 
 
 def check_latents(config: WanConfig, shape: Sequence[int], dtype: torch.dtype, grid: Grid) -> None:

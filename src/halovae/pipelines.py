@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halovae.families import FAMILIES, Family
-from halovae.models.load import CheckpointError, read_config, read_json
+from halovae.models.load import read_config, read_json
+from halovae.models.weights import CheckpointError
 
 # Pipelines whose latents halovae's own decoders decode: whether they make videos, and how many pictures they start from
 # at least and at most.

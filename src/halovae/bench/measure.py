@@ -24,6 +24,7 @@ from halovae.geometry import Grid
 from halovae.integrations.autoencoder import Autoencoder
 from halovae.launch import RankError
 from halovae.memory import Memory, MemoryMeter
+from halovae.models.load import diffusers_module
 from halovae.platform import RANK_ENVIRONMENT, Platform, Stopwatch
 from halovae.report import DecodeReport
 from halovae.simulate import Link, Simulation, simulate
@@ -37,14 +38,14 @@ class Model:
     """What to load, and how.
 
     Attributes:
-        folder: in diffusers layout.
+        path: of the VAE: a folder in diffusers layout, or a file.
         name: the class of its VAE.
         dtype: what to compute in.
         device: its kind.
         exact: whether fp32 means fp32: CUDA's convolutions round their input to TF32 otherwise, as torch has it.
     """
 
-    folder: Path
+    path: Path
     name: str
     dtype: torch.dtype
     device: str
@@ -61,7 +62,7 @@ class Taken:
 
 def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
-    decoder: Decoder | Autoencoder = load(model.folder, dtype=model.dtype, device=Platform.default(model.device).device)
+    decoder: Decoder | Autoencoder = load(model.path, dtype=model.dtype, device=Platform.default(model.device).device)
     if compiled:
         kernels.works(decoder.device)  # the compiler rests in memory as the weights do
 
@@ -79,11 +80,9 @@ def _moved(latents: Tensor) -> Tensor:
 
 
 def _hold_diffusers(model: Model, tiled: bool) -> None:
-    import diffusers
-
     torch.backends.cudnn.allow_tf32 = not model.exact
     platform = Platform.default(model.device)
-    vae = getattr(diffusers, model.name).from_pretrained(model.folder, torch_dtype=model.dtype)
+    vae: Any = diffusers_module(model.path, model.dtype)
     vae.encoder = vae.quant_conv = torch.nn.Identity()  # halovae does not load that half either
     vae.to(platform.device)
     for parameter in vae.parameters():  # weights mapped from a file are not in memory before they are used

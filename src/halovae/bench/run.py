@@ -18,7 +18,7 @@ from halovae.bench.profile import Profile
 from halovae.bench.report import Row
 from halovae.demo.run import MODEL as DEMO
 from halovae.geometry import Grid
-from halovae.models.load import CLASSES, find_folder, read_class, read_config, read_json
+from halovae.models.load import CLASSES, find_model, open_checkpoint, read_class, read_config, read_diffusers_config
 from halovae.platform import Platform
 from halovae.simulate import Link
 
@@ -32,7 +32,7 @@ class Benchmark:
     """What to measure.
 
     Attributes:
-        model: a name in `MODELS`, "demo", a folder in diffusers layout, or a hub id.
+        model: a name in `MODELS`, "demo", a VAE's folder in diffusers layout, its file, or a hub id.
         sizes: `(width, height)` of pictures.
         frames: of each clip.
         batches: how many clips at once.
@@ -86,8 +86,8 @@ class Benchmark:
 
 
 @contextmanager
-def model_folder(name: str, made: Callable[[str], None]) -> Iterator[Path]:
-    """The VAE's folder of a model: a name builds the true-size architecture on random weights, and `made` is told."""
+def model_path(name: str, made: Callable[[str], None]) -> Iterator[Path]:
+    """The VAE's folder or file: a name builds the true-size architecture on random weights, and `made` is told."""
     if name == "demo":
         yield DEMO
     elif name in MODELS:
@@ -96,12 +96,12 @@ def model_folder(name: str, made: Callable[[str], None]) -> Iterator[Path]:
             random_vae(name).save_pretrained(folder)
             yield Path(folder)
     else:
-        yield find_folder(name)
+        yield find_model(name)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a folder's VAE is decoded of.
+    """What a VAE is decoded of.
 
     Attributes:
         family: its name, or its class's.
@@ -115,12 +115,12 @@ class Subject:
 
 
 def subject_of(
-    folder: Path, size: tuple[int, int], frames: int, batch: int = 1, seed: int = 1234, clips: bool | None = None
+    path: Path, size: tuple[int, int], frames: int, batch: int = 1, seed: int = 1234, clips: bool | None = None
 ) -> Subject:
-    """Seeded random latents for a folder's VAE, that decode to frames of `size`.
+    """Seeded random latents for a VAE, that decode to frames of `size`.
 
     Args:
-        folder: in diffusers layout.
+        path: a folder in diffusers layout, or a file.
         size: `(width, height)` in pixels.
         frames: of clips; pictures have one.
         batch: how many at once.
@@ -130,27 +130,26 @@ def subject_of(
     Raises:
         ValueError: no latents decode to such frames; says which sizes are nearest.
     """
-    if read_class(folder) in CLASSES:
-        config = read_config(folder)
+    if read_class(path) in CLASSES:
+        config = read_config(path)
         clips = config.family != "qwen-image" if clips is None else clips
         shape: tuple[int, ...] = config.latents(size, frames if clips else 1, batch)
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         return Subject(config.family, config.spatial_factor, latents)
-    config_file = folder / "config.json"
-    module = meta_vae_of(read_json(config_file), str(config_file), torch.float32)
+    module = meta_vae_of(read_diffusers_config(path), str(path), torch.float32)
     name = type(module).__name__
     shape = latent_shape(module, name, size, frames if makes_clips(module) else 1)
     latents = torch.randn((batch * shape[0], *shape[1:]), generator=torch.Generator().manual_seed(seed))
     return Subject(name, size[1] // shape[-2], latents)
 
 
-def check_fits(family: str, folder: Path, platform: Platform, processes: int) -> None:
+def check_fits(family: str, path: Path, platform: Platform, processes: int) -> None:
     """Check that the weights of each process fit into what is free.
 
     Raises:
         ValueError: they do not.
     """
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2  # the decoder is about half
+    weights = open_checkpoint(path).nbytes // 2  # the decoder is about half
     free, total = platform.memory()
     if platform.kind != "cpu":
         processes = 1
@@ -181,23 +180,23 @@ def run(
     platform = Platform.default(benchmark.device)
     rows: list[Row] = []
     profiles: list[Profile] = []
-    with model_folder(benchmark.model, say) as folder:
-        model = Model(folder, read_class(folder), benchmark.dtype, benchmark.device)
+    with model_path(benchmark.model, say) as path:
+        model = Model(path, read_class(path), benchmark.dtype, benchmark.device)
         contestants = benchmark.contestants(model)
         for size in benchmark.sizes:  # before any work
             for batch in benchmark.batches:
-                subject = subject_of(folder, size, benchmark.frames, batch)
-                check_fits(subject.family, folder, platform, sum(one.ranks for one in contestants))
+                subject = subject_of(path, size, benchmark.frames, batch)
+                check_fits(subject.family, path, platform, sum(one.ranks for one in contestants))
                 for ranks in (*benchmark.ranks, *benchmark.simulated):
                     Grid(rows=ranks).shards(batch, *subject.latents.shape[-2:])
         try:
             for size in benchmark.sizes:
                 for batch in benchmark.batches:
-                    latents = subject_of(folder, size, benchmark.frames, batch).latents
+                    latents = subject_of(path, size, benchmark.frames, batch).latents
                     rows += _measured(benchmark, contestants, latents, size, say, step)
             if traces is not None:
                 traces.mkdir()
-                latents = subject_of(folder, benchmark.sizes[0], benchmark.frames, benchmark.batches[0]).latents
+                latents = subject_of(path, benchmark.sizes[0], benchmark.frames, benchmark.batches[0]).latents
                 for contestant in (one for one in contestants if one.kind == "halovae"):
                     say(f"profiling {contestant.name}, {contestant.ranks} rank(s)")
                     trace = traces / f"trace-{contestant.name}-{contestant.ranks}.json.gz"

@@ -17,7 +17,7 @@ from halovae.bench.measure import Contestant, Model, Taken
 from halovae.bench.pipeline import PipelineRun, run_both
 from halovae.bench.ranks import Ranks
 from halovae.bench.report import GB, markdown_table
-from halovae.bench.run import check_fits, model_folder, subject_of
+from halovae.bench.run import check_fits, model_path, subject_of
 from halovae.geometry import Grid
 from halovae.models.load import read_class
 from halovae.platform import Platform
@@ -155,15 +155,15 @@ def validate(validation: Validation, say: Callable[[str], None], step: Callable[
 
 
 def _verdict(validation: Validation, name: str, source: str, seed: int, say: Callable[[str], None]) -> Verdict:
-    with model_folder(source, say) as folder:
+    with model_path(source, say) as path:
         platform = Platform.default(validation.device)
         clips = TARGETS[name][1] if name in TARGETS else None
-        subject = subject_of(folder, validation.size, validation.frames, seed=seed, clips=clips)
+        subject = subject_of(path, validation.size, validation.frames, seed=seed, clips=clips)
         latents, factor = subject.latents, subject.factor
         parallel = Grid(rows=validation.simulated or validation.ranks)
         parallel.shards(1, *latents.shape[-2:])
-        check_fits(subject.family, folder, platform, validation.ranks)
-        exact = Model(folder, read_class(folder), torch.float32, validation.device, exact=True)
+        check_fits(subject.family, path, platform, validation.ranks)
+        exact = Model(path, read_class(path), torch.float32, validation.device, exact=True)
         model = replace(exact, dtype=validation.dtype)
 
         say(f"{name}: diffusers")

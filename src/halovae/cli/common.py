@@ -17,6 +17,7 @@ from rich.console import Console
 from halovae.launch import RankError
 
 Parsed = TypeVar("Parsed")
+MODEL_HELP = "A VAE: a folder in diffusers layout (its own or a pipeline's), a single file, or a hub id."
 # Progress and remarks go to standard error, so that standard output holds results alone.
 console = Console(stderr=True)
 

@@ -12,7 +12,7 @@ import typer
 
 from halovae import latents as latents_file
 from halovae import media
-from halovae.cli.common import Dtype, Mode, errors_shown, parse_bytes, parse_chunk, parsed
+from halovae.cli.common import MODEL_HELP, Dtype, Mode, errors_shown, parse_bytes, parse_chunk, parsed
 from halovae.cli.planes import PlaneModel, decode_options, denormalized
 from halovae.cli.writing import outputs, tell, write
 from halovae.decode import check_latents, load
@@ -21,7 +21,7 @@ from halovae.integrations.autoencoder import Autoencoder
 from halovae.integrations.pictures import PictureStream
 from halovae.launch import launch, under_torchrun
 from halovae.lines import world_size
-from halovae.models.load import CLASSES, find_folder, read_class, read_config
+from halovae.models.load import CLASSES, find_model, read_alike, read_class, read_config
 from halovae.stream import FrameStream
 
 
@@ -30,7 +30,7 @@ class _Job:
     """All that a rank has to know."""
 
     latents: Path
-    folder: Path
+    model: Path
     output: Path
     frames: int
     mode: Any
@@ -46,7 +46,7 @@ class _Job:
 
 def decode(
     latents: Annotated[Path, typer.Argument(help="Latents as a .safetensors file: [B, C, T, H, W], or [B, C, H, W].")],
-    model: Annotated[str, typer.Option(help="Folder in diffusers layout (a VAE's or a pipeline's), or a hub id.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="clip.mp4, picture.png, or a folder's name for numbered PNGs.")
     ],
@@ -95,15 +95,15 @@ def decode(
         if wanted is not None and wanted.size != ranks:
             raise ValueError(f"--grid {wanted} needs {wanted.size} ranks, but --num-gpus is {ranks}")
         header = latents_file.read_header(latents)
-        folder = find_folder(model)
-        family, frames = _described(folder, header, wanted or Grid(), chunk, halo_depth)
-        if header.family not in (None, family):
-            raise ValueError(f"{latents} holds latents of {header.family}, but {folder} is a {family} model")
-        for path in outputs(output, header.shape[0]):
-            media.check_output(path, frames)
+        path = find_model(model)
+        family, frames = _described(path, header, wanted or Grid(), chunk, halo_depth)
+        if header.family not in (None, family, *read_alike(path)):
+            raise ValueError(f"{latents} holds latents of {header.family}, but {path} is a {family} model")
+        for target in outputs(output, header.shape[0]):
+            media.check_output(target, frames)
         job = _Job(
             latents=latents,
-            folder=folder,
+            model=path,
             output=output,
             frames=frames,
             mode=mode.value,
@@ -121,23 +121,23 @@ def decode(
         try:
             launch(ranks, _run, job)
         finally:  # a rank that was ended from outside could not tidy up
-            for path in outputs(output, header.shape[0]):
-                media.discard(media.partial_of(path))
+            for target in outputs(output, header.shape[0]):
+                media.discard(media.partial_of(target))
 
 
 def _described(
-    folder: Path, header: latents_file.LatentsHeader, grid: Grid, chunk: str | None, halo_depth: int | None
+    path: Path, header: latents_file.LatentsHeader, grid: Grid, chunk: str | None, halo_depth: int | None
 ) -> tuple[str, int]:
     """The model's family, or class, and how many frames it makes of the latents.
 
     Raises:
         ValueError: it decodes no such latents, or not that way.
     """
-    if read_class(folder) in CLASSES:
-        config = read_config(folder)
+    if read_class(path) in CLASSES:
+        config = read_config(path)
         check_latents(config, header.shape, header.dtype, grid)
         return config.family, config.frames(header.shape[2])
-    model = PlaneModel.read(folder, torch.float32)
+    model = PlaneModel.read(path, torch.float32)
     for name, value in (("--chunk", chunk), ("--halo-depth", halo_depth)):
         if value is not None:
             raise ValueError(f"{name} {value}: {model.name} decodes its own chunks, and exchanges once a convolution")
@@ -146,7 +146,7 @@ def _described(
 
 def _run(job: _Job) -> None:
     """One rank's work; rank 0 writes the frames."""
-    pieces = _pieces(load(job.folder, dtype=job.dtype), latents_file.read(job.latents), job)
+    pieces = _pieces(load(job.model, dtype=job.dtype), latents_file.read(job.latents), job)
     rank = dist.get_rank() if dist.is_initialized() else 0
     paths = outputs(job.output, pieces.latents.shape[0])
     if rank > 0:

@@ -12,16 +12,16 @@ import typer
 
 from halovae import latents as latents_file
 from halovae import media
-from halovae.cli.common import Dtype, check_installed, console, errors_shown, parse_size, parsed
+from halovae.cli.common import MODEL_HELP, Dtype, check_installed, console, errors_shown, parse_size, parsed
 from halovae.cli.planes import PlaneModel
 from halovae.integrations.plane_call import FIELDS
-from halovae.models.load import CLASSES, diffusers_module, find_folder, read_class, read_config
+from halovae.models.load import CLASSES, diffusers_module, find_model, read_class, read_config
 from halovae.platform import Platform
 
 
 def encode(
     clip: Annotated[Path, typer.Argument(help="A video, or a picture.")],
-    model: Annotated[str, typer.Option(help="Folder in diffusers layout (a VAE's or a pipeline's), or a hub id.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.")],
     size: Annotated[
         str | None, typer.Option(help="WIDTHxHEIGHT to scale to. [default: the clip's, cut to what the model takes]")
@@ -36,8 +36,8 @@ def encode(
     """
     with errors_shown():
         wanted = None if size is None else parsed("--size", size, parse_size)
-        folder = find_folder(model)
-        sizes = _sizes(folder)
+        path = find_model(model)
+        sizes = _sizes(path)
         if output.suffix != ".safetensors":
             raise ValueError(f"output {output}: expected a name that ends in .safetensors")
         media.check_writable(output)
@@ -48,7 +48,7 @@ def encode(
             console.print(f"taking {t} frames of {w}x{h} from {frames_in} of {width}x{height}")
         with console.status("encoding"), torch.inference_mode():
             device = Platform.default().device
-            vae = _encoder(folder, dtype.torch).to(device)
+            vae = _encoder(path, dtype.torch).to(device)
             pictures = video[None].to(device, dtype.torch)
             latents = _mode(vae.encode(pictures if sizes.clips else pictures[:, :, 0])).cpu()
         latents_file.save(output, latents, sizes.family, scaled=False, fps=fps)
@@ -67,26 +67,26 @@ class _Sizes:
     clips: bool
 
 
-def _sizes(folder: Path) -> _Sizes:
-    if read_class(folder) in CLASSES:
-        config = read_config(folder)
+def _sizes(path: Path) -> _Sizes:
+    if read_class(path) in CLASSES:
+        config = read_config(path)
         return _Sizes(config.family, config.spatial_factor, config.temporal_factor, 1, True)
-    model = PlaneModel.read(folder, torch.float32)
+    model = PlaneModel.read(path, torch.float32)
     from halovae.bench.models import makes_clips, spatial_ratio, temporal_ratio
 
     ratio = spatial_ratio(model.module)
     if ratio is None:
-        raise ValueError(f"{folder}: the config of {model.name} does not say how latents relate to pictures")
+        raise ValueError(f"{path}: the config of {model.name} does not say how latents relate to pictures")
     if not hasattr(type(model.module), "encode"):
-        raise ValueError(f"{folder}: {model.name} has no encoder")
+        raise ValueError(f"{path}: {model.name} has no encoder")
     if not makes_clips(model.module):
         return _Sizes(model.name, ratio, 1, 1, False)
     return _Sizes(model.name, ratio, *temporal_ratio(model.module), True)
 
 
-def _encoder(folder: Path, dtype: torch.dtype) -> Any:
+def _encoder(path: Path, dtype: torch.dtype) -> Any:
     check_installed("encoding, which goes through diffusers,", "diffusers", extra="diffusers")
-    return diffusers_module(folder, dtype)
+    return diffusers_module(path, dtype)
 
 
 def _mode(encoded: Any) -> torch.Tensor:

@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from halovae.cli.common import Dtype, errors_shown, parse_size, parsed
+from halovae.cli.common import MODEL_HELP, Dtype, errors_shown, parse_size, parsed
 from halovae.cli.planes import PlaneModel
 from halovae.geometry import Grid
-from halovae.models.load import CLASSES, find_folder, read_class, read_config
+from halovae.models.checkpoint import recognize
+from halovae.models.load import CLASSES, find_model, read_class, read_config
 from halovae.planning.cost import Cost, walk
 from halovae.planning.plan import Plan
 
@@ -25,29 +26,33 @@ PLANE_PICTURE, PLANE_CLIP, PLANE_FRAMES = (1024, 1024), (1280, 720), 81  # of ot
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder in diffusers layout (a VAE's or a pipeline's), or a hub id.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the pictures. [default: the model's usual]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="How many frames. [default: the model's usual]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="How many clips at once.")] = 1,
     grid: Annotated[str, typer.Option(help="Ranks along ROWSxCOLS, or BATCHxROWSxCOLS.")] = "1x1",
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
 ) -> None:
-    """Show a model's family and sizes, and what one rank needs for a decode. Reads no weights."""
+    """Show a model's family and sizes, and what one rank needs for a decode. Reads no weights.
+
+    Of a file, show first what it was recognized as, by keys and shapes.
+    """
     with errors_shown():
-        folder = find_folder(model)
+        path = find_model(model)
         wanted = None if size is None else parsed("--size", size, parse_size)
         ranks = Grid.parse(grid)
-        describe = _tile if read_class(folder) in CLASSES else _plane
-        table = Table(title=str(folder), show_header=False, title_justify="left")
-        for row in describe(folder, wanted, frames, batch, ranks, dtype):
+        describe = _tile if read_class(path) in CLASSES else _plane
+        facts = recognize(path).facts() if path.is_file() else ()
+        table = Table(title=str(path), show_header=False, title_justify="left")
+        for row in (*facts, *describe(path, wanted, frames, batch, ranks, dtype)):
             table.add_row(*row)
         Console().print(table)
 
 
 def _tile(
-    folder: Path, size: tuple[int, int] | None, frames: int | None, batch: int, ranks: Grid, dtype: Dtype
+    path: Path, size: tuple[int, int] | None, frames: int | None, batch: int, ranks: Grid, dtype: Dtype
 ) -> Iterator[tuple[str, str]]:
-    config = read_config(folder)
+    config = read_config(path)
     width, height, count = USUAL[config.family]
     if size is not None:
         width, height = size
@@ -67,9 +72,9 @@ def _tile(
 
 
 def _plane(
-    folder: Path, size: tuple[int, int] | None, frames: int | None, batch: int, ranks: Grid, dtype: Dtype
+    path: Path, size: tuple[int, int] | None, frames: int | None, batch: int, ranks: Grid, dtype: Dtype
 ) -> Iterator[tuple[str, str]]:
-    model = PlaneModel.read(folder, dtype.torch)
+    model = PlaneModel.read(path, dtype.torch)
     from halovae.bench.models import latent_channels, latent_shape, makes_clips, spatial_ratio, temporal_ratio
 
     clips = makes_clips(model.module)

@@ -28,7 +28,7 @@ from halovae.cli.common import (
 )  # fmt: skip
 from halovae.cli.measuring import free_names, progress
 from halovae.geometry import Grid
-from halovae.models.load import CLASSES, find_folder, read_class, read_config, read_json
+from halovae.models.load import CLASSES, find_model, read_class, read_config, read_diffusers_config
 from halovae.models.wan import WanConfig
 from halovae.planning.calibration import Calibration, read, shipped
 from halovae.planning.choose import Decision, Question, TooLittleMemory, choose
@@ -73,7 +73,7 @@ class Options:
 def plan(
     model: Annotated[
         str,
-        typer.Option(help="Folder in diffusers layout, hub id, or a name such as wan2.1, flux, sdxl, hunyuan-video."),
+        typer.Option(help="A VAE's folder, file or hub id, or a name such as wan2.1, flux, sdxl, hunyuan-video."),
     ],
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; several with commas for --explore.")] = "1280x720",
     frames: Annotated[
@@ -137,11 +137,11 @@ def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> li
             return [_tile_case(named_config(model), one, options) for one in sizes]
         module, name = meta_vae(model, options.dtype), model
     else:
-        folder = find_folder(model)
-        if (name := read_class(folder)) in CLASSES:
-            return [_tile_case(read_config(folder), one, options) for one in sizes]
+        path = find_model(model)
+        if (name := read_class(path)) in CLASSES:
+            return [_tile_case(read_config(path), one, options) for one in sizes]
         check_installed(f"a plan for {name}", "diffusers")
-        module = meta_vae_of(read_json(folder / "config.json"), str(folder / "config.json"), options.dtype)
+        module = meta_vae_of(read_diffusers_config(path), str(path), options.dtype)
     if options.compiled:
         raise ValueError(f"--compile: {name} is planned by the rates of eager kernels; leave it out")
     return [_graph_case(module, name, one, options) for one in sizes]

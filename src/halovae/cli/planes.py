@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from halovae.cli.common import check_installed
 from halovae.geometry import Grid
-from halovae.models.load import read_class, read_json
+from halovae.models.load import read_diffusers_config
 from halovae.planning.graphs import Traced, traced
 
 
@@ -29,17 +29,18 @@ class PlaneModel:
     module: nn.Module
 
     @classmethod
-    def read(cls, folder: Path, dtype: torch.dtype) -> PlaneModel:
-        """Read the config in a folder.
+    def read(cls, path: Path, dtype: torch.dtype) -> PlaneModel:
+        """Read the config in a folder, or off a file.
 
         Raises:
             ValueError: it describes no autoencoder that can be partitioned, or diffusers is not installed.
         """
-        name, source = read_class(folder), folder / "config.json"
+        config = read_diffusers_config(path)
+        name = str(config.get("_class_name"))
         check_installed(f"a VAE of class {name}", "diffusers")
         from halovae.bench.models import meta_vae_of
 
-        return cls(name, meta_vae_of(read_json(source), str(source), dtype))
+        return cls(name, meta_vae_of(config, str(path), dtype))
 
     def traced(self, shape: Sequence[int], dtype: torch.dtype, grid: Grid) -> Traced:
         """What the rank with the most to do takes to decode latents of a shape.

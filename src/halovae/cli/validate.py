@@ -17,7 +17,7 @@ from halovae.platform import threads_per_rank
 def validate(
     model_path: Annotated[
         str | None,
-        typer.Option(help="A checkpoint: folder in diffusers layout, or hub id. [default: all models, random weights]"),
+        typer.Option(help="A VAE's folder, file or hub id, or a pipeline's. [default: all models, random weights]"),
     ] = None,
     models: Annotated[
         str | None,

@@ -1,18 +1,20 @@
-"""Build a decoder, or an encoder, from a live diffusers VAE, a directory in diffusers layout, or a hub id."""
+"""Build a decoder, or an encoder, from a live diffusers VAE, files of any known layout, or a hub id."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from halovae.models.checkpoint import Checkpoint, check_weights, recognize
 from halovae.models.wan import WanConfig, WanDecoder
 from halovae.models.wan_encoder import WanEncoder
+from halovae.models.weights import CheckpointError, Weights
 from halovae.platform import Platform
 
 # Which of diffusers' VAE classes each of our decoders can stand in for.
@@ -27,10 +29,6 @@ _NO_PLANE = {
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ENCODER = ("encoder.", "quant_conv.")
 Half = TypeVar("Half", WanDecoder, WanEncoder)
-
-
-class CheckpointError(ValueError):
-    """A model that cannot be loaded: which file, what is wrong with it, and what would be accepted."""
 
 
 def config_of(config: Mapping[str, Any], source: str) -> WanConfig:
@@ -76,84 +74,146 @@ def _over(vae: nn.Module, half: type[Half]) -> Half:
     name = type(vae).__name__
     config = config_of({**getattr(vae, "config", {}), "_class_name": name}, f"module {name}")
     state = vae.state_dict(keep_vars=True)
-    state = {key: state[key] for key in state if key.startswith(_ENCODER) == (half is WanEncoder)}
+    state = {key: state[key] for key in state if _part_of(half)(key)}
+    model = _empty(half, config)
+    given = {_ours(key): (key, one.shape) for key, one in state.items()}
+    check_weights(name, _kind(config, half), _shapes(model), given)
     with torch.inference_mode(False), torch.no_grad():  # parameters stay ones that can be trained
         for parameter in state.values():
             layout = Platform(parameter.device).layout(parameter.ndim)
             parameter.data = parameter.data.contiguous(memory_format=layout)
-    return _filled(half, config, state, name)
+    model.load_state_dict({_ours(key): tensor for key, tensor in state.items()}, assign=True)
+    return model
 
 
-def from_directory(folder: Path, dtype: torch.dtype, device: torch.device) -> WanDecoder:
-    """Load the decoder's half of a checkpoint in diffusers layout; the encoder's weights are not read.
+def from_files(path: Path, dtype: torch.dtype, device: torch.device) -> WanDecoder:
+    """Load the decoder's half of a VAE; the encoder's weights are not read.
 
     Args:
-        folder: the VAE's folder, with `config.json` and one `.safetensors` file or an index of several.
-        dtype: what the weights are converted to.
+        path: a folder with `config.json` and one `.safetensors` file or an index of several, or a single file of a
+            layout in `layouts.LAYOUTS`.
+        dtype: what the weights are converted to, from whatever they are stored in.
         device: where they go.
 
     Raises:
         CheckpointError: the files are missing, damaged, or not those of a supported VAE.
     """
-    config = read_config(folder)
-    state = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for key in file.keys():  # noqa: SIM118 (not a mapping: it has keys but cannot be iterated)
-                    if not key.startswith(_ENCODER):
-                        state[key] = _packed(file.get_tensor(key).to(dtype))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read as safetensors, is it complete? ({error})") from error
-    return _filled(WanDecoder, config, state, str(folder)).requires_grad_(False)
+    checkpoint = open_checkpoint(path)
+    config = config_of(checkpoint.config, _config_source(path))
+    model = _empty(WanDecoder, config)
+    names = {_ours(name): name for name in checkpoint.keys if _part_of(WanDecoder)(name)}
+    given = {ours: checkpoint.keys[name] for ours, name in names.items()}
+    check_weights(checkpoint.source, _kind(config, WanDecoder), _shapes(model), given)
+    checkpoint.check_dtypes(names.values())
+    state = {_ours(name): _packed(tensor.to(dtype).to(device)) for name, tensor in checkpoint.read(names.values())}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
 
 
-def read_config(folder: Path) -> WanConfig:
-    """The sizes of the VAE in a folder, without reading its weights.
+def open_checkpoint(path: Path) -> Checkpoint:
+    """What is in a VAE's folder or file, without reading weights.
+
+    Raises:
+        CheckpointError: a folder without a readable `config.json` or weights, or a file that is not recognized.
+    """
+    if path.is_file():
+        return recognize(path)
+    weights = Weights(_weight_files(path))
+    keys = {key: (key, one.shape) for key, one in weights.stored.items()}
+    return Checkpoint(str(path), read_diffusers_config(path), weights, keys)
+
+
+def read_diffusers_config(path: Path) -> dict[str, Any]:
+    """The config of the VAE in a folder or file, as diffusers has it, without reading its weights.
+
+    Raises:
+        CheckpointError: there is no readable `config.json`, or a file that is not recognized.
+    """
+    return recognize(path).config if path.is_file() else read_json(path / "config.json")
+
+
+def read_config(path: Path) -> WanConfig:
+    """The sizes of the VAE in a folder or file, without reading its weights.
 
     Raises:
         CheckpointError: there is no readable `config.json`, or it is not a supported VAE's.
     """
-    path = folder / "config.json"
-    return config_of(read_json(path), str(path))
+    return config_of(read_diffusers_config(path), _config_source(path))
 
 
-def read_class(folder: Path) -> str:
-    """The name of the diffusers class of the VAE in a folder.
+def read_class(path: Path) -> str:
+    """The name of the diffusers class of the VAE in a folder or file.
 
     Raises:
-        CheckpointError: there is no readable `config.json` that names one.
+        CheckpointError: there is no readable `config.json` that names one, or a file that is not recognized.
     """
-    return str(read_json(folder / "config.json").get("_class_name"))
+    return str(read_diffusers_config(path).get("_class_name"))
 
 
-def diffusers_module(folder: Path, dtype: torch.dtype) -> nn.Module:
+def read_alike(path: Path) -> tuple[str, ...]:
+    """Families that a file may be of as well, because it cannot be told from theirs; of folders, none.
+
+    Raises:
+        CheckpointError: a file that is not recognized.
+    """
+    layout = recognize(path).layout if path.is_file() else None
+    return layout.alike if layout is not None else ()
+
+
+def diffusers_module(path: Path, dtype: torch.dtype) -> nn.Module:
     """Load a VAE of any class by diffusers.
 
     Args:
-        folder: with `config.json` and `.safetensors` files.
+        path: a folder with `config.json` and `.safetensors` files, or a single file of a layout in `layouts.LAYOUTS`.
         dtype: what the weights are converted to.
 
     Raises:
         CheckpointError: diffusers is not installed, has no autoencoder of this class, or cannot load the files.
     """
-    name = read_class(folder)
+    name = read_class(path)
+    found = _diffusers_class(path, name)
+    if path.is_file():
+        return _module_of(recognize(path), found, dtype)
+    try:
+        loads: Any = found
+        vae: nn.Module = loads.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: diffusers cannot load this {name} ({error})") from error
+    return vae.eval().requires_grad_(False)
+
+
+def _diffusers_class(path: Path, name: str) -> type[nn.Module]:
     try:
         import diffusers
     except ImportError as error:
-        raise CheckpointError(f"{folder}: VAE class {name!r} needs pip install 'halovae[diffusers]'") from error
+        raise CheckpointError(f"{path}: VAE class {name!r} needs pip install 'halovae[diffusers]'") from error
     if name in _NO_PLANE or "Audio" in name:
         reason = _NO_PLANE.get(name, "audio has no plane of rows and cols")
-        raise CheckpointError(f"{folder}: VAE class {name!r} cannot be partitioned: {reason}")
+        raise CheckpointError(f"{path}: VAE class {name!r} cannot be partitioned: {reason}")
     found: Any = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "decode")):
-        raise CheckpointError(f"{folder}: VAE class {name!r} is no autoencoder of diffusers {diffusers.__version__}")
+        raise CheckpointError(f"{path}: VAE class {name!r} is no autoencoder of diffusers {diffusers.__version__}")
+    return found
+
+
+def _module_of(checkpoint: Checkpoint, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
+    """A diffusers module with the weights of a file."""
+    makes: Any = kind
     try:
-        loads: Any = found
-        vae: nn.Module = loads.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: diffusers cannot load this {name} ({error})") from error
-    return vae.eval().requires_grad_(False)
+        with torch.device("meta"):
+            module: nn.Module = makes.from_config(checkpoint.config).eval().requires_grad_(False)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.source}: no {kind.__name__} has these sizes ({error})") from error
+    wanted = module.state_dict()
+    check_weights(checkpoint.source, kind.__name__, _shapes(module), checkpoint.keys)
+    checkpoint.check_dtypes(checkpoint.keys)
+    counters = {key: torch.zeros((), dtype=one.dtype) for key, one in wanted.items() if not one.is_floating_point()}
+    state = counters | {
+        name: tensor.to(dtype if wanted[name].is_floating_point() else wanted[name].dtype, copy=True)
+        for name, tensor in checkpoint.read(checkpoint.keys)
+    }
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -166,13 +226,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_folder(source: str | Path, subfolder: str | None = None) -> Path:
-    """The folder of a VAE: `source` itself or its `vae/` if it is a directory, else a download of the hub's `source`.
+def find_model(source: str | Path, subfolder: str | None = None) -> Path:
+    """The folder or the file of a VAE.
+
+    Args:
+        source: a file; a directory that is a VAE's or has one as `vae/`; or a hub id, which is downloaded.
+        subfolder: where in the directory or the repository the VAE is; None tries the top and `vae/`.
 
     Raises:
-        CheckpointError: `source` is neither a directory with a VAE nor a hub id that can be fetched.
+        CheckpointError: `source` is neither a file, nor a directory with a VAE, nor a hub id that can be fetched.
     """
     root = Path(source)
+    if root.is_file():
+        if subfolder:
+            raise CheckpointError(f"{source}: is a file, so subfolder={subfolder!r} is not in it; expected None")
+        return root
     if not root.is_dir():
         root = _download(str(source), subfolder or "vae")
     candidates = [root / subfolder] if subfolder else [root, root / "vae"]
@@ -190,7 +258,7 @@ def _download(repo: str, subfolder: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{repo!r}: not a directory here, nor a model that the hub gave ({error})") from error
+        raise CheckpointError(f"{repo!r}: not a directory here, a file, or a model the hub gave ({error})") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -207,7 +275,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _renamed(key: str) -> str:
+def _ours(key: str) -> str:
     """Our name of a diffusers parameter: `upsamplers.0.resample.1` (Wan2.1) and `upsampler.resample.1` (Wan2.2).
 
     The encoder's downsamplers likewise.
@@ -215,36 +283,28 @@ def _renamed(key: str) -> str:
     return key.replace(".upsamplers.0.", ".upsampler.").replace(".resample.1.", ".")
 
 
-def _filled(half: type[Half], config: WanConfig, state: Mapping[str, Tensor], source: str) -> Half:
-    """A decoder or encoder whose parameters are the tensors of `state`."""
+def _part_of(half: type[Half]) -> Callable[[str], bool]:
+    """Whether a diffusers parameter belongs to the decoder, or the encoder."""
+    return lambda key: key.startswith(_ENCODER) == issubclass(half, WanEncoder)
+
+
+def _kind(config: WanConfig, half: type[Half]) -> str:
+    return f"{config.family} {'encoder' if issubclass(half, WanEncoder) else 'decoder'}"
+
+
+def _empty(half: type[Half], config: WanConfig) -> Half:
     with torch.device("meta"):
-        model = half(config)
-    wanted = model.state_dict()
-    given = {_renamed(key): (key, tensor) for key, tensor in state.items()}
-    missing = [key for key in wanted if key not in given]
-    unexpected = [key for name, (key, _) in given.items() if name not in wanted]
-    misshapen = [
-        f"{key} is {list(tensor.shape)}, not {list(wanted[name].shape)}"
-        for name, (key, tensor) in given.items()
-        if name in wanted and tensor.shape != wanted[name].shape
-    ]
-    problems = [
-        f"{label}: {_some(names)}"
-        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
-        if names
-    ]
-    if problems:
-        kind = "decoder" if half is WanDecoder else "encoder"
-        raise CheckpointError(f"{source}: not the weights of a {config.family} {kind}; " + "; ".join(problems))
-    model.load_state_dict({name: tensor for name, (_, tensor) in given.items()}, assign=True)
-    return model
+        return half(config)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {key: one.shape for key, one in model.state_dict().items()}
+
+
+def _config_source(path: Path) -> str:
+    return str(path if path.is_file() else path / "config.json")
 
 
 def _packed(weight: Tensor) -> Tensor:
     """A copy in the layout of the activations that it meets; a view would keep the whole file in memory."""
     return weight.clone(memory_format=Platform(weight.device).layout(weight.ndim))
-
-
-def _some(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

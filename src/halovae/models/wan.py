@@ -242,7 +242,13 @@ class WanDecoder(nn.Module):
         return unpatchify(tile, self.config.patch_size).cropped(Halo()).data.clamp(-1, 1)
 
     def denormalized(self, latents: Tensor) -> Tensor:
-        """`latents * std + mean` per channel: from what the diffusion model works on to what the decoder takes."""
+        """`latents * std + mean` per channel: from what the diffusion model works on to what the decoder takes.
+
+        Raises:
+            ValueError: mean and std are not known.
+        """
+        if not self.config.latents_mean:
+            raise ValueError(f"no latents_mean is known for {self.config.z_dim} channels: give latents not normalized")
         mean, std = (
             torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
             for values in (self.config.latents_mean, self.config.latents_std)

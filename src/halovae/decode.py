@@ -256,7 +256,7 @@ def load(
     Args:
         source: a live diffusers autoencoder, whose parameters are shared, not copied; a folder with `config.json` and
             `.safetensors` files, or a pipeline's folder with such a one as `vae/`; a single file of a layout that is
-            known, alone or among a whole pipeline's weights (docs/models.md); or a hub id.
+            known, alone or among a whole pipeline's weights (docs/checkpoints.md); or a hub id.
         subfolder: where in the folder or the repository the VAE is; None tries the top and `vae/`.
         dtype: what weights that come from files are converted to.
         device: where weights that come from files go; None for this process's accelerator, or the CPU without one.

@@ -91,33 +91,41 @@ def recognize(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it cannot be read, or it is no layout in `layouts.LAYOUTS`; names the nearest and what differs.
     """
-    weights = Weights([path])
-    found = [
-        (layout, prefix)
-        for layout in LAYOUTS
-        for prefix in PREFIXES
-        if all(prefix + key in weights.stored for key in layout.signature)
-    ]
-    if not found:
-        raise CheckpointError(f"{path}: {_nearest(weights.stored)}")
-    layout, prefix = max(found, key=lambda one: len(one[0].signature))
-    own = {
-        key.removeprefix(prefix): tensor
-        for key, tensor in weights.stored.items()
-        if key.startswith(prefix) and not key.removeprefix(prefix).startswith(_UNUSED)
-    }
     with torch.inference_mode(False), torch.no_grad():  # so that a view knows what it is a view of
-        named = layout.names(own)
+        weights = Weights([path])
+        layout, prefix = _layout_of(path, weights.stored)
+        own = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in weights.stored.items()
+            if key.startswith(prefix) and not key.removeprefix(prefix).startswith(_UNUSED)
+        }
         try:
+            named = layout.names(own)
             config = {"_class_name": layout.class_name, **layout.config(named)}
+        except ImportError as error:
+            needs = "needs pip install 'halovae[diffusers]'"
+            raise CheckpointError(f"{path}: {layout.family} {needs} ({error})") from error
         except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{path}: begins as {layout.family}, but lacks {error}") from error
-    original = {id(tensor): prefix + key for key, tensor in own.items()}
-    keys = {name: (original[id(one if one._base is None else one._base)], one.shape) for name, one in named.items()}
+            raise CheckpointError(f"{path}: begins as {layout.family}, but is incomplete ({error!r})") from error
+        original = {id(tensor): prefix + key for key, tensor in own.items()}
+        keys = {name: (original[id(one if one._base is None else one._base)], one.shape) for name, one in named.items()}
     checkpoint = Checkpoint(str(path), config, weights, keys, layout, prefix)
     if "scaling_factor" in config:
         config.update(_scaling(checkpoint)[0].factors)
     return checkpoint
+
+
+def _layout_of(path: Path, stored: Mapping[str, Tensor]) -> tuple[Layout, str]:
+    """The layout with the longest signature that the file has, and what its keys begin with."""
+    found = [
+        (layout, prefix)
+        for layout in LAYOUTS
+        for prefix in PREFIXES
+        if all(prefix + key in stored for key in layout.signature)
+    ]
+    if not found:
+        raise CheckpointError(f"{path}: {_nearest(stored)}")
+    return max(found, key=lambda one: len(one[0].signature))
 
 
 def check_weights(

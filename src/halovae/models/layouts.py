@@ -210,7 +210,8 @@ def _ltx_config(tensors: Tensors) -> Config:
         "decoder_spatio_temporal_scaling": [found is not None for found in wide][::-1],
         "decoder_inject_noise": [f"{block}resnets.0.per_channel_scale1" in tensors for block in blocks][::-1],
         "upsample_factor": factors[::-1],
-        # No parameter tells of the residual path. Published decoders that divide channels have it, others do not.
+        # No parameter tells of the residual path. By scripts/convert_ltx_to_diffusers.py of diffusers, decoders that
+        # divide channels have it (0.9.1), others do not (0.9.0).
         "upsample_residual": [factor > 1 for factor in factors][::-1],
         "timestep_conditioning": "decoder.scale_shift_table" in tensors,
         "patch_size": patch,

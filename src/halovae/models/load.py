@@ -247,7 +247,9 @@ def find_model(source: str | Path, subfolder: str | None = None) -> Path:
     for folder in candidates:
         if (folder / "config.json").is_file():
             return folder
-    raise CheckpointError(f"{source}: no config.json in {' or '.join(map(str, candidates))}; expected diffusers layout")
+    raise CheckpointError(
+        f"{source}: no config.json in {' or '.join(map(str, candidates))}; expected diffusers layout, or a file's path"
+    )
 
 
 def _download(repo: str, subfolder: str) -> Path:

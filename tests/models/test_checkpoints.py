@@ -1,6 +1,7 @@
 """VAEs in single files of their authors' layouts: what they are recognized as, and that they decode as they did."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,23 @@ def test_shapes_that_disagree_are_named_and_nothing_is_read(tmp_path: Path, monk
         halovae.load(tmp_path / "vq")
 
 
+def test_a_layout_that_diffusers_converts_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(original("sd", MODULES["sd"]()), tmp_path / "file")
+    monkeypatch.setitem(sys.modules, "diffusers.loaders.single_file_utils", None)
+    with pytest.raises(halovae.CheckpointError, match="FLUX.1 needs pip install 'halovae.diffusers.'"):
+        recognize(tmp_path / "file")
+
+
+def test_a_missing_outer_layer_is_named(tmp_path: Path) -> None:
+    state = original("flux", MODULES["flux"]())
+    del state["decoder.conv_out.weight"]
+    save_file(state, tmp_path / "file")
+    with pytest.raises(
+        halovae.CheckpointError, match="begins as .*FLUX.1, but is incomplete .*decoder.conv_out.weight"
+    ):
+        halovae.load(tmp_path / "file")
+
+
 def test_groups_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_file(zoo.build(ENTRIES["AutoencoderKL"]).state_dict(), tmp_path / "file")  # 4 groups of 8 channels
     with pytest.raises(halovae.CheckpointError, match="no AutoencoderKL has these sizes"):
@@ -338,6 +356,11 @@ def test_inspect_says_what_a_file_is(tmp_path: Path) -> None:
     assert "2 tensors; its keys begin with 'first_stage_model.'" in said
     assert "scaling SDXL's scaling_factor 0.13025 class AutoencoderKL" in said
     save_file(original("flux", MODULES["flux"]()), tmp_path / "ae")
+    with torch.inference_mode():
+        assert recognize(tmp_path / "ae").keys["decoder.mid_block.attentions.0.to_q.weight"] == (
+            "decoder.mid.attn_1.q.weight",
+            (64, 64),
+        )
     said = run("inspect", tmp_path / "ae", "--size", "64x64")
     assert "(or Stable Diffusion 3's scaling_factor 1.5305, shift_factor 0.0609: files do not tell)" in said
 

@@ -194,6 +194,16 @@ def test_other_widths_and_depths(tmp_path: Path) -> None:
     check_plane(tmp_path / "wider", "sd", wider)
 
 
+def test_means_of_other_latents_are_not_made_up(tmp_path: Path) -> None:
+    module = diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1).eval()
+    save_file(written(module, layouts.wan21), tmp_path / "file")
+    decoder = halovae.load(tmp_path / "file", device="cpu")
+    z = torch.zeros(1, 4, 1, 2, 2)
+    assert decoder.decode(z) is not None
+    with pytest.raises(ValueError, match="no latents_mean is known for 4 channels"):
+        decoder.decode(z, denormalize=True)
+
+
 def test_shapes_that_disagree_are_named_and_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("weights were read"))
     state = written(vae("wan2.1"), layouts.wan21)

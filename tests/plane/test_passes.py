@@ -76,7 +76,7 @@ def test_a_block_is_exact_with_each_pass_and_with_all(name: str, monkeypatch: py
     if name != "all":  # some build on convolutions' own operator
         monkeypatch.setenv("HALOVAE_PASSES", f"convolutions,{name}")
     for program in check(seeded(Block), picture(1, 4, 13, 11)):
-        assert program.changes.get(name, 1) or name == "dead-taps" or name == "channels-last"
+        assert program.changes.get(name, 1) or name in ("dead-taps", "frames", "channels-last")
 
 
 def test_without_passes_a_graph_has_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +98,8 @@ def test_a_block_becomes_four_operators_and_a_sum() -> None:
     expected = [windows.convolution, windows.convolution, windows.pointwise, aten.add_.Tensor]
     assert sorted(map(str, targets(program))) == sorted(map(str, [*expected, windows.upsampled_convolution]))
     one, two = (node for node in program.nodes() if node.target is windows.convolution)
-    assert one.args[8] == (2, 1e-5, "plane", ())
-    assert (two.args[8], two.args[9]) == ((4, 1e-5, "plane", ()), True)
+    assert one.args[11] == (2, 1e-5, "plane", ())
+    assert two.args[11:13] == ((4, 1e-5, "plane", ()), True)
 
 
 def test_a_map_that_others_need_is_not_written_over() -> None:
@@ -154,10 +154,9 @@ class Cells(nn.Module):
 def test_norms_over_channels_are_part_of_a_convolution(least: float, frames: int) -> None:
     module = seeded(lambda: Cells(least))
     for program in check(module, picture(2, 3, frames, 13, 9)):
-        if frames == 1:  # else frames of zeros come between
-            assert targets(program) == [aten.slice.Tensor, windows.convolution]
-            (node,) = (node for node in program.nodes() if node.target is windows.convolution)
-            assert node.args[8:10] == ((least, 3**0.5), True)
+        assert targets(program) == [*[aten.slice.Tensor] * (frames < 3), windows.convolution]
+        *_, node = program.nodes()
+        assert node.args[11:13] == ((least, 3**0.5), True)
 
 
 def test_what_only_resembles_a_norm_over_channels_stays() -> None:
@@ -233,8 +232,88 @@ def test_taps_that_meet_only_zeros_go(frames: int) -> None:
         (node,) = (node for node in program.nodes() if node.target is windows.convolution)
         taps = {1: 1, 2: 2, 3: 3}[frames]
         assert node.args[1].meta["shape"][2] == taps  # type: ignore[union-attr]
-        assert node.args[0].meta["shape"][2] == frames + taps - 1  # type: ignore[union-attr]
+        assert (node.args[0].meta["shape"][2], node.args[6]) == (frames, taps - 1)  # type: ignore[union-attr]
         assert program.changes["dead-taps"] == int(taps < 3)
+
+
+class Chunks(nn.Module):
+    """Two chunks of a clip: what the first one keeps comes before the second one's frames.
+
+    Args:
+        kept: what is kept of an activated map, and of what was kept before.
+    """
+
+    def __init__(self, kept: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        super().__init__()
+        self.cells, self.kept = Cells(), kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        results: list[Tensor] = []
+        past: Any = None
+        for chunk in x.split((x.shape[2] + 1) // 2, 2):
+            y = F.silu(F.normalize(chunk, dim=1) * self.cells.gamma)
+            before, past = past, self.kept(y, past)
+            taken = y if before is None else torch.cat([before, y], 2)
+            padded = F.pad(taken, (1, 1, 1, 1, 2 - (0 if before is None else before.shape[2]), 0))
+            results.append(nn.Conv3d.forward(self.cells.conv, padded))
+        return torch.cat(results, 2) + past.mean()
+
+
+def last(y: Tensor, _: Tensor | None) -> Tensor:
+    return y[:, :, -2:].clone()
+
+
+def last_one(y: Tensor, _: Tensor | None) -> Tensor:
+    return y[:, :, -1:].clone()
+
+
+def not_last(y: Tensor, _: Tensor | None) -> Tensor:
+    return y[:, :, :-1].clone()
+
+
+def whole(y: Tensor, past: Tensor | None) -> Tensor:
+    return y.clone() if past is None else torch.cat([past[:, :, -1:], y.clone()], 2)
+
+
+def a_view(y: Tensor, _: Tensor | None) -> Tensor:
+    return y[:, :, -1:]
+
+
+def twice(y: Tensor, past: Tensor | None) -> Tensor:
+    return last(y, past) + y[:, :, -2:].clone()
+
+
+@pytest.mark.parametrize(("kept", "frames", "nodes"), [
+    (last, 8, 2), (last_one, 8, 2), (last_one, 2, 2), (whole, 2, 2), (not_last, 6, 0), (a_view, 8, 0), (twice, 8, 0),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_frames_are_put_together_by_the_convolution(
+    kept: Callable[[Tensor, Tensor | None], Tensor], frames: int, nodes: int, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if dtype == torch.float32:  # straight into a window
+        monkeypatch.setattr(winograd, "pays", lambda *_: True)
+    x = picture(1, 3, frames, 13, 9).to(dtype)
+    for program in check(seeded(lambda: Chunks(kept), dtype), x, atol=2e-5 if dtype == torch.float32 else 1e-12):
+        made = [node for node in program.nodes() if node.target is windows.convolution]
+        assert [node.args[7] is not None for node in made] == [False, True]
+        assert targets(program).count(windows.kept) == nodes
+        assert all((node.args[11] is not None) is (nodes > 0) for node in made)
+
+
+def test_what_a_convolution_needs_itself_does_not_come_after_it() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv3d(3, 3, 3, padding=(0, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.silu(x)
+            found: Tensor = self.conv(torch.cat([y.clone(), y], 2))  # the past is the map itself
+            return found
+
+    for program in check(seeded(Module), picture(1, 3, 3, 8, 7), GRIDS[:3]):
+        assert windows.kept not in targets(program)
 
 
 class Padded(nn.Conv2d):

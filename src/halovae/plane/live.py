@@ -16,7 +16,7 @@ from halovae.plane.operators import emit, pack, take
 def normalized(node: fx.Node) -> int:
     """Bytes of the map that a convolution normalizes or activates, where it cannot write over its input."""
     arguments: Any = node.args
-    if node.target is not windows.convolution or arguments[10] or not (arguments[8] or arguments[9]):
+    if node.target is not windows.convolution or arguments[13] or not (arguments[11] or arguments[12]):
         return 0
     return size(arguments[0])
 

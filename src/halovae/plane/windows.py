@@ -29,7 +29,8 @@ _VALUES = 2**18  # of a map that are normalized at once
 
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], cuts: tuple[Cut, ...], early: bool,
-    gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool, spare: bool,
+    zeros: int, past: Tensor | None, keep: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None,
+    silu: bool, spare: bool,
 ) -> Tensor:  # fmt: skip
     """A convolution of stride 1 of a map that is normalized and activated before.
 
@@ -40,6 +41,9 @@ def convolution(
         padding: of each spatial dim, 1 of the last two.
         cuts: the dims along which other ranks have what this one needs.
         early: whether PyTorch's convolution computes while halos travel, as `operators.convolution` does.
+        zeros: how many frames of zeros come before the map, and before its past.
+        past: frames that come before the map, `[N, C, T', H, W]`. They are neither normalized nor activated.
+        keep: is filled with the last frames of the map as it is convolved, `[N, C, T'', H, W]`.
         gamma: `[C]`, the norm's weight; of a norm over channels of any shape with C values.
         beta: `[C]`, GroupNorm's bias.
         norm: GroupNorm, or the norm over each cell's channels, as `Norm` has them; None where there is none.
@@ -51,22 +55,24 @@ def convolution(
     """
     kernels, pool = operators.current_kernels()
     maps, whole = (one if one.ndim == 5 else one.unsqueeze(2) for one in (x, weight))
-    depth, before = maps.shape[2], sum(padding[:-2])
+    own, before = maps.shape[2], sum(padding[:-2])
+    first = zeros + (0 if past is None else past.shape[2])
+    depth = first + own
     shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
     cells = shape[2] * shape[3] * shape[4]
     if min(x.shape[-2:]) < PLAIN.results or not winograd.pays(PLAIN, weight, cells, kernels, x.device.type):
-        return _direct(_activated(x, gamma, beta, norm, silu, spare), weight, bias, padding, cuts, early)
-    window = _window(maps, before)
+        x = _activated(x, gamma, beta, norm, silu, spare)
+        if keep is not None:
+            keep.copy_(x[:, :, own - keep.shape[2] :])
+        return _direct(_after(zeros, past, x), weight, bias, padding, cuts, early)
+    window = _window(maps, depth + 2 * before, before + zeros, before)
     padded = window.narrow(2, before, depth)
-    own = padded[..., 1:-1, 1:-1]
-    if norm is None:
-        own.copy_(maps)
-        if silu:
-            F.silu(own, inplace=True)
-    elif len(norm) == 2:
-        _normalize_cells(maps, gamma, norm, silu, own)
-    else:
-        _normalize(maps, gamma, beta, norm, silu, own)
+    inner = padded[..., 1:-1, 1:-1]
+    if past is not None:
+        inner[:, :, zeros:first].copy_(past)
+    _write(maps, gamma, beta, norm, silu, inner[:, :, first:])
+    if keep is not None:
+        keep.copy_(inner[:, :, depth - keep.shape[2] :])
     finish = _start_halos(padded if x.ndim == 5 else padded.squeeze(2), cuts)
     try:
         result = winograd.convolved(
@@ -95,7 +101,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, x.device.type)
     if not folded and not cuts:
         return F.conv2d(_upsampled(x), weight, bias, padding=1)
-    window = _window(x.unsqueeze(2), 0) if folded else None
+    window = _window(x.unsqueeze(2), 1, 0, 0) if folded else None
     if window is None:
         for dim, mesh_dim, bounds, wanted, *_ in cuts:
             x = operators.fetch(x, dim, mesh_dim, bounds, wanted)
@@ -131,7 +137,13 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _plain(x, weight, bias)
 
 
-OPERATORS = (convolution, pointwise, upsampled_convolution)
+def kept(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for the last frames of a map, channels last, which the convolution with this weight will fill."""
+    items, channels, *rest = shape
+    return weight.new_empty(items, *rest, channels).movedim(-1, 1)
+
+
+OPERATORS = (convolution, kept, pointwise, upsampled_convolution)
 
 
 def _upsampled(x: Tensor) -> Tensor:
@@ -161,6 +173,27 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
         x, weight, bias, [1] * spatial, list(padding) or zeros, [1] * spatial, False, zeros, 1
     )
     return result
+
+
+def _after(zeros: int, past: Tensor | None, x: Tensor) -> Tensor:
+    """A map with frames before it."""
+    parts = [] if past is None else [past]
+    if zeros:
+        items, channels, _, *plane = x.shape
+        parts.insert(0, x.new_zeros(items, channels, zeros, *plane))
+    return torch.cat([*parts, x], 2) if parts else x
+
+
+def _write(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool, out: Tensor) -> None:
+    """The map normalized and activated, into `out`."""
+    if norm is None:
+        out.copy_(x)
+        if silu:
+            F.silu(out, inplace=True)
+    elif len(norm) == 2:
+        _normalize_cells(x, gamma, norm, silu, out)
+    else:
+        _normalize(x, gamma, beta, norm, silu, out)
 
 
 def _activated(
@@ -249,14 +282,14 @@ def _in_parts(
                 result.copy_(wide)
 
 
-def _window(x: Tensor, frames: int) -> Tensor:
-    """Memory for a map `[N, C, T, H, W]` with rings of zeros: `frames` before and after it, one row and one col."""
+def _window(x: Tensor, frames: int, before: int, after: int) -> Tensor:
+    """Memory for `frames` frames of a map `[N, C, T, H, W]` with a ring of zeros; the first and last ones are zeros."""
     _, pool = operators.current_kernels()
-    shape = (x.shape[0], x.shape[1], x.shape[2] + 2 * frames, x.shape[-2] + 2, x.shape[-1] + 2)
+    shape = (x.shape[0], x.shape[1], frames, x.shape[-2] + 2, x.shape[-1] + 2)
     window = pool.empty(shape, x.dtype)
-    for dim, width in ((2, frames), (3, 1), (4, 1)):
-        window.narrow(dim, 0, width).zero_()
-        window.narrow(dim, window.shape[dim] - width, width).zero_()
+    for dim, first, last in ((2, before, after), (3, 1, 1), (4, 1, 1)):
+        window.narrow(dim, 0, first).zero_()
+        window.narrow(dim, window.shape[dim] - last, last).zero_()
     return window
 
 

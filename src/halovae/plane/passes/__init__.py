@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import fx
 
 from halovae.mesh import Mesh
-from halovae.plane.passes import channels_last, convolutions, dead_taps, identities, in_place, norms, upsampling
+from halovae.plane.passes import channels_last, convolutions, dead_taps, frames, identities, in_place, norms, upsampling
 from halovae.plane.passes.graphs import writes
 
 PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
@@ -19,6 +19,7 @@ PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
     "dead-taps": dead_taps.run,
     "identities": identities.run,
     "upsampling": upsampling.run,
+    "frames": frames.run,
     "norms": norms.run,
     "channels-last": channels_last.run,
     "in-place": in_place.run,

@@ -17,7 +17,7 @@ from halovae.plane.operators import Cut
 from halovae.plane.passes.graphs import only_user, replaced
 
 aten = torch.ops.aten
-NOTHING_BEFORE = (None, None, None, False, False)  # neither norm nor SiLU
+NOTHING_BEFORE = (0, None, None, None, None, None, False, False)  # no other frames, no norm, no SiLU
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:

@@ -42,7 +42,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             continue
         if sum(root(one) is root(x) for one in node.all_input_nodes) > 1:
             continue  # it reads another view of what it would write to
-        if node.target is windows.convolution and (node.args[8] is not None or node.args[9]):
+        if node.target is windows.convolution and (node.args[11] is not None or node.args[12]):
             node.args = (*node.args[:-1], True)
             found += 1
         elif node.target in _OVERWRITING and same(node, x):

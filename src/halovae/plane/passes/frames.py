@@ -1,0 +1,87 @@
+"""Causal convolutions put frames together themselves: zeros, those kept of the chunk before, and the chunk's own.
+
+What is kept for the next chunk is copied by the convolution, too. So the map that it reads has no other user, and what
+normalizes and activates it can become a part of the convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from halovae.mesh import Mesh
+from halovae.plane import windows
+from halovae.plane.operators import emit
+from halovae.plane.passes.graphs import only_user
+
+aten = torch.ops.aten
+
+
+def run(graph: fx.Graph, mesh: Mesh) -> int:
+    """Returns how many nodes went."""
+    found = 0
+    for node in list(graph.nodes):
+        if node.target is not windows.convolution or len(node.meta["shape"]) != 5 or node.args[3][0]:
+            continue
+        x, zeros, past, gone = _parts(node.args[0])
+        copy, keep = _copied(x, node, gone), None
+        later = None if copy is None else _between(copy, node)
+        if copy is not None and later is not None:
+            with graph.inserting_before(node):
+                keep = graph.call_function(windows.kept, (node.args[1], tuple(copy.meta["shape"])))
+            keep.meta = {**copy.meta}
+            copy.replace_all_uses_with(keep)
+            for one in reversed(later):
+                node.append(one)
+            gone += [copy] if copy.args[0] is x else [copy, copy.args[0]]
+        node.args = (x, *node.args[1:6], zeros, past, keep, *node.args[9:])
+        for one in gone:
+            graph.erase_node(one)
+        found += len(gone)
+    return found
+
+
+def _parts(x: Any) -> tuple[Any, int, Any, list[fx.Node]]:
+    """The map, frames of zeros and frames of the past before it, and the nodes that put them together."""
+    zeros, past, gone = 0, None, list[fx.Node]()
+    if only_user(x, aten.constant_pad_nd.default):
+        source, widths, *value = x.args
+        others = [width for at, width in enumerate(widths) if at != 4]
+        if len(widths) > 4 and widths[4] > 0 and not any(others) and not any(value):
+            gone.append(x)
+            x, zeros = source, widths[4]
+    if only_user(x, aten.cat.default) and x.args[1:] == (2,) and len(x.args[0]) == 2:
+        gone.append(x)
+        past, x = x.args[0]
+    return x, zeros, past, gone
+
+
+def _copied(x: Any, node: fx.Node, gone: list[fx.Node]) -> Any:
+    """The copy of a map, or of its last frames, that is all that others see of it; None if there is no such copy."""
+    others = [user for user in x.users if user is not node and user not in gone]
+    if len(others) != 1:
+        return None
+    (copy,) = others
+    if copy.target is aten.slice.Tensor and len(copy.users) == 1 and len(copy.args) == 4:
+        _, dim, start, stop = copy.args
+        if dim != 2 or not 0 <= start < stop or stop < x.meta["shape"][2]:
+            return None
+        (copy,) = copy.users
+    return copy if copy.target is aten.clone.default else None
+
+
+def _between(copy: fx.Node, node: fx.Node) -> list[fx.Node] | None:
+    """The nodes before a convolution that need a copy, in order; None if some of them cannot come after it."""
+    found, todo = set[fx.Node](), [copy]
+    while todo:
+        for user in todo.pop().users:
+            if user is node or (user.op != "call_function" and user < node):
+                return None
+            if user < node and user not in found:
+                if user.target is emit or user.meta.get("messages"):
+                    return None
+                found.add(user)
+                todo.append(user)
+    return sorted(found)

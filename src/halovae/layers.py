@@ -18,6 +18,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from halovae import winograd
 from halovae.geometry import Halo
+from halovae.halves import multiplied
 from halovae.parts import part
 from halovae.schemes import UPSAMPLING
 from halovae.tile import PAST, Context, Tile, inside
@@ -131,9 +132,11 @@ def _direct(window: Tensor, weight: Tensor, bias: Tensor, context: Context) -> T
     platform = context.mesh.platform
     if weight.shape[2] == 1:
         plane, kernel = window[:, :, 0], weight[:, :, 0]
-        data = _in_bands(plane, platform.convolution_cells, lambda band: F.conv2d(band, kernel, bias)).unsqueeze(2)
+        data = _in_bands(
+            plane, platform.convolution_cells, lambda band: multiplied(F.conv2d, band, kernel, bias)
+        ).unsqueeze(2)
     else:
-        data = _in_bands(window, platform.convolution_cells, lambda band: _conv3d(band, weight, bias))
+        data = _in_bands(window, platform.convolution_cells, lambda band: multiplied(_conv3d, band, weight, bias))
     return data.contiguous(memory_format=platform.layout())  # torch lays small results out its own way
 
 
@@ -181,9 +184,9 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`x` `[B, C, ..., H, W]` times `weight` `[O, C]`, cell by cell, in the layout of `x`."""
     with part("convolution"):
         if x.stride(1) == 1:  # the channels of a cell lie together: a matrix as it is
-            return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+            return multiplied(F.linear, x.movedim(1, -1), weight, bias).movedim(-1, 1)
         convolve = F.conv3d if x.ndim == 5 else F.conv2d
-        return convolve(x, weight.reshape(*weight.shape, *[1] * (x.ndim - 2)), bias)
+        return multiplied(convolve, x, weight.reshape(*weight.shape, *[1] * (x.ndim - 2)), bias)
 
 
 class ResidualBlock(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
+from halovae.halves import has_units
 from halovae.kernels import EAGER, Kernels, compiled
 from halovae.pool import Pool
 from halovae.schemes import PLAIN, SCHEMES, Matrix, Scheme
@@ -26,8 +27,8 @@ from halovae.schemes import PLAIN, SCHEMES, Matrix, Scheme
 ROWS = 256
 # Transformed weights at a time, in elements.
 WEIGHTS = 16 * 2**20
-# Fewer channels than this do not pay for transforming the cells. In half precision the direct way is faster (bf16 at
-# twice the speed of fp32), so that more are needed.
+# Fewer channels than this do not pay for transforming the cells. Where a CPU has units for half precision, the
+# direct way is faster (bf16 at twice the speed of fp32), so that more are needed.
 CHANNELS, HALF_CHANNELS = 16, 128
 # Fewer cells do not pay for transforming the weights by eager kernels; by compiled ones, see `Scheme`.
 EAGER_CELLS = 2560
@@ -43,7 +44,7 @@ def pays(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: s
         return False
     if kernels is EAGER and math.prod(weight.shape[2:]) == 9:
         return False
-    if weight.dtype == torch.float32:
+    if weight.dtype == torch.float32 or not has_units(weight.dtype):  # without units, both ways multiply in fp32
         least = CHANNELS
     elif torch.cpu._is_amx_tile_supported():
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from plane.test_trace import picture, recorded
 from torch import Tensor, nn
 
-from halovae import Grid, winograd
+from halovae import Grid, halves, winograd
+from halovae.halves import multiplied
 from halovae.kernels import compiled
 from halovae.mesh import Mesh
 from halovae.plane import Sharded, operators, passes, windows
+from halovae.plane import program as lowering
 from halovae.plane.program import Program
 from halovae.simulate import on_threads
 
@@ -157,6 +160,37 @@ def test_norms_over_channels_are_part_of_a_convolution(least: float, frames: int
         assert targets(program) == [*[aten.slice.Tensor] * (frames < 3), windows.convolution]
         *_, node = program.nodes()
         assert node.args[11:13] == ((least, 3**0.5), True)
+
+
+class HalfCells(Cells):
+    """The same in half precision, with the quotient in fp32, upsampled by way of fp32, and a product of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upsampled, self.mixed = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized = F.normalize(x.float(), dim=1).to(x.dtype) * 3**0.5 * self.gamma + 0.0
+        y: Tensor = self.conv(F.silu(normalized))[:, :, 0]
+        larger: Tensor = F.interpolate(y.float(), scale_factor=2.0, mode="nearest-exact").type_as(y)
+        found: Tensor = self.mixed(self.upsampled(larger).movedim(1, -1))
+        return found
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_half_precision_goes_by_way_of_fp32_and_its_casts_go(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for asker in (halves, lowering, winograd):
+        monkeypatch.setattr(asker, "has_units", lambda dtype: units or dtype.itemsize > 2)
+    module, x = seeded(HalfCells, torch.bfloat16), picture(1, 3, 1, 13, 9).bfloat16()
+    with torch.no_grad():
+        exact, theirs = copy.deepcopy(module).double()(x.double()), module(x)
+    for grid in GRIDS:
+        for full, one, _ in recorded(module, x, grid, module):
+            assert {windows.convolution, windows.upsampled_convolution} < {*targets(one)}
+            assert aten._to_copy.default not in targets(one)
+            assert aten.linalg_vector_norm.default not in targets(one)
+            assert (full - exact).square().mean() <= 1.1 * (theirs - exact).square().mean()
+            assert any(node.target is multiplied for node in one._module.graph.nodes) is not units
 
 
 def test_what_only_resembles_a_norm_over_channels_stays() -> None:

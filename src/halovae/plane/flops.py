@@ -11,15 +11,15 @@ from torch import fx
 from halovae.plane import operators, windows
 
 aten = torch.ops.aten
-_CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
-_PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default)
+CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
+PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default)
 
 
 def flops(node: fx.Node) -> float:
     """Two for each multiplication and addition, as `torch.utils.flop_counter` counts them."""
     target: Any = node.target
     result = math.prod(node.meta.get("shape", ()))
-    if target in _CONVOLUTIONS:
+    if target in CONVOLUTIONS:
         weight = _shape(node.args[1])
         transposed = bool(node.args[6])
         return 2.0 * (math.prod(_shape(node.args[0])) if transposed else result) * math.prod(weight[1:])
@@ -33,7 +33,7 @@ def flops(node: fx.Node) -> float:
         return 2.0 * result * math.prod(weight[1:]) * (1 + twice)
     if target in (windows.upsampled_convolution, windows.pointwise):
         return 2.0 * result * math.prod(_shape(node.args[1])[1:])
-    if target in _PRODUCTS:
+    if target in PRODUCTS:
         inner = _shape(node.args[1 if target in (aten.addmm.default, aten.baddbmm.default) else 0])[-1]
         return 2.0 * result * inner
     if target is operators.attention:

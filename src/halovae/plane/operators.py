@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.halves import multiplied
 from halovae.kernels import EAGER, Kernels
 from halovae.lines import Scope
 from halovae.mesh import Mesh
@@ -167,8 +168,8 @@ def convolution(
 
     def convolved(part: Tensor, padding: list[int]) -> Tensor:
         ones, zeros = [1] * len(padding), [0] * len(padding)
-        result: Tensor = torch.ops.aten.convolution.default(
-            part, weight, bias, ones, padding, dilation, False, zeros, groups
+        result = multiplied(
+            torch.ops.aten.convolution.default, part, weight, bias, ones, padding, dilation, False, zeros, groups
         )
         return result
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from halovae.halves import has_units, multiplied
 from halovae.kernels import EAGER
 from halovae.mesh import Mesh
 from halovae.parts import part
 from halovae.plane import operators
-from halovae.plane.flops import flops
+from halovae.plane.flops import CONVOLUTIONS, PRODUCTS, flops
 from halovae.plane.layout import Layout, local_extent
 from halovae.plane.live import is_operator, peak
 
@@ -66,8 +67,8 @@ class Program:
     @cached_property
     def _module(self) -> fx.GraphModule:
         """Code of the graph, made once it is run: plans only read it."""
-        bodies = {name: fx.GraphModule(self._attributes, body) for name, body in self.bodies.items()}
-        return fx.GraphModule({**self._attributes, **bodies}, self.graph)
+        bodies = {name: fx.GraphModule(self._attributes, _lowered(body)) for name, body in self.bodies.items()}
+        return fx.GraphModule({**self._attributes, **bodies}, _lowered(self.graph))
 
     def __call__(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Tensor:
         """Run it.
@@ -111,7 +112,7 @@ class Program:
     def _emitted(self, local: Tensor, mesh: Mesh, extras: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         run = self._interpreter()
         run.args_iter = iter((local, *extras))
-        nodes = iter(self.graph.nodes)
+        nodes = iter(self._module.graph.nodes)
         while True:
             with self._running(mesh):
                 chunk = _until_chunk(run, nodes)
@@ -161,6 +162,22 @@ class Program:
         Weights do not count, and chunks of the result do not once they are handed out.
         """
         return peak(self.graph, self.bodies)
+
+
+def _lowered(graph: fx.Graph) -> fx.Graph:
+    """The graph, or one whose products in half precision go by way of fp32 where that is faster."""
+    if not any(map(_is_slow, graph.nodes)):
+        return graph
+    lowered = fx.Graph()
+    lowered.output(lowered.graph_copy(graph, {}))
+    for node in filter(_is_slow, lowered.nodes):
+        node.args, node.target = (node.target, *node.args), multiplied
+    return lowered
+
+
+def _is_slow(node: fx.Node) -> bool:
+    products = (*CONVOLUTIONS, *PRODUCTS)
+    return node.target in products and not node.kwargs and not has_units(node.meta["dtype"])
 
 
 def _own(result: Tensor) -> Tensor:

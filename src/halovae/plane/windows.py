@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae import winograd
+from halovae.halves import multiplied
 from halovae.lines import Scope
 from halovae.plane import operators
 from halovae.plane.operators import Cut
@@ -100,7 +101,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     items, _, height, width = x.shape
     folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, x.device.type)
     if not folded and not cuts:
-        return F.conv2d(_upsampled(x), weight, bias, padding=1)
+        return _plain(_upsampled(x), weight, bias, (1, 1))
     window = _window(x.unsqueeze(2), 1, 0, 0) if folded else None
     if window is None:
         for dim, mesh_dim, bounds, wanted, *_ in cuts:
@@ -108,7 +109,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
         larger, padding = _upsampled(x), [1, 1]
         for dim, *_ in cuts:
             larger, padding[dim - 2] = larger.narrow(dim, 1, larger.shape[dim] - 2), 0
-        return F.conv2d(larger, weight, bias, padding=padding)
+        return _plain(larger, weight, bias, padding)
     window[:, :, 0, 1:-1, 1:-1].copy_(x)
     finish = _start_halos(window[:, :, 0], cuts)
     try:
@@ -133,7 +134,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: `[C']`.
     """
     if x.device.type == "cpu" and x.stride(1) == 1 and x.shape[1] > 1:
-        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+        return multiplied(F.linear, x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     return _plain(x, weight, bias)
 
 
@@ -166,13 +167,11 @@ def _direct(
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int] = ()) -> Tensor:
     if weight.ndim == 5 and weight.shape[2] == 1 and x.shape[2] == 1 and not any(padding[:1]):
-        return F.conv2d(x[:, :, 0], weight[:, :, 0], bias, padding=tuple(padding[1:]) or 0).unsqueeze(2)
+        return _plain(x[:, :, 0], weight[:, :, 0], bias, padding[1:]).unsqueeze(2)
     spatial = weight.ndim - 2
     zeros = [0] * spatial
-    result: Tensor = aten.convolution.default(
-        x, weight, bias, [1] * spatial, list(padding) or zeros, [1] * spatial, False, zeros, 1
-    )
-    return result
+    ones = [1] * spatial
+    return multiplied(aten.convolution.default, x, weight, bias, ones, list(padding) or zeros, ones, False, zeros, 1)
 
 
 def _after(zeros: int, past: Tensor | None, x: Tensor) -> Tensor:

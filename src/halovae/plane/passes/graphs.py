@@ -41,6 +41,22 @@ def only_user(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1
 
 
+def is_cast(node: Any, mesh: Mesh) -> bool:
+    """Whether a value is a node that does nothing but change a tensor's dtype."""
+    if not isinstance(node, fx.Node) or node.target is not torch.ops.aten._to_copy.default:
+        return False
+    options = {"layout": torch.strided, "device": mesh.platform.device, **node.kwargs}
+    return options == {"dtype": options.get("dtype"), "layout": torch.strided, "device": mesh.platform.device}
+
+
+def widened(wide: Any, rounded: fx.Node, mesh: Mesh) -> Any:
+    """What is computed with in fp32, and rounded then to the dtype that it has itself; None if that is not so."""
+    if not is_cast(wide, mesh) or not is_cast(rounded, mesh) or wide.meta["dtype"] != torch.float32:
+        return None
+    (x,) = wide.args
+    return x if x.meta["dtype"] == rounded.meta["dtype"] else None
+
+
 def same(node: fx.Node, other: fx.Node) -> bool:
     """Whether two nodes have results of one shape and dtype."""
     return all(node.meta[name] == other.meta[name] for name in ("shape", "dtype"))

@@ -1,7 +1,7 @@
 """Norms and SiLU before a convolution become a part of it: a map is normalized into what the convolution reads.
 
 GroupNorm is one operator already. The norm over a cell's channels, as Wan's VAE has it, is recognized:
-`x / max(|x|, least) * factor * gamma`.
+`x / max(|x|, least) * factor * gamma`, of which the quotient may be computed in fp32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane import operators, windows
-from halovae.plane.passes.graphs import only_user, replaced
+from halovae.plane.passes.graphs import only_user, replaced, widened
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             gone.append(x)
             x, groups, gamma, beta, eps = x.args
             norm = groups, eps, "plane", ()
-        elif norm is None and (cells := _norm_of_cells(x)) is not None:
+        elif norm is None and (cells := _norm_of_cells(x, mesh)) is not None:
             x, gamma, norm, parts = cells
             gone += parts
         if gone:
@@ -49,7 +49,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     return found
 
 
-def _norm_of_cells(node: Any) -> tuple[Any, Any, tuple[float, float], list[fx.Node]] | None:
+def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, tuple[float, float], list[fx.Node]] | None:
     """What is normalized, gamma, `windows.Norm`, and the nodes that do it; None if a node is no norm over channels."""
     factor, gamma, gone = 1.0, None, []
     while only_user(node, aten.mul.Tensor):
@@ -61,10 +61,17 @@ def _norm_of_cells(node: Any) -> tuple[Any, Any, tuple[float, float], list[fx.No
         gone.append(node)
         gamma, factor = (value, factor) if isinstance(value, fx.Node) else (gamma, factor * value)
         node = node.args[0]
+    rounded = node if only_user(node, aten._to_copy.default) else None
+    if rounded is not None:
+        gone.append(rounded)
+        node = rounded.args[0]
     if not only_user(node, aten.div.Tensor) or len(node.args) != 2:
         return None
     gone.append(node)
-    x, length = node.args
+    wide, length = node.args
+    x: Any = wide if rounded is None else widened(wide, rounded, mesh)
+    if x is None or (rounded is not None and len(wide.users) != 2):
+        return None
     if only_user(length, aten.expand.default):
         gone.append(length)
         length = length.args[0]
@@ -72,8 +79,8 @@ def _norm_of_cells(node: Any) -> tuple[Any, Any, tuple[float, float], list[fx.No
         return None
     (total, least), gone = length.args, [*gone, length, length.args[0]]
     source, order, dims, keepdim, *rest = (*total.args, None, None, None)[:5]
-    plain = source is x and order == 2 and list(dims or ()) == [1] and keepdim and not any(rest) and not total.kwargs
-    return (x, gamma, (float(least), factor), gone) if plain else None
+    plain = source is wide and order == 2 and list(dims or ()) == [1] and keepdim and not any(rest) and not total.kwargs
+    return (x, gamma, (float(least), factor), gone if rounded is None else [*gone, wide]) if plain else None
 
 
 def _is_of_channels(weight: fx.Node, node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from halovae.plane import windows
 from halovae.plane.layout import ranges
 from halovae.plane.operators import Cut
 from halovae.plane.passes.convolutions import NOTHING_BEFORE
-from halovae.plane.passes.graphs import recounted, replaced
+from halovae.plane.passes.graphs import recounted, replaced, widened
 
 aten = torch.ops.aten
 _NEAREST = (aten.upsample_nearest2d.default, aten._upsample_nearest_exact2d.default)
@@ -30,16 +30,27 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             continue
         arguments: Any = node.args
         larger, weight, bias, _, cuts, *_ = arguments
-        if not isinstance(larger, fx.Node) or larger.target not in _NEAREST:
+        x, gone = _repeated(larger, mesh)
+        if x is None:
             continue
-        x: Any = larger.args[0]
         doubled = [2 * extent for extent in x.meta["shape"][-2:]]
         halved = [_halved(cut) for cut in cuts]
         if doubled != list(larger.meta["shape"][-2:]) or None in halved:
             continue
-        recounted(replaced(node, windows.upsampled_convolution, (x, weight, bias, tuple(halved)), larger), mesh)
+        recounted(replaced(node, windows.upsampled_convolution, (x, weight, bias, tuple(halved)), *gone), mesh)
         found += 1
     return found
+
+
+def _repeated(larger: Any, mesh: Mesh) -> tuple[Any, list[fx.Node]]:
+    """What is upsampled, and the nodes that do it: also by way of fp32 and back, which changes no value."""
+    gone = [larger]
+    if isinstance(larger, fx.Node) and larger.target is aten._to_copy.default:
+        gone.append(larger.args[0])
+    if not isinstance(gone[-1], fx.Node) or gone[-1].target not in _NEAREST:
+        return None, []
+    x: Any = gone[-1].args[0]
+    return (x, gone) if len(gone) == 1 else (widened(x, larger, mesh), [*gone, x])
 
 
 def _halved(cut: Cut) -> Cut | None:

@@ -1,0 +1,55 @@
+"""Products in half precision by way of fp32, on CPUs that have no units for them."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halovae import halves
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[False, True], ids=["no units", "units"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(halves, "has_units", lambda dtype: request.param or dtype not in HALF)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+@torch.inference_mode()
+def test_products_are_computed_in_fp32_where_there_are_no_units(dtype: torch.dtype, units: bool) -> None:
+    seen = []
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
+        seen.append((x.dtype, weight.dtype))
+        return F.conv2d(x, weight, bias)
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 8, 9, 9), (4, 8, 3, 3)))
+    result = halves.multiplied(operator, x, weight, None)
+    wide = torch.float32 if dtype in HALF and not units else dtype
+    assert seen == [(wide, wide)]
+    assert result.dtype == dtype
+    assert torch.equal(result, F.conv2d(x.to(wide), weight.to(wide)).to(dtype))
+
+
+def test_what_a_cpu_has_is_what_pytorch_is_told() -> None:
+    assert halves.has_units(torch.float32)
+    for dtype, asked in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        assert halves.has_units(dtype) == getattr(torch.ops.mkldnn, f"_is_mkldnn_{asked}_supported")()
+
+
+@torch.inference_mode()
+def test_on_other_devices_nothing_is_cast(units: bool) -> None:
+    x = torch.empty(2, 3, dtype=torch.bfloat16, device="meta")
+    seen = []
+
+    def operator(one: Tensor, other: Tensor) -> Tensor:
+        seen.append(one.dtype)
+        return one @ other
+
+    assert halves.multiplied(operator, x, x.T).dtype == torch.bfloat16
+    assert seen == [torch.bfloat16]

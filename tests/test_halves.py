@@ -1,5 +1,6 @@
 """Products in half precision by way of fp32, on CPUs that have no units for them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,10 +37,13 @@ def test_products_are_computed_in_fp32_where_there_are_no_units(dtype: torch.dty
     assert torch.equal(result, F.conv2d(x.to(wide), weight.to(wide)).to(dtype))
 
 
-def test_what_a_cpu_has_is_what_pytorch_is_told() -> None:
-    assert halves.has_units(torch.float32)
-    for dtype, asked in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        assert halves.has_units(dtype) == getattr(torch.ops.mkldnn, f"_is_mkldnn_{asked}_supported")()
+@pytest.mark.parametrize("answer", [True, False, None])
+def test_onednn_is_asked_for_units_if_it_is_there(answer: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {} if answer is None else dict.fromkeys(halves._ASKED.values(), lambda: answer)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**asked))
+    for dtype in HALF:
+        assert halves.has_units.__wrapped__(dtype) is bool(answer)
+    assert halves.has_units.__wrapped__(torch.float32)
 
 
 @torch.inference_mode()

@@ -300,9 +300,9 @@ class Upsample(nn.Module):
     def _plane(self, frame: Tensor, cells: int | None) -> Tensor:
         larger = F.interpolate(frame, scale_factor=2, mode="nearest-exact")
         if cells is None:
-            return F.conv2d(larger, self.weight, self.bias, padding=1)
+            return multiplied(F.conv2d, larger, self.weight, self.bias, 1, 1)
         padded = F.pad(larger, (1, 1, 1, 1))
-        return _in_bands(padded, cells, lambda band: F.conv2d(band, self.weight, self.bias))
+        return _in_bands(padded, cells, lambda band: multiplied(F.conv2d, band, self.weight, self.bias))
 
 
 class DuplicateShortcut(nn.Module):

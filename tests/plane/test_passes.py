@@ -350,6 +350,27 @@ def test_what_a_convolution_needs_itself_does_not_come_after_it() -> None:
         assert windows.kept not in targets(program)
 
 
+class Exchanged(nn.Module):
+    """Between a copy and the convolution, ranks exchange a row: one sends it, the other only receives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.conv = nn.Conv2d(3, 3, 3, stride=2), nn.Conv3d(3, 3, (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(x)
+        lower = self.down(F.pad(y[:, :, -1:].clone()[:, :, 0], (0, 1, 0, 1)))
+        found: Tensor = self.conv(y)
+        return found + lower.mean()
+
+
+def test_ranks_move_nothing_past_an_exchange() -> None:
+    for grid in GRIDS:
+        found = recorded(seeded(Exchanged), picture(1, 3, 2, 12, 8), grid)
+        assert len({targets(program).count(windows.kept) for _, program, _ in found}) == 1
+    check(seeded(Exchanged), picture(1, 3, 2, 12, 8))
+
+
 class Padded(nn.Conv2d):
     """Pads its input in some way, and convolves it."""
 

@@ -35,7 +35,7 @@ def inspect(
 ) -> None:
     """Show a model's family and sizes, and what one rank needs for a decode. Reads no weights.
 
-    Of a file, show first what it was recognized as, by keys and shapes.
+    For a file, the first rows say what its keys and shapes were recognized as.
     """
     with errors_shown():
         path = find_model(model)

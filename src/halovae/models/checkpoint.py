@@ -106,9 +106,17 @@ def recognize(path: Path) -> Checkpoint:
             needs = "needs pip install 'halovae[diffusers]'"
             raise CheckpointError(f"{path}: {layout.family} {needs} ({error})") from error
         except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{path}: begins as {layout.family}, but is incomplete ({error!r})") from error
+            raise CheckpointError(
+                f"{path}: has keys of {layout.family}, but others are missing or of unknown shapes ({error!r})"
+            ) from error
         original = {id(tensor): prefix + key for key, tensor in own.items()}
         keys = {name: (original[id(one if one._base is None else one._base)], one.shape) for name, one in named.items()}
+        for key, shape in keys.values():
+            if weights.stored[key].numel() != shape.numel():
+                raise CheckpointError(
+                    f"{path}: {key} is {list(weights.stored[key].shape)}; {layout.family} has {list(shape)}, or with "
+                    "dims of 1"
+                )
     checkpoint = Checkpoint(str(path), config, weights, keys, layout, prefix)
     if "scaling_factor" in config:
         config.update(_scaling(checkpoint)[0].factors)
@@ -155,16 +163,16 @@ def check_weights(
         if names
     ]
     if problems:
-        raise CheckpointError(f"{source}: not the weights of a {kind}; " + "; ".join(problems))
+        raise CheckpointError(f"{source}: not weights of {kind}; " + "; ".join(problems))
 
 
 def _scaling(checkpoint: Checkpoint) -> tuple[Scaling, tuple[Scaling, ...]]:
     """Who scales latents, by what is beside the VAE; and who else may, if nothing tells."""
-    first, *others = SCALINGS.get(checkpoint.config["latent_channels"], SCALINGS[4])
-    for one in others:
+    known = SCALINGS.get(checkpoint.config["latent_channels"], SCALINGS[4])
+    for one in known:
         if any(key.startswith(one.beside) for key in checkpoint.weights.stored):
             return one, ()
-    return first, () if checkpoint.prefix else tuple(others)
+    return known[0], known[1:]
 
 
 def _nearest(stored: Mapping[str, Tensor]) -> str:

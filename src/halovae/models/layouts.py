@@ -49,8 +49,8 @@ class Scaling:
     Attributes:
         model: who does.
         factors: `scaling_factor`, and `shift_factor` where there is one.
-        beside: what keys of a full checkpoint of that model begin with; empty for what files of the VAE alone are
-            taken for.
+        beside: what keys of a full checkpoint of that model begin with. A file with none of any is taken for the
+            first model's.
     """
 
     model: str
@@ -65,11 +65,15 @@ class Scaling:
 # (sd3_impls.py), and Black Forest Labs' flux/util.py.
 SCALINGS: dict[int, tuple[Scaling, ...]] = {
     4: (
-        Scaling("Stable Diffusion 1 and 2", {"scaling_factor": 0.18215}),
-        Scaling("SDXL", {"scaling_factor": 0.13025}, ("conditioner.embedders.",)),
+        Scaling("Stable Diffusion 1 and 2", {"scaling_factor": 0.18215}, ("cond_stage_model.",)),
+        Scaling("SDXL", {"scaling_factor": 0.13025}, ("conditioner.embedders.", "model.diffusion_model.label_emb.")),
     ),
     16: (
-        Scaling("FLUX.1", {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
+        Scaling(
+            "FLUX.1",
+            {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+            ("model.diffusion_model.double_blocks.", "double_blocks."),
+        ),
         Scaling(
             "Stable Diffusion 3",
             {"scaling_factor": 1.5305, "shift_factor": 0.0609},

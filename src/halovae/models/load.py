@@ -260,7 +260,9 @@ def _download(repo: str, subfolder: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{repo!r}: not a directory here, a file, or a model the hub gave ({error})") from error
+        raise CheckpointError(
+            f"{repo!r}: neither a directory or file here, nor a model on the hub ({error})"
+        ) from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

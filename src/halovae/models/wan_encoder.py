@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halovae.geometry import Halo
+from halovae.halves import multiplied
 from halovae.layers import CausalConv3d, PointwiseConv, ResidualBlock, RMSNorm, pointwise
 from halovae.models.wan import MidBlock, WanConfig
 from halovae.parts import part
@@ -70,7 +71,7 @@ class Downsample(nn.Module):
         with part("convolution"):
             for target, frame in zip(data.unbind(2), frames, strict=True):
                 padded = F.pad(frame, (0, edges.right, 0, edges.bottom))
-                target.copy_(F.conv2d(padded, self.weight, self.bias, stride=2))
+                target.copy_(multiplied(F.conv2d, padded, self.weight, self.bias, 2))
         if self.time_conv is not None:
             data = self.time_conv(data, context)
         return Tile(data, scale=tile.scale // 2)

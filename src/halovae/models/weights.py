@@ -22,7 +22,7 @@ _DTYPES = {
     "I64": torch.int64,  # a counter of BatchNorm
 }
 _OTHER = torch.uint8  # stands for all others
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # Where training scripts put the weights among other things.
 _NESTED = ("state_dict", "model", "module")
 
@@ -98,12 +98,18 @@ class Weights:
         if isinstance(held, Mapping):
             tensors = {str(key): value for key, value in held.items() if isinstance(value, Tensor)}
         if not tensors:
-            raise CheckpointError(f"{path}: expected a mapping of tensors by name, found {type(held).__name__}")
+            raise CheckpointError(
+                f"{path}: expected tensors by name, by themselves or in {', '.join(_NESTED)}; found {_found(held)}"
+            )
         self._loaded[path] = tensors
         return {
             key: torch.empty(one.shape, dtype=one.dtype if one.dtype in _DTYPES.values() else _OTHER, device="meta")
             for key, one in tensors.items()
         }
+
+
+def _found(held: Any) -> str:
+    return f"a mapping of {some(map(str, held), 3)}" if isinstance(held, Mapping) else type(held).__name__
 
 
 def dtype_names(tensors: Iterable[Tensor]) -> str:
@@ -125,10 +131,10 @@ def some(names: Iterable[str], most: int = 8) -> str:
 def _is_safetensors(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError as error:
         raise _incomplete(path, error) from error
-    return not start.startswith((_ZIP, _PICKLE))
+    return start[8:] == b"{" or not start.startswith((_ZIP, _PICKLE))  # after 8 bytes of its length, a header in JSON
 
 
 def _torch_load(path: Path) -> Any:

@@ -14,11 +14,21 @@ from halovae.plane.operators import emit, pack, take
 
 
 def normalized(node: fx.Node) -> int:
-    """Bytes of the map that a convolution normalizes or activates, where it cannot write over its input."""
-    arguments: Any = node.args
-    if node.target is not windows.convolution or arguments[13] or not (arguments[11] or arguments[12]):
+    """Bytes of the map that a convolution normalizes, activates, or puts together, if that is not its input."""
+    if node.target is not windows.convolution:
         return 0
-    return size(arguments[0])
+    arguments: Any = node.args
+    x, zeros, past, norm, silu, spare = (arguments[at] for at in (0, 6, 7, 11, 12, 13))
+    whole = 0
+    if zeros or past is not None:
+        frames = x.meta["shape"][2]
+        whole = size_of(x) // frames * (frames + zeros) + (0 if past is None else size_of(past))
+    return whole + (size_of(x) if (norm or silu) and not spare else 0)
+
+
+def size_of(node: fx.Node) -> int:
+    """Bytes of a node's result, in whatever memory."""
+    return int(node.meta.get("bytes", 0))
 
 
 def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.Node], int] = normalized) -> int:

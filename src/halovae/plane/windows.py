@@ -282,7 +282,7 @@ def _in_parts(
 
 
 def _window(x: Tensor, frames: int, before: int, after: int) -> Tensor:
-    """Memory for `frames` frames of a map `[N, C, T, H, W]` with a ring of zeros; the first and last ones are zeros."""
+    """Memory for frames of a map `[N, C, T, H, W]` with a ring of zeros; so many before and after are all zeros."""
     _, pool = operators.current_kernels()
     shape = (x.shape[0], x.shape[1], frames, x.shape[-2] + 2, x.shape[-1] + 2)
     window = pool.empty(shape, x.dtype)

@@ -24,7 +24,7 @@ from halovae.plane import operators, windows
 from halovae.plane.agreement import meta_tensor
 from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
-from halovae.plane.live import is_operator, peak, shares, size
+from halovae.plane.live import is_operator, peak, shares, size, size_of
 from halovae.plane.trace import TraceError, trace
 from halovae.planning.cost import CPU, EXCHANGE, GATHER, Cost, Recorder, Work
 
@@ -235,11 +235,6 @@ def _aten(node: fx.Node) -> tuple[str, Work]:
         query, key = (one.meta["shape"] for one in node.all_input_nodes[:2])
         return "scaled_dot_product_attention", Work(1, 4.0 * math.prod(query) * key[-2], _touched(node))
     return name, Work(1, bytes=_touched(node))
-
-
-def size_of(node: fx.Node) -> int:
-    """Bytes of a node's result."""
-    return int(node.meta.get("bytes", 0))
 
 
 def _touched(node: fx.Node) -> int:

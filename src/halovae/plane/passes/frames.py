@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from halovae.mesh import Mesh
-from halovae.plane import windows
+from halovae.plane import operators, windows
 from halovae.plane.operators import emit
 from halovae.plane.passes.graphs import only_user
 
@@ -80,7 +80,11 @@ def _between(copy: fx.Node, node: fx.Node) -> list[fx.Node] | None:
             if user is node or (user.op != "call_function" and user < node):
                 return None
             if user < node and user not in found:
-                if user.target is emit or user.meta.get("messages"):
+                if user.target in (
+                    emit,
+                    *operators.BETWEEN_RANKS,
+                    *windows.OPERATORS,
+                ):  # on some ranks it only receives
                     return None
                 found.add(user)
                 todo.append(user)

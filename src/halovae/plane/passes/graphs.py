@@ -50,7 +50,7 @@ def is_cast(node: Any, mesh: Mesh) -> bool:
 
 
 def widened(wide: Any, rounded: fx.Node, mesh: Mesh) -> Any:
-    """What is computed with in fp32, and rounded then to the dtype that it has itself; None if that is not so."""
+    """What is computed with in fp32, and rounded then to its own dtype; None if one of the casts is another."""
     if not is_cast(wide, mesh) or not is_cast(rounded, mesh) or wide.meta["dtype"] != torch.float32:
         return None
     (x,) = wide.args

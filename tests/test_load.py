@@ -102,7 +102,7 @@ def test_a_hub_id_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_name_that_is_neither_a_folder_nor_a_hub_id() -> None:
-    with pytest.raises(halovae.CheckpointError, match="not a directory here"):
+    with pytest.raises(halovae.CheckpointError, match="neither a directory or file here"):
         halovae.load("no/such/model/anywhere")
 
 

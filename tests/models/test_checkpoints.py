@@ -280,7 +280,9 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(halovae.CheckpointError, match="empty: cannot be read as safetensors"):
         halovae.load(tmp_path / "empty")
     torch.save(torch.ones(3), tmp_path / "tensor.pth")
-    with pytest.raises(halovae.CheckpointError, match="expected tensors by name, by themselves or in state_dict.*; found Tensor"):
+    with pytest.raises(
+        halovae.CheckpointError, match="expected tensors by name, by themselves or in state_dict.*; found Tensor"
+    ):
         halovae.load(tmp_path / "tensor.pth")
     torch.save({"state_dict": {}, "callback": Path("x")}, tmp_path / "object.ckpt")
     with pytest.raises(halovae.CheckpointError, match="holds more than tensors, and loading it could run code"):

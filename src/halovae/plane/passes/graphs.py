@@ -50,11 +50,12 @@ def is_cast(node: Any, mesh: Mesh) -> bool:
 
 
 def widened(wide: Any, rounded: fx.Node, mesh: Mesh) -> Any:
-    """What is computed with in fp32, and rounded then to its own dtype; None if one of the casts is another."""
+    """What of half precision is computed with in fp32, and rounded then; None if one of the casts is another."""
     if not is_cast(wide, mesh) or not is_cast(rounded, mesh) or wide.meta["dtype"] != torch.float32:
         return None
     (x,) = wide.args
-    return x if x.meta["dtype"] == rounded.meta["dtype"] else None
+    dtype = x.meta["dtype"]
+    return x if dtype == rounded.meta["dtype"] and dtype.itemsize < torch.float32.itemsize else None
 
 
 def same(node: fx.Node, other: fx.Node) -> bool:

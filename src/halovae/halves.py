@@ -18,7 +18,7 @@ _ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldn
 
 @cache
 def has_units(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies a dtype as fast as fp32, by oneDNN's word; PyTorch asks the same."""
+    """Whether oneDNN says that this CPU has units for a dtype. PyTorch asks the same before it calls oneDNN."""
     if dtype not in _ASKED:
         return True
     supported: Any = getattr(torch.ops.mkldnn, _ASKED[dtype], None)  # there is none in builds without oneDNN

@@ -17,6 +17,8 @@ from halovae.plane.operators import emit
 from halovae.plane.passes.graphs import only_user
 
 aten = torch.ops.aten
+# Nodes that keep their order. An exchange does on all ranks, also on those that only receive.
+_STAYING = (emit, *operators.BETWEEN_RANKS, *windows.OPERATORS)
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
@@ -80,11 +82,7 @@ def _between(copy: fx.Node, node: fx.Node) -> list[fx.Node] | None:
             if user is node or (user.op != "call_function" and user < node):
                 return None
             if user < node and user not in found:
-                if user.target in (
-                    emit,
-                    *operators.BETWEEN_RANKS,
-                    *windows.OPERATORS,
-                ):  # on some ranks it only receives
+                if user.target in _STAYING:
                     return None
                 found.add(user)
                 todo.append(user)

@@ -2,6 +2,9 @@
 
     python benchmarks/accelerator.py --model flux --size 1024x1024 --grid 1x1,2x1,2x2,4x2
 
+The module runs as it is, with channels last, and with --compile compiled so. Replay runs queued operator by operator,
+and as a CUDA graph. With --profile, the kernels that replay spends its time in are listed.
+
 A rank of a larger grid runs its recorded graph for real, and gets halos of no meaning at once: its time is what it
 computes, without messages, and its peak what it allocates. With --check, ranks of small latents are simulated and
 compared with the plain module.
@@ -10,6 +13,7 @@ compared with the plain module.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +31,6 @@ from halovae.bench.models import MODELS, latent_shape, random_vae
 from halovae.memory import MemoryMeter
 from halovae.mesh import Mesh
 from halovae.plane import Plane
-from halovae.plane.rules import convolution
 from halovae.plane.trace import trace
 from halovae.planning.graphs import TracedLines, busiest
 from halovae.platform import Platform
@@ -45,7 +48,8 @@ def main() -> None:
     parser.add_argument("--grid", default="1x1,2x1,2x2,4x2", help="ROWSxCOLS, several by commas")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--channels-last", action="store_true", help="weights and latents, for all contestants")
+    parser.add_argument("--compile", action="store_true", help="the module by torch.compile, too")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of the first grid's replay")
     parser.add_argument("--check", default="", help="HxW of small latents: compare simulated ranks with the module")
     args = parser.parse_args()
     device, dtype = Platform.default().device, DTYPES[args.dtype]
@@ -56,9 +60,6 @@ def main() -> None:
     width, height = map(int, args.size.split("x"))
     shape = latent_shape(module, args.model, (width, height), args.frames)
     z = torch.randn(shape, device=device, dtype=dtype)
-    if args.channels_last:
-        form = torch.channels_last if z.ndim == 4 else torch.channels_last_3d
-        module, z = module.to(memory_format=form), z.to(memory_format=form)
     grids = [Grid.parse(one) for one in args.grid.split(",")]
     with torch.no_grad():
         if args.check:
@@ -87,21 +88,33 @@ def _check(module: nn.Module, z: Tensor, grids: list[Grid]) -> None:
 def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list[Grid]) -> None:
     platform = Platform(z.device)
     weights = sum(one.numel() * one.element_size() for one in module.parameters())
-    cases: dict[str, Callable[[], Any]] = {"the plain module": lambda: _decode(module)(z)}
+    last: Any = copy.deepcopy(module)
+    for parameter in last.parameters():
+        parameter.data = parameter.data.contiguous(memory_format=platform.layout(parameter.ndim))
+    form = platform.layout(z.ndim)
+    cases: dict[str, Callable[[], Any]] = {
+        "the plain module": lambda: _decode(module)(z),
+        "channels last": lambda: _decode(last)(z.to(memory_format=form)),
+    }
+    if args.compile:
+        compiled: Any = copy.deepcopy(last)
+        (compiled.decoder if hasattr(compiled, "decoder") else compiled).compile()
+        cases["compiled, channels last"] = lambda: _decode(compiled)(z.to(memory_format=form))
     notes = dict.fromkeys(cases, ("", ""))
-    usual = convolution._LARGE_MAP
     for grid in grids:
-        for name, least in (("", usual), (", halos copied", 10**12))[: 1 if grid.size == 1 else 2]:
-            convolution._LARGE_MAP = least
-            mesh = Mesh(grid, z.device, TracedLines(busiest(grid, *z.shape[-2:]), grid.size))
-            begin = time.perf_counter()
-            program = trace(_decode(module), [module], mesh, z.shape, z.dtype, z.device)
-            traced = f"{time.perf_counter() - begin:.2f}"
-            local = _local(z, mesh)
-            title = f"a rank of {grid}{name}"
-            cases[title] = partial(program, local, mesh)
-            notes[title] = traced, f"{program.peak / 2**20:,.0f}"
-    convolution._LARGE_MAP = usual
+        mesh = Mesh(grid, z.device, TracedLines(busiest(grid, *z.shape[-2:]), grid.size))
+        begin = time.perf_counter()
+        program = trace(_decode(module), [module], mesh, z.shape, z.dtype, z.device)
+        traced = f"{time.perf_counter() - begin:.2f}"
+        replay = partial(program, _local(z, mesh), mesh)
+        title = f"a rank of {grid}"
+        cases[title] = replay
+        notes[title] = traced, f"{program.peak / 2**20:,.0f}"
+        if (captured := _captured(replay)) is not None:
+            cases[f"{title}, CUDA graph"] = captured
+            notes[f"{title}, CUDA graph"] = "", ""
+        if args.profile and grid is grids[0]:
+            _profile(replay)
     taken: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, float] = {}
     for turn in range(args.repeat + 1):  # the first warms up
@@ -141,6 +154,30 @@ def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list
         )  # fmt: skip
     table.caption = f"weights: {weights / 2**20:,.0f} MiB; peaks without weights; torch {torch.__version__}"
     Console(width=140).print(table)
+
+
+def _captured(replay: Callable[[], Any]) -> Callable[[], Any] | None:
+    """The same as a CUDA graph; None if it cannot be captured."""
+    replay()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            replay()
+    except RuntimeError as error:
+        print(f"no CUDA graph: {error}", flush=True)
+        return None
+    return graph.replay
+
+
+def _profile(replay: Callable[[], Any]) -> None:
+    replay()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        replay()
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=90))
 
 
 def _local(z: Tensor, mesh: Mesh) -> Tensor:

@@ -17,7 +17,7 @@ class Pool:
     """Blocks of memory that belong to one decode.
 
     Args:
-        device: the CPU, or "meta" for a walk without data.
+        device: the CPU, or "meta" for a walk without data; of others the memory is torch's allocator's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,6 +31,9 @@ class Pool:
         Where none is large enough the idle ones are let go before there is another, so that the pool never holds more
         than the maps that were needed at once.
         """
+        batch, channels, *rest = shape
+        if self._device.type not in ("cpu", "meta"):
+            return torch.empty((batch, *rest, channels), dtype=dtype, device=self._device).movedim(-1, 1)
         size = math.prod(shape) * dtype.itemsize
         idle = [block for block in self._blocks if _is_idle(block)]
         block = min((block for block in idle if block.numel() >= size), key=len, default=None)
@@ -40,7 +43,6 @@ class Pool:
             self._blocks = [one for one in self._blocks if id(one) not in gone]
             block = torch.empty(size, dtype=torch.uint8, device=self._device)
             self._blocks.append(block)
-        batch, channels, *rest = shape
         return block[:size].view(dtype).view(batch, *rest, channels).movedim(-1, 1)
 
     def scratch(self, count: int) -> Tensor:

@@ -79,7 +79,7 @@ def test_a_block_is_exact_with_each_pass_and_with_all(name: str, monkeypatch: py
     if name != "all":  # some build on convolutions' own operator
         monkeypatch.setenv("HALOVAE_PASSES", f"convolutions,{name}")
     for program in check(seeded(Block), picture(1, 4, 13, 11)):
-        assert program.changes.get(name, 1) or name in ("dead-taps", "frames", "channels-last")
+        assert program.changes.get(name, 1) or name in ("dead-taps", "frames", "channels-last", "biases")
 
 
 def test_without_passes_a_graph_has_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +101,8 @@ def test_a_block_becomes_four_operators_and_a_sum() -> None:
     expected = [windows.convolution, windows.convolution, windows.pointwise, aten.add_.Tensor]
     assert sorted(map(str, targets(program))) == sorted(map(str, [*expected, windows.upsampled_convolution]))
     one, two = (node for node in program.nodes() if node.target is windows.convolution)
-    assert one.args[11] == (2, 1e-5, "plane", ())
-    assert two.args[11:13] == ((4, 1e-5, "plane", ()), True)
+    assert one.kwargs["norm"] == (2, 1e-5, "plane", ())
+    assert (two.kwargs["norm"], two.kwargs["silu"]) == ((4, 1e-5, "plane", ()), True)
 
 
 def test_a_map_that_others_need_is_not_written_over() -> None:
@@ -159,7 +159,7 @@ def test_norms_over_channels_are_part_of_a_convolution(least: float, frames: int
     for program in check(module, picture(2, 3, frames, 13, 9)):
         assert targets(program) == [*[aten.slice.Tensor] * (frames < 3), windows.convolution]
         *_, node = program.nodes()
-        assert node.args[11:13] == ((least, 3**0.5), True)
+        assert (node.kwargs["norm"], node.kwargs["silu"]) == ((least, 3**0.5), True)
 
 
 class HalfCells(Cells):
@@ -266,7 +266,7 @@ def test_taps_that_meet_only_zeros_go(frames: int) -> None:
         (node,) = (node for node in program.nodes() if node.target is windows.convolution)
         taps = {1: 1, 2: 2, 3: 3}[frames]
         assert node.args[1].meta["shape"][2] == taps  # type: ignore[union-attr]
-        assert (node.args[0].meta["shape"][2], node.args[6]) == (frames, taps - 1)  # type: ignore[union-attr]
+        assert (node.args[0].meta["shape"][2], node.kwargs.get("zeros", 0)) == (frames, taps - 1)  # type: ignore[union-attr]
         assert program.changes["dead-taps"] == int(taps < 3)
 
 
@@ -330,9 +330,9 @@ def test_frames_are_put_together_by_the_convolution(
     x = picture(1, 3, frames, 13, 9).to(dtype)
     for program in check(seeded(lambda: Chunks(kept), dtype), x, atol=2e-5 if dtype == torch.float32 else 1e-12):
         made = [node for node in program.nodes() if node.target is windows.convolution]
-        assert [node.args[7] is not None for node in made] == [False, True]
+        assert ["past" in node.kwargs for node in made] == [False, True]
         assert targets(program).count(windows.kept) == nodes
-        assert all((node.args[11] is not None) is (nodes > 0) for node in made)
+        assert all(("norm" in node.kwargs) is (nodes > 0) for node in made)
 
 
 def test_what_a_convolution_needs_itself_does_not_come_after_it() -> None:

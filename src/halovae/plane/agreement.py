@@ -28,6 +28,15 @@ def meta_tensor(node: fx.Node) -> Tensor:
     return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device="meta")
 
 
+def meta_arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """A node's arguments, with tensors without data for nodes."""
+
+    def known(value: Any) -> Any:
+        return meta_tensor(value) if isinstance(value, fx.Node) else value
+
+    return list(map(known, node.args)), {name: known(value) for name, value in node.kwargs.items()}
+
+
 def conversations(program: Program, mesh: Mesh) -> Conversations:
     """What this rank's program exchanges with each other rank, in order."""
     noted = _Noted(mesh)
@@ -39,10 +48,11 @@ def conversations(program: Program, mesh: Mesh) -> Conversations:
             target: Any = node.target
             if not node.meta.get("messages") and target not in operators.BETWEEN_RANKS + windows.OPERATORS:
                 continue
-            key = target, tuple(_likeness(one) for one in node.args)
+            key = target, likeness(node)
             if key not in known:
                 noted.messages = []
-                target(*(meta_tensor(one) if isinstance(one, fx.Node) else one for one in node.args))
+                args, kwargs = meta_arguments(node)
+                target(*args, **kwargs)
                 known[key] = noted.messages
             for peer, sent, received in known[key]:
                 mine, theirs = digests[peer]
@@ -88,6 +98,11 @@ class _Noted(Lines):
             if peer != self.rank and all(there[at] == place[at] for at in fixed):
                 self.messages.append((peer, own.nbytes, own.nbytes))
         return [torch.empty_like(own) for _ in range(ranks)]
+
+
+def likeness(node: fx.Node) -> Any:
+    """Equal for nodes whose arguments have equal shapes, dtypes and values."""
+    return tuple(map(_likeness, node.args)), tuple((name, _likeness(one)) for name, one in sorted(node.kwargs.items()))
 
 
 def _likeness(value: Any) -> Any:

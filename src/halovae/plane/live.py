@@ -17,13 +17,14 @@ def normalized(node: fx.Node) -> int:
     """Bytes of the map that a convolution normalizes, activates, or puts together, if that is not its input."""
     if node.target is not windows.convolution:
         return 0
-    arguments: Any = node.args
-    x, zeros, past, norm, silu, spare = (arguments[at] for at in (0, 6, 7, 11, 12, 13))
+    x: Any = node.args[0]
+    given: Any = node.kwargs
+    zeros, past = given.get("zeros", 0), given.get("past")
     whole = 0
     if zeros or past is not None:
         frames = x.meta["shape"][2]
         whole = size_of(x) // frames * (frames + zeros) + (0 if past is None else size_of(past))
-    return whole + (size_of(x) if (norm or silu) and not spare else 0)
+    return whole + (size_of(x) if given.keys() & {"norm", "silu"} and "spare" not in given else 0)
 
 
 def size_of(node: fx.Node) -> int:
@@ -93,6 +94,8 @@ def shares(node: fx.Node) -> bool:
     """Whether a node's result lies in the memory of its first input."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
+    if node.target is windows.added_:
+        return True
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:
         return node.target is operator.getitem and node.args[0].op != "call_module"

@@ -20,13 +20,17 @@ from halovae.halves import multiplied
 from halovae.kernels import EAGER, Kernels
 from halovae.lines import Scope
 from halovae.mesh import Mesh
+from halovae.plane import backends
 from halovae.plane.layout import Bounds, MeshDim
 from halovae.plane.moments import moments, together
 from halovae.plane.tensor import is_channels_last
 from halovae.pool import Pool
 
 Interval = tuple[int, int]
+Place = Callable[[int, int], Tensor]
 Wanted = tuple[tuple[Interval, ...], ...]  # by rank along a mesh dim: intervals, one after the other
+
+_LARGEST_HEAD = 256  # of flash attention
 
 _current = threading.local()
 
@@ -58,7 +62,7 @@ def current() -> Mesh:
 def current_kernels() -> tuple[Kernels, Pool]:
     """The kernels and the buffer pool of this thread."""
     if _current.pool is None:
-        _current.pool = Pool(torch.device("cpu"))
+        _current.pool = Pool(_current.mesh.platform.device)
     return _current.kernels, _current.pool
 
 
@@ -75,15 +79,20 @@ def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
     Returns:
         The wanted intervals side by side along `dim`.
     """
-    wait, joined = fetching(lambda start, length: x.narrow(dim, start, length), x, dim, mesh_dim, bounds, wanted)
+    wait, joined, _ = fetching(lambda start, length: x.narrow(dim, start, length), x, dim, mesh_dim, bounds, wanted)
     wait()
     return joined()
 
 
 def fetching(
     take: Callable[[int, int], Tensor], x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
-) -> tuple[Callable[[], None], Callable[[], Tensor]]:
-    """Start to fetch what `take` gives of this rank's rows or cols; returns what waits, and what then joins them."""
+) -> tuple[Callable[[], None], Callable[[], Tensor], Callable[[Place], None]]:
+    """Start to fetch what `take` gives of this rank's rows or cols.
+
+    Returns:
+        What waits for it; what then joins the wanted intervals in new memory; and what writes them instead where it is
+        told to: by the first row (or col) among all of them, and a number of rows of one interval.
+    """
     mesh = current()
     position = _position(mesh, mesh_dim)
     first = mesh.rank - position * _stride(mesh, mesh_dim)
@@ -118,24 +127,28 @@ def fetching(
             with mesh.traffic.waiting.running():
                 arrive()
 
-    def joined() -> Tensor:
-        out = _empty_along(x, dim, sum(b - a for a, b in mine), sizes)
+    def fill(place: Place) -> None:
         begin = 0
         for a, b in mine:
-            _zero(out, dim, begin, min(b, 0) - a)
-            _zero(out, dim, begin + max(bounds[-1], a) - a, b - max(bounds[-1], a))
+            for first, length in ((a, min(b, 0) - a), (max(bounds[-1], a), b - max(bounds[-1], a))):
+                if length > 0:
+                    place(begin + first - a, length).zero_()
             start, stop = max(a, own[0]), min(b, own[1])
             if start < stop:
-                out.narrow(dim, begin + start - a, stop - start).copy_(take(start - own[0], stop - start))
+                place(begin + start - a, stop - start).copy_(take(start - own[0], stop - start))
             for buffer, (low, high) in places:
                 start, stop = max(a, low), min(b, high)
                 if start < stop:
                     offset = _offset(mine, (low, high), (a, b))
-                    out.narrow(dim, begin + start - a, stop - start).copy_(buffer.narrow(dim, offset, stop - start))
+                    place(begin + start - a, stop - start).copy_(buffer.narrow(dim, offset, stop - start))
             begin += b - a
+
+    def joined() -> Tensor:
+        out = empty_along(x, dim, sum(b - a for a, b in mine), sizes)
+        fill(lambda first, length: out.narrow(dim, first, length))
         return out
 
-    return wait, joined
+    return wait, joined, fill
 
 
 # A dim along which a convolution's input is cut: the dim, and mesh dim, bounds and intervals as `fetch` has them; the
@@ -186,7 +199,7 @@ def convolution(
             return _region(x.narrow(dim, start, length), inner, [(-w, x.shape[at] + w) for at, _, w in known])
 
         intervals = tuple(mine if at == position[mesh_dim] else one for at, one in enumerate(wanted))
-        wait, joined = fetching(take, x, dim, mesh_dim, bounds, intervals)
+        wait, joined, _ = fetching(take, x, dim, mesh_dim, bounds, intervals)
         try:
             out = convolved(x, list(padding)) if out is None else out
         finally:
@@ -241,7 +254,7 @@ def fetched_shape(
     cell = x.element_size() * math.prod(extent for at, extent in enumerate(x.shape) if at != dim)
     lengths = [sum(b - a for a, b in _overlaps(intervals, own)) for intervals in wanted]
     sent = [length * cell for peer, length in enumerate(lengths) if length and peer != position]
-    return _empty_along(x, dim, sum(b - a for a, b in wanted[position])), len(sent), sum(sent)
+    return empty_along(x, dim, sum(b - a for a, b in wanted[position])), len(sent), sum(sent)
 
 
 def _convolved_shape(
@@ -254,7 +267,7 @@ def _convolved_shape(
         extended, more, size = fetched_shape(mesh, extended, dim, mesh_dim, bounds, wanted)
         messages, sent = messages + more, sent + size
     last = is_channels_last(x) or is_channels_last(weight)
-    return _empty_along(x, 1, weight.shape[0], last=last), messages, sent
+    return empty_along(x, 1, weight.shape[0], last=last), messages, sent
 
 
 def attention(
@@ -262,6 +275,12 @@ def attention(
     grouped: bool,
 ) -> Tensor:  # fmt: skip
     """PyTorch's attention, recorded as one operator: which kernel serves it is for the device to choose."""
+    fused = backends.kernels(query.device.type)
+    plain = mask is None and dropout == 0 and not causal and query.shape[:-2] == key.shape[:-2]
+    if fused is not None and plain and query.shape[-1] > _LARGEST_HEAD and query.dtype.itemsize == 2:
+        shape = *query.shape[:-1], value.shape[-1]
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        return _heads_last(fused.attention(query, key, value, factor).view(shape))
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
@@ -275,7 +294,10 @@ def _heads_last(x: Tensor) -> Tensor:
 
 def whole_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """PyTorch's GroupNorm, for a map of which this rank has all that is normalized together."""
-    return F.group_norm(x, groups, weight, bias, eps)
+    fused = backends.kernels(x.device.type)
+    if fused is None or not is_channels_last(x):
+        return F.group_norm(x, groups, weight, bias, eps)
+    return _normalized(x, fused.moments(x, None, groups), weight, bias, eps)
 
 
 def gather(x: Tensor, scope: Scope, ranks: int) -> Tensor:
@@ -310,9 +332,11 @@ def group_norm(
     """
     items, channels = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    variance, mean = statistics(x, groups, scope, counts)
+    found = statistics(x, groups, scope, counts)
+    if backends.kernels(x.device.type) is not None and is_channels_last(x):
+        return _normalized(x, found, weight, bias, eps)
     shape = (2, items, groups, channels // groups)
-    variance, mean = torch.stack((variance, mean)).unsqueeze(-1).expand(shape).reshape(2, -1).unbind()
+    variance, mean = found.unsqueeze(-1).expand(shape).reshape(2, -1).unbind()
     weight, bias = (None if one is None else one.to(wide) for one in (weight, bias))
     if items > 1:
         weight, bias = (None if one is None else one.repeat(items) for one in (weight, bias))
@@ -320,20 +344,24 @@ def group_norm(
     return result.view(x.shape)
 
 
-def statistics(x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Variance and mean `[N, groups]` of the groups of a map, in fp32 at least, of all ranks' parts.
+def statistics(x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...], shift: Tensor | None = None) -> Tensor:
+    """Variance and mean `[2, N, groups]` of the groups of a map, in fp32 at least, of all ranks' parts.
 
     Args:
         x: this rank's part `[N, C, *]`.
         groups: of channels.
         scope: the ranks that have parts.
         counts: values of one group that each of these ranks has; empty if this rank has all of them.
+        shift: `[C]`, added to the map before, on devices with kernels of our own.
     """
-    variance, mean = moments(x, groups, torch.promote_types(x.dtype, torch.float32))
-    if not counts:
-        return variance, mean
-    variances, means = gather(torch.stack((variance, mean)), scope, len(counts)).unbind(1)
-    return together(variances, means, counts)
+    own = moments(x, groups, torch.promote_types(x.dtype, torch.float32), shift)
+    return together(gather(own, scope, len(counts)), counts) if counts else own
+
+
+def _normalized(x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    backends.kernels(x.device.type).group_norm(x, None, found, weight, bias, eps, False, out)
+    return out
 
 
 # A rank that wants nothing of the result may have to send for it.
@@ -365,7 +393,7 @@ def shape_of(function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh)
     if function is attention:
         return _heads_last(x.new_empty((*x.shape[:-1], args[2].shape[-1]))), 0, 0
     if function is whole_group_norm:
-        return _empty_along(x, 1, x.shape[1]), 0, 0
+        return empty_along(x, 1, x.shape[1]), 0, 0
     if function is gather:
         ranks = args[2]
         return x.new_empty((ranks, *x.shape)), ranks - 1, (ranks - 1) * x.numel() * x.element_size()
@@ -398,7 +426,7 @@ def _offset(intervals: Sequence[Interval], owned: Interval, until: Interval) -> 
     return sum(b - a for a, b in _overlaps(intervals[: intervals.index(until)], owned))
 
 
-def _empty_along(
+def empty_along(
     x: Tensor, dim: int, length: int, sizes: Sequence[int] | None = None, last: bool | None = None
 ) -> Tensor:
     """An empty tensor of another extent along `dim`, channels last where `x` or `last` is; of its or other sizes."""
@@ -408,8 +436,3 @@ def _empty_along(
     shape = [*sizes[:dim], length, *sizes[dim + 1 :]]
     last = is_channels_last(x) if last is None else last
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout if last else torch.contiguous_format)
-
-
-def _zero(out: Tensor, dim: int, start: int, length: int) -> None:
-    if length > 0:
-        out.narrow(dim, start, length).zero_()

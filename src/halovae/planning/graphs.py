@@ -21,7 +21,7 @@ from halovae.geometry import Grid
 from halovae.lines import Lines, Scope
 from halovae.mesh import Mesh
 from halovae.plane import operators, windows
-from halovae.plane.agreement import meta_tensor
+from halovae.plane.agreement import likeness, meta_arguments
 from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
 from halovae.plane.live import is_operator, peak, shares, size, size_of
@@ -196,15 +196,15 @@ class _Pricer:
 
     def _run(self, node: fx.Node) -> tuple[WorkByKind, int]:
         """What an operator between ranks does, and its peak, by running it on meta tensors."""
-        key = node.target, tuple(map(_likeness, node.args))
+        key = node.target, likeness(node)
         if key not in self._known:
             recorder = _Watch(self._results, self._statistics)
             mesh = Mesh(self._mesh.grid, CPU, TracedLines(self._mesh.rank, self._mesh.grid.size, recorder))
             with _disable_current_modes(), torch.inference_mode(), operators.on(mesh):
-                args = tuple(meta_tensor(one) if isinstance(one, fx.Node) else one for one in node.args)
+                args, kwargs = meta_arguments(node)
                 target: Any = node.target
                 with recorder:
-                    target(*args)
+                    target(*args, **kwargs)
             self._known[key] = recorder.taken(), recorder.peak
         return self._known[key]
 
@@ -249,10 +249,6 @@ def _is_weight(node: fx.Node) -> bool:
     while shares(node):
         node = node.all_input_nodes[0]
     return node.op == "get_attr"
-
-
-def _likeness(value: Any) -> Any:
-    return (value.meta["shape"], value.meta["dtype"]) if isinstance(value, fx.Node) else value
 
 
 def _nbytes(tensor: Tensor) -> int:

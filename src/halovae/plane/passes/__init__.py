@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import fx
 
 from halovae.mesh import Mesh
-from halovae.plane.passes import channels_last, convolutions, dead_taps, frames, identities, in_place, norms, upsampling
+from halovae.plane.passes import (
+    biases,
+    channels_last,
+    convolutions,
+    dead_taps,
+    frames,
+    identities,
+    in_place,
+    norms,
+    upsampling,
+)
 from halovae.plane.passes.graphs import writes
 
 PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
@@ -22,6 +32,7 @@ PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
     "frames": frames.run,
     "norms": norms.run,
     "channels-last": channels_last.run,
+    "biases": biases.run,
     "in-place": in_place.run,
 }
 

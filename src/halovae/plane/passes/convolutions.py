@@ -17,7 +17,6 @@ from halovae.plane.operators import Cut
 from halovae.plane.passes.graphs import only_user, replaced
 
 aten = torch.ops.aten
-NOTHING_BEFORE = (0, None, None, None, None, None, False, False)  # no other frames, no norm, no SiLU
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
@@ -34,7 +33,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             if transposed or any(step != 1 for step in stride):
                 continue
             if not any(padding) and groups == 1 and set(weight.meta["shape"][2:]) == {1}:
-                replaced(node, windows.pointwise, (x, weight, bias))
+                replaced(node, windows.pointwise, (x, weight, bias), {})
                 found += 1
                 continue
             fetches = _fetches(x)
@@ -49,8 +48,8 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         else:
             continue
         if _is_window(weight, padding, dilation, groups, cuts):
-            arguments = (x, weight, bias, tuple(padding), cuts, early, *NOTHING_BEFORE)
-            replaced(node, windows.convolution, arguments, *reversed(fetches))
+            arguments = (x, weight, bias, tuple(padding), cuts, early)
+            replaced(node, windows.convolution, arguments, {}, *reversed(fetches))
             found += 1
     return found
 

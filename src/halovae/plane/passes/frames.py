@@ -38,7 +38,9 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             for one in reversed(later):
                 node.append(one)
             gone += [copy] if copy.args[0] is x else [copy, copy.args[0]]
-        node.args = (x, *node.args[1:6], zeros, past, keep, *node.args[9:])
+        node.args = (x, *node.args[1:])
+        given = {"zeros": zeros, "past": past, "keep": keep}
+        node.kwargs = {**node.kwargs, **{name: value for name, value in given.items() if value}}
         for one in gone:
             graph.erase_node(one)
         found += len(gone)

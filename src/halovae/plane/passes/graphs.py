@@ -65,17 +65,20 @@ def same(node: fx.Node, other: fx.Node) -> bool:
     return all(node.meta[name] == other.meta[name] for name in ("shape", "dtype"))
 
 
-def replaced(node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], *others: fx.Node) -> fx.Node:
+def replaced(
+    node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *others: fx.Node
+) -> fx.Node:
     """Put a call in place of a node.
 
     Args:
         node: what it replaces.
         function: what is called.
         args: with what.
+        kwargs: and with what by name.
         others: nodes whose messages the call sends, too.
     """
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(function, args)
+        new = node.graph.call_function(function, args, kwargs)
     new.meta = {**node.meta}
     for name in ("messages", "sent"):
         new.meta[name] = sum(one.meta.get(name, 0) for one in (node, *others))

@@ -20,6 +20,7 @@ _OVERWRITING: dict[Any, Callable[..., Any]] = {
     aten.mul.Tensor: aten.mul_.Tensor,
     aten.div.Tensor: aten.div_.Tensor,
     aten.silu.default: aten.silu_.default,
+    windows.added: windows.added_,
 }
 # Operators whose result is memory of its own: it is neither a view nor another one's.
 _ALLOCATING = (
@@ -42,8 +43,8 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             continue
         if sum(root(one) is root(x) for one in node.all_input_nodes) > 1:
             continue  # it reads another view of what it would write to
-        if node.target is windows.convolution and (node.args[11] is not None or node.args[12]):
-            node.args = (*node.args[:-1], True)
+        if node.target is windows.convolution and ("norm" in node.kwargs or "silu" in node.kwargs):
+            node.kwargs = {**node.kwargs, "spare": True}
             found += 1
         elif node.target in _OVERWRITING and same(node, x):
             owner, until = root(x), last.pop(node)

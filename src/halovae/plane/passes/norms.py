@@ -12,39 +12,40 @@ import torch
 from torch import fx
 
 from halovae.mesh import Mesh
-from halovae.plane import operators, windows
+from halovae.plane import backends, operators, windows
 from halovae.plane.passes.graphs import only_user, replaced, widened
 
 aten = torch.ops.aten
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many norms and activations went. On accelerators none: a norm is one kernel there already."""
-    if mesh.platform.kind != "cpu":
+    """Returns how many norms and activations went; none on accelerators without kernels of our own."""
+    if mesh.platform.kind != "cpu" and backends.kernels(mesh.platform.kind) is None:
         return 0
     found = 0
     for node in list(graph.nodes):
         if node.target is not windows.convolution:
             continue
         x: Any = node.args[0]
-        *others, gamma, beta, norm, silu, spare = node.args[1:]
+        given: dict[str, Any] = {}
         gone = []
-        if not silu and norm is None and only_user(x, aten.silu.default):
+        if not node.kwargs.keys() & {"silu", "norm"} and only_user(x, aten.silu.default):
             gone.append(x)
-            x, silu = x.args[0], True
-        if norm is None and only_user(x, operators.group_norm):
+            x, given["silu"] = x.args[0], True
+        if "norm" not in node.kwargs and only_user(x, operators.group_norm):
             gone.append(x)
             x, gamma, beta, groups, eps, scope, counts = x.args
-            norm = groups, eps, scope, counts
-        elif norm is None and only_user(x, operators.whole_group_norm):
+            given |= {"gamma": gamma, "beta": beta, "norm": (groups, eps, scope, counts)}
+        elif "norm" not in node.kwargs and only_user(x, operators.whole_group_norm):
             gone.append(x)
             x, groups, gamma, beta, eps = x.args
-            norm = groups, eps, "plane", ()
-        elif norm is None and (cells := _norm_of_cells(x, mesh)) is not None:
+            given |= {"gamma": gamma, "beta": beta, "norm": (groups, eps, "plane", ())}
+        elif "norm" not in node.kwargs and (cells := _norm_of_cells(x, mesh)) is not None:
             x, gamma, norm, parts = cells
+            given |= {"gamma": gamma, "norm": norm}
             gone += parts
         if gone:
-            replaced(node, windows.convolution, (x, *others, gamma, beta, norm, silu, spare), *gone)
+            replaced(node, windows.convolution, (x, *node.args[1:]), {**node.kwargs, **given}, *gone)
             found += len(gone)
     return found
 

@@ -11,7 +11,6 @@ from halovae.mesh import Mesh
 from halovae.plane import windows
 from halovae.plane.layout import ranges
 from halovae.plane.operators import Cut
-from halovae.plane.passes.convolutions import NOTHING_BEFORE
 from halovae.plane.passes.graphs import recounted, replaced, widened
 
 aten = torch.ops.aten
@@ -26,10 +25,10 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     """
     found = 0
     for node in list(graph.nodes):
-        if node.target is not windows.convolution or node.args[6:] != NOTHING_BEFORE:
+        if node.target is not windows.convolution or node.kwargs:
             continue
         arguments: Any = node.args
-        larger, weight, bias, _, cuts, *_ = arguments
+        larger, weight, bias, _, cuts, _ = arguments
         x, gone = _repeated(larger, mesh)
         if x is None:
             continue
@@ -37,7 +36,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         halved = [_halved(cut) for cut in cuts]
         if doubled != list(larger.meta["shape"][-2:]) or None in halved:
             continue
-        recounted(replaced(node, windows.upsampled_convolution, (x, weight, bias, tuple(halved)), *gone), mesh)
+        recounted(replaced(node, windows.upsampled_convolution, (x, weight, bias, tuple(halved)), {}, *gone), mesh)
         found += 1
     return found
 

@@ -1,0 +1,369 @@
+"""Norms, SiLU, sums and upsampling of maps, each one pass over an accelerator's memory, by Triton.
+
+PyTorch's GroupNorm gives each group of a map one block of a device that runs hundreds, and copies channels-last maps
+first; its nearest upsampling of channels-last maps is 2.4 times as slow as of others (H200, torch 2.11).
+
+Maps are `[N, C, *]`, dense, channels last. All is computed in fp32, of fp64 in fp64, and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_VALUES = 4096  # of a map that one program has in registers
+_PROGRAMS = 1024  # that share a map's statistics
+_SCORES = 2**26  # of attention that are in memory at once
+
+
+@triton.jit
+def _count_moments(
+    x, shift, means, squares, cells, own, channels,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Each program's mean and squared deviations of each channel of `own` cells, by Welford's recurrence."""
+    part, item = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, CHANNELS)
+    row = tl.arange(0, BLOCK)
+    first = part.to(tl.int64) * own
+    end = tl.minimum(first + own, cells)
+    base = x + item.to(tl.int64) * cells * channels
+    mean = tl.zeros((BLOCK, CHANNELS), WIDE)
+    square = tl.zeros((BLOCK, CHANNELS), WIDE)
+    if SHIFT:
+        added = tl.load(shift + channel, channel < channels, 0).to(WIDE)
+    count = tl.zeros((BLOCK, 1), WIDE)
+    for start in range(first, end, BLOCK):
+        cell = start + row[:, None]
+        seen = cell < end
+        value = tl.load(base + cell * channels + channel[None, :], seen & (channel[None, :] < channels), 0).to(WIDE)
+        if SHIFT:
+            value += added[None, :]
+        count += tl.where(seen, 1.0, 0.0).to(WIDE)
+        away = tl.where(seen, value - mean, 0.0)
+        mean += away / tl.maximum(count, 1.0)
+        square += away * (value - mean)
+    total = tl.sum(count, 0)
+    middle = tl.sum(mean * count, 0) / total
+    apart = mean - middle[None, :]
+    spread = tl.sum(square + apart * apart * count, 0)
+    place = (item * tl.num_programs(0) + part) * channels + channel
+    tl.store(means + place, middle, channel < channels)
+    tl.store(squares + place, spread, channel < channels)
+
+
+@triton.jit
+def _join_moments(
+    means, squares, variance, mean, parts, cells, own, channels, size,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Variance and mean of each group from its channels' moments (Chan et al. 1983)."""
+    group, item = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, SIZE)
+    row = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, SIZE), WIDE)
+    for start in range(0, parts, BLOCK):
+        part = (start + row)[:, None]
+        count = tl.minimum(own, cells - part * own).to(WIDE)
+        seen = (part < parts) & (channel[None, :] < size)
+        place = (item * parts + part) * channels + group * size + channel[None, :]
+        total += tl.where(seen, tl.load(means + place, seen, 0) * count, 0.0)
+    middle = tl.sum(total) / (cells * size).to(WIDE)
+    total = tl.zeros((BLOCK, SIZE), WIDE)
+    for start in range(0, parts, BLOCK):
+        part = (start + row)[:, None]
+        count = tl.minimum(own, cells - part * own).to(WIDE)
+        seen = (part < parts) & (channel[None, :] < size)
+        place = (item * parts + part) * channels + group * size + channel[None, :]
+        apart = tl.load(means + place, seen, 0) - middle
+        total += tl.where(seen, tl.load(squares + place, seen, 0) + apart * apart * count, 0.0)
+    place = item * tl.num_programs(0) + group
+    tl.store(variance + place, tl.sum(total) / (cells * size).to(WIDE))
+    tl.store(mean + place, middle)
+
+
+@triton.jit
+def _join_parts(parts, shares, found, count, ranks, BLOCK: tl.constexpr):
+    """Variances and means of parts together, by their shares of the values (Chan et al. 1983)."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    seen = place < count
+    mean = tl.zeros((BLOCK,), found.dtype.element_ty)
+    for part in range(0, ranks):
+        mean += tl.load(shares + part) * tl.load(parts + (2 * part + 1) * count + place, seen, 0)
+    variance = tl.zeros((BLOCK,), found.dtype.element_ty)
+    for part in range(0, ranks):
+        apart = tl.load(parts + (2 * part + 1) * count + place, seen, 0) - mean
+        variance += tl.load(shares + part) * (tl.load(parts + 2 * part * count + place, seen, 0) + apart * apart)
+    tl.store(found + place, variance, seen)
+    tl.store(found + count + place, mean, seen)
+
+
+@triton.jit
+def _places(frames, height, width, channels, item_step, frame_step, row_step, BLOCK: tl.constexpr):
+    """Where a program's cells are in a dense map and in another one, and which of them there are."""
+    blocks = tl.cdiv(width, BLOCK)
+    line = tl.program_id(0) // blocks
+    cell = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    item = line // (frames * height)
+    frame, row = line // height % frames, line % height
+    source = (line.to(tl.int64) * width + cell) * channels
+    target = item.to(tl.int64) * item_step + frame.to(tl.int64) * frame_step + row.to(tl.int64) * row_step
+    return item, source, target + cell * channels, cell < width
+
+
+@triton.jit
+def _write_group_norm(
+    x, shift, out, variance, mean, weight, bias, frames, height, width, channels, size, item_step, frame_step, row_step,
+    EPS: tl.constexpr, SHIFT: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    item, source, target, seen = _places(frames, height, width, channels, item_step, frame_step, row_step, BLOCK)
+    channel = tl.arange(0, CHANNELS)
+    there = channel < channels
+    place = item * (channels // size) + channel // size
+    scale = tl.rsqrt(tl.load(variance + place, there, 1) + EPS)
+    middle = tl.load(mean + place, there, 0)
+    if SHIFT:
+        middle -= tl.load(shift + channel, there, 0).to(WIDE)
+    if WEIGHT:
+        scale *= tl.load(weight + channel, there, 0).to(WIDE)
+    mask = seen[:, None] & there[None, :]
+    value = (tl.load(x + source[:, None] + channel[None, :], mask, 0).to(WIDE) - middle[None, :]) * scale[None, :]
+    if BIAS:
+        value += tl.load(bias + channel, there, 0).to(WIDE)[None, :]
+    if SILU:
+        value = value / (1.0 + tl.exp(-value))
+    tl.store(out + target[:, None] + channel[None, :], value.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _write_norm_of_cells(
+    x, shift, out, weight, frames, height, width, channels, item_step, frame_step, row_step,
+    SHIFT: tl.constexpr, LEAST: tl.constexpr, FACTOR: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    SILU: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    _, source, target, seen = _places(frames, height, width, channels, item_step, frame_step, row_step, BLOCK)
+    channel = tl.arange(0, CHANNELS)
+    there = channel < channels
+    mask = seen[:, None] & there[None, :]
+    value = tl.load(x + source[:, None] + channel[None, :], mask, 0).to(WIDE)
+    if SHIFT:
+        value += tl.load(shift + channel, there, 0).to(WIDE)[None, :]
+    if NORM:
+        length = tl.maximum(tl.sqrt(tl.sum(value * value, 1)), LEAST)
+        value = value / length[:, None] * FACTOR
+        if WEIGHT:
+            value *= tl.load(weight + channel, there, 0).to(WIDE)[None, :]
+    if SILU:
+        value = value / (1.0 + tl.exp(-value))
+    tl.store(out + target[:, None] + channel[None, :], value.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _write_upsampled(x, out, width, channels, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
+    blocks = tl.cdiv(width, BLOCK)
+    line = (tl.program_id(0) // blocks).to(tl.int64)  # of all rows of all items
+    cell = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, CHANNELS)
+    mask = (cell < width)[:, None] & (channel < channels)[None, :]
+    value = tl.load(x + ((line * width + cell) * channels)[:, None] + channel[None, :], mask, 0)
+    for row in tl.static_range(2):
+        for col in tl.static_range(2):
+            target = ((2 * line + row) * 2 * width + 2 * cell + col) * channels
+            tl.store(out + target[:, None] + channel[None, :], value, mask)
+
+
+@triton.jit
+def _write_sum(x, y, bias, out, count, channels, OTHER: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    value = tl.load(x + place, mask, 0).to(WIDE)
+    if OTHER:
+        value += tl.load(y + place, mask, 0).to(WIDE)
+    value += tl.load(bias + place % channels, mask, 0).to(WIDE)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _write_softmax(scores, out, columns, scale, BLOCK: tl.constexpr):
+    """Softmax of a row of fp32 scores times `scale`."""
+    start = tl.program_id(0).to(tl.int64) * columns
+    column = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, columns, BLOCK):
+        seen = first + column < columns
+        value = tl.load(scores + start + first + column, seen, float("-inf")) * scale
+        higher = tl.maximum(highest, value)
+        # Of values that are not seen, and where nothing was yet, the difference would be that of infinities.
+        total = total * tl.where(highest == higher, 1.0, tl.exp(highest - higher)) + tl.where(
+            seen, tl.exp(value - higher), 0.0
+        )
+        highest = higher
+    top = tl.max(highest, 0)
+    total = tl.sum(total * tl.exp(highest - top), 0)
+    for first in range(0, columns, BLOCK):
+        seen = first + column < columns
+        value = tl.load(scores + start + first + column, seen, 0) * scale
+        tl.store(out + start + first + column, (tl.exp(value - top) / total).to(out.dtype.element_ty), seen)
+
+
+def moments(x: Tensor, shift: Tensor | None, groups: int) -> Tensor:
+    """Variance and mean `[2, N, groups]` of groups of channels, in fp32 at least; `shift` `[C]` is added before."""
+    x = _dense(x)
+    items, channels = x.shape[:2]
+    cells = x[0, 0].numel()
+    width, block, wide = _sizes(x)
+    own = max(block, triton.cdiv(triton.cdiv(cells, _PROGRAMS), block) * block)
+    parts = triton.cdiv(cells, own)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    means, squares = torch.empty((2, items, parts, channels), dtype=dtype, device=x.device)
+    found = torch.empty((2, items, groups), dtype=dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        _count_moments[(parts, items)](
+            x, shift, means, squares, cells, own, channels, shift is not None, block, width, wide
+        )
+        size = channels // groups
+        together = triton.next_power_of_2(size)
+        _join_moments[(groups, items)](
+            means, squares, *found.unbind(), parts, cells, own, channels, size, max(1, 2048 // together), together, wide
+        )
+    return found
+
+
+def together(parts: Tensor, shares: Tensor) -> Tensor:
+    """Variance and mean `[2, *]` of values whose parts have these, `[parts, 2, *]`, and these shares of the values."""
+    found = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
+    count = found[0].numel()
+    with torch.cuda.device_of(parts):
+        _join_parts[(triton.cdiv(count, 128),)](parts.contiguous(), shares, found, count, len(parts), 128)
+    return found
+
+
+def group_norm(
+    x: Tensor, shift: Tensor | None, found: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """GroupNorm, and SiLU, of a map whose groups have this variance and mean, into `out`.
+
+    Args:
+        x: `[N, C, *]`.
+        shift: `[C]`, added to the map before.
+        found: variance and mean `[2, N, groups]` of the map with what is added.
+        weight: `[C]`.
+        bias: `[C]`.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        out: of the map's shape, channels last; a part of a larger map, too.
+    """
+    x = _dense(x)
+    channels, steps = x.shape[1], _steps(out)
+    width, block, wide = _sizes(x)
+    frames, height, cols = _extents(x)
+    with torch.cuda.device_of(x):
+        _write_group_norm[_grid(x, block)](
+            x, shift, out, *found.contiguous().unbind(), weight, bias, frames, height, cols, channels,
+            channels // found.shape[2], *steps, eps, shift is not None, weight is not None, bias is not None, silu,
+            block, width, wide,
+        )  # fmt: skip
+
+
+def norm_of_cells(
+    x: Tensor, shift: Tensor | None, weight: Tensor | None, norm: tuple[float, float] | None, silu: bool, out: Tensor
+) -> None:
+    """Each cell's channels divided by their Euclidean norm, times a factor and `weight`; SiLU; into `out`.
+
+    Args:
+        x: `[N, C, *]`.
+        shift: `[C]`, added to the map before.
+        weight: of any shape with C values.
+        norm: the least norm that is divided by, and the factor; None for SiLU alone, or a copy.
+        silu: whether SiLU follows.
+        out: of the map's shape, channels last; a part of a larger map, too.
+    """
+    x = _dense(x)
+    width, block, wide = _sizes(x)
+    frames, height, cols = _extents(x)
+    least, factor = norm or (0.0, 1.0)
+    with torch.cuda.device_of(x):
+        _write_norm_of_cells[_grid(x, block)](
+            x, shift, out, weight, frames, height, cols, x.shape[1], *_steps(out), shift is not None, least, factor,
+            norm is not None, weight is not None, silu, block, width, wide,
+        )  # fmt: skip
+
+
+def add(x: Tensor, y: Tensor | None, bias: Tensor, out: Tensor) -> None:
+    """The sum of two maps, and a bias `[C]`, into `out`, which may be one of them; all of one shape, dense."""
+    *_, wide = _sizes(x)
+    block = 2 * _VALUES // x.element_size()
+    with torch.cuda.device_of(x):
+        _write_sum[(triton.cdiv(x.numel(), block),)](x, y, bias, out, x.numel(), x.shape[1], y is not None, block, wide)
+
+
+def upsampled(x: Tensor) -> Tensor:
+    """A map `[N, C, H, W]` with each row and col twice."""
+    x = _dense(x)
+    items, channels, height, cols = x.shape
+    out = torch.empty(
+        (items, channels, 2 * height, 2 * cols), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    width, block, _ = _sizes(x)
+    with torch.cuda.device_of(x):
+        _write_upsampled[_grid(x, block)](x, out, cols, channels, block, width)
+    return out
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention `[B, heads, L, D]` in half precision, with scores in fp32, some queries at a time.
+
+    PyTorch's flash attention has heads of 256 channels at most. Autoencoders have one of 512, for which its
+    memory-efficient kernel ran at 120 TFLOP/s where matrix products do at 600 (H100, 16384 cells).
+    """
+    length, columns = query.shape[-2], key.shape[-2]
+    query, key, value = (one.flatten(0, -3) for one in (query, key, value))
+    out = torch.empty_like(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
+    step = max(1, _SCORES // (columns * len(query)))
+    for start in range(0, length, step):
+        part = query[:, start : start + step]
+        scores = _product(part, key.transpose(-1, -2))
+        weights = torch.empty_like(scores, dtype=query.dtype)
+        with torch.cuda.device_of(query):
+            block = min(4096, triton.next_power_of_2(columns))
+            _write_softmax[(scores.numel() // columns,)](scores, weights, columns, scale, block)
+        out[:, start : start + step] = torch.bmm(weights, value)
+    return out
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return torch.bmm(x, y, out_dtype=torch.float32) if x.is_cuda else torch.bmm(x.float(), y.float())
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def _extents(x: Tensor) -> tuple[int, int, int]:
+    *frames, height, width = x.shape[2:]
+    return math.prod(frames), height, width
+
+
+def _steps(out: Tensor) -> tuple[int, int, int]:
+    """Of a map, how far apart in memory its items, frames and rows are; its cells and channels are side by side."""
+    assert out.shape[1] == 1 or out.stride(1) == 1
+    assert out.shape[-1] == 1 or out.stride(-1) == out.shape[1]
+    return out.stride(0), out.stride(2) if out.ndim == 5 else 0, out.stride(-2)
+
+
+def _sizes(x: Tensor) -> tuple[int, int, object]:
+    """How many channels and cells a program has, as powers of two, and what it computes in."""
+    width = triton.next_power_of_2(x.shape[1])
+    return width, max(1, _VALUES // width), tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def _grid(x: Tensor, block: int) -> tuple[int]:
+    frames, height, width = _extents(x)
+    return (x.shape[0] * frames * height * triton.cdiv(width, block),)

@@ -1,0 +1,131 @@
+"""The kernels for CUDA devices, by Triton's interpreter on the CPU: against PyTorch, and in graphs on grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plane.test_passes import Block, Causal, check, seeded, targets
+from plane.test_trace import picture
+from torch import Tensor, nn
+
+from halovae.plane import backends, operators, windows
+from halovae.plane.norms import per_channel
+
+kernels: Any = pytest.importorskip("halovae.plane.triton_kernels", exc_type=ImportError)
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs take the kernels on the CPU, too."""
+    monkeypatch.setattr(backends, "kernels", lambda kind: None if kind == "meta" else kernels)
+
+
+class Norms(nn.Module):
+    """A block of Wan's kind, whose norms divide by the norm of each cell's channels, over frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(3, 1, 1, 1))
+        self.conv = Causal()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.silu(F.normalize(x, dim=1) * 3**0.5 * self.gamma))
+
+
+def maps(data: st.DataObject) -> tuple[Tensor, int]:
+    groups, size = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([1, 2, 5]))
+    extents = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=3))
+    torch.manual_seed(data.draw(st.integers(0, 100)))
+    x = torch.randn(data.draw(st.integers(1, 2)), groups * size, *extents, dtype=torch.float64) * 3 + 20
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    return x.to(dtype).contiguous(memory_format=form(x)), groups
+
+
+def form(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    limit = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}[found.dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit * float(expected.abs().max()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_group_norm_is_pytorchs_and_writes_nothing_beside_its_part(data: st.DataObject) -> None:
+    x, groups = maps(data)
+    weight, bias = torch.randn(2, x.shape[1], dtype=x.dtype)
+    silu = data.draw(st.booleans())
+    larger = torch.zeros([*x.shape[:2], *(extent + 2 for extent in x.shape[2:])], dtype=x.dtype)
+    larger = larger.contiguous(memory_format=form(x))
+    part = larger
+    for dim in range(2, x.ndim):
+        part = part.narrow(dim, 1, x.shape[dim])
+    shift = data.draw(st.sampled_from([None, torch.randn(x.shape[1], dtype=x.dtype)]))
+    found = kernels.moments(x, shift, groups)
+    kernels.group_norm(x, shift, found, weight, bias, 1e-6, silu, part)
+    wide = x.double() if shift is None else x.double() + per_channel(shift, x).double()
+    spread, middle = torch.var_mean(wide.unflatten(1, (groups, -1)).flatten(2), -1, correction=0)
+    torch.testing.assert_close(found.double(), torch.stack((spread, middle)), rtol=1e-5, atol=1e-5)
+    scale = (spread + 1e-6).rsqrt().repeat_interleave(x.shape[1] // groups, 1) * weight.double()
+    offset = bias.double() - middle.repeat_interleave(x.shape[1] // groups, 1) * scale
+    ones = (1,) * (x.ndim - 2)
+    expected = wide * scale.view(*scale.shape, *ones) + offset.view(*offset.shape, *ones)
+    if spread.min() > 1e-3:  # else of groups of one value only rounding is left
+        close(part, F.silu(expected) if silu else expected)
+    assert torch.count_nonzero(larger) == torch.count_nonzero(part)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_norms_of_cells_and_upsampling_are_pytorchs(data: st.DataObject) -> None:
+    x, _ = maps(data)
+    weight, out = torch.randn(x.shape[1], dtype=x.dtype), torch.empty_like(x)
+    kernels.norm_of_cells(x, weight, weight, (1e-12, 1.7), True, out)
+    wide = (
+        F.normalize(x.double() + per_channel(weight, x).double(), dim=1)
+        * 1.7
+        * weight.double().view(-1, *(1,) * (x.ndim - 2))
+    )
+    close(out, F.silu(wide))
+    kernels.norm_of_cells(x, None, None, None, False, out)
+    assert torch.equal(out, x)
+    kernels.add(x, out, weight, out)
+    close(out, 2 * x.double() + per_channel(weight, x).double())
+    if x.ndim == 4:
+        assert torch.equal(kernels.upsampled(x), F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_block_is_exact_on_grids() -> None:
+    for program in check(seeded(Block), picture(1, 4, 13, 11)):
+        found = [node for node in program.nodes() if node.target is windows.convolution]
+        assert [node.kwargs["silu"] for node in found] == [True, True]
+        assert operators.group_norm not in targets(program)
+        assert [("shift" in node.kwargs) for node in found] == [False, True]
+        assert windows.added_ in targets(program)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("frames", [1, 4])
+def test_norms_before_causal_convolutions_are_exact_on_grids(frames: int) -> None:
+    for program in check(seeded(Norms), picture(1, 3, frames, 9, 8)):
+        (node,) = (node for node in program.nodes() if node.target is windows.convolution)
+        assert ("zeros" in node.kwargs) is (frames > 1)  # of an image all taps but one are dead
+        assert "norm" in node.kwargs
+
+
+@pytest.mark.parametrize("columns", [1, 7, 300])
+def test_attention_of_wide_heads_is_pytorchs(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(kernels, "_SCORES", 2 * 5 * columns)  # five queries at a time
+    query = torch.randn(1, 2, 12, 8).bfloat16() * 5
+    key, value = torch.randn(2, 1, 2, columns, 8).bfloat16() * 5
+    found = kernels.attention(query, key, value, 0.3).view(1, 2, 12, 8)
+    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.3)
+    close(found, expected)

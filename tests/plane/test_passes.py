@@ -53,6 +53,45 @@ class Causal(nn.Conv3d):
         return super().forward(F.pad(x, (1, 1, 1, 1, 2, 0)))
 
 
+class Around(nn.Module):
+    """A convolution of a map whose own edges are around it, as HunyuanVideo's and LTX-2's."""
+
+    def __init__(self, mode: str, ndim: int = 3, before: int = 0) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(2, 4), (nn.Conv3d if ndim == 3 else nn.Conv2d)(4, 8, 3)
+        self.mode, self.widths = mode, (1, 1, 1, 1, *((before, 0) if ndim == 3 else ()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(F.silu(self.norm(x)), self.widths, mode=self.mode))
+
+
+class Repeated(nn.Module):
+    """A residual block of LTX's kind: a root mean square over channels, and the first and last frame repeated."""
+
+    def __init__(self, moved: bool = True, before: int = 1, after: int = 1) -> None:
+        super().__init__()
+        self.conv, self.times, self.moved = nn.Conv3d(4, 4, 3, padding=(0, 1, 1)), (before, after), moved
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x.movedim(1, -1) if self.moved else x
+        squares = inner.pow(2).mean(-1 if self.moved else 1, keepdim=True)
+        inner = inner * torch.rsqrt(squares + 1e-3) if self.moved else inner / torch.sqrt(squares + 1e-3)
+        inner = F.silu(inner.movedim(-1, 1) if self.moved else inner)
+        before, after = self.times
+        first, last = inner[:, :, :1].repeat(1, 1, before, 1, 1), inner[:, :, -1:].repeat(1, 1, after, 1, 1)
+        return x + self.conv(torch.cat([one for one in (first, inner, last) if one.shape[2]], 2))
+
+
+AROUND: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "replicated": (lambda: Around("replicate", before=2), 3),
+    "replicated, 2-D": (lambda: Around("replicate", 2), 2),
+    "reflected": (lambda: Around("reflect"), 3),
+    "reflected, 2-D": (lambda: Around("reflect", 2), 2),
+    "repeated": (Repeated, 3),
+    "repeated before": (lambda: Repeated(False, 2, 0), 3),
+}
+
+
 def seeded(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return make().to(dtype)
@@ -159,7 +198,7 @@ def test_norms_over_channels_are_part_of_a_convolution(least: float, frames: int
     for program in check(module, picture(2, 3, frames, 13, 9)):
         assert targets(program) == [*[aten.slice.Tensor] * (frames < 3), windows.convolution]
         *_, node = program.nodes()
-        assert (node.kwargs["norm"], node.kwargs["silu"]) == ((least, 3**0.5), True)
+        assert (node.kwargs["norm"], node.kwargs["silu"]) == ((least, 0.0, 3**0.5), True)
 
 
 class HalfCells(Cells):
@@ -658,3 +697,29 @@ def test_any_network_is_exact(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_many_networks_are_exact(data: st.DataObject) -> None:
     drawn(data)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", list(AROUND))
+def test_what_is_around_a_map_is_written_by_its_convolution(
+    name: str, folded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "pays", lambda *args: folded)
+    make, ndim = AROUND[name]
+    dtype, atol = (torch.float32, 1e-5) if folded else (torch.float64, 1e-12)
+    x = picture(2, 4, *(3, 13, 11)[-ndim:]).to(dtype)
+    for program in check(seeded(make, dtype), x, atol=atol):
+        (node,) = (node for node in program.nodes() if node.target is windows.convolution)
+        assert node.kwargs.keys() >= {"norm", "silu"}
+        assert ("edges" in node.kwargs) is ("repeated" not in name)
+        assert ("repeats" in node.kwargs) is (ndim == 3 and name != "reflected")
+
+
+def test_a_norm_in_a_narrower_dtype_than_its_map_stays_as_it_is() -> None:
+    class Narrow(Repeated):
+        def forward(self, x: Tensor) -> Tensor:
+            squares = x.float().pow(2).mean(1, keepdim=True)
+            return self.conv(F.silu(x * torch.rsqrt(squares + 1e-3)).repeat(1, 1, 3, 1, 1))
+
+    for program in check(seeded(Narrow), picture(1, 4, 1, 9, 8)):
+        assert aten.rsqrt.default in targets(program)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plane.test_passes import Block, Causal, check, seeded, targets
+from plane.test_passes import AROUND, Block, Causal, check, seeded, targets
 from plane.test_trace import picture
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ def test_group_norm_is_pytorchs_and_writes_nothing_beside_its_part(data: st.Data
 def test_norms_of_cells_and_upsampling_are_pytorchs(data: st.DataObject) -> None:
     x, _ = maps(data)
     weight, out = torch.randn(x.shape[1], dtype=x.dtype), torch.empty_like(x)
-    kernels.norm_of_cells(x, weight, weight, (1e-12, 1.7), True, out)
+    kernels.norm_of_cells(x, weight, weight, (1e-12, 0.0, 1.7), True, out)
     wide = (
         F.normalize(x.double() + per_channel(weight, x).double(), dim=1)
         * 1.7
@@ -97,8 +97,9 @@ def test_norms_of_cells_and_upsampling_are_pytorchs(data: st.DataObject) -> None
     assert torch.equal(out, x)
     kernels.add(x, out, weight, out)
     close(out, 2 * x.double() + per_channel(weight, x).double())
-    if x.ndim == 4:
-        assert torch.equal(kernels.upsampled(x), F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    factors = tuple(data.draw(st.integers(1, 3)) for _ in x.shape[2:])
+    expected = F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="nearest")
+    assert torch.equal(kernels.upsampled(x, factors), expected)
 
 
 @pytest.mark.usefixtures("triton")
@@ -118,6 +119,14 @@ def test_norms_before_causal_convolutions_are_exact_on_grids(frames: int) -> Non
         (node,) = (node for node in program.nodes() if node.target is windows.convolution)
         assert ("zeros" in node.kwargs) is (frames > 1)  # of an image all taps but one are dead
         assert "norm" in node.kwargs
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", list(AROUND))
+def test_what_is_around_a_map_is_written_on_grids(name: str) -> None:
+    make, ndim = AROUND[name]
+    for program in check(seeded(make), picture(2, 4, *(3, 13, 11)[-ndim:])):
+        assert windows.convolution in targets(program)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 300])

@@ -12,9 +12,10 @@ from halovae.lines import Scope
 from halovae.plane import backends, operators
 from halovae.plane.tensor import is_channels_last
 
-# GroupNorm's groups, eps, and scope and counts as `operators.statistics` has them; or the least norm of a cell's
-# channels, and what their quotient is multiplied by.
-Norm = tuple[int, float, Scope, tuple[int, ...]] | tuple[float, float]
+# GroupNorm's groups, eps, and scope and counts as `operators.statistics` has them; or of a norm over each cell's
+# channels the least that is divided by, what is added to the squares' sum, and a factor.
+Cells = tuple[float, float, float]
+Norm = tuple[int, float, Scope, tuple[int, ...]] | Cells
 _VALUES = 2**18  # of a map that are normalized at once
 
 
@@ -37,7 +38,7 @@ def write(
         out.copy_(x)
         if silu:
             F.silu(out, inplace=True)
-    elif len(norm) == 2:
+    elif len(norm) == 3:
         _normalize_cells(x, gamma, norm, silu, out)
     else:
         _normalize(x, gamma, beta, norm, silu, out)
@@ -52,7 +53,7 @@ def activated(
     if norm is None and (shift is None or not fused):
         x = x if shift is None else x + per_channel(shift, x)
         return F.silu(x, inplace=spare) if silu else x
-    if fused or norm is None or len(norm) == 2:
+    if fused or norm is None or len(norm) == 3:
         out = x if spare and is_dense(x) else operators.empty_along(x, 1, x.shape[1], last=True)
         write(x, shift, gamma, beta, norm, silu, out)
         return out
@@ -88,15 +89,18 @@ def _normalize(
     _in_parts(x, scale.dtype, write, silu, out)
 
 
-def _normalize_cells(x: Tensor, gamma: Tensor | None, norm: tuple[float, float], silu: bool, out: Tensor) -> None:
+def _normalize_cells(x: Tensor, gamma: Tensor | None, norm: Cells, silu: bool, out: Tensor) -> None:
     """Each cell's channels divided by their Euclidean norm, times a factor and `gamma`; SiLU; into `out`."""
-    least, factor = norm
+    least, added, factor = norm
     dtype = torch.promote_types(x.dtype, torch.float32)
     scale = torch.full((), factor, dtype=dtype, device=x.device)
     scale = scale if gamma is None else gamma.flatten().to(dtype) * factor
 
     def write(item: int, source: Tensor, result: Tensor) -> None:
-        length = torch.linalg.vector_norm(source, dim=-1, keepdim=True).clamp_min_(least)
+        length = torch.linalg.vector_norm(source, dim=-1, keepdim=True)
+        if added:
+            length = length.square_().add_(added).sqrt_()
+        length.clamp_min_(least)
         torch.div(source, length, out=result)
         result.mul_(scale)
 

@@ -9,6 +9,7 @@ Maps are `[N, C, *]`, dense, channels last. All is computed in fp32, of fp64 in 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -143,8 +144,8 @@ def _write_group_norm(
 @triton.jit
 def _write_norm_of_cells(
     x, shift, out, weight, frames, height, width, channels, item_step, frame_step, row_step,
-    SHIFT: tl.constexpr, LEAST: tl.constexpr, FACTOR: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-    SILU: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+    SHIFT: tl.constexpr, LEAST: tl.constexpr, ADDED: tl.constexpr, FACTOR: tl.constexpr, NORM: tl.constexpr,
+    WEIGHT: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     _, source, target, seen = _places(frames, height, width, channels, item_step, frame_step, row_step, BLOCK)
     channel = tl.arange(0, CHANNELS)
@@ -154,7 +155,7 @@ def _write_norm_of_cells(
     if SHIFT:
         value += tl.load(shift + channel, there, 0).to(WIDE)[None, :]
     if NORM:
-        length = tl.maximum(tl.sqrt(tl.sum(value * value, 1)), LEAST)
+        length = tl.maximum(tl.sqrt(tl.sum(value * value, 1) + ADDED), LEAST)
         value = value / length[:, None] * FACTOR
         if WEIGHT:
             value *= tl.load(weight + channel, there, 0).to(WIDE)[None, :]
@@ -164,17 +165,22 @@ def _write_norm_of_cells(
 
 
 @triton.jit
-def _write_upsampled(x, out, width, channels, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
+def _write_upsampled(
+    x, out, frames, height, width, channels,
+    TIMES: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Frames, rows and cols of the result, `frames * height` lines of `width` for each item."""
     blocks = tl.cdiv(width, BLOCK)
-    line = (tl.program_id(0) // blocks).to(tl.int64)  # of all rows of all items
+    line = tl.program_id(0) // blocks
     cell = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    item, frame, row = line // (frames * height), line // height % frames, line % height
+    above = (item * (frames // TIMES) + frame // TIMES) * (height // DOWN) + row // DOWN
+    source = (above.to(tl.int64) * (width // ACROSS) + cell // ACROSS) * channels
+    target = (line.to(tl.int64) * width + cell) * channels
     channel = tl.arange(0, CHANNELS)
     mask = (cell < width)[:, None] & (channel < channels)[None, :]
-    value = tl.load(x + ((line * width + cell) * channels)[:, None] + channel[None, :], mask, 0)
-    for row in tl.static_range(2):
-        for col in tl.static_range(2):
-            target = ((2 * line + row) * 2 * width + 2 * cell + col) * channels
-            tl.store(out + target[:, None] + channel[None, :], value, mask)
+    value = tl.load(x + source[:, None] + channel[None, :], mask, 0)
+    tl.store(out + target[:, None] + channel[None, :], value, mask)
 
 
 @triton.jit
@@ -273,7 +279,12 @@ def group_norm(
 
 
 def norm_of_cells(
-    x: Tensor, shift: Tensor | None, weight: Tensor | None, norm: tuple[float, float] | None, silu: bool, out: Tensor
+    x: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    norm: tuple[float, float, float] | None,
+    silu: bool,
+    out: Tensor,
 ) -> None:
     """Each cell's channels divided by their Euclidean norm, times a factor and `weight`; SiLU; into `out`.
 
@@ -281,18 +292,19 @@ def norm_of_cells(
         x: `[N, C, *]`.
         shift: `[C]`, added to the map before.
         weight: of any shape with C values.
-        norm: the least norm that is divided by, and the factor; None for SiLU alone, or a copy.
+        norm: the least norm that is divided by, what is added to the squares' sum, and the factor; None for SiLU alone,
+            or a copy.
         silu: whether SiLU follows.
         out: of the map's shape, channels last; a part of a larger map, too.
     """
     x = _dense(x)
     width, block, wide = _sizes(x)
     frames, height, cols = _extents(x)
-    least, factor = norm or (0.0, 1.0)
+    least, added, factor = norm or (0.0, 0.0, 1.0)
     with torch.cuda.device_of(x):
         _write_norm_of_cells[_grid(x, block)](
-            x, shift, out, weight, frames, height, cols, x.shape[1], *_steps(out), shift is not None, least, factor,
-            norm is not None, weight is not None, silu, block, width, wide,
+            x, shift, out, weight, frames, height, cols, x.shape[1], *_steps(out), shift is not None, least, added,
+            factor, norm is not None, weight is not None, silu, block, width, wide,
         )  # fmt: skip
 
 
@@ -304,16 +316,17 @@ def add(x: Tensor, y: Tensor | None, bias: Tensor, out: Tensor) -> None:
         _write_sum[(triton.cdiv(x.numel(), block),)](x, y, bias, out, x.numel(), x.shape[1], y is not None, block, wide)
 
 
-def upsampled(x: Tensor) -> Tensor:
-    """A map `[N, C, H, W]` with each row and col twice."""
+def upsampled(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """A map `[N, C, *]` with each frame, row and col as often as `factors` say, one for each dim of `*`."""
     x = _dense(x)
-    items, channels, height, cols = x.shape
-    out = torch.empty(
-        (items, channels, 2 * height, 2 * cols), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    sizes = *x.shape[:2], *(size * factor for size, factor in zip(x.shape[2:], factors, strict=True))
+    form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    out = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=form)
+    frames, height, cols = _extents(out)
+    times, down, across = (1, *factors)[-3:]
     width, block, _ = _sizes(x)
     with torch.cuda.device_of(x):
-        _write_upsampled[_grid(x, block)](x, out, cols, channels, block, width)
+        _write_upsampled[_grid(out, block)](x, out, frames, height, cols, x.shape[1], times, down, across, block, width)
     return out
 
 

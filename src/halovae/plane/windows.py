@@ -7,7 +7,7 @@ straight into the window. Where it is not, PyTorch's operators do the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from halovae import winograd
 from halovae.halves import multiplied
-from halovae.plane import backends, operators
+from halovae.plane import backends, operators, rings
 from halovae.plane.norms import Norm, activated, sum_of, write
 from halovae.plane.operators import Cut
+from halovae.plane.rings import Edges
 from halovae.schemes import PLAIN, UPSAMPLING
 
 aten = torch.ops.aten
@@ -27,7 +28,7 @@ def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], cuts: tuple[Cut, ...], early: bool, *,
     zeros: int = 0, past: Tensor | None = None, keep: Tensor | None = None, shift: Tensor | None = None,
     gamma: Tensor | None = None, beta: Tensor | None = None, norm: Norm | None = None, silu: bool = False,
-    spare: bool = False,
+    spare: bool = False, repeats: tuple[int, int] = (0, 0), edges: Edges | None = None,
 ) -> Tensor:  # fmt: skip
     """A convolution of stride 1 of a map that is normalized and activated before.
 
@@ -47,6 +48,8 @@ def convolution(
         norm: GroupNorm, or the norm over each cell's channels, as `Norm` has them; None where there is none.
         silu: whether SiLU comes before the convolution.
         spare: whether `x` may be written over.
+        repeats: how often the first and the last frame are repeated, before and after the map. There is no past then.
+        edges: what is around the picture in place of zeros, as `rings.Edges` has it.
 
     Returns:
         This rank's part of the result, `[N, C', *]`.
@@ -54,27 +57,34 @@ def convolution(
     kernels, pool = operators.current_kernels()
     maps, whole = (one if one.ndim == 5 else one.unsqueeze(2) for one in (x, weight))
     own, before = maps.shape[2], sum(padding[:-2])
-    first = zeros + (0 if past is None else past.shape[2])
-    depth = first + own
+    first = zeros + repeats[0] + (0 if past is None else past.shape[2])
+    depth = first + own + repeats[1]
     shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
     cells = shape[2] * shape[3] * shape[4]
     folded = min(x.shape[-2:]) >= PLAIN.results and winograd.pays(PLAIN, weight, cells, kernels, x.device.type)
     # Where norms are written by kernels of our own, they are into a window, too, if there is more to come into it.
     fused = backends.kernels(x.device.type) is not None and (shift is not None or norm is not None or silu)
-    if not folded and not (fused and (cuts or past is not None or zeros)):
+    windowed = folded or edges is not None or any(repeats) or (fused and (cuts or past is not None or zeros))
+    if not windowed:
         x = activated(x, shift, gamma, beta, norm, silu, spare)
         if keep is not None:
             keep.copy_(x[:, :, own - keep.shape[2] :])
         return _direct(_after(zeros, past, x), weight, bias, padding, cuts, early)
-    window = _window(maps, depth + 2 * before, before + zeros, before, _cut_dims(x, cuts))
+    window = rings.window(x, depth + 2 * before, before + zeros, before, cuts, edges)
     padded = window.narrow(2, before, depth)
     inner = padded[..., 1:-1, 1:-1]
     if past is not None:
         inner[:, :, zeros:first].copy_(past)
-    write(maps, shift, gamma, beta, norm, silu, inner[:, :, first:])
+    write(maps, shift, gamma, beta, norm, silu, inner[:, :, first : first + own])
+    if repeats[0]:
+        inner[:, :, :first].copy_(inner[:, :, first : first + 1].expand_as(inner[:, :, :first]))
+    if repeats[1]:
+        inner[:, :, first + own :].copy_(
+            inner[:, :, first + own - 1 : first + own].expand_as(inner[:, :, first + own :])
+        )
     if keep is not None:
         keep.copy_(inner[:, :, depth - keep.shape[2] :])
-    finish = _start_halos(padded if x.ndim == 5 else padded.squeeze(2), cuts)
+    finish = rings.start(padded if x.ndim == 5 else padded.squeeze(2), cuts, edges)
     try:
         if folded:
             result = winograd.convolved(
@@ -104,17 +114,17 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     items, _, height, width = x.shape
     folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, x.device.type)
     if not folded and not cuts:
-        return _plain(_upsampled(x), weight, bias, (1, 1))
-    window = _window(x.unsqueeze(2), 1, 0, 0, _cut_dims(x, cuts)) if folded else None
+        return _plain(upsampled(x, (2, 2)), weight, bias, (1, 1))
+    window = rings.window(x, 1, 0, 0, cuts, None) if folded else None
     if window is None:
         for dim, mesh_dim, bounds, wanted, *_ in cuts:
             x = operators.fetch(x, dim, mesh_dim, bounds, wanted)
-        larger, padding = _upsampled(x), [1, 1]
+        larger, padding = upsampled(x, (2, 2)), [1, 1]
         for dim, *_ in cuts:
             larger, padding[dim - 2] = larger.narrow(dim, 1, larger.shape[dim] - 2), 0
         return _plain(larger, weight, bias, padding)
     window[:, :, 0, 1:-1, 1:-1].copy_(x)
-    finish = _start_halos(window[:, :, 0], cuts)
+    finish = rings.start(window[:, :, 0], cuts, None)
     try:
         out = pool.empty((items, weight.shape[0], 1, 2 * height, 2 * width), x.dtype)
         winograd.convolve(
@@ -148,6 +158,15 @@ def kept(weight: Tensor, shape: Sequence[int]) -> Tensor:
     return weight.new_empty(items, *rest, channels).movedim(-1, 1)
 
 
+def upsampled(x: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """A map `[N, C, *]` with each frame, row and col as often as the factors say."""
+    fused = backends.kernels(x.device.type)
+    if fused is not None:
+        larger: Tensor = fused.upsampled(x, factors)
+        return larger
+    return F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="nearest")
+
+
 def added(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """The sum of two maps of one shape and a bias `[C]`."""
     return sum_of(x, y, bias, torch.empty_like(x))
@@ -159,14 +178,6 @@ def added_(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 
 OPERATORS = (convolution, kept, pointwise, upsampled_convolution)
-
-
-def _upsampled(x: Tensor) -> Tensor:
-    fused = backends.kernels(x.device.type)
-    if fused is not None:
-        larger: Tensor = fused.upsampled(x)
-        return larger
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _direct(
@@ -206,67 +217,3 @@ def _after(zeros: int, past: Tensor | None, x: Tensor) -> Tensor:
         items, channels, _, *plane = x.shape
         parts.insert(0, x.new_zeros(items, channels, zeros, *plane))
     return torch.cat([*parts, x], 2) if parts else x
-
-
-def _window(x: Tensor, frames: int, before: int, after: int, cut: Sequence[int]) -> Tensor:
-    """Memory for frames of a map `[N, C, T, H, W]` with a ring; so many frames before and after are all zeros.
-
-    The ring is zeros but along the dims that are cut, counted from the last: halos will be written there.
-    """
-    _, pool = operators.current_kernels()
-    shape = (x.shape[0], x.shape[1], frames, x.shape[-2] + 2, x.shape[-1] + 2)
-    window = pool.empty(shape, x.dtype)
-    for dim, first, last in ((-3, before, after), (-2, 1, 1), (-1, 1, 1)):
-        if first and dim not in cut:
-            window.narrow(dim, 0, first).zero_()
-        if last and dim not in cut:
-            window.narrow(dim, window.shape[dim] - last, last).zero_()
-    return window
-
-
-def _cut_dims(x: Tensor, cuts: Sequence[Cut]) -> list[int]:
-    return [dim - x.ndim for dim, *_ in cuts]
-
-
-def _start_halos(window: Tensor, cuts: Sequence[Cut]) -> Callable[[], None]:
-    """Start to fill what of a window's ring other ranks have; returns what waits for it and does the rest, once.
-
-    Only rows travel meanwhile: with cols every row of the window is incomplete, and the corners come with them.
-    """
-    known: list[int] = []
-    finish = lambda: None  # noqa: E731
-    for dim, mesh_dim, bounds, wanted, width, *_ in cuts:
-        finish()
-        # Along a dim that was filled before, its halos travel too: they are the corners.
-        ring = window
-        for at in range(window.ndim - 2, window.ndim):
-            if at not in known and at != dim:
-                ring = ring.narrow(at, 1, window.shape[at] - 2)
-        inner = ring.narrow(dim, 1, window.shape[dim] - 2)
-        position = operators.position(mesh_dim)
-        start, stop = wanted[position][0]
-        mine = ((start, start + width), (stop - width, stop))
-        intervals = tuple(mine if at == position else one for at, one in enumerate(wanted))
-
-        def take(first: int, length: int, dim: int = dim, inner: Tensor = inner) -> Tensor:
-            return inner.narrow(dim, first, length)
-
-        wait, _, fill = operators.fetching(take, inner, dim, mesh_dim, bounds, intervals)
-
-        def finish(
-            wait: Callable[[], None] = wait, fill: Callable[[operators.Place], None] = fill, dim: int = dim,
-            ring: Tensor = ring,
-        ) -> None:  # fmt: skip
-            wait()
-            fill(lambda first, _: ring.narrow(dim, (ring.shape[dim] - 1) * first, 1))
-
-        known.append(dim)
-    left = [finish]
-
-    def finish_once() -> None:
-        if left:
-            left.pop()()
-
-    if known and known[-1] == window.ndim - 1:
-        finish_once()
-    return finish_once

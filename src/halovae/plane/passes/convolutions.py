@@ -14,9 +14,15 @@ from halovae.mesh import Mesh
 from halovae.plane import operators, windows
 from halovae.plane.layout import ranges
 from halovae.plane.operators import Cut
-from halovae.plane.passes.graphs import only_user, replaced
+from halovae.plane.passes.graphs import only_user, recounted, replaced
 
 aten = torch.ops.aten
+_PADS = {
+    aten.replication_pad2d.default: "replicate",
+    aten.replication_pad3d.default: "replicate",
+    aten.reflection_pad2d.default: "reflect",
+    aten.reflection_pad3d.default: "reflect",
+}
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
@@ -38,13 +44,22 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
                 continue
             fetches = _fetches(x)
             padding = list(padding)
-            made = [one for one in map(_cut, fetches) if one is not None]
+            source: Any = fetches[0].args[0] if fetches else x
+            edges = _edges(source, fetches, mesh) if not any(padding) else None
+            made = [one for one in (_cut(fetch, edges is not None) for fetch in fetches) if one is not None]
             if len(made) < len(fetches) or any(padding[dim - 2] for dim, *_ in made):
                 continue
             early, cuts = False, tuple(made)
+            if edges is not None and _is_window(weight, (*padding[:-2], 1, 1), dilation, groups, cuts):
+                arguments = (source.args[0], weight, bias, (*padding[:-2], 1, 1), cuts, early)
+                recounted(replaced(node, windows.convolution, arguments, edges, *reversed(fetches), source), mesh)
+                found += 1
+                continue
+            if edges is not None:
+                continue
             for dim, *_ in made:
                 padding[dim - 2] = 1
-            x = fetches[0].args[0] if fetches else x
+            x = source
         else:
             continue
         if _is_window(weight, padding, dilation, groups, cuts):
@@ -69,11 +84,48 @@ def _fetches(x: Any) -> list[fx.Node]:
     return found
 
 
-def _cut(fetch: fx.Node) -> Cut | None:
-    """A fetch of one row (or col) of each neighbor, as the operators of convolutions have it."""
+def _cut(fetch: fx.Node, padded: bool) -> Cut | None:
+    """A fetch of one row (or col) of each neighbor, as the operators of convolutions have it.
+
+    Args:
+        fetch: the node.
+        padded: whether the first and the last rank's part has one cell more, which the cut leaves out.
+    """
     arguments: Any = fetch.args
     _, dim, mesh_dim, bounds, wanted = arguments
     if dim < len(fetch.meta["shape"]) - 2:
         return None
     halos = tuple(((start - 1, stop + 1),) for start, stop in ranges(bounds))
-    return (dim, mesh_dim, bounds, wanted, 1, False, False) if wanted == halos else None
+    if not padded:
+        return (dim, mesh_dim, bounds, wanted, 1, False, False) if wanted == halos else None
+    if wanted != tuple(((max(a, 0), min(b, bounds[-1])),) for ((a, b),) in halos):
+        return None
+    bounds = (0, *(bound - 1 for bound in bounds[1:-1]), bounds[-1] - 2)
+    return dim, mesh_dim, bounds, tuple(((a - 1, b + 1),) for a, b in ranges(bounds)), 1, False, False
+
+
+def _edges(x: Any, fetches: list[fx.Node], mesh: Mesh) -> dict[str, Any] | None:
+    """What a map was padded with before its halos came, as `windows.convolution` has it; None if it is not so.
+
+    Along a dim that is cut, each of the ranks at its ends has padded its side. Frames may be repeated, too.
+    """
+    if not isinstance(x, fx.Node) or x.target not in _PADS or len(x.users) != 1:
+        return None
+    widths: Any = x.args[1]
+    (left, right, top, bottom), rest = widths[:4], widths[4:]
+    cuts: dict[Any, Any] = {fetch.args[1]: fetch.args[2:4] for fetch in fetches}
+    sides = []
+    for dim, pads in ((len(x.meta["shape"]) - 2, (top, bottom)), (len(x.meta["shape"]) - 1, (left, right))):
+        ends = (True, True)
+        if dim in cuts:
+            mesh_dim, bounds = cuts[dim]
+            position = mesh.row if mesh_dim == "rows" else mesh.col
+            ends = position == 0, position == len(bounds) - 2
+        if pads != tuple(map(int, ends)):
+            return None
+        sides.append(ends)
+    mode = _PADS[x.target]
+    if any(rest) and (mode == "reflect" or min(rest) < 0):
+        return None
+    given: dict[str, Any] = {"edges": (mode, (*sides[1], *sides[0]))}
+    return {**given, "repeats": tuple(rest)} if any(rest) else given

@@ -27,6 +27,11 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     for node in list(graph.nodes):
         if node.target is not windows.convolution or len(node.meta["shape"]) != 5 or node.args[3][0]:
             continue
+        if _with_repeats(node):
+            found += 1
+            continue
+        if "repeats" in node.kwargs:
+            continue
         x, zeros, past, gone = _parts(node.args[0])
         copy, keep = _copied(x, node, gone), None
         later = None if copy is None else _between(copy, node)
@@ -45,6 +50,56 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             graph.erase_node(one)
         found += len(gone)
     return found
+
+
+def _with_repeats(node: fx.Node) -> bool:
+    """Let a convolution repeat the first and the last frame itself, where that is all that its input does."""
+    cat: Any = node.args[0]
+    if node.kwargs.keys() & {"repeats", "zeros", "past"} or not only_user(cat, aten.cat.default):
+        return False
+    parts, *dim = cat.args
+    if dim != [2]:
+        return False
+    for at, x in enumerate(parts[:2]):
+        before, after = parts[:at], parts[at + 1 :]
+        if len(before) > 1 or len(after) > 1 or not isinstance(x, fx.Node):
+            continue
+        last = x.meta["shape"][2] - 1
+        counts = [_times(one, x, 0) for one in before], [_times(one, x, last) for one in after]
+        if None in counts[0] + counts[1]:
+            continue
+        node.args = (x, *node.args[1:])
+        node.kwargs = {**node.kwargs, "repeats": (sum(counts[0]), sum(counts[1]))}
+        node.graph.erase_node(cat)
+        for one in (*before, *after):
+            _erase_unused(one)
+        return True
+    return False
+
+
+def _times(node: Any, x: fx.Node, frame: int) -> Any:
+    """How often a node repeats one frame of a map, and nothing else; None if it does not."""
+    if not isinstance(node, fx.Node):
+        return None
+    times = 1
+    if node.target in (aten.repeat.default, aten.expand.default):
+        sizes: Any = node.args[1]
+        others = [size for at, size in enumerate(sizes) if at != 2]
+        if len(sizes) != 5 or any(size != 1 for size in others):
+            return None
+        times, node = sizes[2], node.args[0]
+    if node is x and x.meta["shape"][2] == 1:
+        return times
+    if node.target is not aten.slice.Tensor or node.args[0] is not x or len(node.args) != 4:
+        return None
+    _, dim, start, stop = node.args
+    return times if (dim, start, min(stop, x.meta["shape"][2])) == (2, frame, frame + 1) else None
+
+
+def _erase_unused(node: Any) -> None:
+    while isinstance(node, fx.Node) and not node.users and node.op == "call_function":
+        gone, node = node, node.args[0]
+        gone.graph.erase_node(gone)
 
 
 def _parts(x: Any) -> tuple[Any, int, Any, list[fx.Node]]:

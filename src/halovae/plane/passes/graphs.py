@@ -95,7 +95,9 @@ def recounted(node: fx.Node, mesh: Mesh) -> None:
     cuts: Any = node.args[3 if node.target is windows.upsampled_convolution else 4]
     x: Any = node.args[0]
     with _disable_current_modes():
-        part: Tensor = torch.empty(x.meta["shape"], dtype=x.meta["dtype"], device="meta")
+        repeats: Any = node.kwargs.get("repeats", ())  # they travel, too
+        sizes = [size + sum(repeats) * (at == 2) for at, size in enumerate(x.meta["shape"])]
+        part: Tensor = torch.empty(sizes, dtype=x.meta["dtype"], device="meta")
         messages = sent = 0
         for dim, mesh_dim, bounds, wanted, *_ in cuts:
             part, more, size = operators.fetched_shape(mesh, part, dim, mesh_dim, bounds, wanted)

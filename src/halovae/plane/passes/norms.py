@@ -1,7 +1,7 @@
 """Norms and SiLU before a convolution become a part of it: a map is normalized into what the convolution reads.
 
 GroupNorm is one operator already. The norm over a cell's channels, as Wan's VAE has it, is recognized:
-`x / max(|x|, least) * factor * gamma`, of which the quotient may be computed in fp32.
+`x / max(|x|, least) * factor * gamma`, of which the quotient may be computed in fp32. So is LTX's root mean square.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane import backends, operators, windows
-from halovae.plane.passes.graphs import only_user, replaced, widened
+from halovae.plane.norms import Cells
+from halovae.plane.passes.graphs import is_cast, only_user, replaced, widened
 
 aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             gone.append(x)
             x, groups, gamma, beta, eps = x.args
             given |= {"gamma": gamma, "beta": beta, "norm": (groups, eps, "plane", ())}
-        elif "norm" not in node.kwargs and (cells := _norm_of_cells(x, mesh)) is not None:
+        elif "norm" not in node.kwargs and (cells := _norm_of_cells(x, mesh) or _root_mean_square(x, mesh)) is not None:
             x, gamma, norm, parts = cells
             given |= {"gamma": gamma, "norm": norm}
             gone += parts
@@ -50,7 +51,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     return found
 
 
-def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, tuple[float, float], list[fx.Node]] | None:
+def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node]] | None:
     """What is normalized, gamma, `windows.Norm`, and the nodes that do it; None if a node is no norm over channels."""
     factor, gamma, gone = 1.0, None, []
     while only_user(node, aten.mul.Tensor):
@@ -81,7 +82,65 @@ def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, tuple[float, float]
     (total, least), gone = length.args, [*gone, length, length.args[0]]
     source, order, dims, keepdim, *rest = (*total.args, None, None, None)[:5]
     plain = source is wide and order == 2 and list(dims or ()) == [1] and keepdim and not any(rest) and not total.kwargs
-    return (x, gamma, (float(least), factor), gone if rounded is None else [*gone, wide]) if plain else None
+    return (x, gamma, (float(least), 0.0, factor), gone if rounded is None else [*gone, wide]) if plain else None
+
+
+def _root_mean_square(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node]] | None:
+    """The same of `x / sqrt(mean(x^2) + eps) * gamma`, of which the quotient may be computed in fp32.
+
+    Channels may be the last dim meanwhile.
+    """
+    gone, gamma, last = [], None, False
+    if only_user(node, aten.permute.default) and node.args[1] == _moved(node, back=True):
+        gone.append(node)
+        node, last = node.args[0], True
+    if only_user(node, aten.mul.Tensor) and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
+        gone.append(node)
+        node, gamma = node.args
+        if last != (len(gamma.meta["shape"]) == 1) or not (last or _is_of_channels(gamma, gone[-1])):
+            return None
+    rounded = node if only_user(node, aten._to_copy.default) else None
+    if rounded is not None:
+        gone.append(rounded)
+        node = rounded.args[0]
+    if not (only_user(node, aten.mul.Tensor) or only_user(node, aten.div.Tensor)) or len(node.args) != 2:
+        return None
+    x, length = node.args
+    root = aten.rsqrt.default if node.target is aten.mul.Tensor else aten.sqrt.default
+    if not only_user(length, root) or not only_user(length.args[0], aten.add.Tensor) or length.args[0].kwargs:
+        return None
+    mean, eps = length.args[0].args
+    if not only_user(mean, aten.mean.dim) or isinstance(eps, fx.Node) or mean.kwargs:
+        return None
+    square, dims, *keep = mean.args
+    channel = len(x.meta["shape"]) - 1 if last else 1
+    if not only_user(square, aten.pow.Tensor_Scalar) or square.args[1] != 2 or keep != [True]:
+        return None
+    if [dim % len(x.meta["shape"]) for dim in dims] != [channel]:
+        return None
+    gone += [node, length, length.args[0], mean, square]
+    source = square.args[0]
+    if source is not x:
+        if not only_user(source, aten._to_copy.default) or not is_cast(source, mesh) or source.args[0] is not x:
+            return None
+        gone.append(source)
+    dtypes = {one.meta["dtype"] for one in (x, gone[0])}
+    wide = source.meta["dtype"]
+    if len(dtypes) > 1 or (wide not in dtypes and (wide != torch.float32 or x.meta["dtype"].itemsize > 2)):
+        return None  # what it computes in is narrower than the map, or its result is of another dtype
+    channels = x.meta["shape"][channel]
+    if last:
+        if not isinstance(x, fx.Node) or x.target is not aten.permute.default or x.args[1] != _moved(x, back=False):
+            return None
+        gone.append(x)
+        x = x.args[0]
+    return x, gamma, (0.0, channels * float(eps), channels**0.5), gone
+
+
+def _moved(node: fx.Node, back: bool) -> list[int]:
+    """The permutation that moves the channels of a map to the last dim, or back."""
+    ndim = len(node.meta["shape"])
+    return [0, ndim - 1, *range(1, ndim - 1)] if back else [0, *range(2, ndim), 1]
 
 
 def _is_of_channels(weight: fx.Node, node: fx.Node) -> bool:

@@ -8,12 +8,13 @@ import torch
 from torch import fx
 
 from halovae.mesh import Mesh
-from halovae.plane import windows
+from halovae.plane import backends, windows
 from halovae.plane.layout import ranges
 from halovae.plane.operators import Cut
 from halovae.plane.passes.graphs import recounted, replaced, widened
 
 aten = torch.ops.aten
+_NEAREST_OF_FRAMES = (aten.upsample_nearest3d.default, aten._upsample_nearest_exact3d.default)
 _NEAREST = (aten.upsample_nearest2d.default, aten._upsample_nearest_exact2d.default)
 
 
@@ -25,6 +26,9 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     """
     found = 0
     for node in list(graph.nodes):
+        if node.target in (*_NEAREST, *_NEAREST_OF_FRAMES) and backends.kernels(mesh.platform.kind) is not None:
+            found += _repeated_by_kernel(node)
+            continue
         if node.target is not windows.convolution or node.kwargs:
             continue
         arguments: Any = node.args
@@ -32,13 +36,39 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         x, gone = _repeated(larger, mesh)
         if x is None:
             continue
-        doubled = [2 * extent for extent in x.meta["shape"][-2:]]
         halved = [_halved(cut) for cut in cuts]
-        if doubled != list(larger.meta["shape"][-2:]) or None in halved:
+        if None in halved:
             continue
         recounted(replaced(node, windows.upsampled_convolution, (x, weight, bias, tuple(halved)), {}, *gone), mesh)
         found += 1
     return found
+
+
+def _repeated_by_kernel(node: fx.Node) -> bool:
+    """Let a kernel of ours upsample, by whole numbers, where PyTorch's takes channels-last maps apart."""
+    factors = _factors(node)
+    if factors is None or _merges(node):
+        return False
+    replaced(node, windows.upsampled, (node.args[0], factors), {})
+    return True
+
+
+def _factors(node: fx.Node) -> tuple[int, ...] | None:
+    """How often each frame, row and col of a map comes; None if that is no whole number."""
+    x: Any = node.args[0]
+    sizes, larger = x.meta["shape"][2:], node.meta["shape"][2:]
+    if any(size % one for one, size in zip(sizes, larger, strict=True)):
+        return None
+    factors = tuple(size // one for one, size in zip(sizes, larger, strict=True))
+    scales = [*node.args[2:], *(None,) * len(factors)]
+    return factors if all(scale in (None, factor) for scale, factor in zip(scales, factors, strict=False)) else None
+
+
+def _merges(node: fx.Node) -> bool:
+    """Whether a convolution will upsample itself."""
+    return node.target in _NEAREST and any(
+        user.target is windows.convolution and not user.kwargs for user in node.users
+    )
 
 
 def _repeated(larger: Any, mesh: Mesh) -> tuple[Any, list[fx.Node]]:
@@ -46,7 +76,7 @@ def _repeated(larger: Any, mesh: Mesh) -> tuple[Any, list[fx.Node]]:
     gone = [larger]
     if isinstance(larger, fx.Node) and larger.target is aten._to_copy.default:
         gone.append(larger.args[0])
-    if not isinstance(gone[-1], fx.Node) or gone[-1].target not in _NEAREST:
+    if not isinstance(gone[-1], fx.Node) or gone[-1].target not in _NEAREST or _factors(gone[-1]) != (2, 2):
         return None, []
     x: Any = gone[-1].args[0]
     return (x, gone) if len(gone) == 1 else (widened(x, larger, mesh), [*gone, x])

@@ -1,0 +1,100 @@
+"""Windows: maps with a ring of one cell around each frame, of other ranks' halos, the map's own edges, or zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from halovae.plane import operators
+from halovae.plane.operators import Cut
+
+# How the ring is made of the map where the picture ends, and on which sides this rank has it: left, right, top, bottom.
+Edges = tuple[Literal["replicate", "reflect"], tuple[bool, bool, bool, bool]]
+
+
+def window(x: Tensor, frames: int, before: int, after: int, cuts: Sequence[Cut], edges: Edges | None) -> Tensor:
+    """Memory for frames of a map with a ring, channels last. What nobody will write is zeros.
+
+    Args:
+        x: the map, `[N, C, T, H, W]` or `[N, C, H, W]`.
+        frames: how many.
+        before: so many of them at the beginning are zeros,
+        after: and so many at the end.
+        cuts: the dims of `x` along which other ranks have what this one needs.
+        edges: what the others are made of; None for zeros.
+    """
+    _, pool = operators.current_kernels()
+    result = pool.empty((*x.shape[:2], frames, x.shape[-2] + 2, x.shape[-1] + 2), x.dtype)
+    written = {dim - x.ndim for dim, *_ in cuts}
+    for dim, first, last in ((-3, before, after), (-2, 1, 1), (-1, 1, 1)):
+        if dim in written or (edges is not None and dim != -3):
+            continue
+        for start, length in ((0, first), (result.shape[dim] - last, last)):
+            if length:
+                result.narrow(dim, start, length).zero_()
+    return result
+
+
+def start(maps: Tensor, cuts: Sequence[Cut], edges: Edges | None) -> Callable[[], None]:
+    """Start to fill the ring of a window, `[N, C, *, H + 2, W + 2]`.
+
+    Returns:
+        What waits for other ranks, and does the rest, once. Until then the first and the last row of the window are not
+        complete. If cols are cut all is there at once, since no row would be complete.
+    """
+    rows, cols = maps.ndim - 2, maps.ndim - 1
+    left, right, top, bottom = (False,) * 4 if edges is None else edges[1]
+    sides = {rows: (top, bottom), cols: (left, right)}
+    later: list[Callable[[], None]] = []
+    known = list[int]()  # dims along which the ring is there, and travels with other dims' halos: the corners
+
+    def ring(dim: int) -> Tensor:
+        (other,) = {rows, cols} - {dim}
+        return maps if other in known else maps.narrow(other, 1, maps.shape[other] - 2)
+
+    def repeat(dim: int) -> None:
+        if edges is not None:
+            _repeat_edges(ring(dim), dim, edges[0] == "reflect", *sides[dim])
+
+    def finish() -> None:
+        while later:
+            later.pop(0)()
+
+    for cut in cuts:
+        finish()
+        later += [_exchange(ring(cut[0]), cut), partial(repeat, cut[0]), partial(known.append, cut[0])]
+    if any(dim == cols for dim, *_ in cuts):
+        finish()
+    for dim in {rows, cols} - {one for one, *_ in cuts}:
+        repeat(dim)
+        if later:
+            later.append(partial(repeat, dim))  # the corners, once the other dim's halos are there
+        known.append(dim)
+    return finish
+
+
+def _exchange(ring: Tensor, cut: Cut) -> Callable[[], None]:
+    """Start to fetch the first and the last cells along a dim; returns what waits for them and writes them."""
+    dim, mesh_dim, bounds, wanted, width, *_ = cut
+    inner = ring.narrow(dim, 1, ring.shape[dim] - 2)
+    position = operators.position(mesh_dim)
+    begin, end = wanted[position][0]
+    mine = ((begin, begin + width), (end - width, end))
+    intervals = tuple(mine if at == position else one for at, one in enumerate(wanted))
+    wait, _, fill = operators.fetching(partial(inner.narrow, dim), inner, dim, mesh_dim, bounds, intervals)
+
+    def finish() -> None:
+        wait()
+        fill(lambda first, _: ring.narrow(dim, (ring.shape[dim] - 1) * first, 1))
+
+    return finish
+
+
+def _repeat_edges(ring: Tensor, dim: int, mirrored: bool, before: bool, after: bool) -> None:
+    last = ring.shape[dim] - 1
+    for wanted, target, source in ((before, 0, 1 + mirrored), (after, last, last - 1 - mirrored)):
+        if wanted:
+            ring.narrow(dim, target, 1).copy_(ring.narrow(dim, source, 1))

@@ -37,6 +37,31 @@ def test_products_are_computed_in_fp32_where_there_are_no_units(dtype: torch.dty
     assert torch.equal(result, F.conv2d(x.to(wide), weight.to(wide)).to(dtype))
 
 
+@pytest.mark.parametrize("values", [1, 100, 10**6])
+@pytest.mark.parametrize("shape", [(2, 8, 9, 7), (2, 8, 3, 9, 7)])
+@torch.inference_mode()
+def test_rows_in_fp32_make_the_same_as_all_at_once(
+    shape: tuple[int, ...], values: int, units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(halves, "_VALUES", values)
+    torch.manual_seed(0)
+    form = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    spatial = len(shape) - 2
+    x = torch.randn(shape).bfloat16().contiguous(memory_format=form)
+    weight, bias = torch.randn(4, 4, *(3,) * spatial).bfloat16(), torch.randn(4).bfloat16()
+    padding, dilation = (1, 2, 1)[-spatial:], (1, 2, 1)[-spatial:]
+    convolve = F.conv2d if spatial == 2 else F.conv3d
+    found = halves.convolved(x, weight, bias, padding, dilation, 2)
+    expected = convolve(x.float(), weight.float(), bias.float(), 1, padding, dilation, 2)
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-2 if units else 2**-7)
+    weight = torch.randn(5, 8).bfloat16()
+    found = halves.linear(x, weight, None)
+    expected = F.linear(x.movedim(1, -1).float(), weight.float()).movedim(-1, 1)
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=2**-7)
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous(memory_format=form)
+
+
 @pytest.mark.parametrize("answer", [True, False, None])
 def test_onednn_is_asked_for_units_if_it_is_there(answer: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {} if answer is None else dict.fromkeys(halves._ASKED.values(), lambda: answer)

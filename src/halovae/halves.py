@@ -6,13 +6,15 @@ bf16, by the layout, and 0.04 s by way of fp32; 4096 x 384 times 384 x 384 takes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+_VALUES = 2**21  # that are there in fp32 at once
 _ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
@@ -41,3 +43,79 @@ def multiplied(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
         return operator(*arguments)
     wide = [one.float() if isinstance(one, Tensor) and one.dtype == dtype else one for one in arguments]
     return operator(*wide).to(dtype)
+
+
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """A convolution of stride 1; by way of fp32, some rows at a time.
+
+    Args:
+        x: `[N, C, *, H, W]`.
+        weight: `[C', C / groups, *]`.
+        bias: `[C']`.
+        padding: of each spatial dim, with zeros.
+        dilation: of each spatial dim.
+        groups: of channels.
+    """
+    ones, zeros = [1] * len(padding), [0] * len(padding)
+
+    def convolve(part: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+        result: Tensor = torch.ops.aten.convolution.default(
+            part, weight, bias, ones, list(padding), list(dilation), False, zeros, groups
+        )
+        return result
+
+    if x.device.type != "cpu" or has_units(x.dtype):
+        return convolve(x, weight, bias, padding)
+    reach, around = (weight.shape[-2] - 1) * dilation[-2], padding[-2]
+    height = x.shape[-2]
+
+    def rows(start: int, stop: int) -> Tensor:
+        """Rows of the result."""
+        first, last = start - around, stop - around + reach
+        part = x[..., max(0, first) : min(height, last), :].float()
+        if first < 0 or last > height:
+            part = F.pad(part, (0, 0, max(0, -first), max(0, last - height)))
+        return convolve(part, wide, bias if bias is None else bias.float(), (*padding[:-2], 0, padding[-1]))
+
+    wide = weight.float()
+    values = x[:, 0, ..., :1, :].numel() * max(x.shape[1], weight.shape[0])
+    return _in_rows(rows, height + 2 * around - reach, values, x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` over the channels, which lie together, of a map `[N, C, *, H, W]`; by fp32, some rows at a time."""
+    if x.device.type != "cpu" or has_units(x.dtype):
+        return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+    wide, wide_bias = weight.float(), None if bias is None else bias.float()
+
+    def rows(start: int, stop: int) -> Tensor:
+        return F.linear(x[..., start:stop, :].movedim(1, -1).float(), wide, wide_bias).movedim(-1, 1)
+
+    return _in_rows(rows, x.shape[-2], x[:, 0, ..., :1, :].numel() * max(weight.shape), x.dtype)
+
+
+def _in_rows(rows: Callable[[int, int], Tensor], height: int, values: int, dtype: torch.dtype) -> Tensor:
+    """What `rows` gives from one row to another, joined and rounded.
+
+    Args:
+        rows: makes some of the result's rows.
+        height: how many there are.
+        values: in a row, of what is there in fp32 meanwhile.
+        dtype: of the result.
+    """
+    step = max(1, _VALUES // max(1, values))
+    if step >= height:
+        return rows(0, height).to(dtype)
+    result = None
+    for start in range(0, height, step):
+        part = rows(start, min(height, start + step))
+        if result is None:
+            sizes = (*part.shape[:-2], height, part.shape[-1])
+            last = part.stride(1) == 1
+            form = {4: torch.channels_last, 5: torch.channels_last_3d}[part.ndim] if last else torch.contiguous_format
+            result = torch.empty(sizes, dtype=dtype, memory_format=form)
+        result[..., start : start + step, :].copy_(part)
+    assert result is not None
+    return result

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.halves import multiplied
+from halovae import halves
 from halovae.kernels import EAGER, Kernels
 from halovae.lines import Scope
 from halovae.mesh import Mesh
@@ -180,11 +180,7 @@ def convolution(
     """
 
     def convolved(part: Tensor, padding: list[int]) -> Tensor:
-        ones, zeros = [1] * len(padding), [0] * len(padding)
-        result = multiplied(
-            torch.ops.aten.convolution.default, part, weight, bias, ones, padding, dilation, False, zeros, groups
-        )
-        return result
+        return halves.convolved(part, weight, bias, padding, dilation, groups)
 
     position = {name: _position(current(), name) for _, name, *_ in cuts}
     halos: list[tuple[int, Tensor, int]] = []

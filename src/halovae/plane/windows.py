@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae import winograd
-from halovae.halves import multiplied
+from halovae import halves, winograd
 from halovae.plane import backends, operators, rings
 from halovae.plane.norms import Norm, activated, sum_of, write
 from halovae.plane.operators import Cut
@@ -148,7 +147,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     known = x.device.type == "cpu" or backends.kernels(x.device.type) is not None
     if known and x.stride(1) == 1 and x.shape[1] > 1:
-        return multiplied(F.linear, x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+        return halves.linear(x, weight.flatten(1), bias)
     return _plain(x, weight, bias)
 
 
@@ -198,13 +197,11 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
     if weight.ndim == 5 and weight.shape[2] == 1 and x.shape[2] == 1 and not any(padding[:1]):
         return _plain(x[:, :, 0], weight[:, :, 0], bias, padding[1:]).unsqueeze(2)
     spatial = weight.ndim - 2
-    zeros = [0] * spatial
-    ones = [1] * spatial
     fused = backends.kernels(x.device.type)
     if fused is not None:  # a channels-last map: its results lie so, too
         x = x.contiguous(memory_format=torch.channels_last if spatial == 2 else torch.channels_last_3d)
     late = bias if fused is None else None
-    result = multiplied(aten.convolution.default, x, weight, late, ones, list(padding) or zeros, ones, False, zeros, 1)
+    result = halves.convolved(x, weight, late, padding or [0] * spatial, [1] * spatial, 1)
     if fused is not None and bias is not None:  # cuDNN's are added by a kernel of PyTorch's that is half as fast
         result = sum_of(result, None, bias, result)
     return result

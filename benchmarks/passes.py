@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="also the module compiled by Inductor, which takes long"
     )
+    parser.add_argument("--brief", action="store_true", help="only without passes, and with all of them")
     parser.add_argument("--output", type=Path, help="where to write the tables, as Markdown")
     args = parser.parse_args()
     cases = CASES if args.model is None else {args.model: args.latent or CASES.get(args.model, "1x16x32x32")}
@@ -137,7 +138,9 @@ def main() -> None:
         with Ranks(1) as ranks, console.status(f"{name}: recording") as status:
             ranks.run(hold, name, latents)
             ranks.run(name_module, name)
-            facts = {step: ranks.run(record, step, latents)[0] for step in steps()}
+            shown = list(steps())
+            shown = [shown[0], shown[-1]] if args.brief else shown
+            facts = {step: ranks.run(record, step, latents)[0] for step in shown}
             ours = (TILES,) if name in FAMILIES else ()
             taken: dict[str, list[float]] = {one: [] for one in (*modules, *ours, *facts)}
             for turn in range(args.repeat):

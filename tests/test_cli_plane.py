@@ -145,6 +145,15 @@ def test_any_vae_is_validated_and_measured(folders: dict[str, tuple[Path, Tensor
     assert {"single", "parallel", "tiled", "auto"} <= set(result.output.replace(",", " ").split())
 
 
+@pytest.mark.slow
+def test_a_vae_that_takes_a_timestep_is_validated(tmp_path: Path) -> None:
+    zoo.build(ENTRIES["AutoencoderKLLTXVideo (timestep)"]).save_pretrained(tmp_path / "vae")  # type: ignore[operator]
+    size = ["--num-gpus", "2", "--size", "64x64", "--frames", "9"]
+    result = halovae("validate", "--model-path", tmp_path / "vae", *size, "-o", tmp_path / "validation")
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 supported" in result.output
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_simulated_ranks_make_the_pictures_of_one_process(folders: dict[str, tuple[Path, Tensor]], name: str) -> None:
     folder, expected = folders[name]

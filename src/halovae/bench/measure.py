@@ -21,7 +21,7 @@ from halovae.bench.ranks import Ranks
 from halovae.decode import Decoder, load
 from halovae.fallback import is_out_of_memory
 from halovae.geometry import Grid
-from halovae.integrations.autoencoder import Autoencoder
+from halovae.integrations.autoencoder import Autoencoder, decode_options
 from halovae.launch import RankError
 from halovae.memory import Memory, MemoryMeter
 from halovae.models.load import diffusers_module
@@ -67,7 +67,8 @@ def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None
         kernels.works(decoder.device)  # the compiler rests in memory as the weights do
 
     def decode(latents: Tensor) -> tuple[Tensor | None, DecodeReport]:
-        stream = decoder.stream(_moved(latents), **options)
+        latents = _moved(latents)
+        stream = decoder.stream(latents, **options, **_own_options(latents))
         return stream.join(), stream.report
 
     _hold(decoder.device, decode, decoder)
@@ -77,6 +78,12 @@ def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None
 def _moved(latents: Tensor) -> Tensor:
     """Latents as this process's model computes: autoencoders of the plane path take no others."""
     return latents.to(_held["owner"].device, _held["owner"].dtype)
+
+
+def _own_options(latents: Tensor) -> dict[str, Any]:
+    """What this process's model needs besides latents."""
+    owner = _held["owner"]
+    return decode_options(owner.module, latents) if isinstance(owner, Autoencoder) else {}
 
 
 def _hold_diffusers(model: Model, tiled: bool) -> None:
@@ -93,7 +100,8 @@ def _hold_diffusers(model: Model, tiled: bool) -> None:
     def decode(latents: Tensor) -> tuple[Tensor | None, Memory]:
         memory = MemoryMeter(platform)
         with torch.inference_mode(), memory.counting():
-            frames = vae.decode(latents.to(platform.device, model.dtype)).sample
+            latents = latents.to(platform.device, model.dtype)
+            frames = vae.decode(latents, **decode_options(vae, latents)).sample
         platform.synchronize()
         return frames, memory.read()
 
@@ -131,12 +139,14 @@ def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None, 
 
 
 def _plan(latents: Tensor) -> None:
-    _held["owner"].stream(_moved(latents), **_held["options"]).close()
+    latents = _moved(latents)
+    _held["owner"].stream(latents, **_held["options"], **_own_options(latents)).close()
 
 
 def _warm_up(shape: Sequence[int]) -> float:
     with _noticing_lack_of_memory(_held["platform"]):
-        return float(_held["owner"].warmup(shape, **_held["options"]))
+        own = _own_options(_moved(torch.zeros(*shape)))
+        return float(_held["owner"].warmup(shape, **_held["options"], **own))
 
 
 def _profiled(latents: Tensor, label: str, trace: Path) -> Profile | None:
@@ -164,7 +174,8 @@ def _noticing_lack_of_memory(platform: Platform) -> Iterator[None]:
 
 
 def _simulate(latents: Tensor, grid: Grid, link: Link) -> Simulation:
-    return simulate(_held["owner"], _moved(latents), grid, link)
+    latents = _moved(latents)
+    return simulate(_held["owner"], latents, grid, link, **_own_options(latents))
 
 
 @dataclass

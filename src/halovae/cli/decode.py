@@ -13,11 +13,11 @@ import typer
 from halovae import latents as latents_file
 from halovae import media
 from halovae.cli.common import MODEL_HELP, Dtype, Mode, errors_shown, parse_bytes, parse_chunk, parsed
-from halovae.cli.planes import PlaneModel, decode_options, denormalized
+from halovae.cli.planes import PlaneModel, denormalized
 from halovae.cli.writing import outputs, tell, write
 from halovae.decode import check_latents, load
 from halovae.geometry import Grid
-from halovae.integrations.autoencoder import Autoencoder
+from halovae.integrations.autoencoder import Autoencoder, decode_options
 from halovae.integrations.pictures import PictureStream
 from halovae.launch import launch, under_torchrun
 from halovae.lines import world_size

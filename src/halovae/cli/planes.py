@@ -88,10 +88,3 @@ def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
             "them to the VAE, and --raw"
         )
     return latents / values["scaling_factor"] + (values.get("shift_factor") or 0.0)
-
-
-def decode_options(module: nn.Module, latents: Tensor) -> dict[str, Any]:
-    """What a class's `decode` needs besides latents: LTX-Video's timestep, 0 as its pipelines have it."""
-    if getattr(module.config, "timestep_conditioning", False):
-        return {"temb": torch.zeros(latents.shape[0], dtype=latents.dtype, device=latents.device)}
-    return {}

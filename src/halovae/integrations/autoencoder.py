@@ -196,3 +196,10 @@ def _method(call: PlaneCall, sharing: Sharing, warn: Callable[[Any], None]) -> C
 
     vars(method)["halovae_method"] = True  # graphs do not depend on it: they are of the class's own method
     return method
+
+
+def decode_options(module: nn.Module, latents: Tensor) -> dict[str, Any]:
+    """What a class's `decode` needs besides latents: LTX-Video's timestep, 0 as its pipelines have it."""
+    if getattr(module.config, "timestep_conditioning", False):
+        return {"temb": torch.zeros(latents.shape[0], dtype=latents.dtype, device=latents.device)}
+    return {}

@@ -13,20 +13,22 @@ from halovae.plane import windows
 from halovae.plane.operators import emit, pack, take
 
 
-def normalized(node: fx.Node) -> int:
+def window_bytes(node: fx.Node) -> int:
     """Bytes of the map that a convolution normalizes, activates, or puts together, if that is not its input."""
     if node.target is not windows.convolution:
         return 0
-    x: Any = node.args[0]
-    given: Any = node.kwargs
-    zeros, past = given.get("zeros", 0), given.get("past")
-    whole = 0
-    if "edges" in given or "repeats" in given:
-        return size_of(x)
+    arguments: Any = node.args
+    x, given = arguments[0], dict[str, Any](node.kwargs)
+    own: int = size_of(x)
+    zeros, past, repeats = given.get("zeros", 0), given.get("past"), given.get("repeats", (0, 0))
+    if "edges" in given or any(repeats):
+        return own // x.meta["shape"][2] * (x.meta["shape"][2] + sum(repeats))
+    total = own if given.keys() & {"norm", "silu"} and "spare" not in given else 0
     if zeros or past is not None:
         frames = x.meta["shape"][2]
-        whole = size_of(x) // frames * (frames + zeros) + (0 if past is None else size_of(past))
-    return whole + (size_of(x) if given.keys() & {"norm", "silu"} and "spare" not in given else 0)
+        return total + own // frames * (frames + zeros) + (0 if past is None else size_of(past))
+    *_, cuts, early = arguments
+    return total + (own if cuts and not early else 0)
 
 
 def size_of(node: fx.Node) -> int:
@@ -34,7 +36,7 @@ def size_of(node: fx.Node) -> int:
     return int(node.meta.get("bytes", 0))
 
 
-def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.Node], int] = normalized) -> int:
+def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.Node], int] = window_bytes) -> int:
     """Bytes of live tensors at the highest point of a graph whose tensors are freed after their last use.
 
     Views share their input's memory. Weights and constants are not counted.

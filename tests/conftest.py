@@ -5,8 +5,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Kernels for CUDA devices run on the CPU, by Triton's interpreter; Triton asks when it is imported.
-os.environ["TRITON_INTERPRET"] = "1"
+import torch
+
+# Where there is no CUDA device its kernels run on the CPU, by Triton's interpreter. Triton asks when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright

@@ -17,11 +17,12 @@ class Pool:
     """Blocks of memory that belong to one decode.
 
     Args:
-        device: the CPU, or "meta" for a walk without data; of others the memory is torch's allocator's.
+        device: the CPU, or "meta" for a walk without data. On other devices torch's own allocator is asked for
+            each map: it pools memory itself.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._blocks: list[Tensor] = []
         self._scratch = torch.empty(0)
 
@@ -32,8 +33,8 @@ class Pool:
         than the maps that were needed at once.
         """
         batch, channels, *rest = shape
-        if self._device.type not in ("cpu", "meta"):
-            return torch.empty((batch, *rest, channels), dtype=dtype, device=self._device).movedim(-1, 1)
+        if self.device.type not in ("cpu", "meta"):
+            return torch.empty((batch, *rest, channels), dtype=dtype, device=self.device).movedim(-1, 1)
         size = math.prod(shape) * dtype.itemsize
         idle = [block for block in self._blocks if _is_idle(block)]
         block = min((block for block in idle if block.numel() >= size), key=len, default=None)
@@ -41,7 +42,7 @@ class Pool:
             gone = {id(one) for one in idle}
             idle.clear()
             self._blocks = [one for one in self._blocks if id(one) not in gone]
-            block = torch.empty(size, dtype=torch.uint8, device=self._device)
+            block = torch.empty(size, dtype=torch.uint8, device=self.device)
             self._blocks.append(block)
         return block[:size].view(dtype).view(batch, *rest, channels).movedim(-1, 1)
 
@@ -49,7 +50,7 @@ class Pool:
         """`count` fp32 elements that hold nothing, the same memory each time."""
         if self._scratch.numel() < count:
             self._scratch = torch.empty(0)  # let go before there is another
-            self._scratch = torch.empty(count, device=self._device)
+            self._scratch = torch.empty(count, device=self.device)
         return self._scratch[:count]
 
 

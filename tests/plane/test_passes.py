@@ -20,6 +20,7 @@ from halovae.kernels import compiled
 from halovae.mesh import Mesh
 from halovae.plane import Sharded, operators, passes, windows
 from halovae.plane import program as lowering
+from halovae.plane.agreement import conversations
 from halovae.plane.program import Program
 from halovae.simulate import on_threads
 
@@ -105,6 +106,7 @@ def check(module: nn.Module, x: Tensor, grids: tuple[Grid, ...] = GRIDS, atol: f
         for full, program, mesh in recorded(module, x, grid, module):
             torch.testing.assert_close(full, expected, rtol=0, atol=atol * float(expected.abs().max()))
             assert (program.messages, program.bytes_sent) == (mesh.traffic.messages, mesh.traffic.bytes)
+            assert len(conversations(program, mesh)) <= grid.size  # what ranks compare before they run it
             programs.append(program)
     return programs
 
@@ -723,3 +725,65 @@ def test_a_norm_in_a_narrower_dtype_than_its_map_stays_as_it_is() -> None:
 
     for program in check(seeded(Narrow), picture(1, 4, 1, 9, 8)):
         assert aten.rsqrt.default in targets(program)
+
+
+def test_ranks_agree_on_convolutions_that_write_their_edges() -> None:
+    module, x = seeded(lambda: Around("reflect", 2)).requires_grad_(False), picture(1, 4, 13, 11)
+
+    def rank(mesh: Mesh) -> Tensor:
+        found = Sharded(module, [module])(x, mesh=mesh, grid=mesh.grid)
+        assert found is not None
+        return found
+
+    for found in on_threads(Grid.parse("2x2"), x.device, rank):
+        torch.testing.assert_close(found, module(x), rtol=0, atol=1e-12)
+
+
+class Odd(nn.Module):
+    """Graphs that look like those that passes rewrite, and are others."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.one, self.two = how, nn.Conv3d(4, 4, 3, padding=(0, 1, 1)), nn.Conv3d(4, 4, 3, padding=(0, 1, 1))
+        self.gamma, self.single = nn.Parameter(torch.randn(4, 1, 1, 1)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(F.pad(x, (0, 0, 0, 0, 2, 0)))
+        scale = torch.rsqrt(y.pow(2).mean(1, keepdim=True) + 1e-3)
+        if self.how == "twice":
+            return y + y
+        if self.how == "past":
+            y = torch.cat([y, F.silu(y)], 2)
+        elif self.how == "all dims":
+            y = F.silu(y * torch.rsqrt(y.pow(2).mean(dim=None, keepdim=True) + 1e-3))
+        elif self.how == "no map":
+            y = F.silu(torch.mul(2.0, scale)).expand_as(y)
+        elif self.how == "rounded":
+            y = F.silu((y * scale).to(torch.bfloat16) * self.gamma)
+        elif self.how == "one value":
+            moved = y.movedim(1, -1)
+            moved = moved * torch.rsqrt(moved.pow(2).mean(-1, keepdim=True) + 1e-3) * self.single
+            y = F.silu(moved.movedim(-1, 1))
+        elif self.how == "zeros repeated":
+            y = F.pad(F.pad(y, (0, 0, 0, 0, 1, 0)), (1, 1, 1, 1, 1, 0), mode="replicate")[..., 1:-1, 1:-1]
+        elif self.how == "the same twice":
+            first = y[:, :, :1].repeat(1, 1, 1, 1, 1)
+            y = torch.cat([first, y[:, :, :1], first], 2)
+        return self.two(y)
+
+
+ODD = ("twice", "past", "all dims", "no map", "rounded", "one value", "zeros repeated", "the same twice")
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_graphs_that_only_look_like_known_ones_stay_right(how: str) -> None:
+    check(seeded(lambda: Odd(how)), picture(1, 4, 3, 9, 8))
+
+
+def test_zeros_that_are_repeated_are_not_dead_taps() -> None:
+    class Zeros(nn.Conv3d):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.pad(F.pad(x, (0, 0, 0, 0, 1, 0)), (1, 1, 1, 1, 1, 0), mode="replicate")
+            return super().forward(x)
+
+    check(seeded(lambda: Zeros(4, 4, 3)), picture(1, 4, 1, 9, 8))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plane.test_passes import AROUND, Block, Causal, check, seeded, targets
+from plane.test_passes import AROUND, ODD, Block, Causal, Odd, check, seeded, targets
 from plane.test_trace import picture
 from torch import Tensor, nn
 
+from halovae import Grid
 from halovae.plane import backends, operators, windows
 from halovae.plane.norms import per_channel
 
+if torch.cuda.is_available():
+    pytest.skip("Triton's interpreter is for machines without CUDA devices", allow_module_level=True)
 kernels: Any = pytest.importorskip("halovae.plane.triton_kernels", exc_type=ImportError)
 
 
@@ -129,12 +136,36 @@ def test_what_is_around_a_map_is_written_on_grids(name: str) -> None:
         assert windows.convolution in targets(program)
 
 
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("how", ODD)
+def test_graphs_that_only_look_like_known_ones_stay_right(how: str) -> None:
+    check(seeded(lambda: Odd(how)), picture(1, 4, 3, 9, 8))
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_map_whose_plane_is_transposed_is_normalized() -> None:
+    class Transposed(nn.GroupNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 1, 2).transpose(1, 3)) * 2
+
+    check(seeded(lambda: Transposed(2, 8)), picture(1, 4, 8, 8), (Grid(),))
+
+
+def test_kernels_compile_for_a_device() -> None:
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 38
+
+
 @pytest.mark.parametrize("columns", [1, 7, 300])
 def test_attention_of_wide_heads_is_pytorchs(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(kernels, "_SCORES", 2 * 5 * columns)  # five queries at a time
     query = torch.randn(1, 2, 12, 8).bfloat16() * 5
     key, value = torch.randn(2, 1, 2, columns, 8).bfloat16() * 5
-    found = kernels.attention(query, key, value, 0.3).view(1, 2, 12, 8)
-    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.3)
-    close(found, expected)
+    for scale in (0.3, -0.3):
+        found = kernels.attention(query, key, value, scale).view(1, 2, 12, 8)
+        expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=scale)
+        close(found, expected)

@@ -20,15 +20,17 @@ def window_bytes(node: fx.Node) -> int:
     arguments: Any = node.args
     x, given = arguments[0], dict[str, Any](node.kwargs)
     own: int = size_of(x)
-    zeros, past, repeats = given.get("zeros", 0), given.get("past"), given.get("repeats", (0, 0))
-    if "edges" in given or any(repeats):
-        return own // x.meta["shape"][2] * (x.meta["shape"][2] + sum(repeats))
+    frames = x.meta["shape"][2]
+    more = given.get("zeros", 0) + sum(given.get("repeats", ()))
+    past = size_of(given["past"]) if given.get("past") is not None else 0
+    together = own // frames * (frames + more) + past
+    if "edges" in given or given.get("repeats"):
+        return together
     total = own if given.keys() & {"norm", "silu"} and "spare" not in given else 0
-    if zeros or past is not None:
-        frames = x.meta["shape"][2]
-        return total + own // frames * (frames + zeros) + (0 if past is None else size_of(past))
+    if more or past:
+        return total + together
     *_, cuts, early = arguments
-    return total + (own if cuts and not early else 0)
+    return total + (own if cuts and (not early or "spare" in given) else 0)
 
 
 def size_of(node: fx.Node) -> int:

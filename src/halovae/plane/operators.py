@@ -59,10 +59,10 @@ def current() -> Mesh:
     return mesh
 
 
-def current_kernels() -> tuple[Kernels, Pool]:
-    """The kernels and the buffer pool of this thread."""
-    if _current.pool is None:
-        _current.pool = Pool(_current.mesh.platform.device)
+def current_kernels(x: Tensor) -> tuple[Kernels, Pool]:
+    """The kernels and the buffer pool of this thread, for maps where `x` is; on meta they have no data."""
+    if _current.pool is None or _current.pool.device != x.device:
+        _current.pool = Pool(x.device)
     return _current.kernels, _current.pool
 
 
@@ -272,7 +272,8 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """PyTorch's attention, recorded as one operator: which kernel serves it is for the device to choose."""
     fused = backends.kernels(query.device.type)
-    plain = mask is None and dropout == 0 and not causal and query.shape[:-2] == key.shape[:-2]
+    plain = mask is None and dropout == 0 and not causal and query.ndim >= 3
+    plain = plain and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
     if fused is not None and plain and query.shape[-1] > _LARGEST_HEAD and query.dtype.itemsize == 2:
         shape = *query.shape[:-1], value.shape[-1]
         factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -355,7 +356,7 @@ def statistics(x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...], sh
 
 
 def _normalized(x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    out = torch.empty_like(x)
+    out = empty_along(x, 1, x.shape[1], last=True)
     backends.kernels(x.device.type).group_norm(x, None, found, weight, bias, eps, False, out)
     return out
 

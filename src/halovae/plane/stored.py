@@ -30,7 +30,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from halovae.mesh import Mesh
-from halovae.plane import operators, windows
+from halovae.plane import backends, operators, windows
 from halovae.plane.fingerprint import Unstable, fingerprint
 from halovae.plane.layout import Factor
 from halovae.plane.plane import Plane
@@ -39,7 +39,7 @@ from halovae.plane.trace import RECORDING
 
 LIMIT = 256 * 2**20  # bytes of all files
 LARGEST = 64 * 2**20  # bytes of one graph's constants
-_FORMAT = 3
+_FORMAT = 4
 _FIELDS = ("chunked", "takes", "returns", "dtype", "random", "writes", "changes", "received", "computed")
 _NAMED = {  # values of PyTorch's own kinds, by name
     str(value): value
@@ -91,9 +91,10 @@ def stored_or_traced(
         for index, module in enumerate(modules)
         for name, one in (*module.named_parameters(), *module.named_buffers())
     }
+    with_kernels = backends.kernels(device.type) is not None
     try:
         with RECORDING:  # modules have hooks while they are recorded
-            key = fingerprint(function, modules, identity.name, (_FORMAT, settings, device.type))
+            key = fingerprint(function, modules, identity.name, (_FORMAT, settings, device.type, with_kernels))
     except Exception:  # what users keep on modules can raise anything
         return record()
     path = cache_folder() / "graphs" / f"{key}.graph"

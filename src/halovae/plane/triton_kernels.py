@@ -3,7 +3,8 @@
 PyTorch's GroupNorm gives each group of a map one block of a device that runs hundreds, and copies channels-last maps
 first; its nearest upsampling of channels-last maps is 2.4 times as slow as of others (H200, torch 2.11).
 
-Maps are `[N, C, *]`, dense, channels last. All is computed in fp32, of fp64 in fp64, and rounded once.
+Maps are `[N, C, *]`, dense, channels last. All is computed in fp32, of fp64 in fp64, and rounded once; the weights of
+attention are rounded, too.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def _count_moments(
     tl.store(squares + place, spread, channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["values"])
 def _join_moments(
-    means, squares, variance, mean, parts, cells, own, channels, size,
+    means, squares, variance, mean, parts, cells, own, channels, size, values,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Variance and mean of each group from its channels' moments (Chan et al. 1983)."""
@@ -73,7 +74,7 @@ def _join_moments(
         seen = (part < parts) & (channel[None, :] < size)
         place = (item * parts + part) * channels + group * size + channel[None, :]
         total += tl.where(seen, tl.load(means + place, seen, 0) * count, 0.0)
-    middle = tl.sum(total) / (cells * size).to(WIDE)
+    middle = tl.sum(total) / values.to(WIDE)
     total = tl.zeros((BLOCK, SIZE), WIDE)
     for start in range(0, parts, BLOCK):
         part = (start + row)[:, None]
@@ -83,7 +84,7 @@ def _join_moments(
         apart = tl.load(means + place, seen, 0) - middle
         total += tl.where(seen, tl.load(squares + place, seen, 0) + apart * apart * count, 0.0)
     place = item * tl.num_programs(0) + group
-    tl.store(variance + place, tl.sum(total) / (cells * size).to(WIDE))
+    tl.store(variance + place, tl.sum(total) / values.to(WIDE))
     tl.store(mean + place, middle)
 
 
@@ -155,7 +156,7 @@ def _write_norm_of_cells(
     if SHIFT:
         value += tl.load(shift + channel, there, 0).to(WIDE)[None, :]
     if NORM:
-        length = tl.maximum(tl.sqrt(tl.sum(value * value, 1) + ADDED), LEAST)
+        length = tl.maximum(tl.sqrt(tl.sum(value * value, 1) + ADDED), LEAST, propagate_nan=tl.PropagateNan.ALL)
         value = value / length[:, None] * FACTOR
         if WEIGHT:
             value *= tl.load(weight + channel, there, 0).to(WIDE)[None, :]
@@ -203,7 +204,7 @@ def _write_softmax(scores, out, columns, scale, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, columns, BLOCK):
         seen = first + column < columns
-        value = tl.load(scores + start + first + column, seen, float("-inf")) * scale
+        value = tl.where(seen, tl.load(scores + start + first + column, seen, 0) * scale, float("-inf"))
         higher = tl.maximum(highest, value)
         # Of values that are not seen, and where nothing was yet, the difference would be that of infinities.
         total = total * tl.where(highest == higher, 1.0, tl.exp(highest - higher)) + tl.where(
@@ -222,7 +223,7 @@ def moments(x: Tensor, shift: Tensor | None, groups: int) -> Tensor:
     """Variance and mean `[2, N, groups]` of groups of channels, in fp32 at least; `shift` `[C]` is added before."""
     x = _dense(x)
     items, channels = x.shape[:2]
-    cells = x[0, 0].numel()
+    cells = x.shape[2:].numel()
     width, block, wide = _sizes(x)
     own = max(block, triton.cdiv(triton.cdiv(cells, _PROGRAMS), block) * block)
     parts = triton.cdiv(cells, own)
@@ -236,7 +237,18 @@ def moments(x: Tensor, shift: Tensor | None, groups: int) -> Tensor:
         size = channels // groups
         together = triton.next_power_of_2(size)
         _join_moments[(groups, items)](
-            means, squares, *found.unbind(), parts, cells, own, channels, size, max(1, 2048 // together), together, wide
+            means,
+            squares,
+            *found.unbind(),
+            parts,
+            cells,
+            own,
+            channels,
+            size,
+            cells * size,
+            max(1, 2048 // together),
+            together,
+            wide,
         )
     return found
 

@@ -53,7 +53,7 @@ def convolution(
     Returns:
         This rank's part of the result, `[N, C', *]`.
     """
-    kernels, pool = operators.current_kernels()
+    kernels, pool = operators.current_kernels(x)
     maps, whole = (one if one.ndim == 5 else one.unsqueeze(2) for one in (x, weight))
     own, before = maps.shape[2], sum(padding[:-2])
     first = zeros + repeats[0] + (0 if past is None else past.shape[2])
@@ -109,7 +109,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     Returns:
         This rank's part of the result, `[N, C', 2H, 2W]`.
     """
-    kernels, pool = operators.current_kernels()
+    kernels, pool = operators.current_kernels(x)
     items, _, height, width = x.shape
     folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, x.device.type)
     if not folded and not cuts:

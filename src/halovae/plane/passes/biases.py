@@ -13,7 +13,7 @@ from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane import backends, windows
-from halovae.plane.passes.graphs import same
+from halovae.plane.passes.graphs import same, used_once
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (windows.convolution, windows.upsampled_convolution)
@@ -27,11 +27,11 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     for node in list(graph.nodes):
         if node.target is windows.convolution:
             x: Any = node.args[0]
-            if not node.kwargs.keys() & {"norm", "silu"} or not _has_bias(x, node):
+            if not node.kwargs.keys() & {"norm", "silu"} or not _has_bias(x):
                 continue
             node.kwargs = {**node.kwargs, "shift": x.args[2]}
         elif node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
-            x = next((one for one in node.args if _has_bias(one, node)), None)
+            x = next((one for one in node.args if _has_bias(one)), None)
             if x is None or not all(isinstance(one, fx.Node) and same(one, node) for one in node.args):
                 continue
             node.target, node.args = windows.added, (*node.args, x.args[2])
@@ -42,6 +42,6 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     return found
 
 
-def _has_bias(x: Any, user: fx.Node) -> bool:
+def _has_bias(x: Any) -> bool:
     """Whether a value is the result of a convolution with a bias that nobody else uses."""
-    return isinstance(x, fx.Node) and x.target in _CONVOLUTIONS and x.args[2] is not None and list(x.users) == [user]
+    return isinstance(x, fx.Node) and x.target in _CONVOLUTIONS and x.args[2] is not None and used_once(x)

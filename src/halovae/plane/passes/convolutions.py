@@ -14,7 +14,7 @@ from halovae.mesh import Mesh
 from halovae.plane import operators, windows
 from halovae.plane.layout import ranges
 from halovae.plane.operators import Cut
-from halovae.plane.passes.graphs import only_user, recounted, replaced
+from halovae.plane.passes.graphs import only_user, recounted, replaced, used_once
 
 aten = torch.ops.aten
 _PADS = {
@@ -109,7 +109,7 @@ def _edges(x: Any, fetches: list[fx.Node], mesh: Mesh) -> dict[str, Any] | None:
 
     Along a dim that is cut, each of the ranks at its ends has padded its side. Frames may be repeated, too.
     """
-    if not isinstance(x, fx.Node) or x.target not in _PADS or len(x.users) != 1:
+    if not isinstance(x, fx.Node) or x.target not in _PADS or not used_once(x):
         return None
     widths: Any = x.args[1]
     (left, right, top, bottom), rest = widths[:4], widths[4:]

@@ -61,7 +61,7 @@ def _is_plain(node: fx.Node) -> bool:
     """Whether a convolution has a stride of 1 in time, and neither padding nor dilation there."""
     arguments: Any = node.args
     if node.target is windows.convolution:
-        return bool(arguments[3][0] == 0)
+        return bool(arguments[3][0] == 0) and "repeats" not in node.kwargs
     stride, padding, dilation, transposed = arguments[3:7]
     return (stride[0], padding[0], dilation[0], transposed) == (1, 0, 1, False)
 

@@ -71,7 +71,7 @@ def _with_repeats(node: fx.Node) -> bool:
         node.args = (x, *node.args[1:])
         node.kwargs = {**node.kwargs, "repeats": (sum(counts[0]), sum(counts[1]))}
         node.graph.erase_node(cat)
-        for one in (*before, *after):
+        for one in dict.fromkeys((*before, *after)):
             _erase_unused(one)
         return True
     return False
@@ -87,7 +87,9 @@ def _times(node: Any, x: fx.Node, frame: int) -> Any:
         others = [size for at, size in enumerate(sizes) if at != 2]
         if len(sizes) != 5 or any(size != 1 for size in others):
             return None
-        times, node = sizes[2], node.args[0]
+        times, node = node.meta["shape"][2], node.args[0]
+        if node.meta["shape"][2] != 1:
+            return None
     if node is x and x.meta["shape"][2] == 1:
         return times
     if node.target is not aten.slice.Tensor or node.args[0] is not x or len(node.args) != 4:

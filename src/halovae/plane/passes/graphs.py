@@ -36,9 +36,21 @@ def shared(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def uses(user: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments, each as often as it is there."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((user.args, user.kwargs), found.append)
+    return found
+
+
+def used_once(node: fx.Node) -> bool:
+    """Whether a node is one argument of one other."""
+    return len(node.users) == 1 and uses(next(iter(node.users))).count(node) == 1
+
+
 def only_user(node: Any, target: Any) -> bool:
-    """Whether a value is a node that calls `target`, and whose result one node uses."""
-    return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1
+    """Whether a value is a node that calls `target`, and is one argument of one other node."""
+    return isinstance(node, fx.Node) and node.target is target and used_once(node)
 
 
 def is_cast(node: Any, mesh: Mesh) -> bool:

@@ -11,7 +11,7 @@ from torch import fx
 from halovae.mesh import Mesh
 from halovae.plane import operators, windows
 from halovae.plane.live import root
-from halovae.plane.passes.graphs import same, shared
+from halovae.plane.passes.graphs import same, shared, uses
 
 aten = torch.ops.aten
 _OVERWRITING: dict[Any, Callable[..., Any]] = {
@@ -41,8 +41,8 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         x: Any = node.args[0] if node.args else None
         if not isinstance(x, fx.Node) or last[root(x)] is not node or not _is_own(x) or root(x) in kept:
             continue
-        if sum(root(one) is root(x) for one in node.all_input_nodes) > 1:
-            continue  # it reads another view of what it would write to
+        if sum(root(one) is root(x) for one in uses(node)) > 1:
+            continue  # it reads what it would write to once more, or another view of it
         if node.target is windows.convolution and ("norm" in node.kwargs or "silu" in node.kwargs):
             node.kwargs = {**node.kwargs, "spare": True}
             found += 1

@@ -6,6 +6,7 @@ GroupNorm is one operator already. The norm over a cell's channels, as Wan's VAE
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx
 from halovae.mesh import Mesh
 from halovae.plane import backends, operators, windows
 from halovae.plane.norms import Cells
-from halovae.plane.passes.graphs import is_cast, only_user, replaced, widened
+from halovae.plane.passes.graphs import is_cast, only_user, replaced, same, widened
 
 aten = torch.ops.aten
 
@@ -52,8 +53,8 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
 
 
 def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node]] | None:
-    """What is normalized, gamma, `windows.Norm`, and the nodes that do it; None if a node is no norm over channels."""
-    factor, gamma, gone = 1.0, None, []
+    """What is normalized, gamma, `norms.Cells`, and the nodes that do it; None if a node is no norm over channels."""
+    factor, gamma, gone, result = 1.0, None, [], node
     while only_user(node, aten.mul.Tensor):
         value: Any = node.args[1]
         if isinstance(value, fx.Node) and not (
@@ -82,6 +83,7 @@ def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node
     (total, least), gone = length.args, [*gone, length, length.args[0]]
     source, order, dims, keepdim, *rest = (*total.args, None, None, None)[:5]
     plain = source is wide and order == 2 and list(dims or ()) == [1] and keepdim and not any(rest) and not total.kwargs
+    plain = plain and _alike(x, result) and _fits(gamma, x.meta["shape"][1])
     return (x, gamma, (float(least), 0.0, factor), gone if rounded is None else [*gone, wide]) if plain else None
 
 
@@ -90,14 +92,14 @@ def _root_mean_square(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.N
 
     Channels may be the last dim meanwhile.
     """
-    gone, gamma, last = [], None, False
+    gone, gamma, last, result = [], None, False, node
     if only_user(node, aten.permute.default) and node.args[1] == _moved(node, back=True):
         gone.append(node)
         node, last = node.args[0], True
     if only_user(node, aten.mul.Tensor) and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
         gone.append(node)
         node, gamma = node.args
-        if last != (len(gamma.meta["shape"]) == 1) or not (last or _is_of_channels(gamma, gone[-1])):
+        if not (len(gamma.meta["shape"]) == 1 if last else _is_of_channels(gamma, gone[-1])):
             return None
     rounded = node if only_user(node, aten._to_copy.default) else None
     if rounded is not None:
@@ -106,6 +108,8 @@ def _root_mean_square(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.N
     if not (only_user(node, aten.mul.Tensor) or only_user(node, aten.div.Tensor)) or len(node.args) != 2:
         return None
     x, length = node.args
+    if not isinstance(x, fx.Node) or len(x.meta["shape"]) not in (4, 5):
+        return None
     root = aten.rsqrt.default if node.target is aten.mul.Tensor else aten.sqrt.default
     if not only_user(length, root) or not only_user(length.args[0], aten.add.Tensor) or length.args[0].kwargs:
         return None
@@ -116,7 +120,7 @@ def _root_mean_square(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.N
     channel = len(x.meta["shape"]) - 1 if last else 1
     if not only_user(square, aten.pow.Tensor_Scalar) or square.args[1] != 2 or keep != [True]:
         return None
-    if [dim % len(x.meta["shape"]) for dim in dims] != [channel]:
+    if dims is None or [dim % len(x.meta["shape"]) for dim in dims] != [channel]:
         return None
     gone += [node, length, length.args[0], mean, square]
     source = square.args[0]
@@ -124,17 +128,29 @@ def _root_mean_square(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.N
         if not only_user(source, aten._to_copy.default) or not is_cast(source, mesh) or source.args[0] is not x:
             return None
         gone.append(source)
-    dtypes = {one.meta["dtype"] for one in (x, gone[0])}
-    wide = source.meta["dtype"]
-    if len(dtypes) > 1 or (wide not in dtypes and (wide != torch.float32 or x.meta["dtype"].itemsize > 2)):
-        return None  # what it computes in is narrower than the map, or its result is of another dtype
+    dtype, wide = x.meta["dtype"], {one.meta["dtype"] for one in (source, node)}
+    if rounded is not None and not (is_cast(rounded, mesh) and rounded.meta["dtype"] == dtype):
+        return None
+    if not wide <= {dtype, torch.float32} or (wide != {dtype} and dtype.itemsize > 2):
+        return None  # it computes in something narrower than the map
     channels = x.meta["shape"][channel]
     if last:
-        if not isinstance(x, fx.Node) or x.target is not aten.permute.default or x.args[1] != _moved(x, back=False):
+        if x.target is not aten.permute.default or x.args[1] != _moved(x, back=False):
             return None
         gone.append(x)
         x = x.args[0]
+    if not _alike(x, result) or not _fits(gamma, channels):
+        return None
     return x, gamma, (0.0, channels * float(eps), channels**0.5), gone
+
+
+def _alike(x: Any, result: Any) -> bool:
+    """Whether a map and what becomes of it are of one shape and dtype."""
+    return isinstance(x, fx.Node) and same(x, result)
+
+
+def _fits(gamma: Any, channels: int) -> bool:
+    return gamma is None or math.prod(gamma.meta["shape"]) == channels
 
 
 def _moved(node: fx.Node, back: bool) -> list[int]:

@@ -21,14 +21,11 @@ _NEAREST = (aten.upsample_nearest2d.default, aten._upsample_nearest_exact2d.defa
 def run(graph: fx.Graph, mesh: Mesh) -> int:
     """Returns how many upsamplings are part of a convolution.
 
-    Ranks decide alike, since what is asked is the same for all of them: a rank's own sizes, and who else uses the
-    upsampled map, are not. Halos of the two kinds differ in size.
+    Ranks decide alike, since what is asked is the same for all of them: by how much a map grows is, a rank's own sizes
+    and who else uses the upsampled map are not. Halos of the two kinds differ in size.
     """
     found = 0
     for node in list(graph.nodes):
-        if node.target in (*_NEAREST, *_NEAREST_OF_FRAMES) and backends.kernels(mesh.platform.kind) is not None:
-            found += _repeated_by_kernel(node)
-            continue
         if node.target is not windows.convolution or node.kwargs:
             continue
         arguments: Any = node.args
@@ -41,13 +38,16 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             continue
         recounted(replaced(node, windows.upsampled_convolution, (x, weight, bias, tuple(halved)), {}, *gone), mesh)
         found += 1
+    if backends.kernels(mesh.platform.kind) is not None:
+        left = [node for node in graph.nodes if node.target in (*_NEAREST, *_NEAREST_OF_FRAMES)]
+        found += sum(map(_repeated_by_kernel, left))
     return found
 
 
 def _repeated_by_kernel(node: fx.Node) -> bool:
     """Let a kernel of ours upsample, by whole numbers, where PyTorch's takes channels-last maps apart."""
     factors = _factors(node)
-    if factors is None or _merges(node):
+    if factors is None:
         return False
     replaced(node, windows.upsampled, (node.args[0], factors), {})
     return True
@@ -62,13 +62,6 @@ def _factors(node: fx.Node) -> tuple[int, ...] | None:
     factors = tuple(size // one for one, size in zip(sizes, larger, strict=True))
     scales = [*node.args[2:], *(None,) * len(factors)]
     return factors if all(scale in (None, factor) for scale, factor in zip(scales, factors, strict=False)) else None
-
-
-def _merges(node: fx.Node) -> bool:
-    """Whether a convolution will upsample itself."""
-    return node.target in _NEAREST and any(
-        user.target is windows.convolution and not user.kwargs for user in node.users
-    )
 
 
 def _repeated(larger: Any, mesh: Mesh) -> tuple[Any, list[fx.Node]]:

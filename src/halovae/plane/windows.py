@@ -1,8 +1,8 @@
 """Convolutions of 3 x 3 cells in space, as graph passes make them: with the norm, SiLU and upsampling before them.
 
 A window is all that a rank's part of a convolution depends on: its own part of the map, the halos of its neighbors, and
-zeros where the picture ends. Where Winograd's convolution is the faster one, the map is normalized and activated
-straight into the window. Where it is not, PyTorch's operators do the work.
+where the picture ends zeros or the map's own edges. Where Winograd's convolution is the faster one, or there are
+kernels of our own, the map is normalized and activated straight into the window. Else PyTorch's operators do the work.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def convolution(
     shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
     cells = shape[2] * shape[3] * shape[4]
     folded = min(x.shape[-2:]) >= PLAIN.results and winograd.pays(PLAIN, weight, cells, kernels, x.device.type)
-    # Where norms are written by kernels of our own, they are into a window, too, if there is more to come into it.
+    # Kernels of our own write a normalized map anywhere: into a window, where more is to come beside it.
     fused = backends.kernels(x.device.type) is not None and (shift is not None or norm is not None or silu)
     windowed = folded or edges is not None or any(repeats) or (fused and (cuts or past is not None or zeros))
     if not windowed:
@@ -78,9 +78,8 @@ def convolution(
     if repeats[0]:
         inner[:, :, :first].copy_(inner[:, :, first : first + 1].expand_as(inner[:, :, :first]))
     if repeats[1]:
-        inner[:, :, first + own :].copy_(
-            inner[:, :, first + own - 1 : first + own].expand_as(inner[:, :, first + own :])
-        )
+        last = inner[:, :, first + own - 1 : first + own]
+        inner[:, :, first + own :].copy_(last.expand_as(inner[:, :, first + own :]))
     if keep is not None:
         keep.copy_(inner[:, :, depth - keep.shape[2] :])
     finish = rings.start(padded if x.ndim == 5 else padded.squeeze(2), cuts, edges)

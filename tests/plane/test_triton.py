@@ -62,7 +62,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit * float(expected.abs().max()))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_group_norm_is_pytorchs_and_writes_nothing_beside_its_part(data: st.DataObject) -> None:
     x, groups = maps(data)
@@ -88,7 +88,7 @@ def test_group_norm_is_pytorchs_and_writes_nothing_beside_its_part(data: st.Data
     assert torch.count_nonzero(larger) == torch.count_nonzero(part)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_norms_of_cells_and_upsampling_are_pytorchs(data: st.DataObject) -> None:
     x, _ = maps(data)

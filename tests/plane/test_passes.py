@@ -787,3 +787,23 @@ def test_zeros_that_are_repeated_are_not_dead_taps() -> None:
             return super().forward(x)
 
     check(seeded(lambda: Zeros(4, 4, 3)), picture(1, 4, 1, 9, 8))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_norms_of_a_clip_of_one_frame_are_part_of_a_pictures_convolution(kept: bool) -> None:
+    class Frame(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.norm, self.gamma = nn.GroupNorm(2, 4), nn.Parameter(torch.randn(4, 1, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(F.silu(self.norm(x)).squeeze(2)).unsqueeze(2)
+            inner = F.silu(F.normalize(x, dim=1) * 2 * self.gamma)
+            inner = self.two(inner.squeeze(2)).unsqueeze(2)
+            return x + inner if kept else inner
+
+    for program in check(seeded(Frame), picture(2, 4, 1, 9, 8)):
+        one, two = (node for node in program.nodes() if node.target is windows.convolution)
+        assert {"norm", "silu"} <= one.kwargs.keys() & two.kwargs.keys()
+        assert program.changes["norms"] > 6

@@ -31,6 +31,8 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         x: Any = node.args[0]
         given: dict[str, Any] = {}
         gone = []
+        squeezed = x if only_user(x, aten.squeeze.dims) and _is_one_frame(x) else None
+        x = x if squeezed is None else squeezed.args[0]
         if not node.kwargs.keys() & {"silu", "norm"} and only_user(x, aten.silu.default):
             gone.append(x)
             x, given["silu"] = x.args[0], True
@@ -46,10 +48,29 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             x, gamma, norm, parts = cells
             given |= {"gamma": gamma, "norm": norm}
             gone += parts
+        if gone and squeezed is not None:
+            gone.insert(0, squeezed)
+            x = _without_frames(x, squeezed)
         if gone:
             replaced(node, windows.convolution, (x, *node.args[1:]), {**node.kwargs, **given}, *gone)
             found += len(gone)
     return found
+
+
+def _is_one_frame(squeezed: fx.Node) -> bool:
+    """Whether a picture `[N, C, H, W]` is the only frame of a map `[N, C, 1, H, W]`."""
+    clip: Any = squeezed.args[0]
+    return squeezed.args[1] == [2] and len(clip.meta["shape"]) == 5 and len(squeezed.meta["shape"]) == 4
+
+
+def _without_frames(x: fx.Node, squeezed: fx.Node) -> Any:
+    """A map of one frame as a picture: what it was made of, or squeezed where another one was."""
+    if x.target is aten.unsqueeze.default and x.args[1] == 2:
+        return x.args[0]
+    with x.graph.inserting_before(squeezed):
+        made = x.graph.call_function(aten.squeeze.dims, (x, [2]))
+    made.meta = {**x.meta, "shape": squeezed.meta["shape"]}
+    return made
 
 
 def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node]] | None:

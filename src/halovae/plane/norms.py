@@ -23,7 +23,17 @@ def write(
     x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """The map normalized and activated, into `out`, a map of its shape whose channels lie together."""
+    """A map normalized and activated, into memory.
+
+    Args:
+        x: this rank's part `[N, C, *]`.
+        shift: `[C]`, added to the map before.
+        gamma: `[C]`, the norm's weight; of a norm over channels of any shape with C values.
+        beta: `[C]`, GroupNorm's bias.
+        norm: None where there is none.
+        silu: whether SiLU follows.
+        out: of the map's shape and dtype, channels last; a part of a larger map, too.
+    """
     fused = backends.kernels(x.device.type)
     if fused is not None and norm is not None and len(norm) == 4:
         groups, eps, scope, counts = norm
@@ -48,16 +58,16 @@ def activated(
     x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
     spare: bool,
 ) -> Tensor:  # fmt: skip
-    """The map normalized and activated, written over it if it is spare and that is not slower."""
+    """The same in new memory, or written over the map if it is `spare` and that is not slower."""
     fused = backends.kernels(x.device.type) is not None
-    if norm is None and (shift is None or not fused):
-        x = x if shift is None else x + per_channel(shift, x)
+    if shift is not None and not fused:
+        x, shift, spare = x + per_channel(shift, x), None, True
+    if norm is None and shift is None:
         return F.silu(x, inplace=spare) if silu else x
     if fused or norm is None or len(norm) == 3:
         out = x if spare and is_dense(x) else operators.empty_along(x, 1, x.shape[1], last=True)
         write(x, shift, gamma, beta, norm, silu, out)
         return out
-    x = x if shift is None else x + per_channel(shift, x)
     if spare and x.device.type == "cpu" and is_channels_last(x):
         _normalize(x, gamma, beta, norm, silu, x)
         return x

@@ -58,32 +58,33 @@ def _count_moments(
     tl.store(squares + place, spread, channel < channels)
 
 
+@triton.jit
+def _places_of_parts(start, parts, cells, own, channels, size, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """Where the moments of a program's group are, of some parts; which of them there are; and their cells."""
+    group, item = tl.program_id(0), tl.program_id(1)
+    part = (start + tl.arange(0, BLOCK))[:, None]
+    channel = tl.arange(0, SIZE)[None, :]
+    place = (item * parts + part) * channels + group * size + channel
+    return place, (part < parts) & (channel < size), tl.minimum(own, cells - part * own)
+
+
 @triton.jit(do_not_specialize=["values"])
 def _join_moments(
     means, squares, variance, mean, parts, cells, own, channels, size, values,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Variance and mean of each group from its channels' moments (Chan et al. 1983)."""
-    group, item = tl.program_id(0), tl.program_id(1)
-    channel = tl.arange(0, SIZE)
-    row = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK, SIZE), WIDE)
     for start in range(0, parts, BLOCK):
-        part = (start + row)[:, None]
-        count = tl.minimum(own, cells - part * own).to(WIDE)
-        seen = (part < parts) & (channel[None, :] < size)
-        place = (item * parts + part) * channels + group * size + channel[None, :]
-        total += tl.where(seen, tl.load(means + place, seen, 0) * count, 0.0)
+        place, seen, count = _places_of_parts(start, parts, cells, own, channels, size, BLOCK, SIZE)
+        total += tl.where(seen, tl.load(means + place, seen, 0) * count.to(WIDE), 0.0)
     middle = tl.sum(total) / values.to(WIDE)
     total = tl.zeros((BLOCK, SIZE), WIDE)
     for start in range(0, parts, BLOCK):
-        part = (start + row)[:, None]
-        count = tl.minimum(own, cells - part * own).to(WIDE)
-        seen = (part < parts) & (channel[None, :] < size)
-        place = (item * parts + part) * channels + group * size + channel[None, :]
+        place, seen, count = _places_of_parts(start, parts, cells, own, channels, size, BLOCK, SIZE)
         apart = tl.load(means + place, seen, 0) - middle
-        total += tl.where(seen, tl.load(squares + place, seen, 0) + apart * apart * count, 0.0)
-    place = item * tl.num_programs(0) + group
+        total += tl.where(seen, tl.load(squares + place, seen, 0) + apart * apart * count.to(WIDE), 0.0)
+    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(variance + place, tl.sum(total) / values.to(WIDE))
     tl.store(mean + place, middle)
 
@@ -237,19 +238,9 @@ def moments(x: Tensor, shift: Tensor | None, groups: int) -> Tensor:
         size = channels // groups
         together = triton.next_power_of_2(size)
         _join_moments[(groups, items)](
-            means,
-            squares,
-            *found.unbind(),
-            parts,
-            cells,
-            own,
-            channels,
-            size,
-            cells * size,
-            max(1, 2048 // together),
-            together,
-            wide,
-        )
+            means, squares, *found.unbind(), parts, cells, own, channels, size, cells * size,
+            max(1, 2048 // together), together, wide,
+        )  # fmt: skip
     return found
 
 

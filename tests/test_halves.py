@@ -82,3 +82,18 @@ def test_on_other_devices_nothing_is_cast(units: bool) -> None:
 
     assert halves.multiplied(operator, x, x.T).dtype == torch.bfloat16
     assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(("stride", "padding", "groups"), [(1, 0, 1), ((1, 2, 2), (0, 1, 1), 1), (1, 1, 2)])
+def test_small_clips_are_convolved_without_a_copy_of_each_cell(stride: Any, padding: Any, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((1, 8, 4, 7, 9), (6, 8 // groups, 3, 3, 3), (6,))
+    )
+    three = [torch.nn.modules.utils._triple(one) for one in (stride, padding, 1, 0)]
+    arguments = x, weight, bias, three[0], three[1], three[2], False, three[3], groups
+    with torch.inference_mode(), torch.profiler.profile() as profiler:
+        got = halves.convolution(*arguments)
+    expected = torch.ops.aten.convolution.default(*arguments)
+    torch.testing.assert_close(got, expected)
+    assert not any("slow_conv3d" in event.key for event in profiler.key_averages())

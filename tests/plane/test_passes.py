@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plane.test_trace import picture, recorded
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from halovae import Grid, halves, winograd
 from halovae.halves import multiplied
@@ -21,6 +21,7 @@ from halovae.mesh import Mesh
 from halovae.plane import Sharded, operators, passes, windows
 from halovae.plane import program as lowering
 from halovae.plane.agreement import conversations
+from halovae.plane.live import root
 from halovae.plane.program import Program
 from halovae.simulate import on_threads
 
@@ -614,6 +615,28 @@ def test_ranks_that_use_winograd_and_ranks_that_do_not_understand_each_other(mon
         winograd, "pays", lambda scheme, weight, cells, *_: cells > 40 and weight.dtype != torch.float64
     )
     check(seeded(Block, torch.float32), picture(1, 4, 11, 9).float(), atol=2e-5)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_convolution_writes_over_the_map_that_only_it_reads() -> None:
+    module = seeded(Block, torch.float32)
+    x = picture(1, 4, 16, 16).float().contiguous(memory_format=torch.channels_last)
+    program = check(module, x, (Grid(),), atol=2e-5)[0]
+    one, two = (node for node in program.nodes() if node.target is windows.convolution)
+    assert (one.kwargs.get("spare"), two.kwargs["spare"]) == (None, True)  # the first one's map goes to the shortcut
+    assert root(two) is one
+    mesh, found = Mesh(Grid(), x.device), []
+
+    class Watched(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            found.append(result.data_ptr() if n.target is windows.convolution else None)
+            return result
+
+    with operators.on(mesh), torch.inference_mode():
+        Watched(program._module).run(x)
+    first, second = (at for at in found if at is not None)
+    assert first == second
 
 
 def test_half_precision_rounds_no_worse(monkeypatch: pytest.MonkeyPatch) -> None:

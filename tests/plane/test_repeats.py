@@ -17,8 +17,10 @@ from halovae.bench import zoo
 from halovae.geometry import Grid
 from halovae.mesh import Mesh
 from halovae.plane import Plane, shard
+from halovae.plane import program as lowering
 from halovae.plane.program import Program
 from halovae.plane.trace import trace
+from halovae.pool import Pool
 from halovae.simulate import on_threads
 
 CPU = torch.device("cpu")
@@ -147,6 +149,19 @@ def test_chunks_come_as_they_are_computed() -> None:
     handle.remove()
     assert sharded.report is not None
     assert sharded.report.chunked == 2
+
+
+def test_all_chunks_of_a_clip_share_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Pool] = []
+
+    class Counted(Pool):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            made.append(self)
+
+    monkeypatch.setattr(lowering, "Pool", Counted)
+    assert len(list(shard(Video([("list", 3)])).stream(picture(1, 2, 6, 4, 4), grid=Grid()))) == 6
+    assert len(made) == 1
     assert sharded.report.shape == tuple(expected.shape)
     assert torch.equal(sharded(x, grid=Grid()), expected)
 

@@ -26,9 +26,9 @@ def window_bytes(node: fx.Node) -> int:
     together = own // frames * (frames + more) + past
     if "edges" in given or given.get("repeats"):
         return together
-    total = own if given.keys() & {"norm", "silu"} and "spare" not in given else 0
     if more or past:
-        return total + together
+        return together
+    total = own if shares(node) or (given.keys() & {"norm", "silu"} and "spare" not in given) else 0
     *_, cuts, early = arguments
     return total + (own if cuts and (not early or "spare" in given) else 0)
 
@@ -102,11 +102,18 @@ def shares(node: fx.Node) -> bool:
         return False
     if node.target is windows.added_:
         return True
+    if node.target is windows.convolution:  # where it is not so there is a map less beside it, as `window_bytes` says
+        return bool(node.kwargs.get("spare")) and same(node, node.args[0])
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:
         return node.target is operator.getitem and node.args[0].op != "call_module"
     infos = [one.alias_info for one in schema.returns]
     return any(info is not None for info in infos) or node.target is torch.ops.aten.reshape.default
+
+
+def same(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes have results of one shape and dtype."""
+    return all(node.meta[name] == other.meta[name] for name in ("shape", "dtype"))
 
 
 def root(node: fx.Node) -> fx.Node:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from halovae.halves import has_units, multiplied
+from halovae.halves import convolution, has_units, multiplied
 from halovae.kernels import EAGER
 from halovae.mesh import Mesh
 from halovae.parts import part
@@ -18,6 +18,7 @@ from halovae.plane import operators
 from halovae.plane.flops import CONVOLUTIONS, PRODUCTS, flops
 from halovae.plane.layout import Layout, local_extent
 from halovae.plane.live import is_operator, peak
+from halovae.pool import Pool
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
@@ -82,9 +83,10 @@ class Program:
             This rank's part of the result, as `returns` says.
         """
         if self.chunked is None:
-            with self._running(mesh):
+            pool = Pool(local.device)
+            with self._running(mesh, pool):
                 whole: Tensor = (self._interpreter().run if _profiling() else self._module)(local, *extras)
-            return _own(whole)
+            return _own(whole, pool)
         whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
         for start, chunk in self._emitted(local, mesh, extras):
             whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
@@ -113,17 +115,19 @@ class Program:
         run = self._interpreter()
         run.args_iter = iter((local, *extras))
         nodes = iter(self._module.graph.nodes)
+        pool = Pool(local.device)
         while True:
-            with self._running(mesh):
+            with self._running(mesh, pool):
                 chunk = _until_chunk(run, nodes)
             if chunk is None:
                 return
-            yield chunk[0], _own(chunk[1])
+            pool.clear()  # nothing else of the next chunk is there yet: it begins small
+            yield chunk[0], _own(chunk[1], pool)
 
     @contextmanager
-    def _running(self, mesh: Mesh) -> Iterator[None]:
+    def _running(self, mesh: Mesh, pool: Pool) -> Iterator[None]:
         casting = torch._C._DisableAutocast()  # casts are operators of the graph
-        with operators.on(mesh, self.kernels), torch.no_grad(), torch._C.DisableTorchFunction(), casting:
+        with operators.on(mesh, self.kernels, pool), torch.no_grad(), torch._C.DisableTorchFunction(), casting:
             yield
 
     def nodes(self) -> Iterator[fx.Node]:
@@ -165,13 +169,14 @@ class Program:
 
 
 def _lowered(graph: fx.Graph) -> fx.Graph:
-    """The graph, or one whose products in half precision go by way of fp32 where that is faster."""
-    if not any(map(_is_slow, graph.nodes)):
-        return graph
+    """The graph with products by other ways where PyTorch's are slow: those in half precision, and 3-D convolutions."""
     lowered = fx.Graph()
     lowered.output(lowered.graph_copy(graph, {}))
-    for node in filter(_is_slow, lowered.nodes):
-        node.args, node.target = (node.target, *node.args), multiplied
+    for node in lowered.nodes:
+        if _is_slow(node):
+            node.args, node.target = (node.target, *node.args), multiplied
+        elif node.target is torch.ops.aten.convolution.default and not node.kwargs:
+            node.target = convolution
     return lowered
 
 
@@ -180,9 +185,10 @@ def _is_slow(node: fx.Node) -> bool:
     return node.target in products and not node.kwargs and not has_units(node.meta["dtype"])
 
 
-def _own(result: Tensor) -> Tensor:
-    """A result in memory of its own: one in a larger block of the buffer pool would keep all of it."""
-    return result if result.untyped_storage().nbytes() == result.nbytes else result.clone()
+def _own(result: Tensor, pool: Pool) -> Tensor:
+    """A result in memory of its own: a part of a larger map would keep all of it, and one in a pool all of the pool."""
+    whole = result.untyped_storage().nbytes() == result.nbytes
+    return result if whole and not pool.holds(result) else result.clone()
 
 
 def _profiling() -> bool:

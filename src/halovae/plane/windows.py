@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halovae import halves, winograd
 from halovae.plane import backends, operators, rings
-from halovae.plane.norms import Norm, activated, sum_of, write
+from halovae.plane.norms import Norm, activated, is_dense, sum_of, write
 from halovae.plane.operators import Cut
 from halovae.plane.rings import Edges
 from halovae.schemes import PLAIN, UPSAMPLING
@@ -46,7 +46,7 @@ def convolution(
         beta: `[C]`, GroupNorm's bias.
         norm: GroupNorm, or the norm over each cell's channels, as `Norm` has them; None where there is none.
         silu: whether SiLU comes before the convolution.
-        spare: whether `x` may be written over.
+        spare: whether `x` may be written over, also by the result.
         repeats: how often the first and the last frame are repeated, before and after the map. There is no past then.
         edges: what is around the picture in place of zeros, as `rings.Edges` has it.
 
@@ -61,9 +61,10 @@ def convolution(
     shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
     cells = shape[2] * shape[3] * shape[4]
     folded = min(x.shape[-2:]) >= PLAIN.results and winograd.pays(PLAIN, weight, cells, kernels, x.device.type)
-    # Kernels of our own write a normalized map anywhere: into a window, where more is to come beside it.
+    # Frames are joined in a window, too; and what kernels of our own normalize comes to its halos there.
     fused = backends.kernels(x.device.type) is not None and (shift is not None or norm is not None or silu)
-    windowed = folded or edges is not None or any(repeats) or (fused and (cuts or past is not None or zeros))
+    joined = (fused or x.device.type == "cpu") and (past is not None or zeros > 0)
+    windowed = folded or edges is not None or any(repeats) or joined or (fused and cuts)
     if not windowed:
         x = activated(x, shift, gamma, beta, norm, silu, spare)
         if keep is not None:
@@ -82,12 +83,16 @@ def convolution(
         inner[:, :, first + own :].copy_(last.expand_as(inner[:, :, first + own :]))
     if keep is not None:
         keep.copy_(inner[:, :, depth - keep.shape[2] :])
+
+    def result_memory() -> Tensor:
+        return maps if spare and maps.shape == shape and is_dense(maps) else pool.empty(shape, x.dtype)
+
     finish = rings.start(padded if x.ndim == 5 else padded.squeeze(2), cuts, edges)
     try:
         if folded:
             result = winograd.convolved(
-                window, whole, bias, lambda: pool.empty(shape, x.dtype), lambda part: _plain(part, whole, bias),
-                kernels, pool, ready=finish if cuts else None,
+                window, whole, bias, result_memory, lambda part: _plain(part, whole, bias), kernels, pool,
+                ready=finish if cuts else None,
             )  # fmt: skip
     finally:
         finish()  # whatever happens here: the others' messages are under way
@@ -152,8 +157,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def kept(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for the last frames of a map, channels last, which the convolution with this weight will fill."""
-    items, channels, *rest = shape
-    return weight.new_empty(items, *rest, channels).movedim(-1, 1)
+    return operators.current_kernels(weight)[1].empty(shape, weight.dtype, kept=True)
 
 
 def upsampled(x: Tensor, factors: tuple[int, ...]) -> Tensor:

@@ -220,7 +220,9 @@ def _named(func: Any) -> tuple[str, bool]:
     name = schema.name.removeprefix("aten::").replace("::", " ").removeprefix("_")
     aliases = [one.alias_info for one in schema.returns]
     untouched = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
-    if untouched or name.startswith(("empty", "new_empty", "prim")) or name in ("detach", "lift_fresh", "reshape"):
+    if untouched or name.startswith(("empty", "new_empty", "halovae lend", "prim")):
+        return "view", True
+    if name in ("detach", "lift_fresh", "reshape"):
         return "view", True
     return name, False
 

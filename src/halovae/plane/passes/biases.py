@@ -13,7 +13,8 @@ from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane import backends, windows
-from halovae.plane.passes.graphs import same, used_once
+from halovae.plane.live import same
+from halovae.plane.passes.graphs import used_once
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (windows.convolution, windows.upsampled_convolution)

@@ -9,7 +9,7 @@ from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane import operators, windows
-from halovae.plane.passes.graphs import same
+from halovae.plane.live import same
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (

@@ -72,11 +72,6 @@ def widened(wide: Any, rounded: fx.Node, mesh: Mesh) -> Any:
     return x if dtype == rounded.meta["dtype"] and dtype.itemsize < torch.float32.itemsize else None
 
 
-def same(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two nodes have results of one shape and dtype."""
-    return all(node.meta[name] == other.meta[name] for name in ("shape", "dtype"))
-
-
 def replaced(
     node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *others: fx.Node
 ) -> fx.Node:

@@ -7,8 +7,8 @@ from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane import operators, windows
-from halovae.plane.live import root
-from halovae.plane.passes.graphs import same, shared
+from halovae.plane.live import root, same
+from halovae.plane.passes.graphs import shared
 
 aten = torch.ops.aten
 _NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}

@@ -10,8 +10,8 @@ from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane import operators, windows
-from halovae.plane.live import root
-from halovae.plane.passes.graphs import same, shared, uses
+from halovae.plane.live import root, same, shares
+from halovae.plane.passes.graphs import shared, uses
 
 aten = torch.ops.aten
 _OVERWRITING: dict[Any, Callable[..., Any]] = {
@@ -43,16 +43,18 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             continue
         if sum(root(one) is root(x) for one in uses(node)) > 1:
             continue  # it reads what it would write to once more, or another view of it
-        if node.target is windows.convolution and ("norm" in node.kwargs or "silu" in node.kwargs):
+        if node.target is windows.convolution:
             node.kwargs = {**node.kwargs, "spare": True}
-            found += 1
         elif node.target in _OVERWRITING and same(node, x):
-            owner, until = root(x), last.pop(node)
+            node.target = _OVERWRITING[node.target]
+        else:
+            continue
+        found += 1
+        if shares(node):  # now its result lies in its input's memory
+            owner = root(x)
+            last[owner] = last.pop(node)
             if node in kept:
                 kept.add(owner)
-            node.target = _OVERWRITING[node.target]  # now its result lies in its input's memory
-            last[owner] = until
-            found += 1
     return found
 
 

@@ -14,8 +14,9 @@ from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane import backends, operators, windows
+from halovae.plane.live import same
 from halovae.plane.norms import Cells
-from halovae.plane.passes.graphs import is_cast, only_user, replaced, same, widened
+from halovae.plane.passes.graphs import is_cast, only_user, replaced, widened
 
 aten = torch.ops.aten
 

@@ -149,6 +149,8 @@ def test_chunks_come_as_they_are_computed() -> None:
     handle.remove()
     assert sharded.report is not None
     assert sharded.report.chunked == 2
+    assert sharded.report.shape == tuple(expected.shape)
+    assert torch.equal(sharded(x, grid=Grid()), expected)
 
 
 def test_all_chunks_of_a_clip_share_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +164,6 @@ def test_all_chunks_of_a_clip_share_one_pool(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(lowering, "Pool", Counted)
     assert len(list(shard(Video([("list", 3)])).stream(picture(1, 2, 6, 4, 4), grid=Grid()))) == 6
     assert len(made) == 1
-    assert sharded.report.shape == tuple(expected.shape)
-    assert torch.equal(sharded(x, grid=Grid()), expected)
 
 
 class Odd(Video):

@@ -1,65 +1,18 @@
-"""When memory runs out on one rank: it goes on with the others' messages until all can turn to a leaner plan together.
-
-A rank that just stopped would leave its neighbours waiting for borders that never come. So it replays the chunk without
-data, and sends and receives in its place what is still due, with nothing of worth in it.
-"""
+"""What a rank of hand-written tiles still owes the others when its memory ran out; see `shortage`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from halovae.lines import Lines, Scope
 from halovae.loop import Loop, Request
 from halovae.mesh import Mesh, Traffic
 from halovae.models.wan import WanDecoder
 from halovae.planning.cost import hollow
 from halovae.planning.plan import Plan
-
-# What a CPU says: torch's allocator, C++, and oneDNN, which does not say why (a leaner plan, tried once, tells).
-_SHORTAGES = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had; the CPU's libraries have no class of their own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _SHORTAGES)
-
-
-class _Calls:
-    """How many messages have been exchanged before, shared by the lines of all stages."""
-
-    def __init__(self, done: int) -> None:
-        self.left = done
-
-    def is_due(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-class _Replayed(Lines):
-    """Lines that exchange with the other ranks only what was not exchanged before."""
-
-    def __init__(self, lines: Lines, calls: _Calls, device: torch.device) -> None:
-        self.rank, self.world = lines.rank, lines.world
-        self._lines, self._calls, self._device = lines, calls, device
-
-    def _void(self, tensor: Tensor) -> Tensor:
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
-
-    def start(
-        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> Callable[[], None]:
-        if not self._calls.is_due():
-            return lambda: None
-        sent, received = ([(peer, self._void(one)) for peer, one in side] for side in (sends, receives))
-        return self._lines.start(scope, sent, received)
-
-    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
-        if self._calls.is_due():
-            self._lines.all_gather(scope, self._void(own), ranks)
-        return [torch.empty_like(own) for _ in range(ranks)]
+from halovae.shortage import Calls, Owed
 
 
 def serve_out(
@@ -67,9 +20,9 @@ def serve_out(
 ) -> None:
     """Exchange what is left of the first `chunks` chunks of a decode after `calls` exchanges, without decoding."""
     device = meshes[0].platform.device
-    shared = _Calls(calls)
+    shared = Calls(calls)
     dtype = next(model.parameters()).dtype
-    replayed = [Mesh(mesh.grid, device, _Replayed(mesh.lines, shared, device)) for mesh in meshes]
+    replayed = [Mesh(mesh.grid, device, Owed(mesh.lines, shared, device)) for mesh in meshes]
     empty = torch.empty(latents.shape, dtype=latents.dtype, device="meta")
     loop = Loop(hollow(model.config, dtype), empty, plan, replayed, request, Traffic(meshes[0].platform))
     for _, _ in zip(range(chunks), loop.chunks(), strict=False):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from halovae.fallback import is_out_of_memory, serve_out
+from halovae.fallback import serve_out
 from halovae.lines import world_size
 from halovae.loop import Loop, Request
 from halovae.memory import MemoryMeter
@@ -18,6 +18,7 @@ from halovae.planning.choose import Decision
 from halovae.planning.plan import Plan
 from halovae.platform import Stopwatch
 from halovae.report import DecodeReport, RankReport
+from halovae.shortage import is_out_of_memory
 
 
 class FrameStream(Iterator[Tensor | None]):

@@ -19,7 +19,6 @@ from halovae import kernels
 from halovae.bench.profile import Profile, peaks, profiled
 from halovae.bench.ranks import Ranks
 from halovae.decode import Decoder, load
-from halovae.fallback import is_out_of_memory
 from halovae.geometry import Grid
 from halovae.integrations.autoencoder import Autoencoder, decode_options
 from halovae.launch import RankError
@@ -27,6 +26,7 @@ from halovae.memory import Memory, MemoryMeter
 from halovae.models.load import diffusers_module
 from halovae.platform import RANK_ENVIRONMENT, Platform, Stopwatch
 from halovae.report import DecodeReport
+from halovae.shortage import is_out_of_memory
 from halovae.simulate import Link, Simulation, simulate
 
 # What a contestant's processes hold between calls.

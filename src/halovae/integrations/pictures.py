@@ -44,6 +44,7 @@ class PictureStream(Iterator["Tensor | None"]):
         self._memory = MemoryMeter(self._mesh.platform, by_thread=self._mesh.lines.shared_device)
         self._own: RankReport | None = None
         self._taken: ShardReport | None = None
+        self._fell_back = ""
 
     def __next__(self) -> Tensor | None:
         try:
@@ -52,7 +53,7 @@ class PictureStream(Iterator["Tensor | None"]):
         except StopIteration:
             taken = self._call.report
             if self._own is None and taken is not None:
-                self._taken = taken
+                self._taken, self._fell_back = taken, self._call.fell_back
                 self._own = RankReport(
                     self._mesh.lines.rank, taken.seconds, taken.waiting, taken.messages, taken.bytes_sent,
                     self._memory.read(),
@@ -91,7 +92,7 @@ class PictureStream(Iterator["Tensor | None"]):
             bands=1,
             first_use=taken.recorded > 0,
             decision=None if decision is None else decision.as_dict(),
-            fell_back="",
+            fell_back=self._fell_back,
             ranks=(self._own,),
         )
 

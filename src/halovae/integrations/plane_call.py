@@ -26,8 +26,10 @@ from halovae.plane.results import Chunks, Gather
 from halovae.plane.stored import Identity
 from halovae.planning.choose import Decision, TooLittleMemory
 from halovae.planning.graphs import UnplannableError
+from halovae.planning.plan import Plan
 from halovae.planning.planner import calibration_of, usable
 from halovae.planning.search import Search
+from halovae.shortage import ShortageError
 
 Call = Literal["decode", "encode"]
 Mode = Literal["auto", "single", "parallel"]
@@ -80,12 +82,14 @@ class Choice:
         items: how many of the batch go at once; one round after the other.
         decision: why, if that was predicted.
         kept: bytes of the pictures, which a rank that receives them holds besides.
+        leaner: how they share it if memory runs out; None if there is no leaner way.
     """
 
     grid: Grid
     items: int
     decision: Decision | None = None
     kept: int = 0
+    leaner: Choice | None = None
 
 
 class PlaneCall:
@@ -107,6 +111,7 @@ class PlaneCall:
         identity = Identity(f"PlaneCall.{name}", self._kind_by_name, self._recall_kind)
         self._sharded = Sharded(self._run, [vae], multiple if name == "encode" else 1, identity)
         self._choices: dict[str, Choice] = {}
+        self.fell_back = ""  # what the last call gave up when memory ran out
         # Of the result: its class, the field that counts, and the class of a distribution in there.
         self.kind: tuple[type, str, type | None] = (Tensor, "", None)
 
@@ -202,9 +207,15 @@ class PlaneCall:
             )
         found.budget = budget - kept
         decision = found.decide(world_size())
-        grid = decision.chosen.plan.stages[0].grid
-        items = batch if whole or sharing.gather == "none" else grid.batch
-        choice = self._choices[asked] = Choice(grid, items, decision, kept)
+
+        def choice_of(plan: Plan, leaner: Choice | None = None) -> Choice:
+            grid = plan.stages[0].grid
+            return Choice(grid, batch if whole or sharing.gather == "none" else grid.batch, decision, kept, leaner)
+
+        # Parts that ranks keep are parts of one grid: there is no other halfway.
+        others = decision.leaner() if sharing.gather != "none" and world_size() > 1 else []
+        leaner = choice_of(others[0]) if others else None
+        choice = self._choices[asked] = choice_of(decision.chosen.plan, leaner)
         return choice
 
     def arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], bool]:
@@ -230,26 +241,63 @@ class PlaneCall:
         """
         tensors, static = self._bound(x, options)
         static["_names"] = ",".join(tensors)
-        if choice.items >= x.shape[0]:
+        self.fell_back = ""
+        if choice.items < x.shape[0]:
+            return Chunks(self._rounds(x, choice, sharing, static))
+
+        def started(choice: Choice) -> Chunks:
             return self._sharded.stream(
                 x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh, gather=sharing.gather, options=static,
-                convert=sharing.convert,
+                convert=sharing.convert, leaner=choice.leaner is not None,
             )  # fmt: skip
-        return Chunks(self._rounds(x, choice, sharing, static))
+
+        chunks = started(choice)
+        if choice.leaner is None:
+            return chunks
+        return Chunks(self._or_leaner(chunks, choice, choice.leaner, started), chunks.dim, chunks.extent)
+
+    def _or_leaner(
+        self, chunks: Chunks, choice: Choice, leaner: Choice, started: Callable[[Choice], Chunks]
+    ) -> Iterator[Tensor | None]:
+        """Chunks, from where memory runs out on those of the leaner way."""
+        count = done = 0
+        try:
+            for chunk in chunks:
+                count += 1
+                done += 0 if chunk is None or chunks.dim is None else chunk.shape[chunks.dim]
+                yield chunk
+            return
+        except ShortageError as error:
+            self.fell_back = str(error)
+        others = started(leaner)
+        for index, chunk in enumerate(others):
+            if others.dim is not None and index < count:
+                continue  # it was yielded before memory ran out
+            if others.dim is None and chunk is not None and chunks.dim is not None:
+                yield chunk.narrow(chunks.dim, done, chunk.shape[chunks.dim] - done)
+            else:
+                yield chunk
 
     def _rounds(self, x: Tensor, choice: Choice, sharing: Sharing, options: dict[str, Any]) -> Iterator[Tensor | None]:
         """All items, a few at a time."""
-        whole, taken = None, []
-        for start in range(0, x.shape[0], choice.items):
+        whole, taken, start = None, [], 0
+        while start < x.shape[0]:
             some = x[start : start + choice.items]
-            part = self._sharded(
-                some, grid=choice.grid, gather=sharing.gather, options=options, convert=sharing.convert
-            )
+            try:
+                part = self._sharded(
+                    some, grid=choice.grid, gather=sharing.gather, options=options, convert=sharing.convert,
+                    leaner=choice.leaner is not None,
+                )  # fmt: skip
+            except ShortageError as error:
+                assert choice.leaner is not None
+                self.fell_back, choice = str(error), choice.leaner
+                continue
             if part is not None:
                 whole = part.new_empty((x.shape[0], *part.shape[1:])) if whole is None else whole
                 whole[start : start + choice.items] = part
             assert self.report is not None
             taken.append(self.report)
+            start += choice.items
         self._sharded.report = replace(
             taken[-1],
             shape=(x.shape[0], *taken[-1].shape[1:]),

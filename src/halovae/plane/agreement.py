@@ -37,6 +37,18 @@ def meta_arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
     return list(map(known, node.args)), {name: known(value) for name, value in node.kwargs.items()}
 
 
+def may_exchange(node: fx.Node) -> bool:
+    """Whether an operator may send or receive."""
+    return bool(node.meta.get("messages")) or node.target in operators.BETWEEN_RANKS + windows.OPERATORS
+
+
+def run_without_data(node: fx.Node) -> None:
+    """Run an operator on tensors without data, for the messages that it exchanges."""
+    args, kwargs = meta_arguments(node)
+    target: Any = node.target
+    target(*args, **kwargs)
+
+
 def conversations(program: Program, mesh: Mesh) -> Conversations:
     """What this rank's program exchanges with each other rank, in order."""
     noted = _Noted(mesh)
@@ -44,15 +56,11 @@ def conversations(program: Program, mesh: Mesh) -> Conversations:
     known: dict[Any, list[tuple[int, int, int]]] = {}
     digests: dict[int, tuple[Any, Any]] = defaultdict(lambda: (hashlib.sha256(), hashlib.sha256()))
     with _disable_current_modes(), torch.inference_mode(), operators.on(place):
-        for node in program.nodes():
-            target: Any = node.target
-            if not node.meta.get("messages") and target not in operators.BETWEEN_RANKS + windows.OPERATORS:
-                continue
-            key = target, likeness(node)
+        for node in filter(may_exchange, program.nodes()):
+            key = node.target, likeness(node)
             if key not in known:
                 noted.messages = []
-                args, kwargs = meta_arguments(node)
-                target(*args, **kwargs)
+                run_without_data(node)
                 known[key] = noted.messages
             for peer, sent, received in known[key]:
                 mine, theirs = digests[peer]

@@ -16,7 +16,7 @@ from halovae.mesh import Mesh
 from halovae.parts import part
 from halovae.plane import operators
 from halovae.plane.flops import CONVOLUTIONS, PRODUCTS, flops
-from halovae.plane.layout import Layout, local_extent
+from halovae.plane.layout import Factor, Layout, local_extent
 from halovae.plane.live import is_operator, peak
 from halovae.pool import Pool
 
@@ -107,6 +107,13 @@ class Program:
             yield 0, self(local, mesh, *extras)
         else:
             yield from self._emitted(local, mesh, extras)
+
+    def layout_of(self, chunk: Tensor) -> Layout:
+        """Which part of a chunk of the result this rank's part of it is."""
+        layout = list(self.returns)
+        if self.streams and self.chunked is not None:
+            layout[self.chunked] = (Factor(chunk.shape[self.chunked]),)
+        return tuple(layout)
 
     def _interpreter(self) -> fx.Interpreter:
         return (_Regions if _profiling() else fx.Interpreter)(self._module)

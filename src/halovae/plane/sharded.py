@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,8 @@ from halovae.lines import world_size
 from halovae.mesh import Mesh, Traffic, mesh_for
 from halovae.plane.agreement import agree, conversations
 from halovae.plane.keys import hooked, module_key, value_key, weights_digest
-from halovae.plane.layout import Factor, Layout, extent
+from halovae.plane.layout import Layout, extent
+from halovae.plane.owed import serve_out
 from halovae.plane.passes import chosen
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
@@ -25,6 +27,7 @@ from halovae.plane.results import Chunks, Gather, ShardReport, check_result, gat
 from halovae.plane.stored import Identity, stored_or_traced
 from halovae.plane.tensor import PlaneTensor
 from halovae.plane.trace import TraceError, trace, untouched
+from halovae.shortage import ShortageError, is_out_of_memory
 
 _PROGRAMS = 16  # that a function keeps: one for each shape, dtype and grid
 
@@ -88,6 +91,7 @@ class Sharded:
         gather: Gather = "all",
         options: Mapping[str, Any] | None = None,
         convert: Callable[[Tensor], Tensor] | None = None,
+        leaner: bool = False,
     ) -> Chunks:
         """Call the function on all ranks, and yield its result in chunks. Collective: all ranks take all chunks.
 
@@ -103,6 +107,8 @@ class Sharded:
             gather: who receives the result: "all" ranks, "rank0", or "none": each rank keeps its own part.
             options: keyword arguments for the function; no tensors.
             convert: what is done to each rank's part of the result before it is sent; pointwise.
+            leaner: whether the caller has a leaner way. Then all ranks end together where memory runs out on one, if
+                the function was recorded and draws no random numbers.
 
         Yields:
             Chunks along the dim in which the function concatenates them, frames mostly; None on the ranks that receive
@@ -114,6 +120,7 @@ class Sharded:
                 gradients.
             TypeError: the input is not a floating tensor `[..., H, W]`, or the result is no tensor.
             RuntimeError: another rank refused, or has other arguments or weights.
+            ShortageError: memory ran out on a rank, and there is a leaner way.
         """
         options = dict(options or {})
         everyone = mesh or mesh_for(Grid(rows=world_size()), _device(self._modules, x))
@@ -167,9 +174,10 @@ class Sharded:
         send = (
             None
             if idle
-            else lambda own, layout: gathered(own if convert is None else convert(own), layout, plane, items, gather)
+            else lambda own, layout, at: gathered(own if convert is None else convert(own), layout, at, items, gather)
         )
-        chunks = self._chunks(program, steps, plane, x, items, send, recorded)
+        leaner = leaner and isinstance(program, Program) and not program.random
+        chunks = self._chunks(program, steps, plane, x, items, send, recorded, everyone if leaner else None)
         if not isinstance(program, Program) or not program.streams:
             return Chunks(chunks)
         assert program.chunked is not None
@@ -206,24 +214,39 @@ class Sharded:
 
     def _chunks(
         self, program: Program | TraceError, steps: Iterator[tuple[Tensor, Layout] | None], plane: Plane, x: Tensor,
-        items: Sequence[Span], send: Callable[[Tensor, Layout], Tensor | None] | None, recorded: float,
+        items: Sequence[Span], send: Callable[[Tensor, Layout, Plane], Tensor | None] | None, recorded: float,
+        everyone: Mesh | None,
     ) -> Iterator[Tensor | None]:  # fmt: skip
         mesh = plane.mesh
         traffic, seconds = Traffic(mesh.platform), 0.0
         layout: Layout = ()
         done = object()
         step: Any = None
+        count = 0
         while step is not done:
             begin = time.perf_counter()
-            full = None
-            with _without_gradients(), mesh.in_use(traffic):
-                step = next(steps, done)
-                if isinstance(step, tuple):
-                    own, layout = step
-                    check_result(x, layout)
-                    full = None if send is None else send(own, layout)
-                    del own
-            mesh.platform.synchronize()
+            full, failed = None, False
+            try:
+                with _without_gradients(), mesh.in_use(traffic):
+                    step = next(steps, done)
+                    if isinstance(step, tuple):
+                        own, layout = step
+                        check_result(x, layout)
+                        full = None if send is None else send(own, layout, plane)
+                        del own
+                mesh.platform.synchronize()
+            except (MemoryError, RuntimeError) as error:
+                if everyone is None or not is_out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # what they held
+                failed = True
+            if everyone is not None and step is not done:
+                count += 1
+                if failed and isinstance(program, Program):
+                    with mesh.in_use(Traffic(mesh.platform)):
+                        serve_out(program, mesh, send, count, traffic.calls)
+                if everyone.lines.anyone(failed):
+                    raise ShortageError(f"memory ran out on a rank of grid {mesh.grid}")
             seconds += time.perf_counter() - begin
             if step is not done:
                 step = None
@@ -266,12 +289,10 @@ class Sharded:
         local = local.clone() if program.writes else local  # the caller's tensor stays
         begin = 0
         for start, chunk in program.chunks(local, plane.mesh, *extras):
-            layout = list(program.returns)
             if program.streams and program.chunked is not None:
                 assert start == begin
                 begin += chunk.shape[program.chunked]
-                layout[program.chunked] = (Factor(chunk.shape[program.chunked]),)
-            yield chunk, tuple(layout)
+            yield chunk, program.layout_of(chunk)
 
     def _call_eagerly(self, plane: Plane, x: Tensor, extras: Sequence[Tensor], options: dict[str, Any]) -> PlaneTensor:
         with ExitStack() as stack:

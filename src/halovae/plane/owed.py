@@ -1,0 +1,56 @@
+"""What a rank whose memory ran out still owes the others, by its recorded graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from halovae.mesh import Mesh
+from halovae.plane import operators
+from halovae.plane.agreement import may_exchange, meta_tensor, run_without_data
+from halovae.plane.layout import Layout, local_shape
+from halovae.plane.live import is_operator
+from halovae.plane.plane import Plane
+from halovae.plane.program import Program
+from halovae.shortage import Calls, Owed
+
+
+def serve_out(
+    program: Program, mesh: Mesh, send: Callable[[Tensor, Layout, Plane], object] | None, chunks: int, calls: int
+) -> None:
+    """Exchange what is left of the first `chunks` chunks of a call, without computing them.
+
+    Args:
+        program: what this rank was running.
+        mesh: its ranks.
+        send: sends this rank's part of a chunk to those that receive it; None where it sends none.
+        chunks: how many of the result.
+        calls: how many exchanges were done.
+    """
+    place = Mesh(mesh.grid, torch.device("cpu"), Owed(mesh.lines, Calls(calls), mesh.platform.device))
+    plane = Plane(place)
+
+    def run(node: fx.Node) -> None:
+        if is_operator(node) and may_exchange(node):
+            run_without_data(node)
+
+    with _disable_current_modes(), torch.inference_mode(), operators.on(place):
+        for node in program.graph.nodes:
+            if node.op == "call_module":
+                for one in program.bodies[str(node.target)].nodes:
+                    run(one)
+            elif program.streams and node.target is operators.emit:
+                own = meta_tensor(node.all_input_nodes[0])
+                if send is not None:
+                    send(own, program.layout_of(own), plane)
+                chunks -= 1
+                if not chunks:
+                    return
+            else:
+                run(node)
+        if not program.streams and send is not None:
+            whole = torch.empty(local_shape(program.returns, plane.coordinates), dtype=program.dtype, device="meta")
+            send(whole, program.returns, plane)

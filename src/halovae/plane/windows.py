@@ -61,10 +61,10 @@ def convolution(
     shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
     cells = shape[2] * shape[3] * shape[4]
     folded = min(x.shape[-2:]) >= PLAIN.results and winograd.pays(PLAIN, weight, cells, kernels, x.device.type)
-    # Frames are joined in a window, too; and what kernels of our own normalize comes to its halos there.
+    # A window takes the place of any other copy that has more around the map: of its frames, or of its halos.
     fused = backends.kernels(x.device.type) is not None and (shift is not None or norm is not None or silu)
-    joined = (fused or x.device.type == "cpu") and (past is not None or zeros > 0)
-    windowed = folded or edges is not None or any(repeats) or joined or (fused and cuts)
+    copied = past is not None or zeros > 0 or (bool(cuts) and (fused or not early))
+    windowed = folded or edges is not None or any(repeats) or (copied and (fused or x.device.type == "cpu"))
     if not windowed:
         x = activated(x, shift, gamma, beta, norm, silu, spare)
         if keep is not None:

@@ -72,6 +72,18 @@ def test_a_pool_gives_memory_back_between_chunks() -> None:
     assert held.sum() == 35
 
 
+def test_large_scratch_memory_is_given_back_once_less_is_needed() -> None:
+    pool, size = Pool(CPU), 128 * 2**20
+    for _ in range(2):
+        pool.scratch(size // 4).fill_(1)
+    before = psutil.Process().memory_info().rss
+    pool.scratch(size // 4).fill_(1)
+    pool.scratch(size // 6).fill_(1)  # more than half
+    assert abs(before - psutil.Process().memory_info().rss) < 0.1 * size
+    pool.scratch(size // 16)
+    assert before - psutil.Process().memory_info().rss > 0.9 * size
+
+
 def test_where_the_system_refuses_addresses_maps_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError("Cannot allocate memory")

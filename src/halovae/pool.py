@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 _ALIGNED = 64  # bytes, a cache line, at which every map begins
+_LARGE = 2**25  # bytes of scratch memory that are given back when the next convolutions need less than half of them
 
 
 class Pool:
@@ -33,6 +34,7 @@ class Pool:
         self.device = device
         # What is kept for the next chunk lies apart: it would leave gaps too small for what comes and goes.
         self._passing, self._kept = _Range(), _Range()
+        self._scratch = 0  # bytes that were lent last
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, kept: bool = False) -> Tensor:
         """A map of `shape` `[B, C, T, H, W]` that holds nothing, channels last.
@@ -52,7 +54,11 @@ class Pool:
         """`count` fp32 elements that hold nothing."""
         if self.device.type != "cpu":
             return torch.empty(count, device=self.device)
-        return self._passing.lent(count * torch.float32.itemsize).view(torch.float32)
+        size, before = count * torch.float32.itemsize, self._scratch
+        if before >= _LARGE and size < before // 2:
+            self._passing.clear()  # else it would stay beside the larger maps of the levels that follow
+        self._scratch = size
+        return self._passing.lent(size).view(torch.float32)
 
     def clear(self) -> None:
         """Give back to the system what nobody holds, until it is needed again."""

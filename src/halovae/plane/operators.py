@@ -99,7 +99,6 @@ def fetching(
     own, mine = (bounds[position], bounds[position + 1]), wanted[position]
     sends, receives, places = [], [], []
     sizes = list(take(0, 0).shape)
-    channels = min(1, len(sizes) - 1)  # travel last, as they lie in most maps
     for peer, intervals in enumerate(wanted):
         if peer == position:
             continue
@@ -107,17 +106,14 @@ def fetching(
         pieces = [take(a - own[0], b - a) for a, b in _overlaps(intervals, own)]
         if pieces:
             sent = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-            sent = sent.movedim(channels, -1)
             # Ranks that share a process read what is sent later, when this one may have written to it.
             sent = sent.clone(memory_format=torch.contiguous_format) if mesh.lines.shared_device else sent.contiguous()
             sends.append((rank, sent.view(-1)))
         theirs = (bounds[peer], bounds[peer + 1])
         if length := sum(b - a for a, b in _overlaps(mine, theirs)):
-            shape = [*sizes[:dim], length, *sizes[dim + 1 :]]
-            shape.append(shape.pop(channels))
-            buffer = x.new_empty(shape)
+            buffer = x.new_empty([*sizes[:dim], length, *sizes[dim + 1 :]])
             receives.append((rank, buffer.view(-1)))
-            places.append((buffer.movedim(-1, channels), theirs))
+            places.append((buffer, theirs))
     arrive = None
     if sends or receives:
         for _, sent in sends:

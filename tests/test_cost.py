@@ -44,7 +44,7 @@ def test_peak_and_caches_fall_with_the_ranks() -> None:
 
 def test_live_bytes_of_a_stream_do_not_grow_with_its_length() -> None:
     decoder, peaks = halovae.load(vae("wan2.1")), []
-    for frames in (5, 9, 27):  # the pool of maps has its blocks after some chunks
+    for frames in (5, 9, 27):
         z = latents("wan2.1", frames=frames, height=4, width=4)
         with LiveBytes() as live:
             for _ in decoder.stream(z, dtype=torch.uint8, chunk=1):

@@ -11,6 +11,7 @@ from torch import Tensor
 from halovae import halves
 
 HALF = (torch.bfloat16, torch.float16)
+SIZES = ((1, 4, 3, 6, 7), (6, 4, 3, 3, 3), (6, 2))
 
 
 @pytest.fixture(params=[False, True], ids=["no units", "units"])
@@ -96,4 +97,15 @@ def test_small_clips_are_convolved_without_a_copy_of_each_cell(stride: Any, padd
         got = halves.convolution(*arguments)
     expected = torch.ops.aten.convolution.default(*arguments)
     torch.testing.assert_close(got, expected)
-    assert not any("slow_conv3d" in event.key for event in profiler.key_averages())
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::mkldnn_convolution" in names
+    assert "aten::slow_conv3d" not in names
+
+
+@pytest.mark.parametrize("how", ["strided", "expanded", "fp64"])
+def test_a_bias_may_lie_anywhere_and_be_of_any_dtype_that_pytorch_takes(how: str) -> None:
+    x, weight, wide = (torch.arange(size.numel()).view(size).sin() for size in map(torch.Size, SIZES))
+    bias = {"strided": wide[:, 1], "expanded": wide[:1, 0].expand(6), "fp64": wide[:, 0].double()}[how]
+    three = [[one] * 3 for one in (1, 0, 1, 0)]
+    arguments = x, weight, bias, three[0], three[1], three[2], False, three[3], 1
+    torch.testing.assert_close(halves.convolution(*arguments), torch.ops.aten.convolution.default(*arguments))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import multiprocessing
+import os
 from typing import Any
 
 import psutil
@@ -82,6 +84,16 @@ def test_large_scratch_memory_is_given_back_once_less_is_needed() -> None:
     assert abs(before - psutil.Process().memory_info().rss) < 0.1 * size
     pool.scratch(size // 16)
     assert before - psutil.Process().memory_info().rss > 0.9 * size
+
+
+def test_a_process_forks_beside_pools() -> None:
+    pools = [Pool(CPU) for _ in range(2)]
+    held = [one.empty((1, 1, 1, 1, 1), torch.float32, kept=kept).fill_(1) for one in pools for kept in (False, True)]
+    process = multiprocessing.get_context("fork").Process(target=os._exit, args=(7,))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+    assert len(held) == 4
 
 
 def test_where_the_system_refuses_addresses_maps_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

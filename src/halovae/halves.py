@@ -55,8 +55,10 @@ def convolution(
     and H together are at most 20,480, as for few rows. It took up to 9 times as long, and copies each cell for each
     cell of the kernel: 27 times the map.
     """
-    known = (x.device.type, x.dtype, x.ndim, transposed) == ("cpu", torch.float32, 5, False)
-    if known and torch.backends.mkldnn.is_available():
+    known = (x.device.type, x.ndim, transposed) == ("cpu", 5, False)
+    known = known and {one.dtype for one in (x, weight, bias) if one is not None} == {torch.float32}
+    if known and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+        bias = bias if bias is None else bias.contiguous()  # it is read as it lies
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
     result: Tensor = torch.ops.aten.convolution.default(
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups

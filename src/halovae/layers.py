@@ -18,7 +18,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from halovae import winograd
 from halovae.geometry import Halo
-from halovae.halves import multiplied
+from halovae.halves import convolution, multiplied
 from halovae.parts import part
 from halovae.schemes import UPSAMPLING
 from halovae.tile import PAST, Context, Tile, inside
@@ -141,14 +141,8 @@ def _direct(window: Tensor, weight: Tensor, bias: Tensor, context: Context) -> T
 
 
 def _conv3d(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.conv3d` of `[B, C, T, H, W]`, on CPU always by oneDNN.
-
-    torch (2.13, `use_mkldnn` in ATen/native/Convolution.cpp) takes a plain loop of its own where B, C, T and H together
-    are at most 20,480: as for narrow strips, few channels or small pictures. That took up to 9 times as long.
-    """
-    if window.device.type == "cpu" and window.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(window, weight, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
-    return F.conv3d(window, weight, bias)
+    ones, zeros = (1, 1, 1), (0, 0, 0)
+    return convolution(window, weight, bias, ones, zeros, ones, False, zeros, 1)
 
 
 @register_flop_formula(torch.ops.aten.mkldnn_convolution)

@@ -118,16 +118,16 @@ class Mesh:
             return
         for _, tensor in sends:
             self.traffic.sent(tensor)
-        self.traffic.calls += 1
         self.lines.exchange(scope, sends, receives)
+        self.traffic.calls += 1
 
     def _collect(self, own: Tensor, sizes: Sequence[int], scope: Scope) -> list[Tensor]:
         """Every rank's flat `own`, whose lengths may differ, in the order of the scope's ranks."""
         padded = own.new_empty(max(sizes))
         padded[: own.numel()] = own.flatten()
         self.traffic.sent(padded, len(sizes) - 1)
-        self.traffic.calls += 1
         everyone = self.lines.all_gather(scope, padded, len(sizes))
+        self.traffic.calls += 1
         return [flat[:size] for flat, size in zip(everyone, sizes, strict=True)]
 
     def gather_tokens(self, own: Tensor, counts: Sequence[int]) -> Tensor:

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import math
 import mmap
+import resource
+import sys
 import weakref
 from bisect import bisect
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
 _ALIGNED = 64  # bytes, a cache line, at which every map begins
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+_NO_RESERVE = 0x4000  # MAP_NORESERVE of linux/mman.h, which Python knows since 3.13: else no process could fork
 _LARGE = 2**25  # bytes of scratch memory that are given back when the next convolutions need less than half of them
 
 
@@ -125,12 +130,15 @@ class _Range:
 
 
 def _reserved() -> mmap.mmap | None:
-    """Addresses for as many bytes as the host has; None where that is refused."""
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
+    """Addresses for as many bytes as the host has; None where they are scarce."""
+    limits = (resource.getrlimit(one)[0] for one in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    promised = _OVERCOMMIT.exists() and _OVERCOMMIT.read_text().strip() == "2"  # proc(5): what is reserved counts
+    if promised or any(limit != resource.RLIM_INFINITY for limit in limits) or not hasattr(mmap, "MAP_ANONYMOUS"):
         return None
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_NO_RESERVE if sys.platform == "linux" else 0)
     try:
-        return mmap.mmap(-1, psutil.virtual_memory().total, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # a limit of this process's addresses, or a host that never promises more than it has
+        return mmap.mmap(-1, psutil.virtual_memory().total, flags)
+    except OSError:
         return None
 
 

@@ -18,7 +18,10 @@ from halovae.integrations.plane_call import Choice, Sharing
 from halovae.plane import operators, sharded, windows
 from halovae.plane.results import Gather
 
-PLACES = {"exchange": (operators, "fetching"), "convolution": (windows, "_plain"), "result": (sharded, "gathered")}
+PLACES = {
+    "exchange": (operators, "fetching"), "convolution": (windows, "_plain"), "result": (sharded, "gathered"),
+    "buffers": (torch, "empty_like"),  # of an all-gather
+}  # fmt: skip
 CLIP = ("AutoencoderKLCogVideoX", 1, 4, 7, 6, 6)
 PICTURES = ("AutoencoderKL", 2, 4, 12, 10)
 
@@ -65,6 +68,7 @@ def short(
         (PICTURES, ("2x1", "1x2"), "rank0", "exchange", 1, 0),
         (PICTURES, ("2x1", "1x2"), "all", "convolution", 1, 5),
         (PICTURES, ("2x1", "1x2"), "rank0", "result", 0, 0),
+        (PICTURES, ("2x1", "1x2"), "all", "buffers", 1, 1),
     ],
 )
 def test_all_ranks_fall_back_together(

@@ -242,17 +242,17 @@ class PlaneCall:
         tensors, static = self._bound(x, options)
         static["_names"] = ",".join(tensors)
         self.fell_back = ""
-        if choice.items < x.shape[0]:
-            return Chunks(self._rounds(x, choice, sharing, static))
 
         def started(choice: Choice) -> Chunks:
+            if choice.items < x.shape[0]:
+                return Chunks(self._rounds(x, choice, sharing, static))
             return self._sharded.stream(
                 x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh, gather=sharing.gather, options=static,
                 convert=sharing.convert, leaner=choice.leaner is not None,
             )  # fmt: skip
 
         chunks = started(choice)
-        if choice.leaner is None:
+        if choice.leaner is None or choice.items < x.shape[0]:  # rounds fall back themselves
             return chunks
         return Chunks(self._or_leaner(chunks, choice, choice.leaner, started), chunks.dim, chunks.extent)
 
@@ -266,17 +266,19 @@ class PlaneCall:
                 count += 1
                 done += 0 if chunk is None or chunks.dim is None else chunk.shape[chunks.dim]
                 yield chunk
+                del chunk  # else it would be held while the next one is computed
             return
         except ShortageError as error:
             self.fell_back = str(error)
         others = started(leaner)
+        if chunks.dim is None or others.dim is None:
+            whole = others.join()
+            yield whole if whole is None or not done else whole.narrow(chunks.dim or 0, done, chunks.extent - done)
+            return
         for index, chunk in enumerate(others):
-            if others.dim is not None and index < count:
-                continue  # it was yielded before memory ran out
-            if others.dim is None and chunk is not None and chunks.dim is not None:
-                yield chunk.narrow(chunks.dim, done, chunk.shape[chunks.dim] - done)
-            else:
+            if index >= count:  # it was not yielded before memory ran out
                 yield chunk
+            del chunk
 
     def _rounds(self, x: Tensor, choice: Choice, sharing: Sharing, options: dict[str, Any]) -> Iterator[Tensor | None]:
         """All items, a few at a time."""
@@ -291,6 +293,7 @@ class PlaneCall:
             except ShortageError as error:
                 assert choice.leaner is not None
                 self.fell_back, choice = str(error), choice.leaner
+                start -= start % choice.items
                 continue
             if part is not None:
                 whole = part.new_empty((x.shape[0], *part.shape[1:])) if whole is None else whole

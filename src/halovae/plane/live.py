@@ -24,11 +24,10 @@ def window_bytes(node: fx.Node) -> int:
     more = given.get("zeros", 0) + sum(given.get("repeats", ()))
     past = size_of(given["past"]) if given.get("past") is not None else 0
     together = own // frames * (frames + more) + past
-    if "edges" in given or given.get("repeats"):
-        return together
-    if more or past:
-        return together
-    total = own if shares(node) or (given.keys() & {"norm", "silu"} and "spare" not in given) else 0
+    result = own if shares(node) else 0  # which lies elsewhere if it is not by Winograd
+    if more or past or "edges" in given:
+        return together + result
+    total = own if result or (given.keys() & {"norm", "silu"} and "spare" not in given) else 0
     *_, cuts, early = arguments
     return total + (own if cuts and (not early or "spare" in given) else 0)
 
@@ -102,7 +101,7 @@ def shares(node: fx.Node) -> bool:
         return False
     if node.target is windows.added_:
         return True
-    if node.target is windows.convolution:  # where it is not so there is a map less beside it, as `window_bytes` says
+    if node.target is windows.convolution:  # by Winograd; for the others `window_bytes` has the result
         return bool(node.kwargs.get("spare")) and same(node, node.args[0])
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:

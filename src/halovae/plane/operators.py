@@ -118,9 +118,9 @@ def fetching(
     if sends or receives:
         for _, sent in sends:
             mesh.traffic.sent(sent)
-        mesh.traffic.calls += 1
         with mesh.traffic.waiting.running():
             arrive = mesh.lines.start(mesh_dim, sends, receives)
+        mesh.traffic.calls += 1
 
     def wait() -> None:
         if arrive is not None:
@@ -301,9 +301,9 @@ def gather(x: Tensor, scope: Scope, ranks: int) -> Tensor:
     """Every rank's small tensor, `[ranks, *x.shape]`, in the order of the ranks of a scope."""
     mesh, own = current(), x.contiguous().view(-1)
     mesh.traffic.sent(own, times=ranks - 1)
-    mesh.traffic.calls += 1
     with mesh.traffic.waiting.running():
         everyone = mesh.lines.all_gather(scope, own, ranks)
+    mesh.traffic.calls += 1
     return torch.stack(everyone).view(ranks, *x.shape)
 
 

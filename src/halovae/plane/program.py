@@ -129,7 +129,10 @@ class Program:
             if chunk is None:
                 return
             pool.clear()  # nothing else of the next chunk is there yet: it begins small
-            yield chunk[0], _own(chunk[1], pool)
+            start, own = chunk[0], _own(chunk[1], pool)
+            del chunk
+            yield start, own
+            del own  # else it would be held while the next one is computed
 
     @contextmanager
     def _running(self, mesh: Mesh, pool: Pool) -> Iterator[None]:

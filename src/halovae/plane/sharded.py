@@ -75,7 +75,7 @@ class Sharded:
         Args:
             x: as for `stream`, which takes the same arguments and raises the same errors.
             extras: further tensors.
-            how: `grid`, `mesh`, `gather`, `options`, `convert`.
+            how: `grid`, `mesh`, `gather`, `options`, `convert`, `leaner`.
 
         Returns:
             The result, None on the ranks that receive nothing. With gather="none", this rank's part.
@@ -222,7 +222,7 @@ class Sharded:
         layout: Layout = ()
         done = object()
         step: Any = None
-        count = 0
+        count, total = 0, len(program.starts) if isinstance(program, Program) and program.streams else 1
         while step is not done:
             begin = time.perf_counter()
             full, failed = None, False
@@ -236,10 +236,10 @@ class Sharded:
                         del own
                 mesh.platform.synchronize()
             except (MemoryError, RuntimeError) as error:
-                if everyone is None or not is_out_of_memory(error):
+                if everyone is None or count == total or not is_out_of_memory(error):
                     raise
                 traceback.clear_frames(error.__traceback__)  # what they held
-                failed = True
+                step, own, full, failed = None, None, None, True
             if everyone is not None and step is not done:
                 count += 1
                 if failed and isinstance(program, Program):
@@ -292,7 +292,9 @@ class Sharded:
             if program.streams and program.chunked is not None:
                 assert start == begin
                 begin += chunk.shape[program.chunked]
-            yield chunk, program.layout_of(chunk)
+            layout = program.layout_of(chunk)
+            yield chunk, layout
+            del chunk  # else it would be held while the next one is computed
 
     def _call_eagerly(self, plane: Plane, x: Tensor, extras: Sequence[Tensor], options: dict[str, Any]) -> PlaneTensor:
         with ExitStack() as stack:

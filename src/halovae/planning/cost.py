@@ -289,7 +289,7 @@ def walk(
     spans = plan.chunks(length)
     repeats = [1] * len(spans)
     if len(spans) > 4 and plan.bands == 1:
-        # The first chunk, two like most (the pool of maps has its blocks after those), and the last one.
+        # The first chunk, two like most (the second has what the first one kept), and the last one.
         length = spans[0].size + 2 * spans[1].size + spans[-1].size
         repeats = [1, 1, len(spans) - 3, 1]
     world = 1 if plan.apart else max(stage.grid.size for stage in plan.stages)

@@ -192,7 +192,9 @@ class _Pricer:
 
     def scratch(self, node: fx.Node) -> int:
         """Bytes that an operator between ranks holds at its peak besides its result."""
-        return max(0, self._run(node)[1] - size(node)) if node.target in _RUN else 0
+        if node.target not in _RUN:
+            return 0
+        return max(0, self._run(node)[1] - (0 if shares(node) else size(node)))
 
     def _run(self, node: fx.Node) -> tuple[WorkByKind, int]:
         """What an operator between ranks does, and its peak, by running it on meta tensors."""

@@ -280,13 +280,13 @@ def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]
         status = Path("/proc/self/status").read_text()
         used = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData")))
         resource.setrlimit(resource.RLIMIT_DATA, (used + 16 * 2**20, before[1]))
-        real = fallback.serve_out
+        real = fallback.drain_peers
 
         def freed(*args: Any) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, before)
             real(*args)
 
-        with patch.object(halovae.stream, "serve_out", freed):
+        with patch.object(halovae.stream, "drain_peers", freed):
             return stream.join(), stream.shared_report()
     return stream.join(), stream.shared_report()
 

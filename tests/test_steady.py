@@ -70,7 +70,7 @@ class Fresh(LiveBytes):
         self.top = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.halovae.lend.default:
+        if func is torch.ops.halovae.buffer.default:
             self.top = max(self.top, sum(args[1:]))
             return func(*args)
         return super().__torch_dispatch__(func, types, args, kwargs)

@@ -8,17 +8,17 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from halovae.fallback import serve_out
+from halovae.fallback import drain_peers
 from halovae.lines import world_size
 from halovae.loop import Loop, Request
 from halovae.memory import MemoryMeter
 from halovae.mesh import Mesh, Traffic, mesh_for
 from halovae.models.wan import WanDecoder
+from halovae.out_of_memory import is_out_of_memory
 from halovae.planning.choose import Decision
 from halovae.planning.plan import Plan
 from halovae.platform import Stopwatch
 from halovae.report import DecodeReport, RankReport
-from halovae.shortage import is_out_of_memory
 
 
 class FrameStream(Iterator[Tensor | None]):
@@ -154,7 +154,7 @@ class FrameStream(Iterator[Tensor | None]):
             failed = True
         if failed:
             calls = self._traffic.calls - self._calls
-            serve_out(self._model, self.latents, self._plan, self._meshes, self._request, done + 1, calls)
+            drain_peers(self._model, self.latents, self._plan, self._meshes, self._request, done + 1, calls)
         self._ran_out = self._meshes[0].lines.anyone(failed)
         return frames
 

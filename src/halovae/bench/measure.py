@@ -24,9 +24,9 @@ from halovae.integrations.autoencoder import Autoencoder, decode_options
 from halovae.launch import RankError
 from halovae.memory import Memory, MemoryMeter
 from halovae.models.load import diffusers_module
+from halovae.out_of_memory import is_out_of_memory
 from halovae.platform import RANK_ENVIRONMENT, Platform, Stopwatch
 from halovae.report import DecodeReport
-from halovae.shortage import is_out_of_memory
 from halovae.simulate import Link, Simulation, simulate
 
 # What a contestant's processes hold between calls.

@@ -19,6 +19,7 @@ from halovae.kernels import EAGER
 from halovae.lines import world_size
 from halovae.loop import converted
 from halovae.mesh import Mesh, mesh_for
+from halovae.out_of_memory import RankOutOfMemoryError
 from halovae.plane import Sharded, ShardReport
 from halovae.plane.fingerprint import Unstable
 from halovae.plane.keys import hooked, value_key
@@ -29,7 +30,6 @@ from halovae.planning.graphs import UnplannableError
 from halovae.planning.plan import Plan
 from halovae.planning.planner import calibration_of, usable
 from halovae.planning.search import Search
-from halovae.shortage import ShortageError
 
 Call = Literal["decode", "encode"]
 Mode = Literal["auto", "single", "parallel"]
@@ -268,7 +268,7 @@ class PlaneCall:
                 yield chunk
                 del chunk  # else it would be held while the next one is computed
             return
-        except ShortageError as error:
+        except RankOutOfMemoryError as error:
             self.fell_back = str(error)
         others = started(leaner)
         if chunks.dim is None or others.dim is None:
@@ -290,7 +290,7 @@ class PlaneCall:
                     some, grid=choice.grid, gather=sharing.gather, options=options, convert=sharing.convert,
                     leaner=choice.leaner is not None,
                 )  # fmt: skip
-            except ShortageError as error:
+            except RankOutOfMemoryError as error:
                 assert choice.leaner is not None
                 self.fell_back, choice = str(error), choice.leaner
                 start -= start % choice.items

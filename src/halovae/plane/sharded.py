@@ -16,10 +16,11 @@ from halovae.geometry import Grid, Span, split
 from halovae.kernels import EAGER, compiled, works
 from halovae.lines import world_size
 from halovae.mesh import Mesh, Traffic, mesh_for
+from halovae.out_of_memory import RankOutOfMemoryError, is_out_of_memory
 from halovae.plane.agreement import agree, conversations
+from halovae.plane.drain import drain_peers
 from halovae.plane.keys import hooked, module_key, value_key, weights_digest
 from halovae.plane.layout import Layout, extent
-from halovae.plane.owed import serve_out
 from halovae.plane.passes import chosen
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
@@ -27,7 +28,6 @@ from halovae.plane.results import Chunks, Gather, ShardReport, check_result, gat
 from halovae.plane.stored import Identity, stored_or_traced
 from halovae.plane.tensor import PlaneTensor
 from halovae.plane.trace import TraceError, trace, untouched
-from halovae.shortage import ShortageError, is_out_of_memory
 
 _PROGRAMS = 16  # that a function keeps: one for each shape, dtype and grid
 
@@ -120,7 +120,7 @@ class Sharded:
                 gradients.
             TypeError: the input is not a floating tensor `[..., H, W]`, or the result is no tensor.
             RuntimeError: another rank refused, or has other arguments or weights.
-            ShortageError: memory ran out on a rank, and there is a leaner way.
+            RankOutOfMemoryError: memory ran out on a rank, and there is a leaner way.
         """
         options = dict(options or {})
         everyone = mesh or mesh_for(Grid(rows=world_size()), _device(self._modules, x))
@@ -244,9 +244,9 @@ class Sharded:
                 count += 1
                 if failed and isinstance(program, Program):
                     with mesh.in_use(Traffic(mesh.platform)):
-                        serve_out(program, mesh, send, count, traffic.calls)
+                        drain_peers(program, mesh, send, count, traffic.calls)
                 if everyone.lines.anyone(failed):
-                    raise ShortageError(f"memory ran out on a rank of grid {mesh.grid}")
+                    raise RankOutOfMemoryError(f"memory ran out on a rank of grid {mesh.grid}")
             seconds += time.perf_counter() - begin
             if step is not done:
                 step = None

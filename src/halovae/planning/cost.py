@@ -220,7 +220,7 @@ def _named(func: Any) -> tuple[str, bool]:
     name = schema.name.removeprefix("aten::").replace("::", " ").removeprefix("_")
     aliases = [one.alias_info for one in schema.returns]
     untouched = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
-    if untouched or name.startswith(("empty", "new_empty", "halovae lend", "prim")):
+    if untouched or name.startswith(("empty", "new_empty", "halovae buffer", "prim")):
         return "view", True
     if name in ("detach", "lift_fresh", "reshape"):
         return "view", True

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from halovae.decode import Decoder
+from halovae.out_of_memory import is_out_of_memory
 from halovae.planning.choose import TooLittleMemory
 from halovae.platform import Platform
 from halovae.report import DecodeReport
 from halovae.serving.files import Batch, Order, Writer
 from halovae.serving.lead import IDLE, Lead
 from halovae.serving.line import RankLine
-from halovae.shortage import is_out_of_memory
 
 _MIB = 2**20
 

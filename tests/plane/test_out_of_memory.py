@@ -1,4 +1,4 @@
-"""Memory that runs out on one rank of a recorded decode: all ranks turn to a leaner way together."""
+"""A rank runs out of memory during a recorded decode: all ranks turn to a leaner grid together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank whose memory ran out still owes the others, by its recorded graph."""
+"""Drain the peers of a rank that ran out of memory, by its recorded graph."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.mesh import Mesh
+from halovae.out_of_memory import Calls, DrainingLines
 from halovae.plane import operators
 from halovae.plane.agreement import may_exchange, meta_tensor, run_without_data
 from halovae.plane.layout import Layout, local_shape
 from halovae.plane.live import is_operator
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
-from halovae.shortage import Calls, Owed
 
 
-def serve_out(
+def drain_peers(
     program: Program, mesh: Mesh, send: Callable[[Tensor, Layout, Plane], object] | None, chunks: int, calls: int
 ) -> None:
-    """Exchange what is left of the first `chunks` chunks of a call, without computing them.
+    """Exchange what is left of the first `chunks` chunks of a call, on meta tensors.
 
     Args:
         program: what this rank was running.
@@ -30,7 +30,7 @@ def serve_out(
         chunks: how many of the result.
         calls: how many exchanges were done.
     """
-    place = Mesh(mesh.grid, torch.device("cpu"), Owed(mesh.lines, Calls(calls), mesh.platform.device))
+    place = Mesh(mesh.grid, torch.device("cpu"), DrainingLines(mesh.lines, Calls(calls), mesh.platform.device))
     plane = Plane(place)
 
     def run(node: fx.Node) -> None:

@@ -1,7 +1,7 @@
-"""When memory runs out on one rank: it goes on with the others' messages until all can turn to a leaner plan together.
+"""A rank runs out of memory during a decode: it drains its peers, and all ranks turn to a leaner plan together.
 
-A rank that just stopped would leave its neighbors waiting for borders that never come. So it goes through the chunk
-without data, and sends and receives in its place what is still due, with nothing of worth in it.
+A rank that just stopped would leave its neighbors waiting for halos that never come. So it repeats the chunk on meta
+tensors, and exchanges zeros in place of what is still due.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from halovae.lines import Lines, Scope
 _SHORTAGES = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")
 
 
-class ShortageError(RuntimeError):
-    """Memory ran out on a rank, and all ranks know."""
+class RankOutOfMemoryError(RuntimeError):
+    """A rank ran out of memory, and all ranks stopped after the same chunk."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -27,23 +27,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Calls:
-    """How many messages have been exchanged before, shared by the lines of several meshes."""
+    """Counts exchanges, to skip those that were done before; shared by the lines of several meshes."""
 
     def __init__(self, done: int) -> None:
         self._left = done
 
     def is_due(self) -> bool:
-        """Whether the next one was not exchanged before."""
+        """Whether the next exchange was not done before."""
         self._left -= 1
         return self._left < 0
 
 
-class Owed(Lines):
-    """Lines that exchange with the other ranks only what was not exchanged before, for tensors without data.
+class DrainingLines(Lines):
+    """Lines that skip the exchanges that were done before, and exchange zeros in the others.
 
     Args:
-        lines: which do it.
-        calls: those that were done.
+        lines: those of the decode.
+        calls: says which exchanges were done.
         device: where messages lie.
     """
 

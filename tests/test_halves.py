@@ -67,9 +67,35 @@ def test_rows_in_fp32_make_the_same_as_all_at_once(
 def test_onednn_is_asked_for_units_if_it_is_there(answer: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {} if answer is None else dict.fromkeys(halves._ASKED.values(), lambda: answer)
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**asked))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64"})
     for dtype in HALF:
         assert halves.has_units.__wrapped__(dtype) is bool(answer)
     assert halves.has_units.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "units"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"architecture": "arm64", "bf16": True}, True),
+    ],
+)
+def test_bf16_on_x86_needs_instructions_for_it(
+    capabilities: dict[str, Any], units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = dict.fromkeys(halves._ASKED.values(), lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**asked))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert halves.has_units.__wrapped__(torch.bfloat16) is units
+    assert halves.has_units.__wrapped__(torch.float16)
+
+
+def test_onednn_alone_is_asked_where_torch_knows_no_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**dict.fromkeys(halves._ASKED.values(), lambda: True)))
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert halves.has_units.__wrapped__(torch.bfloat16)
 
 
 @torch.inference_mode()

@@ -118,6 +118,7 @@ def _decoded(path: str, model: str, latents: torch.Tensor, grid: Grid) -> tuple[
     platform = Platform(torch.device("cpu"))
     if not _held:
         vae = random_vae(model).to(latents.dtype)
+        del vae.encoder  # tiles do not hold it
         decoder = Autoencoder(vae) if path == "graph" else load(vae)
         kernels.works(platform.device)
         # What a decode leaves with malloc is not at rest: it was not there before.

@@ -118,8 +118,8 @@ def test_compiled_kernels_do_what_eager_ones_do() -> None:
     x, gamma = torch.randn(2, 3, 8, 4, 16), torch.randn(16)
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.04)):
         eager, compiled = torch.empty(2, 2, 3, 8, 6, 16, dtype=dtype)[..., 1:-1, :].unbind(0)
-        kernels.norm_silu(x.to(dtype), gamma, eager)
-        made.norm_silu(x.to(dtype), gamma, compiled)
+        kernels.normalize(x.to(dtype), gamma, torch.tensor([0.0, 1e-24]), True, eager)
+        made.normalize(x.to(dtype), gamma, torch.tensor([0.0, 1e-24]), True, compiled)
         assert (eager.float() - compiled.float()).abs().max() <= bound
     window, (weight, bias) = maps(1, 16, 6, 18, 34), weights(24, 16, 3)
     results = []
@@ -144,7 +144,7 @@ def test_warming_up_refuses_what_cannot_be_decoded(
 
 def test_without_a_compiler_warming_up_says_so_and_decodes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
-        def norm_silu(self, *_: object) -> None:
+        def normalize(self, *_: object) -> None:
             raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(kernels, "compiled", Broken)

@@ -18,11 +18,21 @@ from torch import Tensor
 from halovae.schemes import SCHEMES, Matrix
 
 
-def norm_silu(x: Tensor, scale: Tensor, out: Tensor) -> None:
-    """`silu(x / max(|x|, 1e-12) * scale)` over the last dim, in fp32 at least, rounded once into `out`."""
+def normalize(x: Tensor, scale: Tensor, limits: Tensor, silu: bool, out: Tensor) -> None:
+    """`x / sqrt(max(|x|^2 + added, least)) * scale` over the last dim, in fp32 at least, rounded once into `out`.
+
+    Args:
+        x: the map.
+        scale: `[C]`.
+        limits: `added` and `least`. As numbers they would be symbols, which Inductor cannot compile (torch 2.13).
+        silu: whether SiLU follows.
+        out: of the map's shape; no memory of it.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = wide.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
-    out.copy_(F.silu(wide * inverse * scale))
+    added, least = limits.unbind()
+    inverse = torch.maximum(wide.square().sum(-1, keepdim=True) + added, least).rsqrt()
+    result = wide * inverse * scale
+    out.copy_(F.silu(result) if silu else result)
 
 
 def spread(x: Tensor, scheme: str, outs: Sequence[Tensor]) -> None:
@@ -65,12 +75,12 @@ def _combined(rows: Matrix, parts: Sequence[Tensor]) -> list[Tensor]:
 class Kernels:
     """The functions of this module, eager or compiled."""
 
-    norm_silu: Callable[..., None]
+    normalize: Callable[..., None]
     spread: Callable[..., None]
     merge: Callable[..., None]
 
 
-EAGER = Kernels(norm_silu, spread, merge)
+EAGER = Kernels(normalize, spread, merge)
 
 
 @cache
@@ -82,7 +92,7 @@ def compiled() -> Kernels:
     for constant in (_spreading, _merging):
         torch.compiler.assume_constant_result(constant)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return Kernels(*(torch.compile(kernel, dynamic=True) for kernel in (norm_silu, spread, merge)))
+    return Kernels(*(torch.compile(kernel, dynamic=True) for kernel in (normalize, spread, merge)))
 
 
 def works(device: torch.device) -> bool:
@@ -96,7 +106,7 @@ def works(device: torch.device) -> bool:
     try:
         with torch.inference_mode():
             x = torch.zeros(2, 3, device=device)
-            compiled().norm_silu(x, x[0], torch.empty_like(x))
+            compiled().normalize(x, x[0], x[0, :2], True, torch.empty_like(x))
     except Exception as error:  # whatever a compiler may raise
         warnings.warn(f"kernels run uncompiled, since one could not be compiled: {error}", RuntimeWarning, stacklevel=3)
         return False

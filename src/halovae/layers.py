@@ -45,7 +45,8 @@ class RMSNorm(nn.Module):
         with part("norm"):
             if context.compiled:
                 scale = self.gamma.flatten().float() * len(self.gamma) ** 0.5
-                context.kernels.norm_silu(x.movedim(1, -1), scale, out.movedim(1, -1))
+                limits = scale.new_tensor((0.0, 1e-24))
+                context.kernels.normalize(x.movedim(1, -1), scale, limits, True, out.movedim(1, -1))
                 return
             for target, frame in zip(out.unbind(2), x.unbind(2), strict=True):
                 target.copy_(F.silu(self.frame(frame), inplace=True))

@@ -78,13 +78,13 @@ class _Timing(TorchDispatchMode):
     def kernels(self, real: Kernels) -> Kernels:
         """Compiled kernels, which no mode sees, timed."""
 
-        def norm_silu(x: Tensor, scale: Tensor, out: Tensor) -> None:
+        def normalize(x: Tensor, scale: Tensor, limits: Tensor, silu: bool, out: Tensor) -> None:
             begin = time.perf_counter()
-            real.norm_silu(x, scale, out)
+            real.normalize(x, scale, limits, silu, out)
             self._platform.synchronize()
             self.samples.append(("norm_silu", norm_work(x, out), time.perf_counter() - begin))
 
-        return EAGER if real is EAGER else replace(real, norm_silu=norm_silu)
+        return EAGER if real is EAGER else replace(real, normalize=normalize)
 
 
 def _sample(platform: Platform, dtype: torch.dtype) -> WanDecoder:

@@ -143,10 +143,10 @@ class Recorder(LiveBytes):
     def kernels(self) -> Kernels:
         """Kernels that stand for compiled ones, which no mode sees, and do nothing but be noted."""
 
-        def norm_silu(x: Tensor, scale: Tensor, out: Tensor) -> None:
+        def normalize(x: Tensor, scale: Tensor, limits: Tensor, silu: bool, out: Tensor) -> None:
             self.note("norm_silu", norm_work(x, out))
 
-        return replace(EAGER, norm_silu=norm_silu)
+        return replace(EAGER, normalize=normalize)
 
     def taken(self) -> dict[tuple[str, str], Work]:
         """What was noted since this was last asked."""

@@ -1,0 +1,49 @@
+"""Norms over each cell's channels: compiled as one loop, and by PyTorch's operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from halovae import Grid, Mesh
+from halovae.kernels import EAGER, compiled
+from halovae.plane import norms, operators
+
+MESH = Mesh(Grid(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("norm", "gamma", "silu"),
+    [
+        ((1e-12, 0.0, 4.0), True, True),
+        ((0.0, 16 * 1e-6, 4.0), True, False),
+        ((0.5, 0.0, 1.0), False, True),
+        ((1e-30, 0.0, 1.0), False, False),  # its square is no number of fp32
+    ],
+)
+@torch.inference_mode()
+def test_one_loop_normalizes_as_operators_do(dtype: torch.dtype, norm: norms.Cells, gamma: bool, silu: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 3, 5, 6, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    x[0, :, 1, 2] *= 1e-3
+    x[1, :, 2, 3] = 0 if norm[1] or norm[0] > 1e-20 else 1
+    weight = torch.randn(16, 1, 1, 1, generator=generator).to(dtype) if gamma else None
+    outs = [torch.zeros(2, 5, 7, 8, 16, dtype=dtype).movedim(-1, 1) for _ in range(2)]
+    inner = [out[:, :, 2:, 1:-1, 1:-1] for out in outs]
+    for kernels, out in zip((EAGER, compiled()), inner, strict=True):
+        with operators.on(MESH, kernels):
+            norms.write(x, None, weight, None, norm, silu, out)
+    torch.testing.assert_close(outs[1], outs[0], rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_a_map_is_normalized_over_itself() -> None:
+    x = torch.randn(1, 16, 4, 5).contiguous(memory_format=torch.channels_last)
+    norm = 1e-12, 0.0, 4.0
+    with operators.on(MESH):
+        expected = norms.activated(x.clone(), None, None, None, norm, True, False)
+    with operators.on(MESH, compiled()):
+        found = norms.activated(x, None, None, None, norm, True, True)
+    assert found.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(found, expected)

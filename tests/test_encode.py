@@ -1,4 +1,4 @@
-"""Encodes against diffusers' own encoders: on one rank, and on several that share the rows."""
+"""Encodes against diffusers' own: on one rank, and on several that share rows or cols, planned or as they are told."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +7,17 @@ import pytest
 import torch
 from models import FAMILIES, vae
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from halovae import Grid, Mesh
 from halovae.bench.ranks import Ranks
-from halovae.encode import Encoder
-from halovae.loop import moments
-from halovae.models.load import encoder_from_module
-from halovae.planning.cost import walk_encoder
+from halovae.integrations.autoencoder import Autoencoder
+from halovae.integrations.plane_call import PlaneCall, Sharing
+from halovae.integrations.within import share_encode
+from halovae.planning.choose import TooLittleMemory
 
 BOUND = 1e-4  # of the largest moment
 CPU = torch.device("cpu")
+Group = Callable[[int], Ranks]
 
 
 def pictures(family: str, frames: int = 9, rows: int = 5, cols: int = 3, batch: int = 1) -> Tensor:
@@ -28,19 +28,20 @@ def pictures(family: str, frames: int = 9, rows: int = 5, cols: int = 3, batch: 
 
 
 def reference(family: str, clip: Tensor) -> Tensor:
-    model = vae(family)
     with torch.inference_mode():
-        parameters: Tensor = model.encode(clip).latent_dist.parameters
+        parameters: Tensor = vae(family).encode(clip).latent_dist.parameters
     return parameters
-
-
-def encoder(family: str, mesh: Mesh | None = None) -> Encoder:
-    return Encoder(encoder_from_module(vae(family)), mesh)
 
 
 def encoded(family: str, clip: Tensor, **options: Any) -> Tensor:
     """On each rank."""
-    return encoder(family).encode(clip, **options)
+    moments = Autoencoder(vae(family)).encode(clip, **options)
+    assert moments is not None
+    return moments
+
+
+def encoded_on(family: str, clip: Tensor, grid: Grid) -> Tensor:
+    return encoded(family, clip, grid=grid)
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -57,15 +58,11 @@ def test_one_rank_equals_diffusers(family: str, frames: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("frames", "grid"), [(1, Grid(rows=3)), (9, Grid(rows=3)), (5, Grid(cols=3))])
-def test_ranks_equal_diffusers(ranks: Callable[[int], Ranks], family: str, frames: int, grid: Grid) -> None:
+def test_ranks_equal_diffusers(ranks: Group, family: str, frames: int, grid: Grid) -> None:
     clip = pictures(family, frames)  # 5 latent rows: the ranks have unequal shares
-    found = ranks(3).run(_shared, family, clip, grid)
+    found = ranks(3).run(encoded_on, family, clip, grid)
     assert off(found[0], reference(family, clip)) <= BOUND
     assert all(torch.equal(one, found[0]) for one in found)
-
-
-def _shared(family: str, clip: Tensor, grid: Grid) -> Tensor:
-    return encoder(family, Mesh(grid, CPU)).encode(clip, mode="parallel")
 
 
 def test_frames_that_fill_no_group_are_left_out_as_by_diffusers() -> None:
@@ -73,74 +70,100 @@ def test_frames_that_fill_no_group_are_left_out_as_by_diffusers() -> None:
     assert off(encoded("wan2.1", clip), reference("wan2.1", clip)) <= BOUND
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_walk_counts_what_a_real_encode_does(ranks: Callable[[int], Ranks], family: str) -> None:
-    clip = pictures(family, 13)
-    config = encoder(family).model.config
-    flops, messages, sent = ranks(3).run(_counted, family, clip)[1]
-    cost = walk_encoder(config, clip.shape, torch.float32, Grid(rows=3))
-    attention = cost.kinds()["scaled_dot_product_attention"].flops  # the counter does not know it on the CPU
-    assert (cost.flops - attention, cost.messages, cost.bytes_sent) == (flops, messages, sent)
+def in_auto(rows: int) -> tuple[list[str], list[float], bool, int, Tensor]:
+    """The grids that were priced and their seconds, the chosen one first; whether it fits; messages; moments."""
+    call, sharing = PlaneCall(vae("wan2.1"), "encode"), Sharing(gather="all")
+    clip = pictures("wan2.1", 5, rows=rows, cols=rows)
+    choice = call.choose(clip, sharing, {})
+    found = call.stream(clip, choice, sharing, {}).join()
+    assert choice.decision is not None
+    assert found is not None
+    assert call.report is not None
+    seen = choice.decision.candidates
+    chosen = seen[0].fits(choice.decision.budget)
+    return [one.plan.grid for one in seen], [one.seconds for one in seen], chosen, call.report.messages, found
 
 
-def _counted(family: str, clip: Tensor) -> tuple[int, int, int]:
-    mesh = Mesh(Grid(rows=3), CPU)
-    with FlopCounterMode(display=False) as counter:
-        for _ in moments(encoder_from_module(vae(family)), clip, mesh):
-            pass
-    return counter.get_total_flops(), mesh.traffic.messages, mesh.traffic.bytes
+@pytest.mark.parametrize("rows", [24, 3])
+def test_auto_takes_what_is_predicted_to_be_the_fastest(ranks: Group, rows: int) -> None:
+    for grids, seconds, fits, messages, found in ranks(3).run(in_auto, rows):
+        assert set(grids) == {"1x1", "3x1", "1x3"}
+        assert fits
+        assert seconds[0] <= 1.02 * min(seconds)
+        assert (messages > 0) is (grids[0] != "1x1")
+        assert off(found, reference("wan2.1", pictures("wan2.1", 5, rows=rows, cols=rows))) <= BOUND
 
 
-def test_auto_shares_what_is_large_enough(ranks: Callable[[int], Ranks]) -> None:
-    sent = ranks(3).run(_messages_in_auto)
-    assert all(large > 0 and small == 0 for large, small in sent)
+def large_and_small() -> list[str]:
+    call, sharing = PlaneCall(vae("wan2.1"), "encode"), Sharing(gather="all")
+    clips = (pictures("wan2.1", 5, rows=rows, cols=rows) for rows in (96, 3))
+    return [str(call.choose(clip, sharing, {}).grid) for clip in clips]
 
 
-def _messages_in_auto() -> tuple[int, int]:
-    sent = []
-    for rows in (24, 3):
-        mesh = Mesh(Grid(rows=3), CPU)
-        encoder("wan2.1", mesh).encode(pictures("wan2.1", 5, rows=rows, cols=rows))
-        sent.append(mesh.traffic.messages)
-    return sent[0], sent[1]
+def test_auto_shares_what_is_large_enough(ranks: Group) -> None:
+    for large, small in ranks(3).run(large_and_small):
+        assert large != "1x1"
+        assert small == "1x1"
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ((1, 3, 5, 40, 44), "pictures of 44x40: expected.*multiples of 8"),
-        ((1, 4, 5, 40, 40), r"shape \[1, 4, 5, 40, 40\]: expected \[B, 3, T, H, W\]"),
-        ((3, 5, 40, 40), r"expected \[B, 3, T, H, W\] for wan2.1"),
-    ],
-)
-def test_bad_pictures_are_refused(shape: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        encoded("wan2.1", torch.zeros(shape))
+def fewer_rows_than_ranks() -> list[str]:
+    """The grids that are candidates for pictures of 2 latent rows, for which bounds are multiples of 8 pixels."""
+    call = PlaneCall(vae("wan2.1"), "encode")
+    decision = call.choose(pictures("wan2.1", 1, rows=2, cols=6), Sharing(gather="all"), {}).decision
+    assert decision is not None
+    return sorted(one.plan.grid for one in decision.candidates)
 
 
-def test_pictures_in_bytes_are_refused() -> None:
-    with pytest.raises(TypeError, match="dtype torch.uint8; expected a floating dtype"):
+def test_no_grid_has_more_ranks_than_latent_rows(ranks: Group) -> None:
+    assert ranks(3).run(fewer_rows_than_ranks) == [["1x1", "1x3"]] * 3
+
+
+def within_a_pipeline(mode: Any) -> tuple[float, float]:
+    """Twice, on a mesh that is nobody else's, once with pictures of another dtype."""
+    family = vae("qwen-image")
+    clip = pictures("qwen-image", 1, rows=24, cols=24)
+    wanted = reference("qwen-image", clip)
+    share_encode(family, Sharing(mode, gather="all"), Mesh(Grid(rows=3), CPU), lambda: False)
+    try:
+        found = [family.encode(one).latent_dist.parameters for one in (clip, clip.double())]
+    finally:
+        del family.encode
+    return off(found[0], wanted), off(found[1], wanted)
+
+
+@pytest.mark.parametrize("mode", ["auto", "parallel", "single"])
+def test_a_pipelines_pictures_are_encoded_on_a_mesh_of_their_own(ranks: Group, mode: str) -> None:
+    assert all(max(errors) <= BOUND for errors in ranks(3).run(within_a_pipeline, mode))
+
+
+def test_a_budget_that_nothing_fits_into_is_refused() -> None:
+    with pytest.raises(TooLittleMemory, match="do not fit into a memory budget of 0.0 MiB: what they encode to alone"):
+        encoded("wan2.1", pictures("wan2.1", 1), memory_budget=100)
+
+
+def test_bad_pictures_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"encode of torch.uint8 of shape .*: expected floating \[B, C, H, W\] or"):
         encoded("wan2.1", torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"float32 of shape \[3, 40, 40\]: expected floating \[B, C, H, W\] or"):
+        encoded("wan2.1", torch.zeros(3, 40, 40))
 
 
 @pytest.mark.parametrize(
     ("rows", "mode", "message"),
     [
         ((1, 1, 1), "half", "mode='half': expected one of auto, single, parallel"),
-        ((1, 1, 1), "parallel", "at most 1 ranks fit there"),
-        ((1, 2, 1), "single", "all ranks must ask for the same, but they differ"),
+        ((3, 4, 3), "parallel", "all ranks must ask for the same, but they differ"),
+        ((3, 4, 3), "auto", "all ranks must ask for the same, but they differ"),
     ],
 )
-def test_bad_wishes_are_refused_by_all(
-    ranks: Callable[[int], Ranks], rows: tuple[int, ...], mode: str, message: str
-) -> None:
-    assert all(message in said for said in ranks(3).run(_refusal, rows, mode))
+def test_bad_wishes_are_refused_by_all(ranks: Group, rows: tuple[int, ...], mode: str, message: str) -> None:
+    assert all(message in said for said in ranks(3).run(refusal, rows, mode))
 
 
-def _refusal(rows: tuple[int, ...], mode: Any) -> str:
-    everyone = Mesh(Grid(rows=3), CPU)
+def refusal(rows: tuple[int, ...], mode: Any) -> str:
+    rank = Mesh(Grid(rows=3), CPU).rank
     try:
-        encoder("wan2.1", everyone).encode(pictures("wan2.1", 1, rows[everyone.rank]), mode=mode)
+        encoded("wan2.1", pictures("wan2.1", 1, rows[rank]), mode=mode)
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""

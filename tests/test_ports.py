@@ -28,9 +28,8 @@ from halovae import Grid, Mesh, tiny
 from halovae import latents as latents_file
 from halovae.bench.ranks import Ranks
 from halovae.cli.main import app
-from halovae.encode import Encoder
+from halovae.integrations.autoencoder import Autoencoder
 from halovae.launch import launch
-from halovae.models.load import encoder_from_module
 from halovae.platform import Platform
 from halovae.serving.lead import Lead
 
@@ -146,9 +145,9 @@ def test_a_server_listens_on_loopback_only(folder: Path, tmp_path: Path) -> None
 
 
 def encode() -> tuple[list[int], str]:
-    encoder = Encoder(encoder_from_module(vae("wan2.1")))
-    shape = encoder.encode(torch.zeros(1, 3, 1, 32, 32), mode="parallel").shape
-    return list(shape), os.environ["GLOO_SOCKET_IFNAME"]
+    moments = Autoencoder(vae("wan2.1")).encode(torch.zeros(1, 3, 1, 32, 32), mode="parallel")
+    assert moments is not None
+    return list(moments.shape), os.environ["GLOO_SOCKET_IFNAME"]
 
 
 @pytest.mark.slow

@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from halovae.decode import Decoder, Mode
-from halovae.encode import Encoder
 from halovae.geometry import Grid
-from halovae.integrations.diffusers import do_without_torchvision, encode_by, gather_uneven_parts
-from halovae.integrations.within import SharedDecode
+from halovae.integrations.diffusers import do_without_torchvision, gather_uneven_parts
+from halovae.integrations.plane_call import Sharing
+from halovae.integrations.within import SharedDecode, share_encode
+from halovae.kernels import EAGER
 from halovae.lines import join_world, world_size
 from halovae.mesh import Mesh
-from halovae.models.load import encoder_from_module, from_module
+from halovae.models.load import from_module
 from halovae.pipelines import Pipeline, Prompt
 from halovae.platform import Platform
 from halovae.report import DecodeReport
@@ -61,7 +62,7 @@ class Generator:
             world's size, or 1: every rank then denoises all by itself, as it does where diffusers cannot share the
             transformer.
         offload: keep all but the VAE in the host's memory, each part but for the time it is used.
-        encode: how ranks share the pictures that a pipeline starts from, as a mode of `Encoder.encode`.
+        encode: how ranks share the pictures that a pipeline starts from, as a mode of `Autoencoder.encode`.
 
     Raises:
         ValueError: a pipeline of another kind, degrees that do not match the world, or nowhere to offload from.
@@ -104,11 +105,8 @@ class Generator:
         if self.kind.pictures.stop > 1:
             # Of its own: the decode of what was generated before may be under way in another thread.
             mesh = Mesh(Grid(rows=world_size()), platform.device)
-            encoder = Encoder(encoder_from_module(self.pipeline.vae), mesh)
-            encode_by(
-                self.pipeline.vae,
-                lambda pictures: encoder.encode(pictures, mode=encode, kernels=self.decoder.kernels),
-            )
+            sharing = Sharing(encode, gather="all")
+            share_encode(self.pipeline.vae, sharing, mesh, lambda: self.decoder.kernels is not EAGER)
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
         if ulysses * ring > 1 and self.kind.family.shared:
             for name in ("transformer", "transformer_2"):

@@ -1,11 +1,8 @@
-"""The loop: chunks of latent frames through the decoder of each rank, and the frames gathered as they get finished.
-
-And its mirror image, chunks of frames through the encoder.
-"""
+"""The loop: chunks of latent frames through the decoder of each rank, and the frames gathered as they get finished."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +14,6 @@ from halovae.geometry import Halo, Shard, Span
 from halovae.kernels import EAGER, Kernels
 from halovae.mesh import Mesh, Traffic
 from halovae.models.wan import WanDecoder
-from halovae.models.wan_encoder import WanEncoder
 from halovae.parts import part
 from halovae.planning.plan import Plan, Stage
 from halovae.pool import Pool
@@ -153,29 +149,3 @@ def converted(frames: Tensor, dtype: torch.dtype) -> Tensor:
         if dtype == torch.uint8:
             frames = frames.float().add_(1).mul_(127.5).round_()
         return frames.to(dtype, memory_format=torch.contiguous_format)
-
-
-@torch.inference_mode()
-def moments(model: WanEncoder, pictures: Tensor, mesh: Mesh, kernels: Kernels = EAGER) -> Iterator[Tensor]:
-    """Encode, and yield this rank's moments `[B, 2 * z_dim, 1, H, W]` for each latent frame, without those of others.
-
-    Args:
-        model: the encoder.
-        pictures: `[B, 3, T', H', W']`, whole, on any device, in sizes that the model takes.
-        mesh: whose ranks share the rows and cols.
-        kernels: eager or compiled.
-    """
-    config, weights = model.config, next(model.parameters())
-    scale, step = config.spatial_factor, config.temporal_factor
-    batch, _, length, height, width = pictures.shape
-    shards = mesh.grid.shards(batch, height // scale, width // scale)
-    shard, cache = shards[mesh.rank].scaled(scale), Cache(Pool(weights.device))
-    for start, stop in ((0, 1), *((start, start + step) for start in range(1, length, step))):
-        context = Context(mesh, cache, start == 0, stop == length, shards, {"": 1}, kernels)
-        halo = context.widest(scale).scaled(config.patch_size)
-        rows, cols = shard.rows.grown(halo.top, halo.bottom), shard.cols.grown(halo.left, halo.right)
-        data = pictures[shard.batch.slice, :, start:stop, rows.slice, cols.slice].to(weights.device, weights.dtype)
-        tile = Tile(data.contiguous(memory_format=mesh.platform.layout()), halo, scale)
-        with mesh.in_use(mesh.traffic), mesh.platform.repeatable():
-            own = model(tile, context)
-        yield own

@@ -137,9 +137,7 @@ class Autoencoder:
 
         Args:
             pictures: `[B, C, H, W]` or `[B, C, T, H, W]` as the module's `encode` takes them.
-            mode: "auto" and "parallel": all ranks share the rows, or in mode "auto" the cols where there are too few
-                rows. "single": each rank encodes all by itself.
-            grid: instead of `mode`.
+            mode: as for `stream`; likewise `grid` and `memory_budget`. On one rank each encodes all by itself.
             gather: who receives the result: "all" ranks (the default), "rank0", or "none".
             options: further arguments of the module's own `encode`.
 
@@ -171,12 +169,18 @@ def _sharing(options: dict[str, Any]) -> tuple[Sharing, dict[str, Any]]:
 
 def parallelize_plane(vae: nn.Module, sharing: Sharing, warn: Callable[[Any], None]) -> None:
     """Replace the `decode` and `encode` of an autoencoder's instance; see `halovae.parallelize`."""
+    if hasattr(type(vae), "decode"):
+        replace_call(vae, "decode", sharing, warn)
+    if hasattr(type(vae), "encode"):
+        replace_call(vae, "encode", Sharing(sharing.mode, gather="all"), warn)
+
+
+def replace_call(vae: nn.Module, name: Call, sharing: Sharing, warn: Callable[[Any], None]) -> None:
+    """Replace one of the two."""
     from diffusers.utils.accelerate_utils import apply_forward_hook
 
-    for name in ("decode", "encode"):
-        if hasattr(type(vae), name):
-            own = sharing if name == "decode" else Sharing(sharing.mode, gather="all")
-            vars(vae)[name] = apply_forward_hook(_method(PlaneCall(vae, name), own, warn)).__get__(vae)
+    # The hook moves an offloaded VAE to its device first, as around diffusers' own.
+    vars(vae)[name] = apply_forward_hook(_method(PlaneCall(vae, name), sharing, warn)).__get__(vae)
 
 
 def _method(call: PlaneCall, sharing: Sharing, warn: Callable[[Any], None]) -> Callable[..., Any]:

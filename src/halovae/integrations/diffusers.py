@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halovae.decode import Decoder, HaloDepth, Mode
-from halovae.encode import Encoder
 from halovae.geometry import Grid
-from halovae.integrations.autoencoder import parallelize_plane
+from halovae.integrations.autoencoder import parallelize_plane, replace_call
 from halovae.integrations.plane_call import Sharing, tiles_only
 from halovae.loop import Gather
-from halovae.models.load import CLASSES, encoder_from_module, from_module
+from halovae.models.load import CLASSES, from_module
 from halovae.planning.plan import Chunk
 
 
@@ -42,9 +40,9 @@ def parallelize(
 
     Args:
         pipe_or_vae: a pipeline with a `vae`, or any diffusers autoencoder with rows and cols. `AutoencoderKLWan` and
-            `AutoencoderKLQwenImage` have decoders of halovae's own; others run unmodified on a partitioned plane.
-        mode: how ranks share a latent; see `Decoder.stream` for this, `grid`, `chunk` and `halo_depth`. Pictures that
-            are encoded are shared by rows, or not at all; see `Encoder.encode`.
+            `AutoencoderKLQwenImage` have decoders of halovae's own; all else runs unmodified on a partitioned plane.
+        mode: how ranks share a latent, or pictures that are encoded; see `Decoder.stream` for this, `grid`, `chunk` and
+            `halo_depth`.
         grid: instead of `mode`, for decoding.
         chunk: latent frames per pass.
         gather: "all" gives every rank the frames. "rank0" saves the other ranks the memory: they get black frames of
@@ -87,24 +85,8 @@ def parallelize(
 
     # The hook moves an offloaded VAE to its device first, as around diffusers' own decode.
     vae.decode = types.MethodType(apply_forward_hook(decode), vae)
-    encoder = Encoder(encoder_from_module(vae))
-    encode_by(vae, lambda pictures: encoder.encode(pictures, mode=mode))
+    replace_call(vae, "encode", Sharing(mode, gather="all"), _warn_of_tiling)
     return pipe_or_vae
-
-
-def encode_by(vae: Any, moments: Callable[[Tensor], Tensor]) -> None:
-    """Let a VAE's `encode` take its moments `[B, 2 * z_dim, T, H, W]` from a function of pictures `[B, 3, T, H, W]`."""
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-    from diffusers.models.modeling_outputs import AutoencoderKLOutput
-    from diffusers.utils.accelerate_utils import apply_forward_hook
-
-    @functools.wraps(type(vae).encode)
-    def encode(self: nn.Module, x: Tensor, return_dict: bool = True) -> Any:
-        _warn_of_tiling(self)
-        posterior = DiagonalGaussianDistribution(moments(x))
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    vae.encode = types.MethodType(apply_forward_hook(encode), vae)
 
 
 def do_without_torchvision() -> None:

@@ -98,10 +98,13 @@ class PlaneCall:
     Args:
         vae: the autoencoder.
         name: which call.
+        mesh: all ranks of the world, for calls beside those of other threads: either they share the plane on its grid,
+            or each computes all by itself. None for the meshes that all calls use.
     """
 
-    def __init__(self, vae: nn.Module, name: Call) -> None:
-        self.vae, self.name = vae, name
+    def __init__(self, vae: nn.Module, name: Call, mesh: Mesh | None = None) -> None:
+        self.vae, self.name, self._mesh = vae, name, mesh
+        self._alone = None if mesh is None else Mesh(Grid(), mesh.platform.device)
         self._own: Callable[..., Any] = getattr(type(vae), name)
         self.signature = inspect.signature(self._own)
         config = getattr(vae, "config", None)
@@ -109,7 +112,8 @@ class PlaneCall:
         levels = len(getattr(config, "block_out_channels", None) or (0,))
         multiple = int(ratio) if isinstance(ratio, (int, float)) else 2 ** (levels - 1)
         identity = Identity(f"PlaneCall.{name}", self._kind_by_name, self._recall_kind)
-        self._sharded = Sharded(self._run, [vae], multiple if name == "encode" else 1, identity)
+        self._multiple = multiple if name == "encode" else 1
+        self._sharded = Sharded(self._run, [vae], self._multiple, identity)
         self._choices: dict[str, Choice] = {}
         self.fell_back = ""  # what the last call gave up when memory ran out
         # Of the result: its class, the field that counts, and the class of a distribution in there.
@@ -141,16 +145,13 @@ class PlaneCall:
             sharing.check()
             self._check(x, options)
         except (ValueError, TypeError) as error:
-            # Other ranks are about to agree, and learn of it.
-            everyone = sharing.mesh or mesh_for(Grid(rows=world_size()), next(self.vae.parameters()).device)
-            everyone.agree("", error, None)
+            (sharing.mesh or self._everyone()).agree("", error, None)  # other ranks are about to, and learn of it
         if sharing.mesh is not None:
             return Choice(sharing.mesh.grid, x.shape[0])
         world, (height, width) = world_size(), x.shape[-2:]
-        planned = sharing.mode == "auto" and self.name == "decode" and x.numel() > 0
         if sharing.grid is not None or sharing.mode == "single" or (world == 1 and sharing.memory_budget is None):
             return Choice(sharing.grid or Grid(), x.shape[0])
-        if planned:
+        if sharing.mode == "auto" and x.numel() > 0:
             try:
                 return self._planned(x, sharing, options)
             except UnplannableError:
@@ -158,6 +159,14 @@ class PlaneCall:
         if height >= world or sharing.mode == "parallel":
             return Choice(Grid(rows=world), x.shape[0])
         return Choice(Grid(cols=world) if width >= world else Grid(), x.shape[0])
+
+    def _everyone(self) -> Mesh:
+        """The mesh over which ranks agree."""
+        return self._mesh or mesh_for(Grid(rows=world_size()), next(self.vae.parameters()).device)
+
+    def _used(self, grid: Grid) -> Mesh | None:
+        """The mesh of its own for a grid, if it has any."""
+        return None if self._mesh is None else self._mesh if grid == self._mesh.grid else self._alone
 
     def _check(self, x: Any, options: Mapping[str, Any]) -> None:
         if not isinstance(x, Tensor) or x.ndim not in (4, 5) or not x.is_floating_point():
@@ -176,19 +185,26 @@ class PlaneCall:
             raise UnplannableError("an option is no plain value, or hooks move weights: it runs eagerly")
         batch, names = x.shape[0], ",".join(tensors)
         asked = f"{list(x.shape)}, {x.dtype}, {key}, {[list(one.shape) for one in tensors.values()]}, {sharing}"
-        everyone = mesh_for(Grid(rows=world_size()), next(self.vae.parameters()).device)
+        everyone, world = self._everyone(), world_size()
         free = everyone.platform.memory()[0], socket.gethostname()
-        offers = everyone.agree(f"decode {asked}", None, free)
+        offers = everyone.agree(f"{self.name} {asked}", None, free)
         budget = sharing.memory_budget or usable(offers, everyone.platform.kind)
         known = self._choices.get(asked)
         if known is not None and known.decision is not None and known.decision.stands(budget - known.kept):
             return known
 
         def search(items: int) -> Search:
+            rounds = batch // items
+
+            def allowed(grid: Grid) -> bool:
+                ranks = grid.size in (1, world) if self._mesh is None else grid in (Grid(), self._mesh.grid)
+                return ranks and rounds % grid.batch == 0
+
             return Search(
                 lambda z: self._run(z, *tensors.values(), _names=names, **static), self.vae, (items, *x.shape[1:]),
-                x.dtype, calibration_of(everyone, x.dtype, EAGER), batch // items, budget,
-                len({host for _, host in offers}) > 1, all_ranks=True,
+                x.dtype, calibration_of(everyone, x.dtype, EAGER), rounds, budget,
+                len({host for _, host in offers}) > 1, allowed, self._multiple,
+                world if sharing.gather == "all" else 1,
             )  # fmt: skip
 
         # Noise is drawn for all items at once, and other tensors may belong to all of them.
@@ -202,18 +218,20 @@ class PlaneCall:
         kept = 0 if sharing.gather == "none" else size
         if kept >= budget:
             raise TooLittleMemory(
-                f"latents {list(x.shape)} do not fit into a memory budget of {budget / 2**20:,.1f} MiB: their pictures "
-                f"alone take {kept / 2**20:,.1f} MiB"
+                f"tensors of shape {list(x.shape)} do not fit into a memory budget of {budget / 2**20:,.1f} MiB: what "
+                f"they {self.name} to alone takes {kept / 2**20:,.1f} MiB"
             )
         found.budget = budget - kept
-        decision = found.decide(world_size())
+        decision = found.decide(world)
 
         def choice_of(plan: Plan, leaner: Choice | None = None) -> Choice:
             grid = plan.stages[0].grid
             return Choice(grid, batch if whole or sharing.gather == "none" else grid.batch, decision, kept, leaner)
 
-        # Parts that ranks keep are parts of one grid: there is no other halfway.
-        others = decision.leaner() if sharing.gather != "none" and world_size() > 1 else []
+        # Parts that ranks keep are parts of one grid: there is no other halfway. Ranks that compute alone on a mesh of
+        # their own do not learn where memory runs out.
+        falls_back = sharing.gather != "none" and world > 1 and self._mesh is None
+        others = decision.leaner() if falls_back else []
         leaner = choice_of(others[0]) if others else None
         choice = self._choices[asked] = choice_of(decision.chosen.plan, leaner)
         return choice
@@ -247,8 +265,8 @@ class PlaneCall:
             if choice.items < x.shape[0]:
                 return Chunks(self._rounds(x, choice, sharing, static))
             return self._sharded.stream(
-                x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh, gather=sharing.gather, options=static,
-                convert=sharing.convert, leaner=choice.leaner is not None,
+                x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh or self._used(choice.grid),
+                gather=sharing.gather, options=static, convert=sharing.convert, leaner=choice.leaner is not None,
             )  # fmt: skip
 
         chunks = started(choice)
@@ -287,8 +305,8 @@ class PlaneCall:
             some = x[start : start + choice.items]
             try:
                 part = self._sharded(
-                    some, grid=choice.grid, gather=sharing.gather, options=options, convert=sharing.convert,
-                    leaner=choice.leaner is not None,
+                    some, grid=choice.grid, mesh=self._used(choice.grid), gather=sharing.gather, options=options,
+                    convert=sharing.convert, leaner=choice.leaner is not None,
                 )  # fmt: skip
             except RankOutOfMemoryError as error:
                 assert choice.leaner is not None

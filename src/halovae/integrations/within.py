@@ -1,15 +1,17 @@
-"""A VAE's `decode` shared by all ranks wherever a pipeline calls it, with a report of what it took."""
+"""A VAE's `decode` and `encode` shared by all ranks wherever a pipeline calls them."""
 
 from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from halovae.integrations.autoencoder import Autoencoder
-from halovae.integrations.plane_call import tiles_only
+from halovae.integrations.plane_call import PlaneCall, Sharing, tiles_only
+from halovae.mesh import Mesh
 from halovae.report import DecodeReport
 
 
@@ -45,6 +47,31 @@ class SharedDecode:
 
         vars(decode)["halovae_method"] = True  # as in `parallelize_plane`
         vars(vae)["decode"] = types.MethodType(decode, vae)
+
+
+def share_encode(vae: Any, sharing: Sharing, mesh: Mesh, is_compiled: Callable[[], bool]) -> None:
+    """Let all ranks share the `encode` of a pipeline's VAE, beside decodes of another thread. All receive the result.
+
+    Args:
+        vae: a diffusers autoencoder; its instance's `encode` is replaced.
+        sharing: how.
+        mesh: of all ranks, and nobody else's.
+        is_compiled: whether to compute with compiled kernels, from now on.
+    """
+    call = PlaneCall(vae, "encode", mesh)
+
+    @functools.wraps(type(vae).encode)
+    def encode(_: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if is_compiled():
+            call.compile()
+        options, as_tuple = call.arguments(x, *args, **kwargs)
+        x = x.to(next(vae.parameters()).dtype)  # pipelines hand over what the text encoder's is
+        value = call.stream(x, call.choose(x, sharing, options), sharing, options).join()
+        assert value is not None  # all ranks receive it
+        return call.result(value, as_tuple)
+
+    vars(encode)["halovae_method"] = True  # as in `parallelize_plane`
+    vars(vae)["encode"] = types.MethodType(encode, vae)
 
 
 def _is_floating(value: Any) -> bool:

@@ -1,11 +1,11 @@
-"""Build a decoder, or an encoder, from a live diffusers VAE, files of any known layout, or a hub id."""
+"""Build a decoder from a live diffusers VAE, files of any known layout, or a hub id."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from halovae.models.checkpoint import Checkpoint, check_weights, recognize
 from halovae.models.wan import WanConfig, WanDecoder
-from halovae.models.wan_encoder import WanEncoder
 from halovae.models.weights import CheckpointError, Weights
 from halovae.platform import Platform
 
@@ -28,7 +27,6 @@ _NO_PLANE = {
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ENCODER = ("encoder.", "quant_conv.")
-Half = TypeVar("Half", WanDecoder, WanEncoder)
 
 
 def config_of(config: Mapping[str, Any], source: str) -> WanConfig:
@@ -58,26 +56,13 @@ def from_module(vae: nn.Module) -> WanDecoder:
     Raises:
         CheckpointError: the module's class is not supported.
     """
-    return _over(vae, WanDecoder)
-
-
-def encoder_from_module(vae: nn.Module) -> WanEncoder:
-    """Build an encoder over a live diffusers VAE, as `from_module` builds a decoder.
-
-    Raises:
-        CheckpointError: the module's class is not supported.
-    """
-    return _over(vae, WanEncoder)
-
-
-def _over(vae: nn.Module, half: type[Half]) -> Half:
     name = type(vae).__name__
     config = config_of({**getattr(vae, "config", {}), "_class_name": name}, f"module {name}")
     state = vae.state_dict(keep_vars=True)
-    state = {key: state[key] for key in state if _part_of(half)(key)}
-    model = _empty(half, config)
+    state = {key: state[key] for key in state if _is_decoders(key)}
+    model = _empty(config)
     given = {_ours(key): (key, one.shape) for key, one in state.items()}
-    check_weights(name, _kind(config, half), _shapes(model), given)
+    check_weights(name, _kind(config), _shapes(model), given)
     with torch.inference_mode(False), torch.no_grad():  # parameters stay ones that can be trained
         for parameter in state.values():
             layout = Platform(parameter.device).layout(parameter.ndim)
@@ -100,10 +85,10 @@ def from_files(path: Path, dtype: torch.dtype, device: torch.device) -> WanDecod
     """
     checkpoint = open_checkpoint(path)
     config = config_of(checkpoint.config, _config_source(path))
-    model = _empty(WanDecoder, config)
-    names = {_ours(name): name for name in checkpoint.keys if _part_of(WanDecoder)(name)}
+    model = _empty(config)
+    names = {_ours(name): name for name in checkpoint.keys if _is_decoders(name)}
     given = {ours: checkpoint.keys[name] for ours, name in names.items()}
-    check_weights(checkpoint.source, _kind(config, WanDecoder), _shapes(model), given)
+    check_weights(checkpoint.source, _kind(config), _shapes(model), given)
     checkpoint.check_dtypes(names.values())
     state = {_ours(name): _packed(tensor.to(dtype).to(device)) for name, tensor in checkpoint.read(names.values())}
     model.load_state_dict(state, assign=True)
@@ -280,25 +265,22 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _ours(key: str) -> str:
-    """Our name of a diffusers parameter: `upsamplers.0.resample.1` (Wan2.1) and `upsampler.resample.1` (Wan2.2).
-
-    The encoder's downsamplers likewise.
-    """
+    """Our name of a diffusers parameter: `upsamplers.0.resample.1` (Wan2.1) and `upsampler.resample.1` (Wan2.2)."""
     return key.replace(".upsamplers.0.", ".upsampler.").replace(".resample.1.", ".")
 
 
-def _part_of(half: type[Half]) -> Callable[[str], bool]:
-    """Whether a diffusers parameter belongs to the decoder, or the encoder."""
-    return lambda key: key.startswith(_ENCODER) == issubclass(half, WanEncoder)
+def _is_decoders(key: str) -> bool:
+    """Whether a diffusers parameter belongs to the decoder, not to the encoder."""
+    return not key.startswith(_ENCODER)
 
 
-def _kind(config: WanConfig, half: type[Half]) -> str:
-    return f"{config.family} {'encoder' if issubclass(half, WanEncoder) else 'decoder'}"
+def _kind(config: WanConfig) -> str:
+    return f"{config.family} decoder"
 
 
-def _empty(half: type[Half], config: WanConfig) -> Half:
+def _empty(config: WanConfig) -> WanDecoder:
     with torch.device("meta"):
-        return half(config)
+        return WanDecoder(config)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

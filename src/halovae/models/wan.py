@@ -44,20 +44,18 @@ class WanConfig:
 
     Attributes:
         family: "wan2.1", "wan2.2-5b" or "qwen-image".
-        base_dim: channels of the decoder's last blocks; the encoder's first ones have `encoder_dim`.
-        in_channels: of what the encoder sees, after patches were laid out; likewise the decoder's `out_channels`.
+        base_dim: channels of the last blocks.
+        out_channels: before patches are laid out.
         latents_mean: per channel, for de-normalizing latents; likewise `latents_std`.
     """
 
     family: str
     base_dim: int
-    encoder_dim: int
     z_dim: int
     dim_mult: tuple[int, ...]
     num_res_blocks: int
     temporal_upsample: tuple[bool, ...]
     is_residual: bool
-    in_channels: int
     out_channels: int
     patch_size: int
     latents_mean: tuple[float, ...]
@@ -71,13 +69,11 @@ class WanConfig:
         return cls(
             family=("wan2.2-5b" if residual else "wan2.1") if wan else "qwen-image",
             base_dim=config.get("decoder_base_dim") or config["base_dim"],
-            encoder_dim=config["base_dim"],
             z_dim=config["z_dim"],
             dim_mult=tuple(config["dim_mult"]),
             num_res_blocks=config["num_res_blocks"],
             temporal_upsample=tuple(reversed(config["temperal_downsample"])),
             is_residual=residual,
-            in_channels=config.get("in_channels" if wan else "input_channels", 3),
             out_channels=config.get("out_channels", 3) if wan else config.get("input_channels", 3),
             patch_size=config.get("patch_size") or 1,
             latents_mean=tuple(config["latents_mean"]),

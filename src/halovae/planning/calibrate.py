@@ -36,8 +36,8 @@ from halovae.planning.plan import Plan
 from halovae.platform import Platform
 
 SAMPLE = WanConfig(
-    family="sample", base_dim=96, encoder_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=0,
-    temporal_upsample=(True, True, False), is_residual=False, in_channels=3, out_channels=3, patch_size=1,
+    family="sample", base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=0,
+    temporal_upsample=(True, True, False), is_residual=False, out_channels=3, patch_size=1,
     latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
 )  # fmt: skip
 # Latent frames, rows and cols, and the chunk, of the decodes that are timed; accelerators need more to be busy.

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
-from halovae.geometry import Grid
 from halovae.kernels import EAGER, Kernels
 from halovae.lines import Lines, Scope
-from halovae.loop import Gather, Loop, Request, moments
+from halovae.loop import Gather, Loop, Request
 from halovae.memory import LiveBytes
 from halovae.mesh import Mesh, Traffic
 from halovae.models.wan import WanConfig, WanDecoder
-from halovae.models.wan_encoder import WanEncoder
 from halovae.planning.plan import Plan
 from halovae.platform import Platform
 
@@ -320,46 +318,6 @@ def walk(
             caches.append(loop.cached())
     weights = sum(_bytes(parameter) for parameter in model.parameters())
     return Cost(dict(total), sent, sent_bytes, weights, max(caches), recorder.peak)
-
-
-def walk_encoder(
-    config: WanConfig, shape: Sequence[int], dtype: torch.dtype, grid: Grid, compiled: bool = False,
-    device: torch.device = CPU,
-) -> Cost:  # fmt: skip
-    """What the rank with the most to do takes to encode pictures `[B, 3, T, H, W]` on a grid, up to the last gather.
-
-    Args:
-        config: the model's sizes.
-        shape: of the pictures, such as the model takes.
-        dtype: what is computed in.
-        grid: how ranks share the pictures.
-        compiled: whether kernels are compiled.
-        device: whose way through the layers to take; it need not be here.
-
-    Raises:
-        ValueError: the grid has more ranks along an axis than there is to share out.
-    """
-    batch, channels, length, height, width = shape
-    step, scale = config.temporal_factor, config.spatial_factor
-    chunks = [1, (length - 1) // step]  # the first frame, and all that follows, of which one chunk is walked
-    recorder = Recorder()
-    rank = _busiest(Plan.of(batch, grid), (batch, channels, 1, height // scale, width // scale))
-    mesh = Mesh(grid, device, _WalkedLines(rank, grid.size, recorder))
-    total: dict[tuple[str, str], Work] = defaultdict(Work)
-    sent = sent_bytes = 0
-    with _disable_current_modes(), torch.inference_mode():
-        with torch.device("meta"):
-            model = WanEncoder(config).to(dtype)
-        pictures = torch.empty((batch, channels, min(length, 1 + step), height, width), dtype=dtype, device="meta")
-        with recorder:
-            kernels = recorder.kernels() if compiled else EAGER
-            for times, _ in zip(chunks, moments(model, pictures, mesh, kernels), strict=False):
-                for key, work in recorder.taken().items():
-                    total[key].add(work, times)
-                sent, sent_bytes = sent + times * mesh.traffic.messages, sent_bytes + times * mesh.traffic.bytes
-                mesh.traffic.messages = mesh.traffic.bytes = 0
-    weights = sum(_bytes(parameter) for parameter in model.parameters())
-    return Cost(dict(total), sent, sent_bytes, weights, 0, recorder.peak)
 
 
 def _busiest(plan: Plan, shape: Sequence[int]) -> int:

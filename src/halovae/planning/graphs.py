@@ -80,6 +80,12 @@ class Traced:
     random: bool
 
 
+def cells(shape: Sequence[int], multiple: int) -> tuple[int, int]:
+    """Rows and cols that ranks share out, of an input `[..., H, W]`: so many at a time where they are a multiple."""
+    height, width = (size if size % multiple else size // multiple for size in shape[-2:])
+    return height, width
+
+
 def busiest(grid: Grid, height: int, width: int) -> int:
     """The rank with the most cells to compute, halos included."""
     load = []
@@ -93,25 +99,26 @@ def busiest(grid: Grid, height: int, width: int) -> int:
 
 def traced(
     function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype, grid: Grid,
-    rank: int | None = None,
+    rank: int | None = None, multiple: int = 1,
 ) -> Traced:  # fmt: skip
     """What a rank of a grid takes, by its graph.
 
     Args:
-        function: from latents to pictures.
+        function: from latents to pictures, or the reverse.
         module: whose parameters it uses; meta tensors will do.
-        shape: of the latents, plane last.
-        dtype: of the latents.
+        shape: of its input, plane last.
+        dtype: of its input.
         grid: rows and cols of ranks.
         rank: which one; None for the one with the most to do.
+        multiple: of which bounds are to be multiples, as `trace` has it.
 
     Raises:
         UnplannableError: the function cannot be traced.
     """
-    rank = busiest(grid, *shape[-2:]) if rank is None else rank
+    rank = busiest(grid, *cells(shape, multiple)) if rank is None else rank
     mesh = Mesh(grid, CPU, TracedLines(rank, grid.size))
     try:
-        program = trace(function, [module], mesh, shape, dtype, CPU)
+        program = trace(function, [module], mesh, shape, dtype, CPU, multiple)
     except (TraceError, NotImplementedError) as error:
         raise UnplannableError(f"{type(module).__name__} cannot be planned: {error}") from error
     total: WorkByKind = defaultdict(Work)

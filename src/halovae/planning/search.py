@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from halovae.geometry import Grid
 from halovae.planning.calibration import Calibration
 from halovae.planning.choose import MARGIN, WORTH, Candidate, Decision, TooLittleMemory
-from halovae.planning.cost import EXCHANGE, GATHER
-from halovae.planning.graphs import Traced, traced
+from halovae.planning.cost import EXCHANGE, GATHER, Cost
+from halovae.planning.graphs import Traced, cells, traced
 from halovae.planning.plan import Plan
 
 _LITTLE = f"less plain, and at most {WORTH:.0%} faster"
@@ -20,31 +20,35 @@ _ADVISED = (2, 4, 8, 16, 32, 64)
 
 
 class Search:
-    """Prices the grids of one decode, and decides among them.
+    """Prices the grids of one decode or encode, and decides among them.
 
     Items of a batch are decoded one after the other, or shared by whole items. Pictures stay on the ranks that
     decode them.
 
     Args:
-        function: from latents to pictures.
+        function: from latents to pictures, or the reverse.
         module: whose parameters it uses; meta tensors will do.
-        shape: of the latents of one item, plane last.
-        dtype: of the latents.
+        shape: of one item of its input, plane last.
+        dtype: of its input.
         calibration: what prices the work.
         batch: how many items there are.
         budget: bytes that a rank may take besides weights; None for any number. An attribute, too: it may change.
         hosts: whether the ranks are on several hosts.
-        all_ranks: whether a grid has one rank, or all of them, and as many items at a time as go into the batch evenly.
+        allowed: whether a grid is a candidate; None for all.
+        multiple: of which bounds are to be multiples, as `trace` has it.
+        computing: how many ranks compute at once on a grid of one rank: all of them if each needs the result.
     """
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype,
         calibration: Calibration, batch: int = 1, budget: int | None = None, hosts: bool = False,
-        all_ranks: bool = False,
+        allowed: Callable[[Grid], bool] | None = None, multiple: int = 1, computing: int = 1,
     ) -> None:  # fmt: skip
         self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
+        self._plane, self._multiple = cells(shape, multiple), multiple
+        self._alone = computing
         self._calibration, self._batch, self.budget, self._hosts = calibration, batch, budget, hosts
-        self._all_ranks = all_ranks
+        self._allowed = allowed
         self._traced: dict[Grid, Traced] = {}
         self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
 
@@ -56,20 +60,24 @@ class Search:
         """
         plane = replace(grid, batch=1)
         if plane not in self._traced:
-            found = traced(self._function, self._module, self._shape, self._dtype, plane)
+            found = traced(self._function, self._module, self._shape, self._dtype, plane, multiple=self._multiple)
             computed = {key: work for key, work in found.cost.work.items() if key[1] not in (EXCHANGE, GATHER)}
-            rates = self._calibration.seconds(replace(found.cost, work=computed), plane.size, self._hosts)
-            self._traced[plane], self._computing[plane] = found, sum(rates.values())
+            seconds = self._seconds(replace(found.cost, work=computed), plane)
+            self._traced[plane], self._computing[plane] = found, seconds
         return self._traced[plane]
 
     def price(self, grid: Grid) -> Candidate:
         """What a grid takes."""
         found, items = self.traced(grid), -(-self._batch // grid.batch)
         cost = found.cost
-        seconds = items * sum(self._calibration.seconds(cost, grid.size, self._hosts).values())
         return Candidate(
-            Plan.of(self._batch, grid), grid.size, seconds, cost.peak, items * cost.messages, items * cost.bytes_sent
-        )
+            Plan.of(self._batch, grid), grid.size, items * self._seconds(cost, grid), cost.peak,
+            items * cost.messages, items * cost.bytes_sent,
+        )  # fmt: skip
+
+    def _seconds(self, cost: Cost, grid: Grid) -> float:
+        ranks = grid.size if grid.size > 1 else self._alone
+        return sum(self._calibration.seconds(cost, ranks, self._hosts).values())
 
     def decide(self, world: int) -> Decision:
         """The fastest grid of up to so many ranks that fits.
@@ -99,17 +107,17 @@ class Search:
         return Decision(tuple(self._judged(one, best, seen.values()) for one in ranked), self.budget, calibration)
 
     def _grids(self, world: int) -> Iterator[Grid]:
-        height, width = self._shape[-2:]
+        height, width = self._plane
         for items in range(1, min(self._batch, world) + 1):
             for rows in range(1, min(height, world // items) + 1):
                 for cols in range(1, min(width, world // (items * rows)) + 1):
                     grid = Grid(items, rows, cols)
-                    if not self._all_ranks or (grid.size in (1, world) and self._batch % items == 0):
+                    if self._allowed is None or self._allowed(grid):
                         yield grid
 
     def _share(self, grid: Grid) -> float:
         """The share of an item's cells that the largest shard has, times the items."""
-        height, width = self._shape[-2:]
+        height, width = self._plane
         return -(-self._batch // grid.batch) * _cells(grid, height, width) / (height * width)
 
     def _floor(self, grid: Grid) -> float:
@@ -162,11 +170,11 @@ class Search:
         least = min(seen, key=lambda one: one.peak or 0)
         said = f"the leanest grid ({least.plan.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
         for ranks in _ADVISED:
-            if world < ranks <= self._shape[-2] and self.price(Grid(rows=ranks)).fits(self.budget):
+            if world < ranks <= self._plane[0] and self.price(Grid(rows=ranks)).fits(self.budget):
                 said += f"; what would fit: {ranks} ranks"
                 break
         return TooLittleMemory(
-            f"latents {list(self._shape)} do not fit into a memory budget of {_mib(self.budget)}: {said}"
+            f"tensors of shape {list(self._shape)} do not fit into a memory budget of {_mib(self.budget)}: {said}"
         )
 
 

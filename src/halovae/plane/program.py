@@ -14,7 +14,7 @@ from halovae.halves import convolution, has_units, multiplied
 from halovae.kernels import EAGER
 from halovae.mesh import Mesh
 from halovae.parts import part
-from halovae.plane import operators
+from halovae.plane import operators, windows
 from halovae.plane.flops import CONVOLUTIONS, PRODUCTS, flops
 from halovae.plane.layout import Factor, Layout, local_extent
 from halovae.plane.live import is_operator, peak
@@ -179,7 +179,7 @@ class Program:
 
 
 def _lowered(graph: fx.Graph) -> fx.Graph:
-    """The graph with products by other ways where PyTorch's are slow: those in half precision, and 3-D convolutions."""
+    """The graph with other operators where PyTorch's are slow: half precision, 3-D convolutions, padding."""
     lowered = fx.Graph()
     lowered.output(lowered.graph_copy(graph, {}))
     for node in lowered.nodes:
@@ -187,6 +187,8 @@ def _lowered(graph: fx.Graph) -> fx.Graph:
             node.args, node.target = (node.target, *node.args), multiplied
         elif node.target is torch.ops.aten.convolution.default and not node.kwargs:
             node.target = convolution
+        elif node.target is torch.ops.aten.constant_pad_nd.default and not node.kwargs:
+            node.target = windows.padded
     return lowered
 
 

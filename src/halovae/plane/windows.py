@@ -155,6 +155,37 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _plain(x, weight, bias)
 
 
+def padded(x: Tensor, widths: Sequence[int], value: float = 0.0) -> Tensor:
+    """`aten.constant_pad_nd`. On the CPU a map that lies channels last stays so.
+
+    PyTorch (2.13) does not recognize such a map of one item or one frame. A convolution of stride 2 then takes twice as
+    long, and the norm after it copies.
+
+    Args:
+        x: `[N, C, *]`.
+        widths: before and after each dim, from the last dim on.
+        value: what it is padded with.
+    """
+    dims = next((at for at in range(len(widths) // 2, 0, -1) if any(widths[2 * at - 2 : 2 * at])), 0)
+    last = x.device.type == "cpu" and x.ndim in (4, 5) and x.shape[1] > 1 and x.stride(1) == 1
+    if not last or min(widths) < 0 or dims > x.ndim - 2:
+        return aten.constant_pad_nd.default(x, widths, value)
+    sizes = list(x.shape)
+    for at in range(dims):
+        sizes[-1 - at] += widths[2 * at] + widths[2 * at + 1]
+    items, channels, *plane = sizes
+    _, pool = operators.current_kernels(x)
+    out = pool.empty((items, channels, *([1] * (5 - x.ndim)), *plane), x.dtype)
+    result = inner = out if x.ndim == 5 else out[:, :, 0]
+    for at in range(dims):
+        dim, before, after = x.ndim - 1 - at, widths[2 * at], widths[2 * at + 1]
+        inner.narrow(dim, 0, before).fill_(value)
+        inner.narrow(dim, inner.shape[dim] - after, after).fill_(value)
+        inner = inner.narrow(dim, before, x.shape[dim])
+    inner.copy_(x)
+    return result
+
+
 def kept(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for the last frames of a map, channels last, which the convolution with this weight will fill."""
     return operators.current_kernels(weight)[1].empty(shape, weight.dtype, kept=True)
@@ -201,7 +232,8 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
         return _plain(x[:, :, 0], weight[:, :, 0], bias, padding[1:]).unsqueeze(2)
     spatial = weight.ndim - 2
     fused = backends.kernels(x.device.type)
-    if fused is not None:  # a channels-last map: its results lie so, too
+    # The result of a channels-last map lies so, too. On the CPU a small one is worth a copy.
+    if fused is not None or (x.device.type == "cpu" and 4 * x.shape[1] <= weight.shape[0]):
         x = x.contiguous(memory_format=torch.channels_last if spatial == 2 else torch.channels_last_3d)
     late = bias if fused is None else None
     result = halves.convolved(x, weight, late, padding or [0] * spatial, [1] * spatial, 1)

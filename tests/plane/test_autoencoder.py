@@ -99,7 +99,7 @@ def test_clips_come_chunk_by_chunk(ranks: Group) -> None:
 def alone() -> tuple[bool, list[int], bool]:
     decoder, x, expected = made("AutoencoderKL", 1, 4, 5, 5)
     found = decoder.decode(x, grid=Grid(), gather="rank0")
-    equal = found is None or torch.equal(found, expected)
+    equal = found is None or bool((found - expected).abs().max() < 1e-12)
     return found is None, list(decoder.report.shape), equal
 
 

@@ -160,6 +160,21 @@ def test_bad_wishes_are_refused_by_all(ranks: Group, rows: tuple[int, ...], mode
     assert all(message in said for said in ranks(3).run(refusal, rows, mode))
 
 
+def test_ranks_that_encode_alone_on_a_mesh_of_their_own_agree(ranks: Group) -> None:
+    said = ranks(3).run(alone_on_a_mesh)
+    assert all("all ranks must ask for the same, but they differ" in one for one in said)
+
+
+def alone_on_a_mesh() -> str:
+    mesh = Mesh(Grid(rows=3), CPU)
+    call = PlaneCall(vae("wan2.1"), "encode", mesh)
+    try:
+        call.choose(pictures("wan2.1", 1, 3 + mesh.rank % 2), Sharing("single", gather="all"), {})
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def refusal(rows: tuple[int, ...], mode: Any) -> str:
     rank = Mesh(Grid(rows=3), CPU).rank
     try:

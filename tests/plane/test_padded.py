@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halovae import Grid, Mesh
@@ -15,6 +15,7 @@ from halovae.plane.tensor import is_channels_last
 MESH = Mesh(Grid(), torch.device("cpu"))
 
 
+@settings(deadline=None, derandomize=True, database=None)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=2, max_size=3),
     items=st.integers(1, 2),

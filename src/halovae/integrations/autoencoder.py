@@ -194,6 +194,8 @@ def _method(call: PlaneCall, sharing: Sharing, warn: Callable[[Any], None]) -> C
             kept = vars(self).get(f"_halovae_{name}")
             used = kept if kept is not None and kept.vae is self else PlaneCall(self, name)
             vars(self)[f"_halovae_{name}"] = used
+        if name == "encode" and isinstance(x, Tensor) and x.is_floating_point():
+            x = x.to(next(used.vae.parameters()))  # pipelines hand over what the text encoder's dtype is
         options, as_tuple = used.arguments(x, *args, **kwargs)
         value = used.stream(x, used.choose(x, sharing, options), sharing, options).join()
         return used.result(used.blank(x) if value is None else value, as_tuple)

@@ -83,6 +83,7 @@ def parallelize(
             sample = _black(decoder, z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
+    vars(decode)["halovae_method"] = True  # as in `parallelize_plane`: graphs of the encode do not depend on it
     # The hook moves an offloaded VAE to its device first, as around diffusers' own decode.
     vae.decode = types.MethodType(apply_forward_hook(decode), vae)
     replace_call(vae, "encode", Sharing(mode, gather="all"), _warn_of_tiling)

@@ -149,6 +149,8 @@ class PlaneCall:
         if sharing.mesh is not None:
             return Choice(sharing.mesh.grid, x.shape[0])
         world, (height, width) = world_size(), x.shape[-2:]
+        if self._mesh is not None and sharing.mode == "single":
+            self._mesh.agree(f"{self.name} {list(x.shape)}, {x.dtype}, {sharing}", None, None)
         if sharing.grid is not None or sharing.mode == "single" or (world == 1 and sharing.memory_budget is None):
             return Choice(sharing.grid or Grid(), x.shape[0])
         if sharing.mode == "auto" and x.numel() > 0:
@@ -190,7 +192,10 @@ class PlaneCall:
         offers = everyone.agree(f"{self.name} {asked}", None, free)
         budget = sharing.memory_budget or usable(offers, everyone.platform.kind)
         known = self._choices.get(asked)
-        if known is not None and known.decision is not None and known.decision.stands(budget - known.kept):
+        # Encodes are small beside decodes: without a budget of their own none is refused for what is free just now.
+        limited = self.name == "decode" or sharing.memory_budget is not None
+        decided = None if known is None else known.decision
+        if known is not None and decided is not None and (not limited or decided.stands(budget - known.kept)):
             return known
 
         def search(items: int) -> Search:
@@ -204,7 +209,7 @@ class PlaneCall:
                 lambda z: self._run(z, *tensors.values(), _names=names, **static), self.vae, (items, *x.shape[1:]),
                 x.dtype, calibration_of(everyone, x.dtype, EAGER), rounds, budget,
                 len({host for _, host in offers}) > 1, allowed, self._multiple,
-                world if sharing.gather == "all" else 1,
+                1 if sharing.gather == "rank0" else world,
             )  # fmt: skip
 
         # Noise is drawn for all items at once, and other tensors may belong to all of them.
@@ -216,12 +221,12 @@ class PlaneCall:
             first = (found := search(batch)).traced(Grid())
         size = math.prod(first.pictures) * (sharing.dtype or x.dtype).itemsize * (1 if whole else batch)
         kept = 0 if sharing.gather == "none" else size
-        if kept >= budget:
+        if limited and kept >= budget:
             raise TooLittleMemory(
                 f"tensors of shape {list(x.shape)} do not fit into a memory budget of {budget / 2**20:,.1f} MiB: what "
                 f"they {self.name} to alone takes {kept / 2**20:,.1f} MiB"
             )
-        found.budget = budget - kept
+        found.budget = budget - kept if limited else None
         decision = found.decide(world)
 
         def choice_of(plan: Plan, leaner: Choice | None = None) -> Choice:

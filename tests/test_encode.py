@@ -1,6 +1,7 @@
 """Encodes against diffusers' own: on one rank, and on several that share rows or cols, planned or as they are told."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from torch import Tensor
 from halovae import Grid, Mesh
 from halovae.bench.ranks import Ranks
 from halovae.integrations.autoencoder import Autoencoder
-from halovae.integrations.plane_call import PlaneCall, Sharing
+from halovae.integrations.plane_call import PlaneCall
+from halovae.integrations.sharing import Sharing
 from halovae.integrations.within import share_encode
+from halovae.mesh import mesh_for
 from halovae.planning.choose import TooLittleMemory
+from halovae.planning.graphs import traced
 
 BOUND = 1e-4  # of the largest moment
 CPU = torch.device("cpu")
@@ -106,6 +110,32 @@ def test_auto_shares_what_is_large_enough(ranks: Group) -> None:
         assert small == "1x1"
 
 
+def sent(family: str) -> tuple[int, int]:
+    """The messages of each rank, and their bytes; moments stay where they are."""
+    call, sharing = PlaneCall(vae(family), "encode"), Sharing(grid=Grid(rows=3), gather="none")
+    clip = pictures(family, 9)
+    call.stream(clip, call.choose(clip, sharing, {}), sharing, {}).join()
+    assert call.report is not None
+    return call.report.messages, call.report.bytes_sent
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plans_know_the_messages_of_an_encode(ranks: Group, family: str) -> None:
+    model, clip = vae(family), pictures(family, 9)  # 5 latent rows on 3 ranks
+    multiple = 16 if family == "wan2.2-5b" else 8
+    for rank, found in enumerate(ranks(3).run(sent, family)):
+        cost = traced(
+            lambda x: model.encode(x).latent_dist.parameters,
+            model,
+            clip.shape,
+            clip.dtype,
+            Grid(rows=3),
+            rank,
+            multiple,
+        ).cost
+        assert (cost.messages, cost.bytes_sent) == found
+
+
 def fewer_rows_than_ranks() -> list[str]:
     """The grids that are candidates for pictures of 2 latent rows, for which bounds are multiples of 8 pixels."""
     call = PlaneCall(vae("wan2.1"), "encode")
@@ -123,11 +153,17 @@ def within_a_pipeline(mode: Any) -> tuple[float, float]:
     family = vae("qwen-image")
     clip = pictures("qwen-image", 1, rows=24, cols=24)
     wanted = reference("qwen-image", clip)
-    share_encode(family, Sharing(mode, gather="all"), Mesh(Grid(rows=3), CPU), lambda: False)
+    mesh, busy = Mesh(Grid(rows=3), CPU), [mesh_for(grid, CPU) for grid in (Grid(), Grid(rows=3))]
+    share_encode(family, Sharing(mode, gather="all"), mesh, lambda: False)
     try:
-        found = [family.encode(one).latent_dist.parameters for one in (clip, clip.double())]
+        with ExitStack() as stack:
+            for one in busy:
+                stack.enter_context(one.in_use(one.traffic))
+                one._user = -1  # another thread's decode: who uses it as well is told so
+            found = [family.encode(one).latent_dist.parameters for one in (clip, clip.double())]
     finally:
         del family.encode
+    assert (mesh.traffic.calls > 0) is (mode == "parallel") or mode == "auto"
     return off(found[0], wanted), off(found[1], wanted)
 
 
@@ -141,6 +177,19 @@ def test_a_budget_that_nothing_fits_into_is_refused() -> None:
         encoded("wan2.1", pictures("wan2.1", 1), memory_budget=100)
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 5, 40, 44), "pictures of 44x40: expected.*multiples of 8"),
+        ((1, 4, 5, 40, 40), r"shape \[1, 4, 5, 40, 40\]: expected \[B, 3, T, H, W\]"),
+        ((3, 5, 40, 40), r"expected \[B, 3, T, H, W\] for wan2.1"),
+    ],
+)
+def test_pictures_of_other_sizes_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoded("wan2.1", torch.zeros(shape))
+
+
 def test_bad_pictures_are_refused() -> None:
     with pytest.raises(TypeError, match=r"encode of torch.uint8 of shape .*: expected floating \[B, C, H, W\] or"):
         encoded("wan2.1", torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8))
@@ -152,6 +201,7 @@ def test_bad_pictures_are_refused() -> None:
     ("rows", "mode", "message"),
     [
         ((1, 1, 1), "half", "mode='half': expected one of auto, single, parallel"),
+        ((1, 1, 1), "parallel", "at most 1 ranks fit there"),
         ((3, 4, 3), "parallel", "all ranks must ask for the same, but they differ"),
         ((3, 4, 3), "auto", "all ranks must ask for the same, but they differ"),
     ],

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from halovae.decode import Decoder, Mode
 from halovae.geometry import Grid
 from halovae.integrations.diffusers import do_without_torchvision, gather_uneven_parts
-from halovae.integrations.plane_call import Sharing
+from halovae.integrations.sharing import Sharing
 from halovae.integrations.within import SharedDecode, share_encode
 from halovae.kernels import EAGER
 from halovae.lines import join_world, world_size

@@ -24,7 +24,8 @@ def normalize(x: Tensor, scale: Tensor, limits: Tensor, silu: bool, out: Tensor)
     Args:
         x: the map.
         scale: `[C]`.
-        limits: `added` and `least`. As numbers they would be symbols, which Inductor cannot compile (torch 2.13).
+        limits: `added` and `least`, as `limits` makes them. As numbers they would be symbols, which Inductor cannot
+            compile (torch 2.13).
         silu: whether SiLU follows.
         out: of the map's shape; no memory of it.
     """
@@ -33,6 +34,13 @@ def normalize(x: Tensor, scale: Tensor, limits: Tensor, silu: bool, out: Tensor)
     inverse = torch.maximum(wide.square().sum(-1, keepdim=True) + added, least).rsqrt()
     result = wide * inverse * scale
     out.copy_(F.silu(result) if silu else result)
+
+
+@cache
+def limits(added: float, least: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The limits of `normalize`, made once: a copy to an accelerator waits for all that is queued there."""
+    with torch.inference_mode(False):  # they outlive the call
+        return torch.tensor((added, least), dtype=dtype, device=device)
 
 
 def spread(x: Tensor, scheme: str, outs: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from halovae import winograd
+from halovae import kernels, winograd
 from halovae.geometry import Halo
 from halovae.halves import convolution, multiplied
 from halovae.parts import part
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
         with part("norm"):
             if context.compiled:
                 scale = self.gamma.flatten().float() * len(self.gamma) ** 0.5
-                limits = scale.new_tensor((0.0, 1e-24))
+                limits = kernels.limits(0.0, 1e-24, scale.dtype, scale.device)
                 context.kernels.normalize(x.movedim(1, -1), scale, limits, True, out.movedim(1, -1))
                 return
             for target, frame in zip(out.unbind(2), x.unbind(2), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.geometry import Grid
 from halovae.integrations.pictures import PictureStream
-from halovae.integrations.plane_call import Choice, Sharing
+from halovae.integrations.sharing import Choice, Sharing
 from halovae.plane import operators, sharded, windows
 from halovae.plane.results import Gather
 

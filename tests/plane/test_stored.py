@@ -117,6 +117,14 @@ def test_an_autoencoder_keeps_its_calls_and_what_they_return(traces: Traces) -> 
     assert len(traces) == 2
 
 
+def test_an_encoder_is_kept_beside_a_hand_written_decoder(traces: Traces) -> None:
+    x = torch.linspace(-1, 1, 3 * 16 * 24).view(1, 3, 1, 16, 24)
+    for _ in range(2):
+        vae: Any = halovae.parallelize(zoo.build(ENTRIES["AutoencoderKLQwenImage"]))
+        vae.encode(x)
+    assert len(traces) == 1
+
+
 def key(module: nn.Module) -> str:
     """Of an autoencoder's decode."""
     return fingerprint.fingerprint(PlaneCall(module, "decode")._run, [module], "PlaneCall.decode", ("settings",))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from halovae.integrations.pictures import PictureStream
-from halovae.integrations.plane_call import Call, PlaneCall, Sharing
+from halovae.integrations.plane_call import PlaneCall
+from halovae.integrations.sharing import Call, Sharing
 from halovae.plane import ShardReport
 from halovae.platform import Platform
 

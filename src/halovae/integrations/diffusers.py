@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from halovae.decode import Decoder, HaloDepth, Mode
 from halovae.geometry import Grid
 from halovae.integrations.autoencoder import parallelize_plane, replace_call
-from halovae.integrations.plane_call import Sharing, tiles_only
+from halovae.integrations.plane_call import tiles_only
+from halovae.integrations.sharing import Sharing
 from halovae.loop import Gather
 from halovae.models.load import CLASSES, from_module
 from halovae.planning.plan import Chunk

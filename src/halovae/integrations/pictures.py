@@ -16,7 +16,8 @@ from halovae.plane.results import Chunks, ShardReport
 from halovae.report import DecodeReport, RankReport
 
 if TYPE_CHECKING:
-    from halovae.integrations.plane_call import Choice, PlaneCall
+    from halovae.integrations.plane_call import PlaneCall
+    from halovae.integrations.sharing import Choice
 
 
 class PictureStream(Iterator["Tensor | None"]):

@@ -8,88 +8,31 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from halovae.geometry import Grid
+from halovae.integrations.sharing import Call, Choice, Sharing
 from halovae.kernels import EAGER
 from halovae.lines import world_size
-from halovae.loop import converted
 from halovae.mesh import Mesh, mesh_for
+from halovae.models.load import CLASSES, config_of
 from halovae.out_of_memory import RankOutOfMemoryError
 from halovae.plane import Sharded, ShardReport
 from halovae.plane.fingerprint import Unstable
 from halovae.plane.keys import hooked, value_key
-from halovae.plane.results import Chunks, Gather
+from halovae.plane.results import Chunks
 from halovae.plane.stored import Identity
-from halovae.planning.choose import Decision, TooLittleMemory
+from halovae.planning.choose import TooLittleMemory
 from halovae.planning.graphs import UnplannableError
 from halovae.planning.plan import Plan
 from halovae.planning.planner import calibration_of, usable
 from halovae.planning.search import Search
 
-Call = Literal["decode", "encode"]
-Mode = Literal["auto", "single", "parallel"]
 BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
 FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """What a caller asks for; see `Autoencoder.stream`."""
-
-    mode: Mode = "auto"
-    grid: Grid | None = None
-    gather: Gather = "rank0"
-    dtype: torch.dtype | None = None
-    memory_budget: int | None = None
-    mesh: Mesh | None = None
-
-    def check(self) -> None:
-        """Check all but the grid, which the mesh checks.
-
-        Raises:
-            ValueError: an unknown mode, a budget below 1, or a grid that is not the mesh's.
-            TypeError: a dtype that pictures cannot have.
-        """
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(get_args(Mode))}")
-        if self.mesh is not None and self.grid not in (None, self.mesh.grid):
-            raise ValueError(f"grid {self.grid} is not the grid of the given mesh, {self.mesh.grid}: leave one out")
-        if self.memory_budget is not None and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
-            raise ValueError(f"memory_budget={self.memory_budget!r}: expected a number of bytes > 0")
-        if self.dtype is not None and not self.dtype.is_floating_point and self.dtype != torch.uint8:
-            raise TypeError(f"dtype={self.dtype}: expected a floating dtype or torch.uint8")
-
-    @property
-    def convert(self) -> Callable[[Tensor], Tensor] | None:
-        """What each rank does to its pictures before it sends them: uint8 is a quarter of fp32."""
-        dtype = self.dtype
-        if dtype is None:
-            return None
-        return lambda own: converted(own if dtype.is_floating_point else own.clamp(-1, 1), dtype)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How ranks share a call.
-
-    Attributes:
-        grid: of ranks.
-        items: how many of the batch go at once; one round after the other.
-        decision: why, if that was predicted.
-        kept: bytes of the pictures, which a rank that receives them holds besides.
-        leaner: how they share it if memory runs out; None if there is no leaner way.
-    """
-
-    grid: Grid
-    items: int
-    decision: Decision | None = None
-    kept: int = 0
-    leaner: Choice | None = None
 
 
 class PlaneCall:
@@ -113,6 +56,9 @@ class PlaneCall:
         multiple = int(ratio) if isinstance(ratio, (int, float)) else 2 ** (levels - 1)
         identity = Identity(f"PlaneCall.{name}", self._kind_by_name, self._recall_kind)
         self._multiple = multiple if name == "encode" else 1
+        kind = type(vae).__name__
+        takes = name == "encode" and kind in CLASSES
+        self._takes = config_of({**(config or {}), "_class_name": kind}, kind) if takes else None  # what pictures
         self._sharded = Sharded(self._run, [vae], self._multiple, identity)
         self._choices: dict[str, Choice] = {}
         self.fell_back = ""  # what the last call gave up when memory ran out
@@ -144,6 +90,9 @@ class PlaneCall:
         try:
             sharing.check()
             self._check(x, options)
+            if self._takes is not None:
+                shared = Grid(rows=world_size()) if sharing.mode == "parallel" else Grid()
+                self._takes.check_pictures(x.shape, sharing.mesh.grid if sharing.mesh else sharing.grid or shared)
         except (ValueError, TypeError) as error:
             (sharing.mesh or self._everyone()).agree("", error, None)  # other ranks are about to, and learn of it
         if sharing.mesh is not None:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from halovae.integrations.autoencoder import Autoencoder
-from halovae.integrations.plane_call import PlaneCall, Sharing, tiles_only
+from halovae.integrations.plane_call import PlaneCall, tiles_only
+from halovae.integrations.sharing import Sharing
 from halovae.mesh import Mesh
 from halovae.report import DecodeReport
 

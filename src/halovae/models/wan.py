@@ -16,7 +16,7 @@ up block but the last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halovae.geometry import Halo
+from halovae.geometry import Grid, Halo
 from halovae.layers import (
     CausalConv3d,
     DuplicateShortcut,
@@ -93,6 +93,21 @@ class WanConfig:
     @property
     def picture_channels(self) -> int:
         return self.out_channels // self.patch_size**2
+
+    def check_pictures(self, shape: Sequence[int], grid: Grid) -> None:
+        """Check that pictures of this shape can be encoded on this grid.
+
+        Raises:
+            ValueError: they are not `[B, C, T, H, W]`, of other channels, or H or W are no multiples of the factor; or
+                the grid has more ranks than there are latent rows, cols or items.
+        """
+        factor = self.spatial_factor
+        expected = f"[B, {self.picture_channels}, T, H, W] for {self.family}, H and W multiples of {factor}"
+        if len(shape) != 5 or shape[1] != self.picture_channels or min(shape) < 1:
+            raise ValueError(f"pictures of shape {list(shape)}: expected {expected}, none of them 0")
+        if shape[3] % factor or shape[4] % factor:
+            raise ValueError(f"pictures of {shape[4]}x{shape[3]}: expected {expected}")
+        grid.shards(shape[0], shape[3] // factor, shape[4] // factor)
 
     def frames(self, latent_frames: int) -> int:
         """How many frames so many latent frames decode to."""

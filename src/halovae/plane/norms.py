@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.kernels import EAGER
+from halovae.kernels import limits as kernel_limits
 from halovae.lines import Scope
 from halovae.plane import backends, operators
 from halovae.plane.tensor import is_channels_last
@@ -113,7 +114,7 @@ def _normalize_cells(x: Tensor, gamma: Tensor | None, norm: Cells, silu: bool, o
     kernels, _ = operators.current_kernels(x)
     loops = kernels is not EAGER and x.device.type == "cpu" and x.stride(1) == out.stride(1) == 1
     if loops and out.data_ptr() != x.data_ptr() and (least == 0 or least**2 >= torch.finfo(dtype).tiny):
-        limits = scale.new_tensor((added, least**2))
+        limits = kernel_limits(added, least**2, dtype, x.device)
         kernels.normalize(x.movedim(1, -1), scale, limits, silu, out.movedim(1, -1))
         return
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halovae.geometry import Grid
+from halovae.halves import has_units
 from halovae.kernels import EAGER, Kernels
 from halovae.loop import Loop, Request
 from halovae.mesh import Mesh, Traffic
@@ -243,10 +244,11 @@ class _Key:
 
 def key_of(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> _Key:
     platform = mesh.platform
+    native = platform.kind != "cpu" or has_units(dtype)
     return _Key(
         device=platform.describe()["device"],
         backend=platform.backend,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch.") + ("" if native else " by fp32"),
         ranks=mesh.lines.world,
         threads=torch.get_num_threads(),
         torch=torch.__version__,

@@ -1,0 +1,74 @@
+"""How ranks share a call of an autoencoder: what a caller asks for, and what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from halovae.geometry import Grid
+from halovae.loop import converted
+from halovae.mesh import Mesh
+from halovae.plane.results import Gather
+from halovae.planning.choose import Decision
+
+Call = Literal["decode", "encode"]
+Mode = Literal["auto", "single", "parallel"]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a caller asks for; see `Autoencoder.stream`."""
+
+    mode: Mode = "auto"
+    grid: Grid | None = None
+    gather: Gather = "rank0"
+    dtype: torch.dtype | None = None
+    memory_budget: int | None = None
+    mesh: Mesh | None = None
+
+    def check(self) -> None:
+        """Check all but the grid, which the mesh checks.
+
+        Raises:
+            ValueError: an unknown mode, a budget below 1, or a grid that is not the mesh's.
+            TypeError: a dtype that pictures cannot have.
+        """
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(get_args(Mode))}")
+        if self.mesh is not None and self.grid not in (None, self.mesh.grid):
+            raise ValueError(f"grid {self.grid} is not the grid of the given mesh, {self.mesh.grid}: leave one out")
+        if self.memory_budget is not None and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
+            raise ValueError(f"memory_budget={self.memory_budget!r}: expected a number of bytes > 0")
+        if self.dtype is not None and not self.dtype.is_floating_point and self.dtype != torch.uint8:
+            raise TypeError(f"dtype={self.dtype}: expected a floating dtype or torch.uint8")
+
+    @property
+    def convert(self) -> Callable[[Tensor], Tensor] | None:
+        """What each rank does to its pictures before it sends them: uint8 is a quarter of fp32."""
+        dtype = self.dtype
+        if dtype is None:
+            return None
+        return lambda own: converted(own if dtype.is_floating_point else own.clamp(-1, 1), dtype)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How ranks share a call.
+
+    Attributes:
+        grid: of ranks.
+        items: how many of the batch go at once; one round after the other.
+        decision: why, if that was predicted.
+        kept: bytes of the pictures, which a rank that receives them holds besides.
+        leaner: how they share it if memory runs out; None if there is no leaner way.
+    """
+
+    grid: Grid
+    items: int
+    decision: Decision | None = None
+    kept: int = 0
+    leaner: Choice | None = None

@@ -2,10 +2,10 @@
 
     python benchmarks/auto.py [--output docs/benchmarks/auto.md]
 
-True-size models on seeded random weights, one thread a rank, eager. In each case every grid decodes with the chunk that
-auto chose, and so does auto; all take turns, and times are medians. "4,096" is what a constant of that many latent
-elements a rank would have chosen: the rows shared by all ranks, or one rank. On one rank there are no grids to choose
-from, so chunks of 1 and all stand beside auto's.
+True-size models on seeded random weights, one thread a rank, eager. In each case every grid decodes, and so does auto;
+all take turns, and times are medians. "4,096" is what a constant of that many latent elements a rank would have chosen:
+the rows shared by all ranks, or one rank. Predictions are of single items: a grid that the caller names decodes a batch
+at once, and auto its items one after the other.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ from rich.console import Console
 from halovae import Grid, load
 from halovae.bench.models import random_vae
 from halovae.bench.ranks import Ranks
-from halovae.planning.choose import layouts
-from halovae.planning.plan import Plan
 from halovae.report import DecodeReport
 
 CONSTANT = 4096
 # Family, latent rows and cols, latent frames, batch.
-TWO = (
+CASES = (
     ("qwen-image", 8, 1, 1), ("qwen-image", 16, 1, 1), ("qwen-image", 32, 1, 1), ("qwen-image", 48, 1, 1),
     ("qwen-image", 8, 1, 2), ("qwen-image", 16, 1, 2), ("qwen-image", 8, 1, 3), ("qwen-image", 16, 1, 3),
     ("qwen-image", 8, 1, 4), ("qwen-image", 16, 1, 4), ("qwen-image", 24, 1, 4), ("qwen-image", 32, 1, 4),
@@ -41,11 +39,7 @@ TWO = (
     ("wan2.2-5b", 4, 1, 1), ("wan2.2-5b", 8, 1, 1), ("wan2.2-5b", 4, 1, 2), ("wan2.2-5b", 4, 1, 4),
     ("wan2.2-5b", 4, 3, 1), ("wan2.2-5b", 4, 9, 1),
 )  # fmt: skip
-ONE = (
-    ("qwen-image", 16, 1, 1), ("qwen-image", 16, 1, 4), ("wan2.1", 8, 3, 1), ("wan2.1", 8, 9, 1), ("wan2.1", 8, 3, 2),
-    ("wan2.2-5b", 4, 3, 1),
-)  # fmt: skip
-HEAD = """| case | auto (s) | its plan | best (s) | by | auto / best | 1 rank (s) | auto / 1 rank | 4,096 / best |
+HEAD = """| case | auto (s) | its grid | best (s) | by | auto / best | 1 rank (s) | auto / 1 rank | 4,096 / best |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 _held: dict[str, Any] = {}
 
@@ -70,7 +64,7 @@ class Result:
 
     title: str
     ways: list[Way]
-    constant: str | None
+    constant: str
 
     @property
     def best(self) -> Way:
@@ -105,23 +99,16 @@ def measure(ranks: Ranks, count: int, case: tuple[str, int, int, int], seconds: 
     shape = (batch, channels, frames, extent, extent)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(1234))
     auto = Way("auto", {"mode": "auto"})
-    first = ranks.run(decode, latents, auto.options)[0][1]
-    if count == 1:
-        grid, steps = {"grid": Grid()}, dict.fromkeys((1, "all") if frames > 1 else (1,))
-        ways = [auto, *(Way(f"chunk {step}", {**grid, "chunk": step}) for step in steps)]
-    else:
-        plans = [Plan(stages, first.chunk) for stages in layouts(batch, count, extent, extent)]
-        ways = [auto, *(Way(plan.grid, {"plan": plan}) for plan in plans)]
-    for way in ways[1:]:
+    grids = [Grid(), Grid(rows=count), Grid(cols=count), *([Grid(batch=count)] if batch % count == 0 else [])]
+    ways = [auto, *(Way(str(grid), {"grid": grid}) for grid in grids)]
+    for way in ways:
         ranks.run(decode, latents, way.options)
     while len(auto.seconds) < 3 or (sum(auto.seconds) < seconds and len(auto.seconds) < most):
         for way in ways:
             results = ranks.run(decode, latents, way.options)
             way.seconds.append(max(result[0] for result in results))
             way.report = results[0][1]
-    constant = None
-    if count > 1:
-        constant = str(Grid(rows=count)) if latents.numel() / count >= CONSTANT else str(Grid())
+    constant = str(Grid(rows=count)) if latents.numel() / count >= CONSTANT else str(Grid())
     return Result(f"{family}, {'x'.join(map(str, shape))}, {count} rank(s)", ways, constant)
 
 
@@ -130,26 +117,22 @@ def predictions(result: Result) -> list[tuple[Way, dict[str, Any]]]:
     auto = result.auto.report
     assert auto is not None
     assert auto.decision is not None
-    seen = {one["plan"]: one for one in (auto.decision["chosen"], *auto.decision["others"])}
-    found = []
-    for way in result.ways:
-        plan = way.options.get("plan")
-        one = auto.decision["chosen"] if plan is None and way is result.auto else seen.get(str(plan))
-        if one is not None and one["peak"] is not None:
-            found.append((way, one))
-    return found
+    chosen = auto.decision["chosen"]
+    if auto.latents[0] > 1:
+        return [(result.auto, chosen)]
+    seen = {one["grid"]: one for one in (chosen, *auto.decision["others"]) if one["peak"] is not None}
+    return [(way, seen[str(way.options.get("grid"))]) for way in result.ways[1:] if way.name in seen]
 
 
 def single(result: Result) -> Way:
-    """One rank; of the cases on one rank, with as little of a clip at a time as can be."""
-    by_name = {way.name: way for way in result.ways}
-    return by_name.get("1x1") or by_name["chunk 1"]
+    """One rank."""
+    return next(way for way in result.ways if way.name == "1x1")
 
 
-def over_constant(result: Result) -> float | None:
+def over_constant(result: Result) -> float:
     """What 4,096 would have chosen, over the best."""
     times = {way.name: way.median for way in result.ways}
-    return None if result.constant is None else times[result.constant] / result.best.median
+    return times[result.constant] / result.best.median
 
 
 def row(result: Result) -> str:
@@ -158,9 +141,9 @@ def row(result: Result) -> str:
     report = auto.report
     assert report is not None
     figures = (
-        result.title, f"{auto.median:.3f}", f"{report.grid}, chunk {report.chunk}", f"{best.median:.3f}", best.name,
+        result.title, f"{auto.median:.3f}", report.grid, f"{best.median:.3f}", best.name,
         f"{auto.median / best.median:.2f}", f"{alone.median:.3f}", f"{auto.median / alone.median:.2f}",
-        "" if fixed is None else f"{fixed:.2f} ({result.constant})",
+        f"{fixed:.2f} ({result.constant})",
     )  # fmt: skip
     return f"| {' | '.join(figures)} |"
 
@@ -174,7 +157,7 @@ def lines(results: list[Result]) -> Iterator[str]:
     for name, ratios in (
         ("auto over the best", [one.auto.median / one.best.median for one in results]),
         ("auto over one rank", [one.auto.median / single(one).median for one in results]),
-        ("4,096", [ratio for one in results if (ratio := over_constant(one)) is not None]),
+        ("4,096", [over_constant(one) for one in results]),
     ):
         yield f"- {name}: median {statistics.median(ratios):.3f}, worst {max(ratios):.3f}"
     times, peaks, exact = [], [], []
@@ -196,7 +179,7 @@ def lines(results: list[Result]) -> Iterator[str]:
     yield f"- messages and bytes exact in {sum(exact)} of {len(exact)}"
     for batch in (3, 4):
         for one in results:
-            if f", {batch}x" in one.title and "x1x" in one.title and one.constant is not None:
+            if f", {batch}x" in one.title and "x1x" in one.title:
                 yield f"- {one.title}: {single(one).median / one.auto.median:.2f}x one rank"
 
 
@@ -209,15 +192,14 @@ def main() -> None:
     results = []
     console = Console(stderr=True)
     with console.status("") as status:
-        for count, cases in ((2, TWO), (1, ONE)):
-            for family in dict.fromkeys(case[0] for case in cases):
-                with TemporaryDirectory() as folder, Ranks(count) as ranks:
-                    random_vae(family).save_pretrained(folder)
-                    ranks.run(hold, Path(folder))
-                    for case in (case for case in cases if case[0] == family):
-                        status.update(f"{count} rank(s): {case}")
-                        results.append(measure(ranks, count, case, args.seconds, args.most))
-                        console.print(row(results[-1]), soft_wrap=True, highlight=False)
+        for family in dict.fromkeys(case[0] for case in CASES):
+            with TemporaryDirectory() as folder, Ranks(2) as ranks:
+                random_vae(family).save_pretrained(folder)
+                ranks.run(hold, Path(folder))
+                for case in (case for case in CASES if case[0] == family):
+                    status.update(str(case))
+                    results.append(measure(ranks, 2, case, args.seconds, args.most))
+                    console.print(row(results[-1]), soft_wrap=True, highlight=False)
     text = "\n".join(lines(results))
     print(text)
     if args.output is not None:

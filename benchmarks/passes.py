@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from halovae import Grid, load
+from halovae import Grid
 from halovae.bench import zoo
-from halovae.bench.models import FAMILIES, MODELS, random_vae
+from halovae.bench.models import MODELS, random_vae
 from halovae.bench.ranks import Ranks
 from halovae.kernels import compiled
 from halovae.mesh import Mesh
@@ -41,7 +40,6 @@ CASES = {
 CPU = torch.device("cpu")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 MODULE = ("module, eager", "module, channels-last")
-TILES = "hand-written, tiles"
 COMPILED = ("module, compiled", "module, channels-last, compiled")
 _held: dict[str, Any] = {}
 
@@ -80,18 +78,6 @@ def run(step: str, latents: Tensor) -> float:
     begin = time.perf_counter()
     _held[step](x, mesh)
     return time.perf_counter() - begin
-
-
-def run_tiles(latents: Tensor) -> float:
-    """Seconds of one decode by the hand-written decoder, with compiled kernels."""
-    if TILES not in _held:
-        with TemporaryDirectory() as folder:
-            _held["module"].save_pretrained(folder)
-            _held[TILES] = load(folder)
-        _held[TILES].warmup(latents.shape, grid=Grid())
-    stream = _held[TILES].stream(latents, grid=Grid())
-    stream.join()
-    return float(stream.report.seconds)
 
 
 def run_module(kind: str, latents: Tensor) -> float:
@@ -141,15 +127,11 @@ def main() -> None:
             shown = list(steps())
             shown = [shown[0], shown[-1]] if args.brief else shown
             facts = {step: ranks.run(record, step, latents)[0] for step in shown}
-            ours = (TILES,) if name in FAMILIES else ()
-            taken: dict[str, list[float]] = {one: [] for one in (*modules, *ours, *facts)}
+            taken: dict[str, list[float]] = {one: [] for one in (*modules, *facts)}
             for turn in range(args.repeat):
                 for one, seconds in taken.items():
                     status.update(f"{name}: turn {turn + 1} of {args.repeat}, {one}")
-                    if one == TILES:
-                        seconds += ranks.run(run_tiles, latents)
-                    else:
-                        seconds += ranks.run(run if one in facts else run_module, one, latents)
+                    seconds += ranks.run(run if one in facts else run_module, one, latents)
         medians = {one: statistics.median(seconds) for one, seconds in taken.items()}
         best = min(medians[one] for one in modules)
         table = Table(title=f"{name}, {latent}, fp32, 1 thread", title_justify="left")

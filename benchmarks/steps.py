@@ -67,7 +67,7 @@ def decode(latents: torch.Tensor, step: str) -> float:
     if use_compiled and "warm" not in _held:
         decoder.warmup(latents.shape, grid=Grid())
         _held["warm"] = True
-    decoder._kernels = compiled() if use_compiled else EAGER
+    decoder.calls["decode"].kernels = compiled() if use_compiled else EAGER
     stream = decoder.stream(latents, grid=Grid())
     stream.join()
     return float(stream.report.seconds)

@@ -35,7 +35,7 @@ def peak(frames: int, stream: bool) -> int:
         memory = MemoryMeter(Platform(decoder.device))
         if stream:
             sink = media.Sink(Path(folder) / "clip.mp4", 16)
-            for piece in decoder.stream(latents, dtype=torch.uint8, chunk=1):
+            for piece in decoder.stream(latents, dtype=torch.uint8):
                 assert piece is not None
                 sink.write(piece[0])
             sink.close(whole=True)

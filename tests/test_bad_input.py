@@ -14,7 +14,7 @@ from halovae.bench.ranks import Ranks
 
 
 @pytest.fixture
-def decoder() -> halovae.Decoder:
+def decoder() -> halovae.Autoencoder:
     return halovae.load(vae("wan2.1"))
 
 
@@ -27,7 +27,9 @@ def decoder() -> halovae.Decoder:
         (torch.zeros(1, 16, 1, 4, 4, dtype=torch.int64), TypeError, "int64; expected a floating dtype"),
     ],
 )
-def test_latents_of_the_wrong_kind(decoder: halovae.Decoder, bad: Tensor, error: type[Exception], message: str) -> None:
+def test_latents_of_the_wrong_kind(
+    decoder: halovae.Autoencoder, bad: Tensor, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         decoder.decode(bad)
 
@@ -35,28 +37,29 @@ def test_latents_of_the_wrong_kind(decoder: halovae.Decoder, bad: Tensor, error:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"chunk": 0}, ValueError, "chunk=0"),
-        ({"chunk": "some"}, ValueError, "or 'all'"),
+        ({"chunk": 1}, TypeError, "unexpected keyword argument 'chunk'"),
+        ({"mode": "fast"}, ValueError, "auto, single, parallel"),
+        ({"memory_budget": 0}, ValueError, "expected a number of bytes > 0"),
         ({"gather": "rank1"}, ValueError, "rank0, all, none"),
         ({"dtype": torch.int32}, TypeError, "floating dtype or torch.uint8"),
-        ({"halo_depth": 0}, ValueError, "integer >= 1"),
-        ({"halo_depth": {"down0": 2}}, ValueError, "conv_in, mid, up0, up1, up2, up3, conv_out"),
         ({"grid": Grid(rows=2)}, ValueError, "needs 2 ranks, but the world has 1"),
     ],
 )
 def test_arguments_out_of_range(
-    decoder: halovae.Decoder, options: dict[str, Any], error: type[Exception], message: str
+    decoder: halovae.Autoencoder, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         decoder.decode(latents("wan2.1"), **options)
 
 
-def test_arguments_are_refused_by_the_call_and_not_by_the_first_frame(decoder: halovae.Decoder) -> None:
-    with pytest.raises(ValueError, match="chunk"):
-        decoder.stream(latents("wan2.1"), chunk=0)
+def test_arguments_are_refused_by_the_call_and_not_by_the_first_frame(decoder: halovae.Autoencoder) -> None:
+    with pytest.raises(ValueError, match="gather"):
+        decoder.stream(latents("wan2.1"), gather="rank1")
+    with pytest.raises(ValueError, match="needs 2 ranks"):
+        decoder.stream(latents("wan2.1"), grid=Grid(rows=2))
 
 
-def test_nan_and_inf_warn_with_their_count_and_the_decode_goes_on(decoder: halovae.Decoder) -> None:
+def test_nan_and_inf_warn_with_their_count_and_the_decode_goes_on(decoder: halovae.Autoencoder) -> None:
     z = latents("wan2.1")
     z[0, 0, 2, 0, 0], z[0, 3, 2, 1, 1] = torch.nan, torch.inf
     with pytest.warns(RuntimeWarning, match="2 NaN or infinite values among"):
@@ -108,13 +111,13 @@ def different_requests(z: Tensor) -> str:
     from halovae.lines import join_world
 
     join_world(torch.device("cpu"))
-    return message_of(z, chunk=1 + dist.get_rank())
+    return message_of(z, memory_budget=10**9 + dist.get_rank())
 
 
 def test_ranks_that_ask_for_different_decodes_are_told_so(ranks: Callable[[int], Ranks]) -> None:
     for message in ranks(2).run(different_requests, latents("wan2.1")):
         assert "all ranks must ask for the same, but they differ" in message
-        assert "chunk 2" in message
+        assert "memory_budget=1000000001" in message
 
 
 def test_ranks_are_still_usable_after_a_refusal(ranks: Callable[[int], Ranks]) -> None:

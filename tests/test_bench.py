@@ -71,11 +71,12 @@ def test_bench_writes_a_table_json_and_plots_and_keeps_those_of_an_earlier_run(f
     assert (tmp_path / "results.json").read_bytes() == before
     assert [row["batch"] for row in json.loads((tmp_path / "results-2.json").read_text())["rows"]] == [1, 2]
     profile = (tmp_path / "results-profile" / "profile.md").read_text()
-    for name in ("convolution", "norm", "copies", "exchange", "gather", "conversion"):
-        assert f"| {name} | " in profile
+    assert "| decoder.up_blocks." in profile
+    assert "| other | " in profile
     assert "of a matrix multiplication's" in again.output
     with gzip.open(tmp_path / "results-profile" / "trace-single-1.json.gz") as trace:
-        assert any(event.get("name") == "halovae/convolution" for event in json.load(trace)["traceEvents"])
+        names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    assert "halovae/decoder.up_blocks.3.resnets.0.conv1" in names
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The commands as users type them: one rank in this process, several as real ones."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 import typer
 from models import latents, reference, vae
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from halovae import latents as latents_file
 from halovae import media
 from halovae.cli import common
 from halovae.cli.main import app
+from halovae.models.load import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +135,8 @@ def test_scaled_latents_are_denormalized_as_the_file_or_the_user_says(folder: Pa
     assert not np.array_equal(by_file, raw)
 
 
-def test_dtype_and_chunk(folder: Path, tmp_path: Path) -> None:
-    assert decode(folder, "video", tmp_path / "a", "--dtype", "bf16", "--chunk", "all").exit_code == 0
+def test_dtype(folder: Path, tmp_path: Path) -> None:
+    assert decode(folder, "video", tmp_path / "a", "--dtype", "bf16").exit_code == 0
     assert decode(folder, "video", tmp_path / "b").exit_code == 0
     difference = np.abs(pictures(tmp_path / "a").astype(int) - pictures(tmp_path / "b"))
     assert 0 < difference.max() < 40
@@ -148,7 +151,6 @@ def test_dtype_and_chunk(folder: Path, tmp_path: Path) -> None:
         ("video", "clip.mp4", ["--grid", "2x1", "--num-gpus", 3], "--grid 2x1 needs 2 ranks, but --num-gpus is 3"),
         ("video", "clip.mp4", ["--grid", "2by1"], "write ROWSxCOLS"),
         ("video", "clip.mp4", ["--num-gpus", 5, "--mode", "parallel"], "at most 4 ranks fit"),
-        ("video", "clip.mp4", ["--chunk", "0"], "--chunk 0: expected a number of latent frames"),
         ("missing", "clip.mp4", [], "cannot be read as safetensors"),
     ],
 )
@@ -217,7 +219,7 @@ def test_encode_refuses_what_is_no_clip(folder: Path, tmp_path: Path) -> None:
 def test_inspect_tells_family_and_needs(folder: Path) -> None:
     done = halovae("inspect", folder / "wan", "--size", "64x48", "--frames", 9, "--grid", "2x1")
     assert done.exit_code == 0, done.output
-    for text in ("wan2.1", "8x in space, 4x in time", "[1, 16, 3, 6, 8]", "grid 2x1", "TFLOP", "MiB"):
+    for text in ("wan2.1", "AutoencoderKLWan, unmodified", "8x in space, 4x in time", "[1, 16, 3, 6, 8]", "grid 2x1", "TFLOP", "MiB"):
         assert text in done.output
     wrong = halovae("inspect", folder / "wan", "--size", "65x48")
     assert wrong.exit_code == 2
@@ -241,6 +243,28 @@ def test_what_is_not_installed_is_named_before_any_work(
     assert done.exit_code == 2
     assert "needs pip install 'halovae[diffusers,bench]' (no module skimage)" in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_decode_needs_diffusers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "find_spec", lambda name: None if name == "diffusers" else True)
+    done = decode(folder, "video", tmp_path / "clip.mp4")
+    assert done.exit_code == 2
+    assert "decode needs pip install 'halovae[diffusers]' (no module diffusers)" in " ".join(done.output.split())
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_model_without_an_encoder_decodes_and_cannot_encode(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "wan", tmp_path / "wan")
+    weights = tmp_path / "wan" / WEIGHTS
+    state = {key: one for key, one in load_file(weights).items() if not key.startswith(("encoder.", "quant_conv."))}
+    save_file(state, weights)
+    model = ("--model", tmp_path / "wan")
+    done = halovae("decode", folder / "image.safetensors", *model, "-o", tmp_path / "picture.png")
+    assert done.exit_code == 0, done.output
+    done = halovae("encode", tmp_path / "picture.png", *model, "-o", tmp_path / "z.safetensors")
+    assert done.exit_code == 2, done.output
+    assert "has no encoder" in done.output.replace("\n", " ")
+    assert not (tmp_path / "z.safetensors").exists()
 
 
 @pytest.mark.parametrize(

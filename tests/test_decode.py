@@ -1,19 +1,19 @@
 """Decodes against diffusers' own untiled decode: on one rank and on grids of real ones."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, latents, reference, vae
+from models import FAMILIES, WIDTH, latents, reference, vae
 from torch import Tensor
 
 import halovae
 from halovae import Grid, Mesh
+from halovae.bench import zoo
+from halovae.bench.models import random_vae
 from halovae.bench.ranks import Ranks
-from halovae.decode import HaloDepth
-from halovae.planning.plan import Chunk
 
 BOUND = 1e-4
 
@@ -29,10 +29,9 @@ def off(frames: Tensor | None, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("chunk", [1, 2, "all"])
-def test_one_rank_equals_diffusers(family: str, chunk: Chunk) -> None:
+def test_one_rank_equals_diffusers(family: str) -> None:
     z = latents(family, frames=4, batch=2)
-    assert off(decoded(family, z, chunk=chunk), reference(family, z)) <= BOUND
+    assert off(decoded(family, z), reference(family, z)) <= BOUND
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 200), (3, 61), (45, 2)])
@@ -49,31 +48,24 @@ def test_an_image_is_one_frame(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("grid", ["2x1", "1x2", "3x1", "2x2", "2x1x2"])
-@pytest.mark.parametrize("depth", [1, 2, 4, {"mid": 3, "up1": 7, "up3": 5}])
-def test_a_grid_of_ranks_equals_diffusers(
-    ranks: Callable[[int], Ranks], family: str, grid: str, depth: int | Mapping[str, int]
-) -> None:
+def test_a_grid_of_ranks_equals_diffusers(ranks: Callable[[int], Ranks], family: str, grid: str) -> None:
     layout = Grid.parse(grid)
     z = latents(family, batch=layout.batch)
-    frames, *others = ranks(layout.size).run(_decode_on_rank, family, z, grid, depth)
+    frames, *others = ranks(layout.size).run(decoded, family, z, grid)
     assert off(frames, reference(family, z)) <= BOUND
     assert others == [None] * (layout.size - 1)
-
-
-def _decode_on_rank(family: str, z: Tensor, grid: str, depth: HaloDepth) -> Tensor | None:
-    return decoded(family, z, grid, halo_depth=depth, chunk=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uneven_shards_equal_diffusers(ranks: Callable[[int], Ranks], family: str) -> None:
     z = latents(family, frames=2, height=11, width=5)
-    frames = ranks(3).run(_decode_on_rank, family, z, "3x1", 4)[0]
+    frames = ranks(3).run(decoded, family, z, "3x1")[0]
     assert off(frames, reference(family, z)) <= BOUND
 
 
 def test_one_row_per_rank_equals_diffusers(ranks: Callable[[int], Ranks]) -> None:
     z = latents("wan2.1", height=4, width=3)
-    assert off(ranks(4).run(_decode_on_rank, "wan2.1", z, "4x1", 4)[0], reference("wan2.1", z)) <= BOUND
+    assert off(ranks(4).run(decoded, "wan2.1", z, "4x1")[0], reference("wan2.1", z)) <= BOUND
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,20 +82,12 @@ def test_bf16_is_no_further_from_fp32_than_diffusers(ranks: Callable[[int], Rank
 
 
 def _diffusers_bf16(family: str, z: Tensor) -> Tensor:
-    from models import WIDTH
-
-    from halovae.bench.models import random_vae
-
     with torch.inference_mode():
         frames: Tensor = random_vae(family, WIDTH).bfloat16().decode(z.bfloat16()).sample
     return frames
 
 
 def _bf16(family: str, z: Tensor, grid: str) -> Tensor | None:
-    from models import WIDTH
-
-    from halovae.bench.models import random_vae
-
     return halovae.load(random_vae(family, WIDTH).bfloat16()).decode(z, grid=Grid.parse(grid))
 
 
@@ -121,11 +105,10 @@ def test_gather_to_one_rank_to_all_or_to_none(ranks: Callable[[int], Ranks]) -> 
     assert top.shape[-2] == 4 * 8  # 7 latent rows on 2 ranks: 4 and 3
 
 
-@pytest.mark.parametrize(("chunk", "lengths"), [(1, [1, 4, 4, 4]), (2, [1, 8, 4]), ("all", [1, 12])])
-def test_a_stream_yields_frames_as_they_get_finished(chunk: Chunk, lengths: list[int]) -> None:
+def test_a_stream_yields_frames_as_they_get_finished() -> None:
     z = latents("wan2.1", frames=4)
-    pieces = list(halovae.load(vae("wan2.1")).stream(z, chunk=chunk))
-    assert [piece.shape[2] for piece in pieces if piece is not None] == lengths
+    pieces = list(halovae.load(vae("wan2.1")).stream(z))
+    assert [piece.shape[2] for piece in pieces if piece is not None] == [1, 4, 4, 4]
     assert off(torch.cat([piece for piece in pieces if piece is not None], dim=2), reference("wan2.1", z)) <= BOUND
 
 
@@ -139,8 +122,6 @@ def test_output_dtypes() -> None:
     half = decoded("wan2.1", z, dtype=torch.float16)
     assert half is not None
     assert half.dtype == torch.float16
-    from halovae.bench.models import random_vae
-
     rounded = halovae.load(random_vae("wan2.1", 8).bfloat16()).decode(z, dtype=torch.float32)
     assert rounded is not None
     assert rounded.dtype == torch.float32
@@ -156,11 +137,14 @@ def test_denormalizing_is_what_the_pipeline_does() -> None:
 
 
 def test_a_decode_leaves_no_state_on_modules() -> None:
-    model = halovae.load(vae("wan2.1")).model
+    model = random_vae("wan2.1", 8)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    halovae.Decoder(model).decode(latents("wan2.1"))
+    halovae.load(model).decode(latents("wan2.1"))
     after = {name: dict(vars(module)) for name, module in model.named_modules()}
-    assert {name: state.keys() for name, state in before.items()} == {n: s.keys() for n, s in after.items()}
+    assert before.keys() == after.keys()
+    for name, state in before.items():
+        assert state.keys() == after[name].keys()
+        assert all(value is after[name][key] or value == after[name][key] for key, value in state.items())
     assert not list(model.buffers())
 
 
@@ -225,3 +209,22 @@ def test_a_mesh_refuses_a_second_thread() -> None:
         thread.start()
         thread.join()
     assert "make a Mesh for each" in seen[0]
+
+
+def test_latents_of_different_lengths_share_a_batch() -> None:
+    one, other = latents("wan2.1", 3, 6, 5)[0], latents("wan2.1", 1, 6, 5, seed=1)[0]
+    decoded = halovae.load(vae("wan2.1")).decode_many([one, other])
+    for z, frames in zip((one, other), decoded, strict=True):
+        assert off(None if frames is None else frames.unsqueeze(0), reference("wan2.1", z.unsqueeze(0))) <= BOUND
+
+
+@pytest.mark.parametrize("shapes", [[], [(16, 1, 4, 4), (16, 1, 4, 5)], [(1, 16, 1, 4, 4)]])
+def test_latents_that_cannot_share_a_batch_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="expected at least one"):
+        halovae.load(vae("wan2.1")).decode_many([torch.zeros(shape) for shape in shapes])
+
+
+def test_lengths_only_differ_where_time_is_known_to_be_causal() -> None:
+    decoder = halovae.load(zoo.build(next(one for one in zoo.ENTRIES if one.name == "AutoencoderKL")))
+    with pytest.raises(TypeError, match="AutoencoderKL: latents of different lengths"):
+        decoder.decode_many([torch.zeros(4, 1, 8, 8)])

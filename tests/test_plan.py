@@ -15,108 +15,73 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import halovae
-import halovae.stream
-from halovae import Grid, fallback, kernels
+from halovae import Grid, kernels
+from halovae.bench import zoo
 from halovae.bench.models import random_vae
 from halovae.bench.ranks import Ranks
 from halovae.cli.main import app
-from halovae.geometry import Span
 from halovae.lines import join_world, world_size
-from halovae.loop import Gather
 from halovae.mesh import mesh_for
+from halovae.plane.drain import drain_peers
+from halovae.plane.results import Gather
 from halovae.planning import calibrate
 from halovae.planning.calibration import OTHER, Calibration, Line, Rates, read, shipped
-from halovae.planning.choose import Decision, Question, TooLittleMemory, choose, layouts
-from halovae.planning.cost import Cost, Work, walk
-from halovae.planning.plan import Plan, Stage
+from halovae.planning.cost import Work
+from halovae.planning.decision import Decision, TooLittleMemory
+from halovae.planning.graphs import traced
+from halovae.planning.search import Search
 from halovae.platform import RANK_ENVIRONMENT
 from halovae.report import DecodeReport
 
 CPU = torch.device("cpu")
-FREE, RATES = Line(0, 0), Rates(flops=1e-9, weights=1e-4)
-# Where nothing takes time but FLOPs, and weights for each pass: larger chunks are faster.
-IDEAL = Calibration(
-    "ideal",
-    "cpu",
-    "made up",
-    {OTHER: RATES},
-    {OTHER: RATES},
-    {"host": FREE},
-    {"host": FREE},
-    FREE,
-)
+FREE, RATES = Line(0, 0), {OTHER: Rates(flops=1e-9)}
 # Where only FLOPs take time.
-QUICK = replace(IDEAL, alone={OTHER: Rates(flops=1e-9)}, together={OTHER: Rates(flops=1e-9)})
+QUICK = Calibration("ideal", "cpu", "made up", RATES, RATES, {"host": FREE}, {"host": FREE}, FREE)
 # Where a message takes as long as a GFLOP.
 SLOW = replace(QUICK, exchange={"host": Line(1, 0)}, gather={"host": Line(1, 0)})
 
 
-def question(shape: tuple[int, ...], world: int, **options: Any) -> Question:
-    return replace(Question(halovae.load(vae("wan2.1")).config, shape, torch.float32, world), **options)
-
-
-SEVERAL = Plan((Stage(Span(0, 1), Grid()), Stage(Span(1, 2), Grid())))
-
-
-def kept_apart(stages: tuple[Stage, ...]) -> str:
-    return Plan(stages).grid
-
-
-def test_layouts_hold_each_latent_once_and_use_up_to_all_ranks() -> None:
-    for batch, world in ((1, 1), (1, 3), (3, 2), (4, 2), (5, 4), (2, 8)):
-        found = layouts(batch, world, 5, 3)
-        assert len(set(found)) == len(found)
-        for stages in found:
-            assert [item for stage in stages for item in range(stage.items.start, stage.items.stop)] == [*range(batch)]
-            assert all(stage.grid.size <= world for stage in stages)
-            for stage in stages:
-                stage.grid.shards(stage.items.size, 5, 3)  # does not raise
-
-
-def test_layouts_of_an_uneven_batch_give_whole_items_first() -> None:
-    grids = {kept_apart(stages) for stages in layouts(3, 2, 8, 8)}
-    assert "2 on 2x1x1 then 1 on 2x1" in grids
-    assert {"1x1", "2x1", "1x2", "2x1x1"} <= grids
+def decided(shape: tuple[int, ...], world: int, calibration: Calibration, budget: int | None = None) -> Decision:
+    """What is decided about `shape[0]` latents `[C, T, H, W]`."""
+    model, (batch, *item) = vae("wan2.1"), shape
+    search = Search(
+        lambda z: zoo.decode(model, z), model, (1, *item), torch.float32, calibration, batch=batch, budget=budget
+    )
+    return search.decide(world)
 
 
 def test_where_messages_cost_nothing_all_ranks_share_and_where_they_cost_all_none_do() -> None:
-    assert choose(question((1, 16, 1, 12, 12), 4), QUICK).chosen.ranks == 4
-    assert choose(question((1, 16, 1, 12, 12), 4), SLOW).chosen.ranks == 1
+    assert decided((1, 16, 1, 12, 12), 4, QUICK).chosen.grid.size == 4
+    assert decided((1, 16, 1, 12, 12), 4, SLOW).chosen.grid.size == 1
 
 
 def test_whole_items_travel_least() -> None:
-    chosen = choose(question((4, 16, 1, 12, 12), 2, gather="none"), SLOW).chosen
-    assert str(chosen.plan.stages[0].grid) == "2x1x1"
+    chosen = decided((4, 16, 1, 12, 12), 2, SLOW).chosen
+    assert str(chosen.grid) == "2x1x1"
     assert chosen.messages == 0
 
 
 def test_idle_ranks_are_left_over_where_they_would_not_help() -> None:
-    chosen = choose(question((4, 16, 1, 1, 1), 5), QUICK).chosen
-    assert chosen.ranks == 4
-
-
-def test_a_chunk_that_gains_nothing_hides_no_larger_one() -> None:
-    decision = choose(question((1, 16, 9, 4, 4), 1), QUICK)
-    assert {one.plan.chunk for one in decision.candidates} == {1, 2, 4, 8}
+    assert decided((4, 16, 1, 1, 1), 5, QUICK).chosen.grid.size == 4
 
 
 def test_a_decision_names_its_losers() -> None:
-    decision = choose(question((1, 16, 5, 8, 8), 2), SLOW)
+    decision = decided((1, 16, 5, 8, 8), 2, SLOW)
     assert decision.chosen.verdict.startswith("chosen")
     assert all(one.verdict and not one.verdict.startswith("chosen") for one in decision.candidates[1:])
     assert "made up" in decision.calibration
-    assert decision.as_dict()["chosen"]["plan"] == str(decision.chosen.plan)
+    assert decision.as_dict()["chosen"]["grid"] == str(decision.chosen.grid)
+    assert decision.as_dict()["chosen"]["ranks"] == decision.chosen.grid.size
 
 
 def test_a_budget_is_kept_or_refused_with_what_would_fit() -> None:
-    ask = question((1, 16, 5, 8, 8), 2)
-    fastest = choose(ask, IDEAL).chosen
+    fastest = decided((1, 16, 5, 16, 8), 2, SLOW).chosen
     assert fastest.peak is not None
-    leaner = choose(replace(ask, budget=int(0.6 * fastest.peak)), IDEAL).chosen
+    leaner = decided((1, 16, 5, 16, 8), 2, SLOW, int(0.8 * fastest.peak)).chosen
     assert leaner.peak is not None
-    assert leaner.peak <= 0.6 * fastest.peak
-    with pytest.raises(TooLittleMemory, match=r"memory budget of .* what would fit: .*pictures of"):
-        choose(replace(ask, budget=fastest.peak // 20), IDEAL)
+    assert leaner.peak <= 0.8 * fastest.peak
+    with pytest.raises(TooLittleMemory, match=r"memory budget of .* what would fit: 8 ranks"):
+        decided((1, 16, 5, 16, 8), 2, SLOW, fastest.peak // 4)
 
 
 @pytest.mark.parametrize("name", list(shipped()))
@@ -126,7 +91,7 @@ def test_shipped_calibrations_are_whole_and_say_where_they_are_from(name: str) -
     assert Calibration.from_json(one.as_json()) == one
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"name": 1}', IDEAL.as_json().replace("1e-09", "-1")])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"name": 1}', QUICK.as_json().replace("1e-09", "-1")])
 def test_broken_calibrations_are_refused_and_measured_anew(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no calibration"):
         Calibration.from_json(text)
@@ -178,30 +143,33 @@ def decoded(
 
 
 CASES = [
-    ((1, 3, 8, 8), Plan.of(1, Grid(rows=2))),
-    ((1, 9, 8, 8), Plan.of(1, Grid(cols=2), 2, {"": 1, "up3": 3, "conv_out": 2})),
-    ((2, 1, 8, 8), Plan.of(2, Grid(batch=2))),
-    ((3, 3, 7, 6), Plan((Stage(Span(0, 2), Grid(batch=2)), Stage(Span(2, 3), Grid(rows=2))))),
-    ((1, 2, 6, 6), Plan.of(1, Grid())),
+    ((1, 3, 8, 8), "2x1"),
+    ((1, 4, 8, 8), "1x2"),
+    ((2, 1, 8, 8), "2x1x1"),
+    ((1, 2, 6, 6), "1x1"),
 ]
 
 
-@pytest.mark.parametrize(("shape", "plan"), CASES)
-@pytest.mark.parametrize("gather", ["rank0", "all"])
+@pytest.mark.parametrize(("shape", "grid"), CASES)
+@pytest.mark.parametrize("gather", ["rank0", "all", "none"])
 def test_predictions_are_what_ranks_take(
-    shape: tuple[int, ...], plan: Plan, gather: Gather, ranks: Callable[[int], Ranks]
+    shape: tuple[int, ...], grid: str, gather: Gather, ranks: Callable[[int], Ranks]
 ) -> None:
     batch, frames, height, width = shape
-    z = latents("wan2.1", frames, height, width, batch)
-    results = ranks(2).run(decoded, z, {"plan": plan, "gather": gather}, 8)
+    z, layout = latents("wan2.1", frames, height, width, batch), Grid.parse(grid)
+    ranks(2).run(decoded, z, {"grid": layout, "gather": gather}, 8)  # records its graph
+    results = ranks(2).run(decoded, z, {"grid": layout, "gather": gather}, 8)
+    whole, model = reference("wan2.1", z), vae("wan2.1")
     for rank, (out, report) in enumerate(results):
-        assert (out is not None) == (rank == 0 or gather == "all")
-        if out is not None:
-            assert (out - reference("wan2.1", z)).abs().max() <= 1e-4
+        assert (out is not None) == (rank == 0 or gather != "rank0")
+        if out is not None and (gather != "none" or layout.size == 1):
+            assert (out - whole).abs().max() <= 1e-4
         took = report.ranks[rank]
-        config = halovae.load(vae("wan2.1")).config
-        if plan.stages[0].grid.size == 2:
-            cost = walk(config, z.shape, torch.float32, plan, gather=gather, rank=rank)
+        if gather == "none":
+            own = (batch // layout.batch, *z.shape[1:])
+            plane = replace(layout, batch=1)
+            place = rank % plane.size
+            cost = traced(lambda z: zoo.decode(model, z), model, own, z.dtype, plane, place, kind="cpu").cost
             assert (cost.messages, cost.bytes_sent) == (took.messages, took.bytes_sent)
             assert cost.peak == pytest.approx(took.memory.peak_allocated, rel=0.1)
 
@@ -217,54 +185,12 @@ def test_auto_decides_alike_on_all_ranks_and_tells(ranks: Callable[[int], Ranks]
     assert (results[0][0] - reference("wan2.1", z)).abs().max() <= 1e-4
 
 
-def predicted(shape: tuple[int, ...], plan: Plan, family: str) -> Cost:
-    """What this rank is to take: how many threads it has decides how much scratch there is."""
-    config = halovae.load(random_vae(family, 8)).config
-    return walk(config, shape, torch.float32, plan, rank=int(os.environ["RANK"]) % plan.stages[0].grid.size)
-
-
-BANDED = [
-    ("wan2.1", Plan.of(1, Grid(), 2, bands=2)),
-    ("wan2.1", Plan.of(1, Grid(rows=2), bands=2)),
-    ("wan2.1", Plan.of(1, Grid(cols=2), bands=2)),
-    ("wan2.2-5b", Plan.of(1, Grid(rows=2), bands=2)),
-]
-
-
-@pytest.mark.parametrize(("family", "plan"), BANDED)
-def test_bands_are_exact_and_take_what_was_predicted(family: str, plan: Plan, ranks: Callable[[int], Ranks]) -> None:
-    z = latents(family, 3, 33, 4)
-    results = ranks(2).run(decoded, z, {"plan": plan}, 8, family)
-    out, report = results[0]
-    model = random_vae(family, 8)
-    with torch.inference_mode():
-        expected = model.decode(z).sample
-    assert out is not None
-    assert (out - expected).abs().max() <= 1e-4
-    assert report.bands == plan.bands
-    costs = ranks(2).run(predicted, z.shape, plan, family)
-    for cost, took in list(zip(costs, report.ranks, strict=True))[: plan.stages[0].grid.size]:
-        assert (cost.messages, cost.bytes_sent) == (took.messages, took.bytes_sent)
-        assert cost.peak == pytest.approx(took.memory.peak_allocated, rel=0.1)
-
-
-def test_bands_are_for_what_fits_no_other_way() -> None:
-    ask = question((1, 16, 5, 60, 6), 1)
-    leanest = choose(replace(ask, chunk=1), IDEAL).chosen
-    assert leanest.peak is not None
-    budget = int(0.9 * leanest.peak)
-    banded = choose(replace(ask, budget=budget), IDEAL).chosen
-    assert banded.plan.bands > 1
-    assert banded.peak is not None
-    assert 1.15 * banded.peak <= budget
-
-
 def test_a_budget_holds_in_a_real_decode(ranks: Callable[[int], Ranks]) -> None:
     z = latents("wan2.1", 9, 16, 16)
-    free = ranks(2).run(decoded, z, {}, 16)[0][1]
-    peak = max(rank.memory.peak_allocated for rank in free.ranks)
-    budget = int(0.6 * peak)
+    alone = ranks(2).run(decoded, z, {"mode": "single"}, 16)[0][1]
+    budget = int(0.8 * alone.ranks[0].memory.peak_allocated)
     out, report = ranks(2).run(decoded, z, {"memory_budget": budget}, 16)[0]
+    assert report.grid in ("2x1", "1x2")
     assert max(rank.memory.peak_allocated for rank in report.ranks) <= budget
     assert out is not None
     assert torch.isfinite(out).all()
@@ -280,13 +206,12 @@ def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]
         status = Path("/proc/self/status").read_text()
         used = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData")))
         resource.setrlimit(resource.RLIMIT_DATA, (used + 16 * 2**20, before[1]))
-        real = fallback.drain_peers
 
         def freed(*args: Any) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, before)
-            real(*args)
+            drain_peers(*args)
 
-        with patch.object(halovae.stream, "drain_peers", freed):
+        with patch("halovae.plane.sharded.drain_peers", freed):
             return stream.join(), stream.shared_report()
     return stream.join(), stream.shared_report()
 
@@ -294,12 +219,12 @@ def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]
 def test_when_memory_runs_out_on_one_rank_all_fall_back_together(tmp_path: Path) -> None:
     z = latents("wan2.1", 5, 20, 20)
     ideal = tmp_path / "ideal.json"  # by which so small a model is shared as well
-    ideal.write_text(IDEAL.as_json())
+    ideal.write_text(QUICK.as_json())
     with Ranks(2, 1, {**RANK_ENVIRONMENT, "HALOVAE_CALIBRATION": str(ideal)}) as ranks:  # maps are given back at once
         (out, report), (_, other) = ranks.run(short_of_memory, z, 16)
     assert report.fell_back == other.fell_back != ""
     assert report.decision is not None
-    assert report.decision["chosen"]["plan"] in report.fell_back
+    assert report.decision["chosen"]["grid"] in report.fell_back
     model = random_vae("wan2.1", 16)
     with torch.inference_mode():
         expected = model.decode(z).sample
@@ -310,11 +235,6 @@ def test_when_memory_runs_out_on_one_rank_all_fall_back_together(tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plan": Plan.of(2, Grid())}, "expected each of 1 once"),
-        ({"plan": Plan.of(1, Grid(), bands=9)}, "bands=9, expected 1 to"),
-        ({"plan": SEVERAL, "gather": "none"}, "gather='none' needs a single one"),
-        ({"plan": Plan.of(1, Grid(rows=4))}, "needs more ranks than the 1"),
-        ({"plan": Plan.of(1, Grid()), "chunk": 2}, "leave mesh, grid, chunk and halo_depth out"),
         ({"mode": "fast"}, "mode='fast': expected one of auto, single, parallel"),
         ({"memory_budget": 0}, "memory_budget=0: expected a number of bytes"),
         ({"memory_budget": 1000}, "do not fit into a memory budget"),
@@ -325,28 +245,12 @@ def test_bad_plans_are_refused(options: dict[str, Any], message: str) -> None:
         halovae.load(vae("wan2.1")).decode(latents("wan2.1"), **options)
 
 
-def test_a_leaner_plan_takes_less() -> None:
-    decision: Decision = choose(question((1, 16, 5, 8, 8), 2), IDEAL)
+def test_what_all_fall_back_on_takes_less() -> None:
+    decision = decided((1, 16, 5, 8, 8), 2, SLOW)
+    taken = {one.grid: one.peak or 0 for one in decision.candidates}
     leaner = decision.leaner()
-    assert len(leaner) == 1
-    taken = {str(one.plan): one.peak or 0 for one in decision.candidates}
-    assert taken[str(leaner[0])] < (decision.chosen.peak or 0)
-
-
-def test_latents_of_different_lengths_share_a_batch() -> None:
-    one, other = latents("wan2.1", 3, 6, 5)[0], latents("wan2.1", 1, 6, 5, seed=1)[0]
-    decoded = halovae.load(vae("wan2.1")).decode_many([one, other])
-    for z, frames in zip((one, other), decoded, strict=True):
-        expected = reference("wan2.1", z.unsqueeze(0))[0]
-        assert frames is not None
-        assert frames.shape == expected.shape
-        assert (frames - expected).abs().max() <= 1e-4
-
-
-@pytest.mark.parametrize("shapes", [[], [(16, 1, 4, 4), (16, 1, 4, 5)], [(1, 16, 1, 4, 4)]])
-def test_latents_that_cannot_share_a_batch_are_refused(shapes: list[tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="expected at least one"):
-        halovae.load(vae("wan2.1")).decode_many([torch.zeros(shape) for shape in shapes])
+    assert leaner is not None
+    assert taken[leaner] < (decision.chosen.peak or 0)
 
 
 def shell(*words: object) -> str:

@@ -23,7 +23,7 @@ from halovae.mesh import Mesh
 from halovae.plane import Plane
 from halovae.plane.trace import trace
 from halovae.planning.calibration import OTHER, Line, Rates, read
-from halovae.planning.choose import MARGIN, WORTH, TooLittleMemory
+from halovae.planning.decision import MARGIN, WORTH, TooLittleMemory
 from halovae.planning.graphs import UnplannableError, traced
 from halovae.planning.search import Search
 from halovae.simulate import on_threads

@@ -30,23 +30,16 @@ def test_layouts_of_many_ranks_equal_diffusers(family: str, grid: str, size: tup
     assert [rank.rank for rank in simulation.ranks] == list(range(layout.size))
 
 
-def test_deep_halos_and_long_chunks_are_simulated_too() -> None:
-    z = latents("wan2.1", frames=4, height=8, width=6)
-    simulation = simulate(halovae.load(vae("wan2.1")), z, Grid(rows=2, cols=2), halo_depth=4, chunk=3)
-    assert (simulation.frames - reference("wan2.1", z)).abs().max() <= 1e-4
-
-
-def real_traffic(depth: int) -> tuple[int, int]:
-    stream = halovae.load(vae("wan2.1")).stream(latents("wan2.1"), grid=Grid(rows=2), halo_depth=depth)
+def real_traffic() -> tuple[int, int]:
+    stream = halovae.load(vae("wan2.1")).stream(latents("wan2.1"), grid=Grid(rows=2))
     stream.join()
     own = stream.report.ranks[0]
     return own.messages, own.bytes_sent
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_simulated_ranks_send_what_real_ranks_send(ranks: Callable[[int], Ranks], depth: int) -> None:
-    simulation = simulate(halovae.load(vae("wan2.1")), latents("wan2.1"), Grid(rows=2), halo_depth=depth)
-    assert [(rank.messages, rank.bytes_sent) for rank in simulation.ranks] == ranks(2).run(real_traffic, depth)
+def test_simulated_ranks_send_what_real_ranks_send(ranks: Callable[[int], Ranks]) -> None:
+    simulation = simulate(halovae.load(vae("wan2.1")), latents("wan2.1"), Grid(rows=2))
+    assert [(rank.messages, rank.bytes_sent) for rank in simulation.ranks] == ranks(2).run(real_traffic)
 
 
 def test_each_rank_takes_its_part_of_the_memory() -> None:

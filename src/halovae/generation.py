@@ -19,15 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from halovae.decode import Decoder, Mode
 from halovae.geometry import Grid
+from halovae.integrations.autoencoder import Autoencoder
 from halovae.integrations.diffusers import do_without_torchvision, gather_uneven_parts
-from halovae.integrations.sharing import Sharing
+from halovae.integrations.sharing import Mode, Sharing
 from halovae.integrations.within import SharedDecode, share_encode
 from halovae.kernels import EAGER
 from halovae.lines import join_world, world_size
 from halovae.mesh import Mesh
-from halovae.models.load import from_module
 from halovae.pipelines import Pipeline, Prompt
 from halovae.platform import Platform
 from halovae.report import DecodeReport
@@ -101,7 +100,7 @@ class Generator:
         if self.kind.whole:
             self._within = SharedDecode(self.pipeline.vae)
         else:
-            self.decoder = Decoder(from_module(self.pipeline.vae))
+            self.decoder = Autoencoder(self.pipeline.vae)
         if self.kind.pictures.stop > 1:
             # Of its own: the decode of what was generated before may be under way in another thread.
             mesh = Mesh(Grid(rows=world_size()), platform.device)

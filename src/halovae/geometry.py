@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -46,29 +45,6 @@ def split(length: int, parts: int) -> tuple[Span, ...]:
     size, larger = divmod(length, parts)
     starts = [index * size + min(index, larger) for index in range(parts + 1)]
     return tuple(Span(*pair) for pair in pairwise(starts))
-
-
-class Halo(NamedTuple):
-    """How many ghost rows and cols a tile carries on each side; 0 at the border of the picture."""
-
-    top: int = 0
-    bottom: int = 0
-    left: int = 0
-    right: int = 0
-
-    def scaled(self, factor: int) -> Halo:
-        return Halo(*(width * factor for width in self))
-
-    def within(self, other: Halo) -> Halo:
-        """The part of this halo that `other` has as well."""
-        return Halo(*map(min, self, other))
-
-    def beyond(self, other: Halo) -> Halo:
-        """The part of this halo that `other` lacks."""
-        return Halo(*(max(0, mine - theirs) for mine, theirs in zip(self, other, strict=True)))
-
-    def plus(self, other: Halo) -> Halo:
-        return Halo(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
+
+from halovae.platform import Platform
 
 _VALUES = 2**21  # that are there in fp32 at once
 _ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -58,12 +61,34 @@ def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    """`aten.convolution`, in 3-D and fp32 on the CPU always by oneDNN.
+    """`aten.convolution`, in 3-D and fp32 on the CPU always by oneDNN; some rows at a time where a device has a limit.
 
     PyTorch (2.13, `use_mkldnn` in ATen/native/Convolution.cpp) takes a loop of its own with one thread where N, C, T
     and H together are at most 20,480, as for few rows. It took up to 9 times as long, and copies each cell for each
     cell of the kernel: 27 times the map.
     """
+    given = stride, padding, dilation, transposed, output_padding, groups
+    cells = Platform(x.device).convolution_cells
+    if cells is None or transposed:
+        return _convolution(x, weight, bias, *given)
+    reach = (weight.shape[-2] - 1) * dilation[-2] + 1
+    height, (step, around) = x.shape[-2], (stride[-2], padding[-2])
+    rows = (height + 2 * around - reach) // step + 1
+    cols = (x.shape[-1] + 2 * padding[-1] - (weight.shape[-1] - 1) * dilation[-1] - 1) // stride[-1] + 1
+    if rows * cols <= cells:
+        return _convolution(x, weight, bias, *given)
+    parts, flat = [], (stride, (*padding[:-2], 0, padding[-1]), *given[2:])
+    for start in range(0, rows, most := max(1, cells // cols)):
+        first, last = start * step - around, (min(start + most, rows) - 1) * step - around + reach
+        part = F.pad(x[..., max(0, first) : min(height, last), :], (0, 0, max(0, -first), max(0, last - height)))
+        parts.append(_convolution(part, weight, bias, *flat))
+    return torch.cat(parts, -2)
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
     known = (x.device.type, x.ndim, transposed) == ("cpu", 5, False)
     known = known and {one.dtype for one in (x, weight, bias) if one is not None} == {torch.float32}
     if known and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
@@ -73,6 +98,15 @@ def convolution(
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
     )
     return result
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """What PyTorch's counter of FLOPs does not know (2.13)."""
+    return conv_flop_count(list(x), list(weight), list(out_shape))
+
+
+if torch.ops.aten.mkldnn_convolution not in flop_registry:
+    register_flop_formula(torch.ops.aten.mkldnn_convolution)(_flops)
 
 
 def convolved(
@@ -97,13 +131,21 @@ def convolved(
         return convolve(x, weight, bias, padding)
     reach, around = (weight.shape[-2] - 1) * dilation[-2], padding[-2]
     height = x.shape[-2]
+    form = _form(x)
 
     def rows(start: int, stop: int) -> Tensor:
         """Rows of the result."""
         first, last = start - around, stop - around + reach
-        part = x[..., max(0, first) : min(height, last), :].float()
-        if first < 0 or last > height:
-            part = F.pad(part, (0, 0, max(0, -first), max(0, last - height)))
+        before, after = max(0, -first), max(0, last - height)
+        inner = x[..., first + before : last - after, :]
+        if before or after:  # `F.pad` would lay a map of one item out anew
+            sizes = (*x.shape[:-2], last - first, x.shape[-1])
+            part = torch.empty(sizes, dtype=torch.float32, memory_format=form)
+            part[..., :before, :].zero_()
+            part[..., last - first - after :, :].zero_()
+            part[..., before : last - first - after, :].copy_(inner)
+        else:
+            part = inner.float()
         return convolve(part, wide, bias if bias is None else bias.float(), (*padding[:-2], 0, padding[-1]))
 
     wide = weight.float()
@@ -140,9 +182,12 @@ def _in_rows(rows: Callable[[int, int], Tensor], height: int, values: int, dtype
         part = rows(start, min(height, start + step))
         if result is None:
             sizes = (*part.shape[:-2], height, part.shape[-1])
-            last = part.stride(1) == 1
-            form = {4: torch.channels_last, 5: torch.channels_last_3d}[part.ndim] if last else torch.contiguous_format
-            result = torch.empty(sizes, dtype=dtype, memory_format=form)
+            result = torch.empty(sizes, dtype=dtype, memory_format=_form(part))
         result[..., start : start + step, :].copy_(part)
     assert result is not None
     return result
+
+
+def _form(x: Tensor) -> torch.memory_format:
+    """Channels last where a map lies so."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}[x.ndim] if x.stride(1) == 1 else torch.contiguous_format

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from halovae.geometry import Grid
 from halovae.platform import INTERFACES, Platform
 
-Axis = Literal["rows", "cols"]
 Scope = Literal["rows", "cols", "plane", "world"]
 Value = TypeVar("Value")
 

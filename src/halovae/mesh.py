@@ -1,4 +1,4 @@
-"""This process's place among the ranks: halos, gathers, and errors that end every rank."""
+"""This process's place among the ranks: gathers, and errors that end every rank."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from halovae.geometry import Grid, Halo, Shard
-from halovae.lines import Axis, Lines, ProcessLines, Scope, Value, world_size
-from halovae.parts import part
+from halovae.geometry import Grid, Shard
+from halovae.lines import Lines, ProcessLines, Scope, Value, world_size
 from halovae.platform import Platform, Stopwatch
 
 
@@ -70,49 +69,6 @@ class Mesh:
         self.item, self.row, self.col = grid.coordinates(self.rank)
         self._user: int | None = None
 
-    def neighbours(self, axis: Axis) -> tuple[int | None, int | None]:
-        """The ranks before and after this one along `axis`; None at the border of the picture."""
-        position, extent, step = (
-            (self.row, self.grid.rows, self.grid.cols) if axis == "rows" else (self.col, self.grid.cols, 1)
-        )
-        before = self.rank - step if position > 0 else None
-        after = self.rank + step if position < extent - 1 else None
-        return before, after
-
-    def refresh(self, data: Tensor, halo: Halo) -> None:
-        """Fill the ghosts of `data` in place with the neighbours' nearest rows and cols.
-
-        Along the rows first, then along the cols with the ghost rows among them, which brings the corners.
-
-        Args:
-            data: `[B, C, T, top + H + bottom, left + W + right]`, its own part filled.
-            halo: the ghosts' widths: 0 where this rank has no neighbour, else the same on all ranks along that axis,
-                and no more than any of them owns.
-        """
-        with part("exchange"):
-            if halo.top or halo.bottom:
-                own_cols = data[..., halo.left : data.shape[-1] - halo.right]
-                self._swap("rows", own_cols, data.ndim - 2, halo.top, halo.bottom)
-            if halo.left or halo.right:
-                self._swap("cols", data, data.ndim - 1, halo.left, halo.right)
-
-    def _swap(self, axis: Axis, data: Tensor, dim: int, before: int, after: int) -> None:
-        end = data.shape[dim]
-        sides = [
-            (peer, data.narrow(dim, nearest, width), data.narrow(dim, ghost, width))
-            for peer, width, nearest, ghost in zip(
-                self.neighbours(axis), (before, after), (before, end - 2 * after), (0, end - after), strict=True
-            )
-            if peer is not None
-        ]
-        sends = [(peer, _flat(torch.empty_like(nearest).copy_(nearest))) for peer, nearest, _ in sides]
-        received = [torch.empty_like(ghosts) for _, _, ghosts in sides]
-        receives = [(peer, _flat(dense)) for (peer, _, _), dense in zip(sides, received, strict=True)]
-        with self.traffic.waiting.running():
-            self._exchange(axis, sends, receives)
-        for (_, _, ghosts), dense in zip(sides, received, strict=True):
-            ghosts.copy_(dense)
-
     def _exchange(self, scope: Scope, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
         if not (sends or receives):
             return
@@ -129,16 +85,6 @@ class Mesh:
         everyone = self.lines.all_gather(scope, padded, len(sizes))
         self.traffic.calls += 1
         return [flat[:size] for flat, size in zip(everyone, sizes, strict=True)]
-
-    def gather_tokens(self, own: Tensor, counts: Sequence[int]) -> Tensor:
-        """All tokens of the plane: the ranks' `own` `[N, tokens, C]` in turn; `counts` are their tokens."""
-        if len(counts) == 1:
-            return own
-        items, _, channels = own.shape
-        with self.traffic.waiting.running():
-            everyone = self._collect(own, [items * count * channels for count in counts], "plane")
-        views = [one.view(items, count, channels) for one, count in zip(everyone, counts, strict=True)]
-        return torch.cat(views, dim=1)
 
     def gather_frames(self, own: Tensor, shards: Sequence[Shard], out: Tensor | None, everyone: bool) -> None:
         """Lay the frames of several ranks into the full picture.
@@ -209,11 +155,6 @@ class Mesh:
             yield
         finally:
             self._user = None
-
-
-def _flat(dense: Tensor) -> Tensor:
-    """The memory of a tensor without gaps as it lies there, whatever the order of its dims: backends want it so."""
-    return dense.as_strided((dense.numel(),), (1,))
 
 
 _meshes: dict[tuple[Grid, torch.device, bool, object], Mesh] = {}

@@ -1,14 +1,10 @@
-"""The parts of a decode, as profilers show them; `halovae bench --profile` sums them up.
-
-On the plane path, a part is a submodule.
-"""
+"""The parts of a decode, as profilers show them; `halovae bench --profile` sums them up."""
 
 from torch.profiler import record_function
 
-PARTS = ("convolution", "norm", "attention", "copies", "exchange", "gather", "conversion")
 PREFIX = "halovae/"
 
 
 def part(name: str) -> record_function:
-    """A stretch of work that belongs to one of `PARTS`, or to a submodule; parts do not hold one another."""
+    """A stretch of work that belongs to a submodule, or to gathers or conversion; parts do not hold one another."""
     return record_function(PREFIX + name)

@@ -21,6 +21,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from halovae.platform import Platform
+
 _ALIGNMENT = 64  # bytes of a cache line
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 _NO_RESERVE = 0x4000  # MAP_NORESERVE of linux/mman.h, which Python knows since 3.13: else no process could fork
@@ -43,7 +45,7 @@ class Pool:
         self._scratch = 0  # bytes of the last scratch memory
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, kept: bool = False) -> Tensor:
-        """An uninitialized map, channels last.
+        """An uninitialized map, channels last where the device knows that.
 
         Args:
             shape: `[B, C, T, H, W]`.
@@ -52,7 +54,8 @@ class Pool:
         """
         batch, channels, *rest = shape
         if self.device.type != "cpu":
-            return torch.empty((batch, *rest, channels), dtype=dtype, device=self.device).movedim(-1, 1)
+            layout = Platform(self.device).layout(len(shape))
+            return torch.empty(list(shape), dtype=dtype, device=self.device, memory_format=layout)
         memory = (self._caches if kept else self._maps).allocate(math.prod(shape) * dtype.itemsize)
         return memory.view(dtype).view(batch, *rest, channels).movedim(-1, 1)
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from halovae.memory import Memory
-from halovae.planning.plan import Chunk
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,19 +37,15 @@ class DecodeReport:
     """What a decode took.
 
     Attributes:
-        family: the model's.
-        latents: their shape `[B, C, T, H, W]`.
+        family: the model's, or the class of its VAE.
+        latents: their shape, `[B, C, T, H, W]` or `[B, C, H, W]`.
         frames: `[B, 3, T', H', W']`, the shape of what they decode to.
         dtype: what was computed in.
         device: its kind.
         grid: ranks along the rows x cols, or batch x rows x cols.
-        chunk: latent frames per pass, or "all".
-        halo_depths: by block; "" is the default.
-        bands: how many each rank cut its rows into; 1 for none.
-        first_use: whether this decoder had not decoded this shape this way before, so that the time holds what is only
-            done once (kernels chosen and compiled, lines between ranks opened).
+        first_use: whether this shape had not been decoded this way before, so that its graph was recorded first.
         decision: why it was decoded that way, as `Decision` has it; None if the caller said how.
-        fell_back: which plan was given up when memory ran out; empty if none was.
+        fell_back: which grid was given up when memory ran out; empty if none was.
         ranks: one for each rank, in order; a single one for a rank that has not asked the others.
     """
 
@@ -60,9 +55,6 @@ class DecodeReport:
     dtype: str
     device: str
     grid: str
-    chunk: Chunk
-    halo_depths: dict[str, int]
-    bands: int
     first_use: bool
     decision: dict[str, Any] | None
     fell_back: str

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from halovae.decode import Decoder
 from halovae.geometry import Grid
 from halovae.integrations.autoencoder import Autoencoder
 from halovae.lines import Lines, Scope, Value
@@ -83,9 +82,7 @@ class Simulation:
     seconds: float
 
 
-def simulate(
-    decoder: Decoder | Autoencoder, latents: Tensor, grid: Grid, link: Link | None = None, **options: Any
-) -> Simulation:
+def simulate(decoder: Autoencoder, latents: Tensor, grid: Grid, link: Link | None = None, **options: Any) -> Simulation:
     """Decode by `grid.size` ranks in this process, on the decoder's device.
 
     Args:
@@ -118,10 +115,8 @@ def simulate(
     return Simulation(frames, grid, tuple(rank for _, rank, _ in done), max(clock for _, _, clock in done))
 
 
-def _own(decoder: Decoder | Autoencoder) -> Any:
+def _own(decoder: Autoencoder) -> Autoencoder:
     """A decoder for one rank, with the same parameters: autoencoders may keep caches on themselves as they decode."""
-    if isinstance(decoder, Decoder):
-        return decoder
     return Autoencoder(copy.deepcopy(decoder.module, {id(one): one for one in decoder.module.parameters()}))
 
 

@@ -114,7 +114,9 @@ def convolve(
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     for item, result in zip(window.unbind(0), out.unbind(0), strict=True):
         maps = item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, scheme.name, add, kernels is not EAGER
-        if ready is None:
+        if ready is None or window.is_meta:
+            if ready is not None:
+                ready()
             torch.ops.halovae.convolve(*maps)
         else:
             with _disable_current_modes():  # those who watch operators see none of it, as they see one of the other

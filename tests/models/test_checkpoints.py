@@ -25,6 +25,7 @@ from halovae.integrations.autoencoder import Autoencoder
 from halovae.models import load as checkpoints
 from halovae.models.checkpoint import recognize
 from halovae.models.layouts import LAYOUTS
+from halovae.models.wan import WanConfig
 from halovae.models.weights import Weights
 
 diffusers = pytest.importorskip("diffusers")
@@ -38,10 +39,9 @@ def latents_of(name: str, module: nn.Module) -> Tensor:
     return torch.randn(1, vae.config.latent_channels, *frames, 5, 7, generator=torch.Generator().manual_seed(1))
 
 
-def check_plane(path: Path, name: str, module: nn.Module, dtype: torch.dtype = torch.float32) -> Autoencoder:
+def check(path: Path, name: str, module: nn.Module, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """The file's module decodes as `module` does, bit for bit."""
     loaded = halovae.load(path, dtype=dtype, device="cpu")
-    assert isinstance(loaded, Autoencoder)
     assert type(loaded.module) is type(module)
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
     z = latents_of(name, module).to(dtype)
@@ -50,44 +50,47 @@ def check_plane(path: Path, name: str, module: nn.Module, dtype: torch.dtype = t
     return loaded
 
 
-def check_tile(path: Path, module: nn.Module, family: str, dtype: torch.dtype = torch.float32) -> halovae.Decoder:
-    loaded = halovae.load(path, dtype=dtype, device="cpu")
-    assert isinstance(loaded, halovae.Decoder)
-    z = latents(family, frames=2, height=3, width=4).to(dtype)
+def check_wan(path: Path, module: nn.Module, family: str) -> WanConfig:
+    """The same of a Wan file, whose sizes it gives."""
+    loaded = halovae.load(path, device="cpu")
+    z = latents(family, frames=2, height=3, width=4)
     frames, expected = loaded.decode(z), halovae.load(module).decode(z)
     assert frames is not None
     assert expected is not None
     assert torch.equal(frames, expected)
-    return loaded
+    sizes = loaded.calls["decode"].sizes
+    assert sizes is not None
+    return sizes
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_an_original_file_decodes_as_the_module_it_was_written_from(name: str, tmp_path: Path) -> None:
     module = MODULES[name]()
     save_file(original(name, module), tmp_path / "file")
-    check_plane(tmp_path / "file", name, module)
+    check(tmp_path / "file", name, module)
 
 
 @pytest.mark.parametrize("family", WAN)
 def test_wans_original_file_decodes_as_the_module_it_was_written_from(family: str, tmp_path: Path) -> None:
     save_file(written(vae(family), WAN[family]), tmp_path / "file")
-    decoder = check_tile(tmp_path / "file", vae(family), family)
-    assert decoder.config.family == ("wan2.1" if family == "qwen-image" else family)  # those files are alike
+    sizes = check_wan(tmp_path / "file", vae(family), family)
+    assert sizes.family == ("wan2.1" if family == "qwen-image" else family)  # those files are alike
     if family != "wan2.2-5b":  # whose true means diffusers' config.json has, and not its defaults
-        assert decoder.config.latents_mean == tuple(vae(family).config.latents_mean)
+        config = halovae.load(tmp_path / "file", device="cpu").config
+        assert tuple(config.latents_mean) == tuple(vae(family).config.latents_mean)
 
 
 @pytest.mark.parametrize("name", ["flux", "ltx-video 0.9.0", "hunyuan-video"])
 def test_a_file_with_diffusers_names_needs_no_config(name: str, tmp_path: Path) -> None:
     module = MODULES[name]()
     save_file(module.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
-    check_plane(tmp_path / "diffusion_pytorch_model.safetensors", name, module)
+    check(tmp_path / "diffusion_pytorch_model.safetensors", name, module)
 
 
 @pytest.mark.parametrize("family", ["qwen-image", "wan2.2-5b"])
 def test_a_wan_file_with_diffusers_names_needs_no_config(family: str, tmp_path: Path) -> None:
     save_file(written(vae(family), layouts.same_names), tmp_path / "file")
-    check_tile(tmp_path / "file", vae(family), family)
+    check_wan(tmp_path / "file", vae(family), family)
 
 
 def test_older_names_of_attention(tmp_path: Path) -> None:
@@ -99,7 +102,7 @@ def test_older_names_of_attention(tmp_path: Path) -> None:
             key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
         state[key] = tensor
     save_file(state, tmp_path / "file")
-    check_plane(tmp_path / "file", "sd", module)
+    check(tmp_path / "file", "sd", module)
 
 
 STORED = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -112,7 +115,7 @@ def test_storage_is_cast(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path
     save_file({key: one.to(stored) for key, one in original("flux", module).items()}, tmp_path / "file")
     for parameter in module.parameters():
         parameter.data = parameter.data.to(stored).to(dtype)
-    assert check_plane(tmp_path / "file", "flux", module, dtype).dtype == dtype
+    assert check(tmp_path / "file", "flux", module, dtype).dtype == dtype
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -120,7 +123,7 @@ def test_wans_storage_is_cast(stored: torch.dtype, tmp_path: Path) -> None:
     save_file({key: one.to(stored) for key, one in written(vae("wan2.1"), layouts.wan21).items()}, tmp_path / "file")
     module = diffusers.AutoencoderKLWan(**{**vae("wan2.1").config, "_class_name": None}).eval()
     module.load_state_dict({key: one.to(stored).float() for key, one in vae("wan2.1").state_dict().items()})
-    check_tile(tmp_path / "file", module, "wan2.1")
+    check_wan(tmp_path / "file", module, "wan2.1")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_of_a_full_checkpoint_only_the_vae_is_read(
         return read(self, names)
 
     monkeypatch.setattr(Weights, "read", recorded)
-    config = check_plane(tmp_path / "file", name, module).config
+    config = check(tmp_path / "file", name, module).config
     assert sorted(asked) == sorted(own)
     assert (config.scaling_factor, config.shift_factor) == (factor, shift)
 
@@ -166,18 +169,18 @@ def test_a_pipelines_file_of_ltx_has_its_vae_under_a_prefix(tmp_path: Path) -> N
     state["vae.per_channel_statistics.channel"] = torch.arange(8.0)  # statistics that no decode uses
     state["vae.per_channel_statistics.mean-of-stds"] = torch.ones(8)
     save_file(state | {"model.diffusion_model.patchify_proj.weight": torch.ones(2, 2)}, tmp_path / "file")
-    check_plane(tmp_path / "file", "ltx-video 0.9.1", module)
+    check(tmp_path / "file", "ltx-video 0.9.1", module)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_torch(zipped: bool, tmp_path: Path) -> None:
     save: dict[str, Any] = {"_use_new_zipfile_serialization": zipped}
     torch.save(written(vae("wan2.1"), layouts.wan21), tmp_path / "Wan2.1_VAE.pth", **save)
-    check_tile(tmp_path / "Wan2.1_VAE.pth", vae("wan2.1"), "wan2.1")
+    check_wan(tmp_path / "Wan2.1_VAE.pth", vae("wan2.1"), "wan2.1")
     module = MODULES["hunyuan-video"]()
     nested = {"state_dict": {f"vae.{key}": one for key, one in module.state_dict().items()}, "step": 3}
     torch.save(nested, tmp_path / "model.ckpt", **save)
-    check_plane(tmp_path / "model.ckpt", "hunyuan-video", module)
+    check(tmp_path / "model.ckpt", "hunyuan-video", module)
 
 
 def test_other_widths_and_depths(tmp_path: Path) -> None:
@@ -185,13 +188,13 @@ def test_other_widths_and_depths(tmp_path: Path) -> None:
     module = diffusers.AutoencoderKLWan(base_dim=8, decoder_base_dim=4, **sizes).eval()
     state = written(module, layouts.wan21)
     save_file(state, tmp_path / "pruned")
-    decoder = check_tile(tmp_path / "pruned", module, "wan2.1")
-    assert (decoder.config.base_dim, decoder.config.dim_mult) == (4, (1, 2, 3))
+    sizes_found = check_wan(tmp_path / "pruned", module, "wan2.1")
+    assert (sizes_found.base_dim, sizes_found.dim_mult) == (4, (1, 2, 3))
     save_file({key: one for key, one in state.items() if not key.startswith("encoder.")}, tmp_path / "half")
-    check_tile(tmp_path / "half", module, "wan2.1")
+    check_wan(tmp_path / "half", module, "wan2.1")
     wider = tiny("AutoencoderKL", **KL | {"block_out_channels": (64, 32, 96)}, layers_per_block=2)
     save_file(original("sd", wider), tmp_path / "wider")
-    check_plane(tmp_path / "wider", "sd", wider)
+    check(tmp_path / "wider", "sd", wider)
 
 
 def test_means_of_other_latents_are_not_made_up(tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_means_of_other_latents_are_not_made_up(tmp_path: Path) -> None:
     decoder = halovae.load(tmp_path / "file", device="cpu")
     z = torch.zeros(1, 4, 1, 2, 2)
     assert decoder.decode(z) is not None
-    with pytest.raises(ValueError, match="no latents_mean is known for 4 channels"):
+    with pytest.raises(ValueError, match="no latents_mean and latents_std are known of this AutoencoderKLWan"):
         decoder.decode(z, denormalize=True)
 
 
@@ -394,4 +397,4 @@ def test_commands_take_a_file(tmp_path: Path) -> None:
     assert torch.equal(
         *(subject_of(tmp_path / model, (64, 64), 1, clips=False).latents for model in ("folder", "file"))
     )
-    assert "wan2.1, latents 1x16x" in run("plan", "--model", tmp_path / "file", "--size", "64x64", "--num-gpus", "2")
+    assert "AutoencoderKLWan, latents 1x16x" in run("plan", "--model", tmp_path / "file", "--size", "64x64", "--num-gpus", "2")

@@ -38,12 +38,15 @@ def test_one_loop_normalizes_as_operators_do(dtype: torch.dtype, norm: norms.Cel
 
 
 @torch.inference_mode()
-def test_a_map_is_normalized_over_itself() -> None:
+def test_operators_normalize_a_map_over_itself_and_one_loop_does_not() -> None:
     x = torch.randn(1, 16, 4, 5).contiguous(memory_format=torch.channels_last)
     norm = 1e-12, 0.0, 4.0
     with operators.on(MESH):
         expected = norms.activated(x.clone(), None, None, None, norm, True, False)
-    with operators.on(MESH, compiled()):
-        found = norms.activated(x, None, None, None, norm, True, True)
-    assert found.data_ptr() == x.data_ptr()
-    torch.testing.assert_close(found, expected)
+    for kernels in (EAGER, compiled()):
+        given = x.clone()
+        with operators.on(MESH, kernels):
+            found = norms.activated(given, None, None, None, norm, True, True)
+        torch.testing.assert_close(found, expected)
+        assert (found.data_ptr() == given.data_ptr()) is (kernels is EAGER)
+        assert torch.equal(given, found if kernels is EAGER else x)

@@ -18,9 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from halovae import kernels
 from halovae.bench.profile import Profile, peaks, profiled
 from halovae.bench.ranks import Ranks
-from halovae.decode import Decoder, load
 from halovae.geometry import Grid
-from halovae.integrations.autoencoder import Autoencoder, decode_options
+from halovae.integrations.autoencoder import Autoencoder, decode_options, load
 from halovae.launch import RankError
 from halovae.memory import Memory, MemoryMeter
 from halovae.models.load import diffusers_module
@@ -62,12 +61,11 @@ class Taken:
 
 def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
-    decoder: Decoder | Autoencoder = load(model.path, dtype=model.dtype, device=Platform.default(model.device).device)
+    decoder = load(model.path, dtype=model.dtype, device=Platform.default(model.device).device, encoder=False)
     if compiled:
         kernels.works(decoder.device)  # the compiler rests in memory as the weights do
 
     def decode(latents: Tensor) -> tuple[Tensor | None, DecodeReport]:
-        latents = _moved(latents)
         stream = decoder.stream(latents, **options, **_own_options(latents))
         return stream.join(), stream.report
 
@@ -75,22 +73,16 @@ def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None
     _held["options"] = options
 
 
-def _moved(latents: Tensor) -> Tensor:
-    """Latents as this process's model computes: autoencoders of the plane path take no others."""
-    return latents.to(_held["owner"].device, _held["owner"].dtype)
-
-
 def _own_options(latents: Tensor) -> dict[str, Any]:
     """What this process's model needs besides latents."""
-    owner = _held["owner"]
-    return decode_options(owner.module, latents) if isinstance(owner, Autoencoder) else {}
+    owner: Autoencoder = _held["owner"]
+    return decode_options(owner.module, latents.to(owner.device, owner.dtype))
 
 
 def _hold_diffusers(model: Model, tiled: bool) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
     platform = Platform.default(model.device)
-    vae: Any = diffusers_module(model.path, model.dtype)
-    vae.encoder = vae.quant_conv = torch.nn.Identity()  # halovae does not load that half either
+    vae: Any = diffusers_module(model.path, model.dtype, encoder=False)
     vae.to(platform.device)
     for parameter in vae.parameters():  # weights mapped from a file are not in memory before they are used
         parameter.data = parameter.data.clone()
@@ -139,13 +131,12 @@ def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None, 
 
 
 def _plan(latents: Tensor) -> None:
-    latents = _moved(latents)
     _held["owner"].stream(latents, **_held["options"], **_own_options(latents)).close()
 
 
 def _warm_up(shape: Sequence[int]) -> float:
     with _noticing_lack_of_memory(_held["platform"]):
-        own = _own_options(_moved(torch.zeros(*shape)))
+        own = _own_options(torch.zeros(*shape))
         return float(_held["owner"].warmup(shape, **_held["options"], **own))
 
 
@@ -174,7 +165,6 @@ def _noticing_lack_of_memory(platform: Platform) -> Iterator[None]:
 
 
 def _simulate(latents: Tensor, grid: Grid, link: Link) -> Simulation:
-    latents = _moved(latents)
     return simulate(_held["owner"], latents, grid, link, **_own_options(latents))
 
 
@@ -189,7 +179,7 @@ class Contestant:
         threads: CPU threads of each.
         kind: "halovae", "diffusers", or "tiled" for diffusers' tiling.
         compiled: whether halovae compiles its kernels before it decodes.
-        options: of its decodes; see `Decoder.stream`.
+        options: of its decodes; see `Autoencoder.stream`.
         report: halovae's of the last decode, by rank 0.
         taken: what each decode took, in order.
         out_of_memory: the bytes reserved when memory ran out; None while it has not.

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halovae.integrations.plane_call import BATCHED
-from halovae.models.wan import WanConfig
+from halovae.integrations.plane_call import BATCHED, sizes_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Sizes:
     Attributes:
         class_name: the diffusers class.
         config: what differs from the class's defaults.
-        widths: of the first encoder block and the last decoder block, in the families of the tile path.
+        widths: of the first encoder block and the last decoder block, where small ones are made, too.
         note: what is not known of the published sizes.
     """
 
@@ -78,7 +77,7 @@ MODELS: dict[str, Sizes] = {
 }
 """The autoencoders whose true sizes are known by name."""
 
-# Those of the tile path: diffusers' class, the sizes that are not its defaults, and the true widths.
+# Those that are made small as well: diffusers' class, the sizes that are not its defaults, and the true widths.
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     name: (sizes.class_name, dict(sizes.config), sizes.widths) for name, sizes in MODELS.items() if sizes.widths
 }
@@ -144,13 +143,6 @@ def meta_vae_of(config: Mapping[str, Any], source: str, dtype: torch.dtype) -> n
         raise ValueError(f"{source}: {name} cannot be built from this config ({error})") from error
 
 
-def named_config(family: str) -> WanConfig:
-    """The true sizes of a family in `FAMILIES`."""
-    with torch.device("meta"):
-        vae = _made(family)
-    return WanConfig.from_diffusers({**vae.config, "_class_name": MODELS[family].class_name})
-
-
 def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: int) -> tuple[int, ...]:
     """The shape of the latents, of one item, that decode to pictures of a size.
 
@@ -163,6 +155,8 @@ def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: in
     Raises:
         ValueError: no latents do; says which sizes and numbers of frames are nearest.
     """
+    if (sizes := sizes_of(module)) is not None:
+        return sizes.latents(size, frames)
     channels, space = latent_channels(module), spatial_ratio(module)
     if channels is None or space is None:
         raise ValueError(f"{name}: the config of {type(module).__name__} does not say how latents relate to pictures")
@@ -194,6 +188,8 @@ def latent_channels(module: nn.Module) -> int | None:
 def spatial_ratio(module: nn.Module) -> int | None:
     """Picture rows per latent row; None if the config does not say."""
     config: Mapping[str, Any] = getattr(module, "config", {})
+    if (sizes := sizes_of(module)) is not None:
+        return sizes.spatial_factor
     for key in ("spatial_compression_ratio", "scale_factor_spatial"):
         for values in (config, vars(module)):
             if isinstance(values.get(key), int):
@@ -207,6 +203,8 @@ def spatial_ratio(module: nn.Module) -> int | None:
 def temporal_ratio(module: nn.Module) -> tuple[int, int]:
     """Frames per latent frame, and how many frames the first latent frame makes besides: 1 in causal models, else 0."""
     name, config = type(module).__name__, getattr(module, "config", {})
+    if (sizes := sizes_of(module)) is not None:
+        return sizes.temporal_factor, 1
     if name in _SAME_FRAMES:
         return 1, 1
     ratio = 1
@@ -222,6 +220,12 @@ def makes_clips(module: nn.Module) -> bool:
     """Whether latents have frames."""
     decoder = getattr(module, "decoder", module)
     return any(isinstance(one, nn.Conv3d) for one in decoder.modules()) or type(module).__name__ in BATCHED
+
+
+def usual_frames(module: nn.Module, clip: int) -> int:
+    """How many frames results usually have: 1 of pictures, also where latents have frames, else `clip`."""
+    sizes = sizes_of(module)
+    return clip if makes_clips(module) and (sizes is None or sizes.family != "qwen-image") else 1
 
 
 def latent_dims(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Where the time of a decode goes: by kind of work or by submodule, against the device's best, and as a trace."""
+"""Where the time of a decode goes: by submodule, against the device's best, and as a trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from halovae.parts import PARTS, PREFIX
+from halovae.parts import PREFIX
 from halovae.platform import Platform
 
 COLUMNS = ("part", "seconds", "share")
@@ -28,7 +28,8 @@ class Profile:
     Attributes:
         label: whose decode.
         seconds: all of it, watched, which makes it slower.
-        parts: seconds by `PARTS`, or of the `LONGEST` submodules, and "other": Python, and all that is not listed.
+        parts: seconds of the `LONGEST` submodules, of gathers and conversion, and "other": Python, and all that is not
+            listed.
         flops: multiplications and additions that were made, by torch's own count of operators.
         peaks: FLOP/s of a large matrix multiplication and of a large convolution, measured right after.
     """
@@ -45,17 +46,12 @@ class Profile:
         return [[name, f"{seconds:.3f}", f"{seconds / self.seconds:.1%}"] for name, seconds in ordered]
 
     def conclusions(self) -> list[str]:
-        """The rate in convolutions, and of all, against the peaks."""
-        times = {"the decode": self.seconds, "convolutions": self.parts.get("convolution")}
-        rates = {subject: self.flops / seconds for subject, seconds in times.items() if seconds}
-        against = [
-            f"{subject}: {rate / 1e9:,.1f} GFLOP/s, "
-            + ", ".join(f"{rate / peak:.0%} of a {name}'s {peak / 1e9:,.1f}" for name, peak in self.peaks.items())
-            for subject, rate in rates.items()
-        ]
+        """The rate, against the peaks."""
+        rate = self.flops / self.seconds
+        against = ", ".join(f"{rate / peak:.0%} of a {name}'s {peak / 1e9:,.1f}" for name, peak in self.peaks.items())
         return [
             f"{self.label}: {len(self.parts)} parts in {self.seconds:.2f} s, {self.flops / 1e9:,.1f} GFLOP",
-            *against,
+            f"the decode: {rate / 1e9:,.1f} GFLOP/s, {against}",
         ]
 
 
@@ -74,7 +70,7 @@ def profiled(platform: Platform, decode: Callable[[], Any], flops: int, label: s
     events = {event.key: getattr(event, field) / 1e6 for event in watched.key_averages()}
     found = {key.removeprefix(PREFIX): seconds for key, seconds in events.items() if key.startswith(PREFIX)}
     longest = sorted(found, key=lambda part: -found[part])[:LONGEST]
-    parts = {part: found.get(part, 0.0) for part in (PARTS if found.keys() <= set(PARTS) else longest)}
+    parts = {part: found[part] for part in longest}
     parts["other"] = max(0.0, seconds - math.fsum(parts.values()))
     return Profile(label, seconds, parts, flops, {})
 

@@ -116,19 +116,6 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def parse_chunk(text: str) -> int | str:
-    """A number of latent frames, or `all`.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if text == "all":
-        return text
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError("expected a number of latent frames >= 1, or 'all'")
-    return int(text)
-
-
 def parse_bytes(text: str) -> int:
     """A size of memory: `8GiB`, `512MiB`, `64KiB`, or a number of bytes.
 

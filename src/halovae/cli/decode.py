@@ -12,17 +12,14 @@ import typer
 
 from halovae import latents as latents_file
 from halovae import media
-from halovae.cli.common import MODEL_HELP, Dtype, Mode, errors_shown, parse_bytes, parse_chunk, parsed
-from halovae.cli.planes import PlaneModel, denormalized
+from halovae.cli.common import MODEL_HELP, Dtype, Mode, check_installed, errors_shown, parse_bytes, parsed
+from halovae.cli.planes import PlaneModel
 from halovae.cli.writing import outputs, tell, write
-from halovae.decode import check_latents, load
 from halovae.geometry import Grid
-from halovae.integrations.autoencoder import Autoencoder, decode_options
-from halovae.integrations.pictures import PictureStream
+from halovae.integrations.autoencoder import decode_options, load
 from halovae.launch import launch, under_torchrun
 from halovae.lines import world_size
 from halovae.models.load import CLASSES, find_model, read_alike, read_class, read_config
-from halovae.stream import FrameStream
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,6 @@ class _Job:
     mode: Any
     grid: Grid | None
     dtype: torch.dtype
-    chunk: Any
-    halo_depth: int | None
     memory_budget: int | None
     denormalize: bool
     fps: float
@@ -55,18 +50,12 @@ def decode(
     ] = None,
     mode: Annotated[
         Mode,
-        typer.Option(help="auto: the plan predicted to be fastest. single: one rank. parallel: all share the rows."),
+        typer.Option(help="auto: the grid predicted to be fastest. single: one rank. parallel: all share the rows."),
     ] = Mode.auto,
     grid: Annotated[
         str | None, typer.Option(help="Ranks along ROWSxCOLS, or BATCHxROWSxCOLS, instead of --mode.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
-    chunk: Annotated[
-        str | None, typer.Option(help="Latent frames per pass, or 'all': more need more memory. [default: as planned]")
-    ] = None,
-    halo_depth: Annotated[
-        int | None, typer.Option(min=1, help="How many convolutions one halo exchange lasts. [default: as planned]")
-    ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="What a rank may take to decode, such as 8GiB. [default: what is free]")
     ] = None,
@@ -96,7 +85,7 @@ def decode(
             raise ValueError(f"--grid {wanted} needs {wanted.size} ranks, but --num-gpus is {ranks}")
         header = latents_file.read_header(latents)
         path = find_model(model)
-        family, frames = _described(path, header, wanted or Grid(), chunk, halo_depth)
+        family, frames = _described(path, header, wanted or Grid())
         if header.family not in (None, family, *read_alike(path)):
             raise ValueError(f"{latents} holds latents of {header.family}, but {path} is a {family} model")
         for target in outputs(output, header.shape[0]):
@@ -109,8 +98,6 @@ def decode(
             mode=mode.value,
             grid=wanted,
             dtype=dtype.torch,
-            chunk=parsed("--chunk", chunk, parse_chunk) if chunk else None,
-            halo_depth=halo_depth,
             memory_budget=parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None,
             denormalize=bool(header.scaled) if scaled is None else scaled,
             fps=fps or header.fps or 16.0,
@@ -125,28 +112,28 @@ def decode(
                 media.discard(media.partial_of(target))
 
 
-def _described(
-    path: Path, header: latents_file.LatentsHeader, grid: Grid, chunk: str | None, halo_depth: int | None
-) -> tuple[str, int]:
+def _described(path: Path, header: latents_file.LatentsHeader, grid: Grid) -> tuple[str, int]:
     """The model's family, or class, and how many frames it makes of the latents.
 
     Raises:
-        ValueError: it decodes no such latents, or not that way.
+        ValueError: it decodes no such latents, or diffusers is not installed.
     """
+    check_installed("decode", "diffusers", extra="diffusers")
     if read_class(path) in CLASSES:
         config = read_config(path)
-        check_latents(config, header.shape, header.dtype, grid)
+        config.check_latents(header.shape, header.dtype, grid)
         return config.family, config.frames(header.shape[2])
     model = PlaneModel.read(path, torch.float32)
-    for name, value in (("--chunk", chunk), ("--halo-depth", halo_depth)):
-        if value is not None:
-            raise ValueError(f"{name} {value}: {model.name} decodes its own chunks, and exchanges once a convolution")
     return model.name, model.clip(header.shape, torch.float32, grid)[2]
 
 
 def _run(job: _Job) -> None:
     """One rank's work; rank 0 writes the frames."""
-    pieces = _pieces(load(job.model, dtype=job.dtype), latents_file.read(job.latents), job)
+    decoder, latents = load(job.model, dtype=job.dtype, encoder=False), latents_file.read(job.latents)
+    pieces = decoder.stream(
+        latents, mode=job.mode, grid=job.grid, dtype=torch.uint8, denormalize=job.denormalize,
+        memory_budget=job.memory_budget, **decode_options(decoder.module, latents.to(decoder.device, decoder.dtype)),
+    )  # fmt: skip
     rank = dist.get_rank() if dist.is_initialized() else 0
     paths = outputs(job.output, pieces.latents.shape[0])
     if rank > 0:
@@ -156,19 +143,3 @@ def _run(job: _Job) -> None:
     report = pieces.shared_report()
     if rank == 0:
         tell(report, paths, job.report)
-
-
-def _pieces(decoder: Any, latents: torch.Tensor, job: _Job) -> FrameStream | PictureStream:
-    common: dict[str, Any] = {
-        "mode": job.mode, "grid": job.grid, "dtype": torch.uint8, "memory_budget": job.memory_budget,
-    }  # fmt: skip
-    if isinstance(decoder, Autoencoder):
-        latents = latents.to(decoder.device, torch.float32)
-        if job.denormalize:
-            latents = denormalized(latents, decoder.config, type(decoder.module).__name__)
-        latents = latents.to(decoder.dtype)
-        return decoder.stream(latents, **common, **decode_options(decoder.module, latents))
-    pieces: FrameStream = decoder.stream(
-        latents, chunk=job.chunk, halo_depth=job.halo_depth, denormalize=job.denormalize, **common
-    )
-    return pieces

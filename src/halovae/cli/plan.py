@@ -28,11 +28,9 @@ from halovae.cli.common import (
 )  # fmt: skip
 from halovae.cli.measuring import free_names, progress
 from halovae.geometry import Grid
-from halovae.models.load import CLASSES, find_model, read_class, read_config, read_diffusers_config
-from halovae.models.wan import WanConfig
+from halovae.models.load import find_model, read_class, read_diffusers_config
 from halovae.planning.calibration import Calibration, read, shipped
-from halovae.planning.choose import Decision, Question, TooLittleMemory, choose
-from halovae.planning.plan import Plan
+from halovae.planning.decision import Decision, TooLittleMemory
 from halovae.planning.search import Search
 
 EXPLORED = (1, 2, 4, 8, 16, 32, 64)
@@ -48,14 +46,12 @@ class Case:
         size: of the pictures.
         latents: their shape.
         decide: the decision for up to so many ranks.
-        shown: a plan, for people.
     """
 
     model: str
     size: str
     latents: tuple[int, ...]
     decide: Callable[[int], Decision]
-    shown: Callable[[Plan], str] = str
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def plan(
     memory_budget: Annotated[str | None, typer.Option(help="What each may take to decode, such as 8GiB.")] = None,
     compile_kernels: Annotated[bool, typer.Option("--compile/--eager", help="Whether decodes are warmed up.")] = False,
     show: Annotated[
-        int | None, typer.Option(min=1, help="How many plans to list for each number of devices.  [default: 12, or 4]")
+        int | None, typer.Option(min=1, help="How many grids to list for each number of devices.  [default: 12, or 4]")
     ] = None,
     explore: Annotated[
         bool, typer.Option("--explore", help="Draw time and memory over 1 to 64 devices as plan.png.")
@@ -128,23 +124,18 @@ def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> li
     Raises:
         ValueError: no such model, or one that cannot be planned or does not make these pictures.
     """
-    from halovae.bench.models import FAMILIES, MODELS, meta_vae, meta_vae_of, named_config
+    from halovae.bench.models import MODELS, meta_vae, meta_vae_of
 
     if model in MODELS:
         check_installed(f"--model {model}", "diffusers")
         _hurry()
-        if model in FAMILIES:
-            return [_tile_case(named_config(model), one, options) for one in sizes]
         module, name = meta_vae(model, options.dtype), model
     else:
         path = find_model(model)
-        if (name := read_class(path)) in CLASSES:
-            return [_tile_case(read_config(path), one, options) for one in sizes]
+        name = read_class(path)
         check_installed(f"a plan for {name}", "diffusers")
         module = meta_vae_of(read_diffusers_config(path), str(path), options.dtype)
-    if options.compiled:
-        raise ValueError(f"--compile: {name} is planned by the rates of eager kernels; leave it out")
-    return [_graph_case(module, name, one, options) for one in sizes]
+    return [_case(module, name, one, options) for one in sizes]
 
 
 def _hurry() -> None:
@@ -189,29 +180,15 @@ class _Compiler(ModuleType):
         return getattr(importlib.import_module(self.NAME), name)
 
 
-def _tile_case(config: WanConfig, size: tuple[int, int], options: Options) -> Case:
-    shape = config.latents(size, options.frames or FRAMES, options.batch)
-    # Accelerators take the same way through the layers.
-    device = "cpu" if options.rates.device == "cpu" else "cuda"
-
-    def decide(world: int) -> Decision:
-        question = Question(
-            config, shape, options.dtype, world, options.budget, compiled=options.compiled, device=device
-        )
-        return choose(question, options.rates)
-
-    return Case(config.family, "x".join(map(str, size)), shape, decide)
-
-
-def _graph_case(module: nn.Module, name: str, size: tuple[int, int], options: Options) -> Case:
-    from halovae.bench.models import MODELS, latent_shape, makes_clips
+def _case(module: nn.Module, name: str, size: tuple[int, int], options: Options) -> Case:
+    from halovae.bench.models import MODELS, latent_shape, usual_frames
     from halovae.bench.zoo import decode
 
-    frames = options.frames or (FRAMES if makes_clips(module) else 1)
+    frames = options.frames or usual_frames(module, FRAMES)
     shape = latent_shape(module, name, size, frames)
     search = Search(
         lambda latents: decode(module, latents), module, shape, options.dtype, options.rates, options.batch,
-        options.budget,
+        options.budget, compiled=options.compiled,
     )  # fmt: skip
     made = search.traced(Grid()).pictures
     if made[-2:] != (size[1], size[0]) or (len(made) == 5 and frames not in made[1:3]):
@@ -222,7 +199,7 @@ def _graph_case(module: nn.Module, name: str, size: tuple[int, int], options: Op
     note = MODELS[name].note if name in MODELS else ""
     return Case(
         f"{name} ({note})" if note else name, "x".join(map(str, size)), (options.batch * shape[0], *shape[1:]),
-        search.decide, lambda one: one.grid,
+        search.decide,
     )  # fmt: skip
 
 
@@ -248,9 +225,9 @@ def _table(case: Case, worlds: Sequence[int], show: int) -> Table:
     table = Table(
         title=f"{case.model}, latents {latents}{upto}; {next(iter(made.values())).calibration}", title_justify="left"
     )
-    columns = ("plan", "ranks", "time (s)", "peak per rank (MiB)", "messages", "sent (MiB)", "why")
+    columns = ("grid", "ranks", "time (s)", "peak per rank (MiB)", "messages", "sent (MiB)", "why")
     for column in ("up to", *columns) if several else columns:
-        table.add_column(column, justify="left" if column in ("plan", "why") else "right")
+        table.add_column(column, justify="left" if column in ("grid", "why") else "right")
     left = 0
     for world in worlds:
         decision, first = decisions[world], [str(world)] if several else []
@@ -267,8 +244,8 @@ def _table(case: Case, worlds: Sequence[int], show: int) -> Table:
                 figures = [f"{(one.peak or 0) / 2**20:,.0f}", f"{one.messages or 0:,}", f"{sent:,.1f}"]
             table.add_row(
                 *(first if index == 0 else [""] * len(first)),
-                case.shown(one.plan),
-                str(one.ranks),
+                str(one.grid),
+                str(one.grid.size),
                 f"{'' if known else '>= '}{one.seconds:.3g}",
                 *figures,
                 one.verdict,

@@ -1,14 +1,13 @@
-"""Models of the plane path on the command line: what their latents decode to, without reading weights."""
+"""Models on the command line: what their latents decode to, without reading weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halovae.cli.common import check_installed
 from halovae.geometry import Grid
@@ -73,18 +72,3 @@ class PlaneModel:
         if made[1] != 3:
             raise ValueError(f"{self.name} makes pictures of {made[1]} channels; only 3 (RGB) can be written")
         return made if len(made) == 5 else (*made[:2], 1, *made[2:])
-
-
-def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
-    """Latents as pipelines work on them, as their VAE takes them: divided by `scaling_factor`, plus `shift_factor`.
-
-    Raises:
-        ValueError: the class has another rule.
-    """
-    values = dict(config)
-    if values.get("latents_mean") is not None or values.get("scaling_factor") is None:
-        raise ValueError(
-            f"--scaled: {name} is not normalized by a scaling_factor alone: give raw latents, as its pipeline passes "
-            "them to the VAE, and --raw"
-        )
-    return latents / values["scaling_factor"] + (values.get("shift_factor") or 0.0)

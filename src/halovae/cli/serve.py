@@ -30,8 +30,8 @@ from halovae.cli.common import (
     parse_size,
     parsed,
 )  # fmt: skip
-from halovae.decode import Mode
 from halovae.geometry import Grid
+from halovae.integrations.sharing import Mode
 from halovae.launch import under_torchrun
 from halovae.lines import world_size
 from halovae.pipelines import Pipeline, find_pipeline

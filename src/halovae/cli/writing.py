@@ -56,8 +56,8 @@ def tell(report: DecodeReport, paths: Sequence[Path], json: Path | None) -> None
     console.print(report.table())
     if report.decision is not None:
         chosen = report.decision["chosen"]
-        console.print(f"plan: {chosen['plan']} ({chosen['verdict']})", soft_wrap=True, highlight=False)
+        console.print(f"grid: {chosen['grid']} ({chosen['verdict']})", soft_wrap=True, highlight=False)
     if report.fell_back:
-        console.print(f"[yellow]Warning:[/] {report.fell_back}; decoded by a leaner plan", soft_wrap=True)
+        console.print(f"[yellow]Warning:[/] {report.fell_back}; decoded on a leaner grid", soft_wrap=True)
     if json is not None:
         json.write_text(report.as_json() + "\n")

@@ -16,8 +16,8 @@ from torch import Tensor
 from halovae import latents as latents_file
 from halovae import media
 from halovae.bench.ranks import Ranks
-from halovae.decode import load
 from halovae.demo.clips import HELD_OUT, make_clip, photographs
+from halovae.integrations.autoencoder import load
 from halovae.memory import MemoryMeter
 from halovae.models.load import read_config
 from halovae.platform import Platform, threads_per_rank

@@ -6,14 +6,19 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halovae.integrations.pictures import PictureStream
 from halovae.integrations.plane_call import PlaneCall
 from halovae.integrations.sharing import Call, Sharing
+from halovae.kernels import Kernels
+from halovae.models import load as checkpoints
+from halovae.models.weights import CheckpointError
 from halovae.plane import ShardReport
 from halovae.platform import Platform
 
@@ -36,7 +41,10 @@ class Autoencoder:
 
     def __init__(self, vae: nn.Module) -> None:
         self.module = vae
-        self.calls = {name: PlaneCall(vae, name) for name in ("decode", "encode") if hasattr(type(vae), name)}
+        names: list[Call] = ["decode"]
+        if not isinstance(getattr(vae, "encoder", None), checkpoints.NoEncoder):
+            names.append("encode")
+        self.calls = {name: PlaneCall(vae, name) for name in names if hasattr(type(vae), name)}
         if not self.calls:
             raise TypeError(f"{type(vae).__name__} has neither decode nor encode: expected a diffusers autoencoder")
 
@@ -54,6 +62,11 @@ class Autoencoder:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.module.parameters()).device
+
+    @property
+    def kernels(self) -> Kernels:
+        """What it computes with, on the CPU: eager, or compiled once it is warmed up."""
+        return next(iter(self.calls.values())).kernels
 
     @property
     def report(self) -> ShardReport | None:
@@ -94,12 +107,48 @@ class Autoencoder:
 
         Args:
             latents: as for `stream`, which takes the same options and raises the same errors.
-            options: `mode`, `grid`, `gather`, `dtype`, `memory_budget`, and those of the module's own `decode`.
+            options: `mode`, `grid`, `gather`, `dtype`, `denormalize`, `memory_budget`, and those of the module's own
+                `decode`.
 
         Returns:
             What the module's `decode` returns as `sample`; None on the ranks that receive nothing.
         """
         return self.stream(latents, **options).join()
+
+    def decode_many(self, latents: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
+        """Decode latents of one size, but maybe of different lengths, as one batch. Wan's and Qwen-Image's only.
+
+        Their time is causal: what comes after a latent's end cannot reach its frames. Shorter ones are filled up with
+        zeros to the longest one's length, and the frames of the filling, which cost what others do, are dropped.
+
+        Args:
+            latents: each `[C, T, H, W]`.
+            options: as for `stream`; with gather="none" nobody would know whose frames are whose, so that is refused.
+
+        Returns:
+            For each, `[3, T', H', W']`; None on the ranks that receive nothing.
+
+        Raises:
+            ValueError: there are none, they differ in more than length, or as `stream` raises it.
+            TypeError: an autoencoder of which it is not known whether time is causal.
+        """
+        sizes = self._call("decode").sizes
+        if sizes is None:
+            raise TypeError(
+                f"{type(self.module).__name__}: latents of different lengths only make a batch where time is known to "
+                f"be causal: expected {' or '.join(checkpoints.CLASSES)}"
+            )
+        shapes = [list(one.shape) for one in latents]
+        if not latents or any(len(shape) != 4 for shape in shapes) or len({(s[0], s[2], s[3]) for s in shapes}) > 1:
+            raise ValueError(f"latents of shapes {shapes}: expected at least one, [C, T, H, W], all of one C, H and W")
+        if options.get("gather") == "none":
+            raise ValueError("gather='none': the latents of a batch need whole frames, expected 'rank0' or 'all'")
+        longest = max(shape[1] for shape in shapes)
+        filled = torch.stack([F.pad(one, (0, 0, 0, 0, 0, longest - one.shape[1])) for one in latents])
+        frames = self.decode(filled, **options)
+        if frames is None:
+            return [None] * len(latents)
+        return [own[:, : sizes.frames(shape[1])] for own, shape in zip(frames, shapes, strict=True)]
 
     def stream(self, latents: Tensor, **options: Any) -> PictureStream:
         """Decode latents, and yield frames as soon as they are there, where the module decodes a clip in chunks.
@@ -107,13 +156,16 @@ class Autoencoder:
         Collective: all ranks take all chunks.
 
         Args:
-            latents: `[B, C, H, W]` or `[B, C, T, H, W]`, floating point, the same on all ranks.
+            latents: `[B, C, H, W]` or `[B, C, T, H, W]`, floating point, on any device, the same on all ranks. They
+                are decoded in the module's dtype.
             mode: "auto": the grid that is predicted to be the fastest, by the recorded graph and what was measured on
                 this machine (which the first decode on several ranks does, within a minute). "parallel": all ranks
                 share the rows. "single": each rank decodes all by itself.
             grid: how ranks share the latents, instead of `mode`.
             gather: who receives pictures: "rank0" (the default), "all" ranks, or "none": each rank keeps its own part.
             dtype: None for the module's dtype, another floating dtype, or uint8 for pictures in 0..255.
+            denormalize: undo first what pipelines do to latents, as the config says it: a mean and a standard
+                deviation for each channel (Wan, Qwen-Image), or a scaling and a shift. Off, as in diffusers.
             memory_budget: bytes that a decode may take on each rank, above the resting process; mode "auto" plans
                 within them. None for what is free on the rank with the least.
             mesh: a mesh to use instead of the one that all decodes with this grid share; all its ranks share the plane.
@@ -123,13 +175,21 @@ class Autoencoder:
             `[B, 3, T', H', W']`, or `[B, 3, H', W']` of pictures; None on the ranks that receive nothing.
 
         Raises:
-            ValueError: see `Sharded`; an argument out of range; or a memory budget that no grid fits into
-                (`TooLittleMemory`).
+            ValueError: see `Sharded`; an argument out of range; a memory budget that no grid fits into
+                (`TooLittleMemory`); or a config that does not say how to denormalize.
             TypeError: latents without a plane, a dtype that pictures cannot have, or an unknown option.
             RuntimeError: another rank refused, or was given other arguments or weights.
+
+        Warns:
+            RuntimeWarning: the latents hold NaN or infinite values; the decode goes on.
         """
+        denormalize = options.pop("denormalize", False)
         sharing, options = _sharing(options)
         call = self._call("decode")
+        if isinstance(latents, Tensor) and latents.is_floating_point():
+            if denormalize:
+                latents = denormalized(latents, self.config, type(self.module).__name__)
+            latents = latents.to(self.device, self.dtype)
         choice = call.choose(latents, sharing, options)
         return PictureStream(latents, choice, call.stream(latents, choice, sharing, options), call, sharing.mesh)
 
@@ -157,7 +217,7 @@ class Autoencoder:
 
     def _call(self, name: Call) -> PlaneCall:
         if name not in self.calls:
-            raise TypeError(f"{type(self.module).__name__} has no {name}")
+            raise TypeError(f"{type(self.module).__name__} has no {name}, or was loaded without")
         return self.calls[name]
 
 
@@ -168,16 +228,15 @@ def _sharing(options: dict[str, Any]) -> tuple[Sharing, dict[str, Any]]:
     return Sharing(**{name: value for name, value in options.items() if name in names}), own
 
 
-def parallelize_plane(vae: nn.Module, sharing: Sharing, warn: Callable[[Any], None]) -> None:
-    """Replace the `decode` and `encode` of an autoencoder's instance; see `halovae.parallelize`."""
-    if hasattr(type(vae), "decode"):
-        replace_call(vae, "decode", sharing, warn)
-    if hasattr(type(vae), "encode"):
-        replace_call(vae, "encode", Sharing(sharing.mode, gather="all"), warn)
-
-
 def replace_call(vae: nn.Module, name: Call, sharing: Sharing, warn: Callable[[Any], None]) -> None:
-    """Replace one of the two."""
+    """Replace the `decode` or `encode` of an autoencoder's instance.
+
+    Args:
+        vae: the autoencoder.
+        name: which of the two.
+        sharing: how ranks share it.
+        warn: is called with the autoencoder at each call.
+    """
     from diffusers.utils.accelerate_utils import apply_forward_hook
 
     # The hook moves an offloaded VAE to its device first, as around diffusers' own.
@@ -195,8 +254,8 @@ def _method(call: PlaneCall, sharing: Sharing, warn: Callable[[Any], None]) -> C
             kept = vars(self).get(f"_halovae_{name}")
             used = kept if kept is not None and kept.vae is self else PlaneCall(self, name)
             vars(self)[f"_halovae_{name}"] = used
-        if name == "encode" and isinstance(x, Tensor) and x.is_floating_point():
-            x = x.to(next(used.vae.parameters()))  # pipelines hand over what the text encoder's dtype is
+        if isinstance(x, Tensor) and x.is_floating_point():
+            x = x.to(next(used.vae.parameters()))  # pipelines hand over what the transformer's dtype is
         options, as_tuple = used.arguments(x, *args, **kwargs)
         value = used.stream(x, used.choose(x, sharing, options), sharing, options).join()
         return used.result(used.blank(x) if value is None else value, as_tuple)
@@ -210,3 +269,64 @@ def decode_options(module: nn.Module, latents: Tensor) -> dict[str, Any]:
     if getattr(module.config, "timestep_conditioning", False):
         return {"temb": torch.zeros(latents.shape[0], dtype=latents.dtype, device=latents.device)}
     return {}
+
+
+def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
+    """Latents as pipelines work on them, as their VAE takes them, in fp32 at least.
+
+    Wan and Qwen-Image multiply by `latents_std` and add `latents_mean`. Others divide by `scaling_factor` and add
+    `shift_factor`.
+
+    Args:
+        latents: `[B, C, H, W]` or `[B, C, T, H, W]`.
+        config: the autoencoder's.
+        name: its class.
+
+    Raises:
+        ValueError: the class has another rule, or the config lacks a number.
+    """
+    values = dict(config)
+    wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    if name in checkpoints.CLASSES:
+        if not values.get("latents_mean") or not values.get("latents_std"):
+            raise ValueError(f"no latents_mean and latents_std are known of this {name}: give latents not normalized")
+        mean, std = (wide.new_tensor(values[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return wide * std + mean
+    if values.get("latents_mean") is not None or values.get("scaling_factor") is None:
+        raise ValueError(
+            f"{name} is not normalized by a scaling_factor alone: give latents as its pipeline passes them to the VAE"
+        )
+    return wide / values["scaling_factor"] + (values.get("shift_factor") or 0.0)
+
+
+def load(
+    source: str | Path | nn.Module,
+    *,
+    subfolder: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    encoder: bool = True,
+) -> Autoencoder:
+    """Make an `Autoencoder` of a diffusers VAE, a folder in diffusers layout, a file, or a hub id.
+
+    Args:
+        source: a live diffusers autoencoder, whose parameters are shared, not copied; a folder with `config.json` and
+            `.safetensors` files, or a pipeline's folder with such a one as `vae/`; a single file of a layout that is
+            known, alone or among a whole pipeline's weights (docs/checkpoints.md); or a hub id.
+        subfolder: where in the folder or the repository the VAE is; None tries the top and `vae/`.
+        dtype: what weights that come from files are converted to.
+        device: where weights that come from files go; None for this process's accelerator, or the CPU without one.
+        encoder: whether to load what only encodes, from files. Without it there is no `encode`.
+
+    Raises:
+        halovae.CheckpointError: an unsupported class, a file of an unknown layout, damaged files, missing or unexpected
+            weights (named).
+    """
+    if isinstance(source, nn.Module):
+        try:
+            return Autoencoder(source)
+        except TypeError as error:
+            raise CheckpointError(str(error)) from error
+    path = checkpoints.find_model(source, subfolder)
+    target = Platform.default().device if device is None else torch.device(device)
+    return Autoencoder(checkpoints.diffusers_module(path, dtype, encoder).to(target))

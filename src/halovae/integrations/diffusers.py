@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 import warnings
 from typing import Any
 
@@ -12,14 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halovae.decode import Decoder, HaloDepth, Mode
 from halovae.geometry import Grid
-from halovae.integrations.autoencoder import parallelize_plane, replace_call
+from halovae.integrations.autoencoder import replace_call
 from halovae.integrations.plane_call import tiles_only
-from halovae.integrations.sharing import Sharing
-from halovae.loop import Gather
-from halovae.models.load import CLASSES, from_module
-from halovae.planning.plan import Chunk
+from halovae.integrations.sharing import Mode, Sharing
+from halovae.plane.results import Gather
 
 
 def parallelize(
@@ -27,9 +22,7 @@ def parallelize(
     *,
     mode: Mode = "auto",
     grid: Grid | None = None,
-    chunk: Chunk | None = None,
     gather: Gather = "all",
-    halo_depth: HaloDepth | None = None,
     memory_budget: int | None = None,
 ) -> Any:
     """Make a diffusers pipeline, or its VAE, decode and encode through halovae on all ranks of the world.
@@ -40,15 +33,11 @@ def parallelize(
     settings.
 
     Args:
-        pipe_or_vae: a pipeline with a `vae`, or any diffusers autoencoder with rows and cols. `AutoencoderKLWan` and
-            `AutoencoderKLQwenImage` have decoders of halovae's own; all else runs unmodified on a partitioned plane.
-        mode: how ranks share a latent, or pictures that are encoded; see `Decoder.stream` for this, `grid`, `chunk` and
-            `halo_depth`.
+        pipe_or_vae: a pipeline with a `vae`, or any diffusers autoencoder with rows and cols.
+        mode: how ranks share a latent, or pictures that are encoded; see `Autoencoder.stream`.
         grid: instead of `mode`, for decoding.
-        chunk: latent frames per pass.
         gather: "all" gives every rank the frames. "rank0" saves the other ranks the memory: they get black frames of
             the right shape, which take none.
-        halo_depth: how many convolutions one exchange lasts.
         memory_budget: bytes that a decode may take on each rank, above the resting process.
 
     Returns:
@@ -56,38 +45,15 @@ def parallelize(
 
     Raises:
         TypeError: the argument has no VAE.
-        ValueError: `gather` is neither "all" nor "rank0", or an option that the VAE's path does not have.
+        ValueError: `gather` is neither "all" nor "rank0".
     """
-    from diffusers.models.autoencoders.vae import DecoderOutput
-    from diffusers.utils.accelerate_utils import apply_forward_hook
-
     if gather not in ("all", "rank0"):
         raise ValueError(f"gather={gather!r}: a pipeline needs whole frames, expected 'all' or 'rank0'")
     vae = _vae_of(pipe_or_vae)
-    if type(vae).__name__ not in CLASSES:
-        for name, value in (("chunk", chunk), ("halo_depth", halo_depth)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value!r}: {type(vae).__name__} runs on the plane path, which has no {name} yet"
-                )
-        parallelize_plane(vae, Sharing(mode, grid, gather, None, memory_budget), _warn_of_tiling)
-        return pipe_or_vae
-    decoder = Decoder(from_module(vae))
-
-    @functools.wraps(type(vae).decode)
-    def decode(self: nn.Module, z: Tensor, return_dict: bool = True) -> Any:
-        _warn_of_tiling(self)
-        sample = decoder.decode(
-            z, mode=mode, grid=grid, chunk=chunk, gather=gather, halo_depth=halo_depth, memory_budget=memory_budget
-        )
-        if sample is None:
-            sample = _black(decoder, z)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    vars(decode)["halovae_method"] = True  # as in `parallelize_plane`: graphs of the encode do not depend on it
-    # The hook moves an offloaded VAE to its device first, as around diffusers' own decode.
-    vae.decode = types.MethodType(apply_forward_hook(decode), vae)
-    replace_call(vae, "encode", Sharing(mode, gather="all"), _warn_of_tiling)
+    if hasattr(type(vae), "decode"):
+        replace_call(vae, "decode", Sharing(mode, grid, gather, None, memory_budget), _warn_of_tiling)
+    if hasattr(type(vae), "encode"):
+        replace_call(vae, "encode", Sharing(mode, gather="all"), _warn_of_tiling)
     return pipe_or_vae
 
 
@@ -153,11 +119,3 @@ def _vae_of(pipe_or_vae: Any) -> Any:
     if not isinstance(vae, nn.Module):
         raise TypeError(f"expected a diffusers pipeline with a vae, or a VAE; got {type(pipe_or_vae).__name__}")
     return vae
-
-
-def _black(decoder: Decoder, z: Tensor) -> Tensor:
-    """Black frames of the shape that the decode of `z` has: one number, seen from everywhere."""
-    config = decoder.config
-    height, width = (extent * config.spatial_factor for extent in z.shape[3:])
-    shape = (z.shape[0], config.picture_channels, config.frames(z.shape[2]), height, width)
-    return z.new_full((), -1, dtype=decoder.dtype).expand(shape)

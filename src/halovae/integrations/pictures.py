@@ -80,17 +80,14 @@ class PictureStream(Iterator["Tensor | None"]):
         if self._own is None or taken is None:
             raise RuntimeError("the report of a decode is there once its last frames have been taken")
         shape = taken.shape if len(taken.shape) == 5 else (*taken.shape[:2], 1, *taken.shape[2:])
-        decision = self._choice.decision
+        decision, sizes = self._choice.decision, self._call.sizes
         return DecodeReport(
-            family=type(self._call.vae).__name__,
+            family=self._call.vae.__class__.__name__ if sizes is None else sizes.family,
             latents=tuple(self.latents.shape),
             frames=(self.latents.shape[0], *shape[1:]),
             dtype=str(self.latents.dtype).removeprefix("torch."),
             device=self._mesh.platform.kind,
             grid=str(taken.grid),
-            chunk=1,
-            halo_depths={"": 1},
-            bands=1,
             first_use=taken.recorded > 0,
             decision=None if decision is None else decision.as_dict(),
             fell_back=self._fell_back,

@@ -6,28 +6,30 @@ import inspect
 import math
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from halovae.geometry import Grid
 from halovae.integrations.sharing import Call, Choice, Sharing
-from halovae.kernels import EAGER
+from halovae.kernels import EAGER, Kernels
 from halovae.lines import world_size
 from halovae.mesh import Mesh, mesh_for
 from halovae.models.load import CLASSES, config_of
+from halovae.models.wan import WanConfig
 from halovae.out_of_memory import RankOutOfMemoryError
 from halovae.plane import Sharded, ShardReport
 from halovae.plane.fingerprint import Unstable
 from halovae.plane.keys import hooked, value_key
 from halovae.plane.results import Chunks
 from halovae.plane.stored import Identity
-from halovae.planning.choose import TooLittleMemory
+from halovae.planning.decision import TooLittleMemory
 from halovae.planning.graphs import UnplannableError
-from halovae.planning.plan import Plan
 from halovae.planning.planner import calibration_of, usable
 from halovae.planning.search import Search
 
@@ -43,6 +45,9 @@ class PlaneCall:
         name: which call.
         mesh: all ranks of the world, for calls beside those of other threads: either they share the plane on its grid,
             or each computes all by itself. None for the meshes that all calls use.
+
+    Attributes:
+        sizes: the autoencoder's, where they are known; None for other classes.
     """
 
     def __init__(self, vae: nn.Module, name: Call, mesh: Mesh | None = None) -> None:
@@ -56,9 +61,7 @@ class PlaneCall:
         multiple = int(ratio) if isinstance(ratio, (int, float)) else 2 ** (levels - 1)
         identity = Identity(f"PlaneCall.{name}", self._kind_by_name, self._recall_kind)
         self._multiple = multiple if name == "encode" else 1
-        kind = type(vae).__name__
-        takes = name == "encode" and kind in CLASSES
-        self._takes = config_of({**(config or {}), "_class_name": kind}, kind) if takes else None  # what pictures
+        self.sizes = sizes_of(vae)
         self._sharded = Sharded(self._run, [vae], self._multiple, identity)
         self._choices: dict[str, Choice] = {}
         self.fell_back = ""  # what the last call gave up when memory ran out
@@ -69,6 +72,15 @@ class PlaneCall:
     def report(self) -> ShardReport | None:
         """What the last call took."""
         return self._sharded.report
+
+    @property
+    def kernels(self) -> Kernels:
+        """What it computes with, on the CPU: eager, or compiled."""
+        return self._sharded.kernels
+
+    @kernels.setter
+    def kernels(self, kernels: Kernels) -> None:
+        self._sharded.kernels = kernels
 
     def compile(self) -> None:
         """Compile what later calls are made of, on the CPU."""
@@ -90,11 +102,17 @@ class PlaneCall:
         try:
             sharing.check()
             self._check(x, options)
-            if self._takes is not None:
+            if self.sizes is not None:
                 shared = Grid(rows=world_size()) if sharing.mode == "parallel" else Grid()
-                self._takes.check_pictures(x.shape, sharing.mesh.grid if sharing.mesh else sharing.grid or shared)
+                grid = sharing.mesh.grid if sharing.mesh else sharing.grid or shared
+                if self.name == "encode":
+                    self.sizes.check_pictures(x.shape, grid)
+                else:
+                    self.sizes.check_latents(x.shape, x.dtype, grid)
         except (ValueError, TypeError) as error:
             (sharing.mesh or self._everyone()).agree("", error, None)  # other ranks are about to, and learn of it
+        if self.name == "decode":
+            _warn_unless_finite(x)
         if sharing.mesh is not None:
             return Choice(sharing.mesh.grid, x.shape[0])
         world, (height, width) = world_size(), x.shape[-2:]
@@ -135,7 +153,10 @@ class PlaneCall:
         if key is None or next(hooked(self.vae), None) is not None:
             raise UnplannableError("an option is no plain value, or hooks move weights: it runs eagerly")
         batch, names = x.shape[0], ",".join(tensors)
-        asked = f"{list(x.shape)}, {x.dtype}, {key}, {[list(one.shape) for one in tensors.values()]}, {sharing}"
+        asked = (
+            f"{list(x.shape)}, {x.dtype}, {key}, {[list(one.shape) for one in tensors.values()]}, {sharing}, "
+            f"{'eager' if self.kernels is EAGER else 'compiled'}"
+        )
         everyone, world = self._everyone(), world_size()
         free = everyone.platform.memory()[0], socket.gethostname()
         offers = everyone.agree(f"{self.name} {asked}", None, free)
@@ -156,9 +177,9 @@ class PlaneCall:
 
             return Search(
                 lambda z: self._run(z, *tensors.values(), _names=names, **static), self.vae, (items, *x.shape[1:]),
-                x.dtype, calibration_of(everyone, x.dtype, EAGER), rounds, budget,
+                x.dtype, calibration_of(everyone, x.dtype, self.kernels), rounds, budget,
                 len({host for _, host in offers}) > 1, allowed, self._multiple,
-                1 if sharing.gather == "rank0" else world,
+                1 if sharing.gather == "rank0" else world, self.kernels is not EAGER,
             )  # fmt: skip
 
         # Noise is drawn for all items at once, and other tensors may belong to all of them.
@@ -178,16 +199,15 @@ class PlaneCall:
         found.budget = budget - kept if limited else None
         decision = found.decide(world)
 
-        def choice_of(plan: Plan, leaner: Choice | None = None) -> Choice:
-            grid = plan.stages[0].grid
+        def choice_of(grid: Grid, leaner: Choice | None = None) -> Choice:
             return Choice(grid, batch if whole or sharing.gather == "none" else grid.batch, decision, kept, leaner)
 
         # Parts that ranks keep are parts of one grid: there is no other halfway. Ranks that compute alone on a mesh of
         # their own do not learn where memory runs out.
         falls_back = sharing.gather != "none" and world > 1 and self._mesh is None
-        others = decision.leaner() if falls_back else []
-        leaner = choice_of(others[0]) if others else None
-        choice = self._choices[asked] = choice_of(decision.chosen.plan, leaner)
+        other = decision.leaner() if falls_back else None
+        leaner = None if other is None else choice_of(other)
+        choice = self._choices[asked] = choice_of(decision.chosen.grid, leaner)
         return choice
 
     def arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], bool]:
@@ -280,6 +300,7 @@ class PlaneCall:
             recorded=sum(one.recorded for one in taken),
             seconds=sum(one.seconds for one in taken),
             waiting=sum(one.waiting for one in taken),
+            calls=sum(one.calls for one in taken),
             messages=sum(one.messages for one in taken),
             bytes_sent=sum(one.bytes_sent for one in taken),
         )
@@ -339,6 +360,26 @@ class PlaneCall:
         report = self.report
         assert report is not None
         return x.new_full((), -1).expand(report.shape)
+
+
+def sizes_of(vae: nn.Module) -> WanConfig | None:
+    """The sizes of Wan's and Qwen-Image's autoencoders; None for other classes.
+
+    Raises:
+        CheckpointError: its config lacks one.
+    """
+    name = type(vae).__name__
+    return config_of({**getattr(vae, "config", {}), "_class_name": name}, name) if name in CLASSES else None
+
+
+def _warn_unless_finite(latents: Tensor) -> None:
+    bad = int((~torch.isfinite(latents)).sum())
+    if bad:
+        warnings.warn(
+            f"latents hold {bad} NaN or infinite values among {latents.numel()}; what they touch will be broken",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def tiles_only(vae: nn.Module) -> bool:

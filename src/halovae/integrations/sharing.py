@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from halovae.geometry import Grid
-from halovae.loop import converted
 from halovae.mesh import Mesh
+from halovae.parts import part
 from halovae.plane.results import Gather
-from halovae.planning.choose import Decision
+from halovae.planning.decision import Decision
 
 Call = Literal["decode", "encode"]
 Mode = Literal["auto", "single", "parallel"]
@@ -34,11 +34,12 @@ class Sharing:
         """Check all but the grid, which the mesh checks.
 
         Raises:
-            ValueError: an unknown mode, a budget below 1, or a grid that is not the mesh's.
+            ValueError: an unknown mode or gather, a budget below 1, or a grid that is not the mesh's.
             TypeError: a dtype that pictures cannot have.
         """
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(get_args(Mode))}")
+        for name, value, known in (("mode", self.mode, get_args(Mode)), ("gather", self.gather, get_args(Gather))):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
         if self.mesh is not None and self.grid not in (None, self.mesh.grid):
             raise ValueError(f"grid {self.grid} is not the grid of the given mesh, {self.mesh.grid}: leave one out")
         if self.memory_budget is not None and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
@@ -52,7 +53,15 @@ class Sharing:
         dtype = self.dtype
         if dtype is None:
             return None
-        return lambda own: converted(own if dtype.is_floating_point else own.clamp(-1, 1), dtype)
+        return lambda own: _converted(own, dtype)
+
+
+def _converted(own: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pictures in [-1, 1] as contiguous `dtype`."""
+    with part("conversion"):
+        if dtype == torch.uint8:
+            own = own.float().clamp(-1, 1).add_(1).mul_(127.5).round_()
+        return own.to(dtype, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

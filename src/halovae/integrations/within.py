@@ -46,7 +46,7 @@ class SharedDecode:
             self.report = stream.shared_report()
             return call.result(call.blank(z.to(dtype)) if sample is None else sample, as_tuple)
 
-        vars(decode)["halovae_method"] = True  # as in `parallelize_plane`
+        vars(decode)["halovae_method"] = True  # as in `replace_call`
         vars(vae)["decode"] = types.MethodType(decode, vae)
 
 
@@ -71,7 +71,7 @@ def share_encode(vae: Any, sharing: Sharing, mesh: Mesh, is_compiled: Callable[[
         assert value is not None  # all ranks receive it
         return call.result(value, as_tuple)
 
-    vars(encode)["halovae_method"] = True  # as in `parallelize_plane`
+    vars(encode)["halovae_method"] = True  # as in `replace_call`
     vars(vae)["encode"] = types.MethodType(encode, vae)
 
 

@@ -1,4 +1,4 @@
-"""Build a decoder from a live diffusers VAE, files of any known layout, or a hub id."""
+"""A VAE's files: where they are, what they hold, and the diffusers module that they make."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from halovae.models.checkpoint import Checkpoint, check_weights, recognize
-from halovae.models.wan import WanConfig, WanDecoder
+from halovae.models.wan import WanConfig
 from halovae.models.weights import CheckpointError, Weights
-from halovae.platform import Platform
 
-# Which of diffusers' VAE classes each of our decoders can stand in for.
-CLASSES = {"AutoencoderKLWan": WanDecoder, "AutoencoderKLQwenImage": WanDecoder}
+# diffusers' classes whose sizes `WanConfig` describes.
+CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
 # Of diffusers' other autoencoders, those that have no plane of rows and cols, or that no rank can share, and why.
 _NO_PLANE = {
     "AutoencoderOobleck": "audio has no plane of rows and cols",
@@ -26,73 +25,22 @@ _NO_PLANE = {
     "RFD4ProteinaAutoencoder": "proteins have no plane of rows and cols",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-_ENCODER = ("encoder.", "quant_conv.")
+_ENCODER = ("encoder", "quant_conv")  # submodules that only encode
 
 
 def config_of(config: Mapping[str, Any], source: str) -> WanConfig:
     """Read a diffusers VAE config.
 
     Raises:
-        CheckpointError: a VAE class that no decoder here stands in for, or a config that lacks a field.
+        CheckpointError: another class, or a config that lacks a field.
     """
     name = config.get("_class_name")
     if name not in CLASSES:
-        raise CheckpointError(
-            f"{source}: VAE class {name!r} is not supported; supported are {', '.join(sorted(CLASSES))} "
-            "(in Python, halovae.load, parallelize and shard take others of diffusers too)"
-        )
+        raise CheckpointError(f"{source}: VAE class {name!r}; expected one of {', '.join(CLASSES)}")
     try:
         return WanConfig.from_diffusers(config)
     except KeyError as error:
         raise CheckpointError(f"{source}: the config of {name} lacks {error}") from error
-
-
-def from_module(vae: nn.Module) -> WanDecoder:
-    """Build a decoder over a live diffusers VAE.
-
-    The parameters are the same objects. Those of convolutions are laid out anew in memory, one after the other: their
-    values stay, and what diffusers makes of them changes by rounding at most.
-
-    Raises:
-        CheckpointError: the module's class is not supported.
-    """
-    name = type(vae).__name__
-    config = config_of({**getattr(vae, "config", {}), "_class_name": name}, f"module {name}")
-    state = vae.state_dict(keep_vars=True)
-    state = {key: state[key] for key in state if _is_decoders(key)}
-    model = _empty(config)
-    given = {_ours(key): (key, one.shape) for key, one in state.items()}
-    check_weights(name, _kind(config), _shapes(model), given)
-    with torch.inference_mode(False), torch.no_grad():  # parameters stay ones that can be trained
-        for parameter in state.values():
-            layout = Platform(parameter.device).layout(parameter.ndim)
-            parameter.data = parameter.data.contiguous(memory_format=layout)
-    model.load_state_dict({_ours(key): tensor for key, tensor in state.items()}, assign=True)
-    return model
-
-
-def from_files(path: Path, dtype: torch.dtype, device: torch.device) -> WanDecoder:
-    """Load the decoder's half of a VAE; the encoder's weights are not read.
-
-    Args:
-        path: a folder with `config.json` and one `.safetensors` file or an index of several, or a single file of a
-            layout in `layouts.LAYOUTS`.
-        dtype: what the weights are converted to, from whatever they are stored in.
-        device: where they go.
-
-    Raises:
-        CheckpointError: the files are missing, damaged, or not those of a supported VAE.
-    """
-    checkpoint = open_checkpoint(path)
-    config = config_of(checkpoint.config, _config_source(path))
-    model = _empty(config)
-    names = {_ours(name): name for name in checkpoint.keys if _is_decoders(name)}
-    given = {ours: checkpoint.keys[name] for ours, name in names.items()}
-    check_weights(checkpoint.source, _kind(config), _shapes(model), given)
-    checkpoint.check_dtypes(names.values())
-    state = {_ours(name): _packed(tensor.to(dtype).to(device)) for name, tensor in checkpoint.read(names.values())}
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -145,26 +93,39 @@ def read_alike(path: Path) -> tuple[str, ...]:
     return layout.alike if layout is not None else ()
 
 
-def diffusers_module(path: Path, dtype: torch.dtype) -> nn.Module:
+class NoEncoder(nn.Module):
+    """Stands for the encoder of an autoencoder that was loaded without it."""
+
+
+def diffusers_module(path: Path, dtype: torch.dtype, encoder: bool = True) -> nn.Module:
     """Load a VAE of any class by diffusers.
 
     Args:
         path: a folder with `config.json` and `.safetensors` files, or a single file of a layout in `layouts.LAYOUTS`.
         dtype: what the weights are converted to.
+        encoder: whether to keep what only encodes. Wan's and Qwen-Image's files may lack it.
 
     Raises:
         CheckpointError: diffusers is not installed, has no autoencoder of this class, or cannot load the files.
     """
     name = read_class(path)
     found = _diffusers_class(path, name)
-    if path.is_file():
-        return _module_of(recognize(path), found, dtype)
+    if path.is_file() or name in CLASSES:
+        return _module_of(open_checkpoint(path), found, dtype, encoder)
     try:
         loads: Any = found
         vae: nn.Module = loads.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: diffusers cannot load this {name} ({error})") from error
+    if not encoder:
+        _drop_encoder(vae)
     return vae.eval().requires_grad_(False)
+
+
+def _drop_encoder(vae: nn.Module) -> None:
+    for name in _ENCODER:
+        if isinstance(getattr(vae, name, None), nn.Module):
+            setattr(vae, name, NoEncoder())
 
 
 def _diffusers_class(path: Path, name: str) -> type[nn.Module]:
@@ -181,24 +142,34 @@ def _diffusers_class(path: Path, name: str) -> type[nn.Module]:
     return found
 
 
-def _module_of(checkpoint: Checkpoint, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-    """A diffusers module with the weights of a file."""
+def _module_of(checkpoint: Checkpoint, kind: type[nn.Module], dtype: torch.dtype, encoder: bool) -> nn.Module:
+    """A diffusers module with the weights of files."""
     makes: Any = kind
     try:
         with torch.device("meta"):
             module: nn.Module = makes.from_config(checkpoint.config).eval().requires_grad_(False)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.source}: no {kind.__name__} has these sizes ({error})") from error
+    ours = kind.__name__ in CLASSES
+    if not encoder or (ours and not any(_encodes(key) for key in checkpoint.keys)):
+        _drop_encoder(module)
     wanted = module.state_dict()
-    check_weights(checkpoint.source, kind.__name__, _shapes(module), checkpoint.keys)
-    checkpoint.check_dtypes(checkpoint.keys)
+    keys = {name: key for name, key in checkpoint.keys.items() if name in wanted or not _encodes(name)}
+    label = f"{config_of(checkpoint.config, checkpoint.source).family} decoder" if ours else kind.__name__
+    check_weights(checkpoint.source, label, {key: one.shape for key, one in wanted.items()}, keys)
+    checkpoint.check_dtypes(keys)
     counters = {key: torch.zeros((), dtype=one.dtype) for key, one in wanted.items() if not one.is_floating_point()}
     state = counters | {
         name: tensor.to(dtype if wanted[name].is_floating_point() else wanted[name].dtype, copy=True)
-        for name, tensor in checkpoint.read(checkpoint.keys)
+        for name, tensor in checkpoint.read(keys)
     }
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False)
+
+
+def _encodes(name: str) -> bool:
+    """Whether a parameter is of what only encodes."""
+    return name.partition(".")[0] in _ENCODER
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -264,33 +235,5 @@ def _weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _ours(key: str) -> str:
-    """Our name of a diffusers parameter: `upsamplers.0.resample.1` (Wan2.1) and `upsampler.resample.1` (Wan2.2)."""
-    return key.replace(".upsamplers.0.", ".upsampler.").replace(".resample.1.", ".")
-
-
-def _is_decoders(key: str) -> bool:
-    """Whether a diffusers parameter belongs to the decoder, not to the encoder."""
-    return not key.startswith(_ENCODER)
-
-
-def _kind(config: WanConfig) -> str:
-    return f"{config.family} decoder"
-
-
-def _empty(config: WanConfig) -> WanDecoder:
-    with torch.device("meta"):
-        return WanDecoder(config)
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {key: one.shape for key, one in model.state_dict().items()}
-
-
 def _config_source(path: Path) -> str:
     return str(path if path.is_file() else path / "config.json")
-
-
-def _packed(weight: Tensor) -> Tensor:
-    """A copy in the layout of the activations that it meets; a view would keep the whole file in memory."""
-    return weight.clone(memory_format=Platform(weight.device).layout(weight.ndim))

@@ -1,41 +1,14 @@
-"""The decoder of Wan2.1 (also Wan2.2-A14B), Wan2.2-TI2V-5B and Qwen-Image(-Edit): one module, three checkpoints.
-
-                    Wan2.1, Qwen-Image                       Wan2.2-TI2V-5B
-    latent          16 channels, 1/8 size, 1/4 frames        48 channels, 1/16 size, 1/4 frames
-    conv in         16 -> 384                                48 -> 1024
-    middle          residual, attention, residual            the same
-    up block 0      384 -> 384, 2x space and time            1024 -> 1024, 2x space and time
-    up block 1      192 -> 384, 2x space and time            1024 -> 1024, 2x space and time
-    up block 2      192 -> 192, 2x space                     1024 -> 512, 2x space
-    up block 3      96 -> 96                                 512 -> 256
-    conv out        96 -> 3                                  256 -> 12, then unpatchify by 2
-
-In Wan2.1 each upsampling halves the channels; in Wan2.2 it keeps them, and a shortcut of repeated cells spans each
-up block but the last.
-"""
+"""What is known of Wan2.1 (also Wan2.2-A14B), Wan2.2-TI2V-5B and Qwen-Image(-Edit): the sizes of their VAEs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from halovae.geometry import Grid, Halo
-from halovae.layers import (
-    CausalConv3d,
-    DuplicateShortcut,
-    PlaneAttention,
-    PointwiseConv,
-    ResidualBlock,
-    RMSNorm,
-    Upsample,
-    unpatchify,
-)
-from halovae.tile import Context, Tile
+from halovae.geometry import Grid
 
 
 @dataclass(frozen=True)
@@ -44,40 +17,34 @@ class WanConfig:
 
     Attributes:
         family: "wan2.1", "wan2.2-5b" or "qwen-image".
-        base_dim: channels of the last blocks.
+        base_dim: channels of the decoder's last blocks.
+        z_dim: channels of latents.
+        dim_mult: channels of each level as multiples of `base_dim`.
+        temporal_upsample: which of the decoder's upsamplings are in time as well.
         out_channels: before patches are laid out.
-        latents_mean: per channel, for de-normalizing latents; likewise `latents_std`.
+        patch_size: pixels per patch, in each direction.
     """
 
     family: str
     base_dim: int
     z_dim: int
     dim_mult: tuple[int, ...]
-    num_res_blocks: int
     temporal_upsample: tuple[bool, ...]
-    is_residual: bool
     out_channels: int
     patch_size: int
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[float, ...]
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> WanConfig:
         """Read the config of an `AutoencoderKLWan` or `AutoencoderKLQwenImage`."""
-        residual = bool(config.get("is_residual", False))
         wan = config["_class_name"] == "AutoencoderKLWan"
         return cls(
-            family=("wan2.2-5b" if residual else "wan2.1") if wan else "qwen-image",
+            family=("wan2.2-5b" if config.get("is_residual") else "wan2.1") if wan else "qwen-image",
             base_dim=config.get("decoder_base_dim") or config["base_dim"],
             z_dim=config["z_dim"],
             dim_mult=tuple(config["dim_mult"]),
-            num_res_blocks=config["num_res_blocks"],
             temporal_upsample=tuple(reversed(config["temperal_downsample"])),
-            is_residual=residual,
             out_channels=config.get("out_channels", 3) if wan else config.get("input_channels", 3),
             patch_size=config.get("patch_size") or 1,
-            latents_mean=tuple(config["latents_mean"]),
-            latents_std=tuple(config["latents_std"]),
         )
 
     @property
@@ -93,6 +60,24 @@ class WanConfig:
     @property
     def picture_channels(self) -> int:
         return self.out_channels // self.patch_size**2
+
+    def check_latents(self, shape: Sequence[int], dtype: torch.dtype, grid: Grid) -> None:
+        """Check that latents of this shape and dtype can be decoded on this grid.
+
+        Raises:
+            ValueError: what is wrong with the shape, or which grids are possible.
+            TypeError: the dtype is not floating point.
+        """
+        expected = f"[B, {self.z_dim}, T, H, W] for {self.family}"
+        if len(shape) != 5:
+            raise ValueError(f"latents of shape {list(shape)} have {len(shape)} dims; expected 5: {expected}")
+        if shape[1] != self.z_dim:
+            raise ValueError(f"latents of shape {list(shape)} have {shape[1]} channels; expected {expected}")
+        if min(shape) < 1:
+            raise ValueError(f"latents of shape {list(shape)} are empty; expected {expected}, each at least 1")
+        if not dtype.is_floating_point:
+            raise TypeError(f"latents of dtype {dtype}; expected a floating dtype, such as torch.float32")
+        grid.shards(shape[0], shape[3], shape[4])
 
     def check_pictures(self, shape: Sequence[int], grid: Grid) -> None:
         """Check that pictures of this shape can be encoded on this grid.
@@ -130,138 +115,3 @@ class WanConfig:
                 f"{frames} frames: {self.family} makes 1 + a multiple of {step}: {below} or {below + step}"
             )
         return (batch, self.z_dim, 1 + (frames - 1) // step, height // factor, width // factor)
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """The names of the blocks that may have a halo depth of their own, in the order of decoding."""
-        return ("conv_in", "mid", *(f"up{level}" for level in range(len(self.dim_mult))), "conv_out")
-
-
-class MidBlock(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList([ResidualBlock(channels, channels), ResidualBlock(channels, channels)])
-        self.attentions = nn.ModuleList([PlaneAttention(channels)])
-
-    def forward(self, tile: Tile, context: Context) -> Tile:
-        for layer in (self.resnets[0], self.attentions[0], self.resnets[1]):
-            tile = layer(tile, context)
-        return tile
-
-
-class UpBlock(nn.Module):
-    """Residual blocks, then an upsampling (None on the last level), and in Wan2.2 a shortcut around all of it."""
-
-    def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        up: Upsample | None,
-        shortcut: bool,
-    ) -> None:
-        super().__init__()
-        widths = [channels] + [out_channels] * num_res_blocks
-        self.resnets = nn.ModuleList(ResidualBlock(width, out_channels) for width in widths)
-        self.upsampler = up
-        self.shortcut: DuplicateShortcut | None = None
-        if up is not None and shortcut:
-            self.shortcut = DuplicateShortcut(channels, out_channels, up.time_conv is not None)
-
-    def layers(self) -> list[nn.Module]:
-        """What is passed in turn, the shortcut aside."""
-        return [*self.resnets, *([] if self.upsampler is None else [self.upsampler])]
-
-
-class Decoder3d(nn.Module):
-    """What diffusers calls `vae.decoder`, with the same parameter names but for the upsamplers' (see `load.py`)."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        widths = [config.base_dim * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]
-        self.conv_in = CausalConv3d(config.z_dim, widths[0])
-        self.mid_block = MidBlock(widths[0])
-        self.up_blocks = nn.ModuleList()
-        for level, (channels, out_channels) in enumerate(pairwise(widths)):
-            if level > 0 and not config.is_residual:
-                channels //= 2  # the upsampling before has halved them
-            up = None
-            if level < len(config.temporal_upsample):
-                after = out_channels if config.is_residual else out_channels // 2
-                up = Upsample(out_channels, after, config.temporal_upsample[level])
-            block = UpBlock(channels, out_channels, config.num_res_blocks, up, config.is_residual)
-            self.up_blocks.append(block)
-        self.norm_out = RMSNorm(widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], config.out_channels)
-
-    def head(self, tile: Tile, context: Context) -> Tile:
-        """Up to the end of the middle block, the only one in which all cells of a frame see each other."""
-        tile = self.conv_in(self.conv_in.window(tile, context.block("conv_in")), context)
-        middle: Tile = self.mid_block(tile, context.block("mid"))
-        return middle
-
-    def tail(self, tile: Tile, context: Context) -> Tile:
-        """All that follows; may write to `tile.data`."""
-        for level, block in enumerate(self.up_blocks):
-            assert isinstance(block, UpBlock)
-            # A loop here, and not a call of the block: a call would hold the block's input to its end.
-            within = context.block(f"up{level}")
-            if block.shortcut is not None:
-                tile = within.refreshed(tile)
-                start = tile
-                if block.resnets[0].conv_shortcut is None:  # adds to its input
-                    start = replace(tile, data=tile.data.clone())
-            for layer in block.layers():
-                tile = layer(tile, within)
-            if block.shortcut is not None:
-                tile = block.shortcut.add_to(tile, start, within)
-                del start
-        window = self.conv_out.window(tile, context.block("conv_out"), self.norm_out)
-        del tile
-        frames: Tile = self.conv_out(window, context)
-        return frames
-
-
-class WanDecoder(nn.Module):
-    """From a latent's tile to the frames of this rank's shard."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.post_quant_conv = PointwiseConv(config.z_dim, config.z_dim)
-        self.decoder = Decoder3d(config)
-
-    def forward(self, tile: Tile, context: Context) -> Tensor:
-        """Decode one chunk.
-
-        Args:
-            tile: latents `[B, C, T, H, W]` with any halo.
-            context: mesh, caches and halo depths of this decode.
-
-        Returns:
-            `[B, 3, T', H', W']` in [-1, 1]: this rank's frames without halo, one for the first latent frame and
-            `temporal_factor` for each later one.
-        """
-        return self.pictures(self.decoder.tail(self.head(tile, context), context))
-
-    def head(self, tile: Tile, context: Context) -> Tile:
-        """`forward` up to the end of the middle block."""
-        return self.decoder.head(replace(tile, data=self.post_quant_conv(tile.data)), context)
-
-    def pictures(self, tile: Tile) -> Tensor:
-        """What `forward` does after the decoder's tail."""
-        return unpatchify(tile, self.config.patch_size).cropped(Halo()).data.clamp(-1, 1)
-
-    def denormalized(self, latents: Tensor) -> Tensor:
-        """`latents * std + mean` per channel: from what the diffusion model works on to what the decoder takes.
-
-        Raises:
-            ValueError: mean and std are not known.
-        """
-        if not self.config.latents_mean:
-            raise ValueError(f"no latents_mean is known for {self.config.z_dim} channels: give latents not normalized")
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-            for values in (self.config.latents_mean, self.config.latents_std)
-        )
-        return latents * std + mean

@@ -17,7 +17,9 @@ PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.
 
 def flops(node: fx.Node) -> float:
     """Two for each multiplication and addition, as `torch.utils.flop_counter` counts them."""
-    target: Any = node.target
+    target, args = cast(Any, node.target), node.args
+    if target is windows.residual_convolution:
+        target, args = windows.convolution, args[1:]
     result = math.prod(node.meta.get("shape", ()))
     if target in CONVOLUTIONS:
         weight = _shape(node.args[1])
@@ -28,7 +30,7 @@ def flops(node: fx.Node) -> float:
         twice: float = sum(width / x[dim] * (before + after) for dim, *_, width, before, after in cuts)
         return 2.0 * result * math.prod(weight[1:]) * (1 + twice)
     if target is windows.convolution:
-        weight, x, cuts, early = _shape(node.args[1]), _shape(node.args[0]), cast(Any, node.args[4]), node.args[5]
+        weight, x, cuts, early = _shape(args[1]), _shape(args[0]), cast(Any, args[4]), args[5]
         twice = sum(width / x[dim] * (before + after) for dim, *_, width, before, after in cuts) if early else 0
         return 2.0 * result * math.prod(weight[1:]) * (1 + twice)
     if target in (windows.upsampled_convolution, windows.pointwise):

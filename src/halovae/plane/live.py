@@ -15,9 +15,11 @@ from halovae.plane.operators import emit, pack, take
 
 def window_bytes(node: fx.Node) -> int:
     """Bytes of the map that a convolution normalizes, activates, or puts together, if that is not its input."""
-    if node.target is not windows.convolution:
+    if node.target not in (windows.convolution, windows.residual_convolution):
         return 0
     arguments: Any = node.args
+    if node.target is windows.residual_convolution:
+        _, *arguments = arguments
     x, given = arguments[0], dict[str, Any](node.kwargs)
     own: int = size_of(x)
     frames = x.meta["shape"][2]
@@ -99,7 +101,7 @@ def shares(node: fx.Node) -> bool:
     """Whether a node's result lies in the memory of its first input."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    if node.target is windows.added_:
+    if node.target in (windows.added_, windows.residual_convolution):
         return True
     if node.target is windows.convolution:  # by Winograd; for the others `window_bytes` has the result
         return bool(node.kwargs.get("spare")) and same(node, node.args[0])

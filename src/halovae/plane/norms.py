@@ -67,10 +67,11 @@ def activated(
     if norm is None and shift is None:
         return F.silu(x, inplace=spare) if silu else x
     if fused or norm is None or len(norm) == 3:
-        out = x if spare and is_dense(x) else operators.empty_along(x, 1, x.shape[1], last=True)
+        own = spare and is_dense(x) and not (norm is not None and _is_looped(x))
+        out = x if own else _empty_like(x)
         write(x, shift, gamma, beta, norm, silu, out)
         return out
-    if spare and x.device.type == "cpu" and is_channels_last(x):
+    if spare and operators.kind_of(x) == "cpu" and (x.is_meta or is_channels_last(x)):
         _normalize(x, gamma, beta, norm, silu, x)
         return x
     groups, eps, scope, counts = norm
@@ -112,8 +113,8 @@ def _normalize_cells(x: Tensor, gamma: Tensor | None, norm: Cells, silu: bool, o
     scale = torch.full(x.shape[1:2], factor, dtype=dtype, device=x.device)
     scale = scale if gamma is None else scale * gamma.flatten().to(dtype)
     kernels, _ = operators.current_kernels(x)
-    loops = kernels is not EAGER and x.device.type == "cpu" and x.stride(1) == out.stride(1) == 1
-    if loops and out.data_ptr() != x.data_ptr() and (least == 0 or least**2 >= torch.finfo(dtype).tiny):
+    loops = _is_looped(x) and (x.is_meta or (out.stride(1) == 1 and out.data_ptr() != x.data_ptr()))
+    if loops and (least == 0 or least**2 >= torch.finfo(dtype).tiny):
         limits = kernel_limits(added, least**2, dtype, x.device)
         kernels.normalize(x.movedim(1, -1), scale, limits, silu, out.movedim(1, -1))
         return
@@ -127,6 +128,21 @@ def _normalize_cells(x: Tensor, gamma: Tensor | None, norm: Cells, silu: bool, o
         result.mul_(scale)
 
     _in_parts(x, dtype, write, silu, out)
+
+
+def _is_looped(x: Tensor) -> bool:
+    """Whether a norm over a map's channels is one compiled loop. It cannot write over the map."""
+    kernels, _ = operators.current_kernels(x)
+    return kernels is not EAGER and operators.kind_of(x) == "cpu" and (x.is_meta or x.stride(1) == 1)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Memory for a map, channels last."""
+    if x.device.type not in ("cpu", "meta"):
+        return operators.empty_along(x, 1, x.shape[1], last=True)
+    _, pool = operators.current_kernels(x)
+    out = pool.empty(x.shape if x.ndim == 5 else (*x.shape[:2], 1, *x.shape[2:]), x.dtype)
+    return out if x.ndim == 5 else out[:, :, 0]
 
 
 def _in_parts(
@@ -165,8 +181,8 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a map lies channels last, without gaps."""
-    return x.is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    """Whether a map lies channels last, without gaps. One without data is taken to."""
+    return x.is_meta or x.is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
 def sum_of(x: Tensor, y: Tensor | None, bias: Tensor, out: Tensor) -> Tensor:

@@ -36,16 +36,17 @@ _current = threading.local()
 
 
 @contextmanager
-def on(mesh: Mesh, kernels: Kernels = EAGER, pool: Pool | None = None) -> Iterator[None]:
+def on(mesh: Mesh, kernels: Kernels = EAGER, pool: Pool | None = None, kind: str = "meta") -> Iterator[None]:
     """Let this thread's operators reach the ranks of `mesh`.
 
     Args:
         mesh: the ranks.
         kernels: what passes over memory are made with, on the CPU.
         pool: where maps lie that these make; None for a new one.
+        kind: of device whose way tensors without data take: "cpu", or "meta" for the way of no device.
     """
     before = dict(vars(_current))
-    _current.mesh, _current.kernels, _current.pool = mesh, kernels, pool
+    _current.mesh, _current.kernels, _current.pool, _current.kind = mesh, kernels, pool, kind
     try:
         yield
     finally:
@@ -57,6 +58,12 @@ def current() -> Mesh:
     """The mesh that operators use in this thread."""
     mesh: Mesh = _current.mesh
     return mesh
+
+
+def kind_of(x: Tensor) -> str:
+    """The kind of device whose way a tensor takes."""
+    kind: str = _current.kind if x.is_meta else x.device.type
+    return kind
 
 
 def current_kernels(x: Tensor) -> tuple[Kernels, Pool]:

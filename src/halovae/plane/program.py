@@ -179,7 +179,7 @@ class Program:
 
 
 def _lowered(graph: fx.Graph) -> fx.Graph:
-    """The graph with other operators where PyTorch's are slow: half precision, 3-D convolutions, padding."""
+    """The graph with other operators where PyTorch's are slow: half precision, 3-D convolutions, padding, joining."""
     lowered = fx.Graph()
     lowered.output(lowered.graph_copy(graph, {}))
     for node in lowered.nodes:
@@ -189,6 +189,8 @@ def _lowered(graph: fx.Graph) -> fx.Graph:
             node.target = convolution
         elif node.target is torch.ops.aten.constant_pad_nd.default and not node.kwargs:
             node.target = windows.padded
+        elif node.target is torch.ops.aten.cat.default and not node.kwargs:
+            node.target = windows.joined
     return lowered
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from halovae.geometry import Grid, Shard, Span
+from halovae.parts import part
 from halovae.plane.layout import Layout, extent, sole
 from halovae.plane.plane import Plane
 
@@ -30,7 +31,8 @@ class ShardReport:
         recorded: seconds that recording took; 0 if the program was there already.
         seconds: of the call, without recording.
         waiting: seconds of these that it waited for other ranks' data.
-        messages: sent by this rank, and their `bytes_sent`.
+        calls: how often this rank exchanged or collected something.
+        messages: that it sent, and their `bytes_sent`.
         fallbacks: operators that no rule covers, with their calls: they ran replicated on all ranks.
         gathered: the share of all computed bytes that these received.
         peak: bytes of live tensors at the highest point, weights and finished chunks apart, by the recorded graph; 0
@@ -45,6 +47,7 @@ class ShardReport:
     recorded: float
     seconds: float
     waiting: float
+    calls: int
     messages: int
     bytes_sent: int
     fallbacks: Mapping[str, int]
@@ -143,7 +146,8 @@ def gathered(own: Tensor, layout: Layout, plane: Plane, items: Sequence[Span], g
     count = middle.numel()
     out = own.new_empty((total, count, 1, height, width)) if wanted else None
     flat = own.reshape(given.batch.size, count, 1, given.rows.size, given.cols.size)
-    mesh.gather_frames(flat, shards, out, everyone)
+    with part("gather"):
+        mesh.gather_frames(flat, shards, out, everyone)
     return None if out is None else out.view(total, *middle, height, width)
 
 

@@ -227,7 +227,7 @@ class Sharded:
             begin = time.perf_counter()
             full, failed = None, False
             try:
-                with _without_gradients(), mesh.in_use(traffic):
+                with _without_gradients(), mesh.in_use(traffic), mesh.platform.repeatable():
                     step = next(steps, done)
                     if isinstance(step, tuple):
                         own, layout = step
@@ -267,6 +267,7 @@ class Sharded:
             recorded if recorded > 1e-3 else 0.0,
             seconds,
             traffic.waiting.seconds(),
+            traffic.calls,
             traffic.messages,
             traffic.bytes,
             dict(source.fallbacks),

@@ -8,6 +8,7 @@ kernels of our own, the map is normalized and activated straight into the window
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], cuts: tuple[Cut, ...], early: bool, *,
     zeros: int = 0, past: Tensor | None = None, keep: Tensor | None = None, shift: Tensor | None = None,
     gamma: Tensor | None = None, beta: Tensor | None = None, norm: Norm | None = None, silu: bool = False,
-    spare: bool = False, repeats: tuple[int, int] = (0, 0), edges: Edges | None = None,
+    spare: bool = False, repeats: tuple[int, int] = (0, 0), edges: Edges | None = None, onto: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A convolution of stride 1 of a map that is normalized and activated before.
 
@@ -49,27 +50,29 @@ def convolution(
         spare: whether `x` may be written over, also by the result.
         repeats: how often the first and the last frame are repeated, before and after the map. There is no past then.
         edges: what is around the picture in place of zeros, as `rings.Edges` has it.
+        onto: of the result's shape; is written over by the sum of both, which is returned.
 
     Returns:
         This rank's part of the result, `[N, C', *]`.
     """
     kernels, pool = operators.current_kernels(x)
+    kind = operators.kind_of(x)
     maps, whole = (one if one.ndim == 5 else one.unsqueeze(2) for one in (x, weight))
     own, before = maps.shape[2], sum(padding[:-2])
     first = zeros + repeats[0] + (0 if past is None else past.shape[2])
     depth = first + own + repeats[1]
     shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
     cells = shape[2] * shape[3] * shape[4]
-    folded = min(x.shape[-2:]) >= PLAIN.results and winograd.pays(PLAIN, weight, cells, kernels, x.device.type)
+    folded = min(x.shape[-2:]) >= PLAIN.results and winograd.pays(PLAIN, weight, cells, kernels, kind)
     # A window takes the place of any other copy that has more around the map: of its frames, or of its halos.
     fused = backends.kernels(x.device.type) is not None and (shift is not None or norm is not None or silu)
     copied = past is not None or zeros > 0 or (bool(cuts) and (fused or not early))
-    windowed = folded or edges is not None or any(repeats) or (copied and (fused or x.device.type == "cpu"))
+    windowed = folded or edges is not None or any(repeats) or (copied and (fused or kind == "cpu"))
     if not windowed:
         x = activated(x, shift, gamma, beta, norm, silu, spare)
         if keep is not None:
             keep.copy_(x[:, :, own - keep.shape[2] :])
-        return _direct(_after(zeros, past, x), weight, bias, padding, cuts, early)
+        return _summed(onto, _direct(_after(zeros, past, x), weight, bias, padding, cuts, early))
     window = rings.window(x, depth + 2 * before, before + zeros, before, cuts, edges)
     padded = window.narrow(2, before, depth)
     inner = padded[..., 1:-1, 1:-1]
@@ -87,18 +90,29 @@ def convolution(
     def result_memory() -> Tensor:
         return maps if spare and maps.shape == shape and is_dense(maps) else pool.empty(shape, x.dtype)
 
+    merged = folded and onto is not None and is_dense(onto)
+
+    def memory() -> Tensor:
+        return result_memory() if onto is None or not merged else onto if x.ndim == 5 else onto.unsqueeze(2)
+
     finish = rings.start(padded if x.ndim == 5 else padded.squeeze(2), cuts, edges)
     try:
         if folded:
             result = winograd.convolved(
-                window, whole, bias, result_memory, lambda part: _plain(part, whole, bias), kernels, pool,
+                window, whole, bias, memory, lambda part: _plain(part, whole, bias), kernels, pool, add=merged,
                 ready=finish if cuts else None,
             )  # fmt: skip
     finally:
         finish()  # whatever happens here: the others' messages are under way
     if not folded:
         result = _plain(window, whole, bias)
-    return result if x.ndim == 5 else result.squeeze(2)
+    result = result if x.ndim == 5 else result.squeeze(2)
+    return result if merged else _summed(onto, result)
+
+
+def residual_convolution(onto: Tensor, *arguments: Any, **given: Any) -> Tensor:
+    """A convolution's result added to a map, in its memory: `convolution(..., onto=onto)`."""
+    return convolution(*arguments, **given, onto=onto)
 
 
 def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: tuple[Cut, ...]) -> Tensor:
@@ -115,7 +129,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     """
     kernels, pool = operators.current_kernels(x)
     items, _, height, width = x.shape
-    folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, x.device.type)
+    folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, operators.kind_of(x))
     if not folded and not cuts:
         return _plain(upsampled(x, (2, 2)), weight, bias, (1, 1))
     window = rings.window(x, 1, 0, 0, cuts, None) if folded else None
@@ -149,7 +163,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: `[C', C, 1, ...]`.
         bias: `[C']`.
     """
-    known = x.device.type == "cpu" or backends.kernels(x.device.type) is not None
+    known = operators.kind_of(x) == "cpu" or backends.kernels(x.device.type) is not None
     if known and x.stride(1) == 1 and x.shape[1] > 1:
         return halves.linear(x, weight.flatten(1), bias)
     return _plain(x, weight, bias)
@@ -186,6 +200,21 @@ def padded(x: Tensor, widths: Sequence[int], value: float = 0.0) -> Tensor:
     return result
 
 
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """`aten.cat`. On the CPU, maps of more than five dims stay channels last, which PyTorch does not do.
+
+    Wan's upsampling in time joins `[N, C, T, 1, H, W]` twice. All that follows would lie the other way.
+    """
+    first = parts[0]
+    together = first.device.type == "cpu" and first.ndim > 5 and first.shape[1] > 1
+    if not together or any(one.stride(1) != 1 or one.dtype != first.dtype for one in parts) or dim % first.ndim < 2:
+        return torch.cat(list(parts), dim)
+    sizes = list(first.shape)
+    sizes[dim] = sum(one.shape[dim] for one in parts)
+    items, channels, *rest = sizes
+    return torch.cat(list(parts), dim, out=first.new_empty((items, *rest, channels)).movedim(-1, 1))
+
+
 def kept(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for the last frames of a map, channels last, which the convolution with this weight will fill."""
     return operators.current_kernels(weight)[1].empty(shape, weight.dtype, kept=True)
@@ -210,7 +239,11 @@ def added_(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return sum_of(x, y, bias, x)
 
 
-OPERATORS = (convolution, kept, pointwise, upsampled_convolution)
+OPERATORS = (convolution, kept, pointwise, residual_convolution, upsampled_convolution)
+
+
+def _summed(onto: Tensor | None, result: Tensor) -> Tensor:
+    return result if onto is None else onto.add_(result)
 
 
 def _direct(
@@ -233,7 +266,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
     spatial = weight.ndim - 2
     fused = backends.kernels(x.device.type)
     # The result of a channels-last map lies so, too. On the CPU a small one is worth a copy.
-    if fused is not None or (x.device.type == "cpu" and 4 * x.shape[1] <= weight.shape[0]):
+    if fused is not None or (operators.kind_of(x) == "cpu" and 4 * x.shape[1] <= weight.shape[0]):
         x = x.contiguous(memory_format=torch.channels_last if spatial == 2 else torch.channels_last_3d)
     late = bias if fused is None else None
     result = halves.convolved(x, weight, late, padding or [0] * spatial, [1] * spatial, 1)

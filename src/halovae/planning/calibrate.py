@@ -1,7 +1,7 @@
 """Measure this machine once, and remember it.
 
-A decoder of the true widths but fewer blocks decodes small latents of several sizes. Each operator is timed, and for
-each kind the rates per call, FLOP, byte and weight that explain these times best become its entry.
+A VAE of the true widths but fewer blocks decodes small latents of several sizes, by its recorded graph. Each operator
+is timed, and for each kind the rates per call, FLOP, byte and weight that explain these times best become its entry.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -21,35 +22,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halovae.geometry import Grid
 from halovae.halves import has_units
 from halovae.kernels import EAGER, Kernels
-from halovae.loop import Loop, Request
-from halovae.mesh import Mesh, Traffic
-from halovae.models.wan import WanConfig, WanDecoder
+from halovae.mesh import Mesh
+from halovae.models.load import NoEncoder
+from halovae.plane.results import ShardReport
+from halovae.plane.sharded import Sharded
 from halovae.plane.stored import cache_folder
 from halovae.planning.calibration import OTHER, Calibration, Line, Rates
 from halovae.planning.cost import Work, described, norm_work
-from halovae.planning.plan import Plan
 from halovae.platform import Platform
 
-SAMPLE = WanConfig(
-    family="sample", base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=0,
-    temporal_upsample=(True, True, False), is_residual=False, out_channels=3, patch_size=1,
-    latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
-)  # fmt: skip
-# Latent frames, rows and cols, and the chunk, of the decodes that are timed; accelerators need more to be busy.
-SAMPLES: tuple[tuple[int, int, int, int], ...] = ((3, 4, 4, 1), (3, 8, 8, 1), (2, 16, 16, 1), (1, 32, 32, 1))
+# Latent frames, rows and cols of the decodes that are timed; accelerators need more to be busy.
+SAMPLES: tuple[tuple[int, int, int], ...] = ((3, 4, 4), (3, 8, 8), (2, 16, 16), (1, 32, 32))
+CHANNELS = 16
 LARGER = 4
 # Rows and cols of each rank in the decode that is shared.
 SHARED = 8
 MESSAGES = (2**10, 2**16, 2**20, 2**24)
 FEATURES = ("calls", "flops", "bytes", "weights")
 
-Sample = tuple[str, Work, float]
+Timed = tuple[str, Work, float]
 
 
 class _Timing(TorchDispatchMode):
@@ -57,7 +54,7 @@ class _Timing(TorchDispatchMode):
 
     def __init__(self, platform: Platform) -> None:
         super().__init__()
-        self.samples: list[Sample] = []
+        self.samples: list[Timed] = []
         self._platform = platform
 
     @classmethod
@@ -88,57 +85,63 @@ class _Timing(TorchDispatchMode):
         return EAGER if real is EAGER else replace(real, normalize=normalize)
 
 
-def _sample(platform: Platform, dtype: torch.dtype) -> WanDecoder:
-    with torch.inference_mode(False), torch.no_grad():
-        model = WanDecoder(SAMPLE).to(platform.device, dtype)
-        for parameter in model.parameters():
-            parameter.normal_(std=1 / math.sqrt(max(1, parameter[0].numel())))
-            layout = platform.layout(parameter.ndim)
-            parameter.data = parameter.data.contiguous(memory_format=layout)
-    return model
+class _Sample:
+    """Decodes of Wan2.1's VAE with as few blocks as it can have, and random weights."""
+
+    def __init__(self, platform: Platform, dtype: torch.dtype) -> None:
+        from diffusers import AutoencoderKLWan
+
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same weights on all ranks
+            vae: Any = AutoencoderKLWan(num_res_blocks=0)
+            vae.encoder = vae.quant_conv = NoEncoder()
+            nn.Module.to(vae.eval().requires_grad_(False), platform.device, dtype)  # its own warns of half precision
+        self._platform, self._dtype = platform, dtype
+        self._sharded = Sharded(lambda latents: vae.decode(latents).sample, [vae])
+
+    def decode(
+        self, mesh: Mesh, shape: tuple[int, int, int], kernels: Kernels, timing: _Timing | None = None
+    ) -> tuple[float, ShardReport]:
+        """Decode latents of so many frames, rows and cols; returns what it took, but for the recording."""
+        self._sharded.kernels = kernels
+        latents = torch.randn(1, CHANNELS, *shape).to(self._platform.device, self._dtype)
+        chunks = self._sharded.stream(latents, mesh=mesh, gather="none")
+        with nullcontext() if timing is None else timing:
+            begin = time.perf_counter()
+            chunks.join()
+            self._platform.synchronize()
+            seconds = time.perf_counter() - begin
+        assert self._sharded.report is not None
+        return seconds, self._sharded.report
 
 
-def rates(model: WanDecoder, platform: Platform, kernels: Kernels) -> dict[str, Rates]:
+def rates(sample: _Sample, platform: Platform, kernels: Kernels) -> dict[str, Rates]:
     """Measure what this rank takes for each kind of operator."""
-    samples: list[Sample] = []
-    for frames, rows, cols, chunk in SAMPLES:
+    samples: list[Timed] = []
+    alone = Mesh(Grid(), platform.device)
+    for frames, rows, cols in SAMPLES:
         larger = 1 if platform.kind == "cpu" else LARGER
-        latents = torch.randn(1, SAMPLE.z_dim, frames, rows * larger, cols * larger)
+        shape = frames, rows * larger, cols * larger
         timing = _Timing(platform)
-        _decode(model, latents, chunk, platform, kernels)
-        with timing:
-            _decode(model, latents, chunk, platform, timing.kernels(kernels))
+        sample.decode(alone, shape, kernels)
+        sample.decode(alone, shape, timing.kernels(kernels), timing)
         samples += timing.samples
         if len(samples) == len(timing.samples):  # the smallest, where what lies between the operators shows
-            whole = min(_decode(model, latents, chunk, platform, kernels) for _ in range(3))
+            whole = min(sample.decode(alone, shape, kernels)[0] for _ in range(3))
             between = max(0.0, whole - sum(seconds for *_, seconds in samples)) / len(samples)
     fitted = fit(samples)
     return {kind: replace(one, calls=one.calls + between) for kind, one in fitted.items()}
 
 
-def _decode(model: WanDecoder, latents: Tensor, chunk: int, platform: Platform, kernels: Kernels) -> float:
-    begin = time.perf_counter()
-    _run(model, latents, chunk, Mesh(Grid(), platform.device), kernels)
-    platform.synchronize()
-    return time.perf_counter() - begin
-
-
-def _run(model: WanDecoder, latents: Tensor, chunk: int, mesh: Mesh, kernels: Kernels) -> Traffic:
-    request, traffic = Request("none", next(model.parameters()).dtype, False, kernels), Traffic(mesh.platform)
-    for _ in Loop(model, latents, Plan.of(1, mesh.grid, chunk), [mesh], request, traffic).chunks():
-        pass
-    return traffic
-
-
-def _meeting(model: WanDecoder, mesh: Mesh, kernels: Kernels) -> float:
+def _meeting(sample: _Sample, mesh: Mesh, kernels: Kernels) -> float:
     """Seconds that ranks wait for each other at a message amid a decode: none is ever quite as fast as the others."""
-    latents = torch.randn(1, SAMPLE.z_dim, 1, SHARED * mesh.grid.size, SHARED)
-    taken = [_run(model, latents, 1, mesh, kernels) for _ in range(12)][2:]
-    own = statistics.median(one.waiting.seconds() / one.calls for one in taken)
+    shape = 1, SHARED * mesh.grid.size, SHARED
+    taken = [sample.decode(mesh, shape, kernels)[1] for _ in range(12)][2:]
+    own = statistics.median(one.waiting / one.calls for one in taken)
     return statistics.mean(mesh.lines.all_values(own))
 
 
-def fit(samples: Sequence[Sample]) -> dict[str, Rates]:
+def fit(samples: Sequence[Timed]) -> dict[str, Rates]:
     """For each kind the rates that explain the samples best, none below zero, and those of all passes over memory."""
     kinds: dict[str, list[tuple[Work, float]]] = defaultdict(list)
     for kind, work, seconds in samples:
@@ -193,11 +196,11 @@ def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
 def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
     """Measure; all ranks of the mesh, which spans the world along its rows, call, and all get rank 0's figures."""
     platform = mesh.platform
-    model = _sample(platform, dtype)
-    together = rates(model, platform, kernels)
+    sample = _Sample(platform, dtype)
+    together = rates(sample, platform, kernels)
     alone, hosts = together, mesh.lines.all_values(socket.gethostname())
     if not mesh.alone:
-        alone = rates(model, platform, kernels) if mesh.rank == 0 else {}
+        alone = rates(sample, platform, kernels) if mesh.rank == 0 else {}
         mesh.lines.all_values(None)  # until it is done
     size = mesh.grid.size
     exchange, gather = {"host": Line(0, 0)}, {"host": Line(0, 0)}
@@ -212,7 +215,7 @@ def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
             mesh.lines.all_gather("plane", own, size)
 
         gather = dict.fromkeys(exchange, _line(everyone, platform))
-        meeting = _meeting(model, mesh, kernels)
+        meeting = _meeting(sample, mesh, kernels)
         exchange, gather = (
             {pair: replace(line, latency=max(line.latency, meeting)) for pair, line in lines.items()}
             for lines in (exchange, gather)

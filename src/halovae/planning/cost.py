@@ -1,32 +1,23 @@
-"""What a decode takes, found by one walk through the real decoder with tensors that have shapes but no data.
+"""What a decode takes, in the features that a calibration prices: calls, FLOPs, bytes and weights, by kind of operator.
 
-Every operator that the walk meets becomes features: calls, FLOPs, bytes and weights, by its kind. A calibration
-(see `calibrate.py`) gives each feature of each kind its seconds, so that a plan's time is their sum.
+Operators between ranks are run on tensors that have shapes but no data; a recorder notes what they are made of.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from halovae.kernels import EAGER, Kernels
-from halovae.lines import Lines, Scope
-from halovae.loop import Gather, Loop, Request
 from halovae.memory import LiveBytes
-from halovae.mesh import Mesh, Traffic
-from halovae.models.wan import WanConfig, WanDecoder
-from halovae.planning.plan import Plan
-from halovae.platform import Platform
 
 CPU = torch.device("cpu")
 # Kinds of work that are no operators: swapping borders, or sending frames; and collecting what all ranks have. Their
@@ -62,16 +53,14 @@ class Cost:
     Attributes:
         work: by layer and kind of operator; exchanges and gathers are kinds as well.
         messages: how many it sends, a gather being one to each other rank; likewise `bytes_sent`.
-        weights: bytes of the decoder's parameters.
-        caches: bytes of the feature caches, held from chunk to chunk.
-        peak: bytes of live tensors at the highest point, caches included, weights and the finished clip not.
+        weights: bytes of the parameters that it uses.
+        peak: bytes of live tensors at the highest point, feature caches included, weights and the finished clip not.
     """
 
     work: dict[tuple[str, str], Work]
     messages: int
     bytes_sent: int
     weights: int
-    caches: int
     peak: int
 
     @property
@@ -101,8 +90,7 @@ class Recorder(LiveBytes):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = ""
-        self.work: dict[tuple[str, str], Work] = defaultdict(Work)
+        self.work: dict[str, Work] = defaultdict(Work)
         self._results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}  # by the calls that had them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,7 +124,7 @@ class Recorder(LiveBytes):
 
     def note(self, kind: str, work: Work) -> None:
         """Count the work of one operator."""
-        self.work[self.layer, kind].add(work)
+        self.work[kind].add(work)
 
     def kernels(self) -> Kernels:
         """Kernels that stand for compiled ones, which no mode sees, and do nothing but be noted."""
@@ -146,38 +134,10 @@ class Recorder(LiveBytes):
 
         return replace(EAGER, normalize=normalize)
 
-    def taken(self) -> dict[tuple[str, str], Work]:
-        """What was noted since this was last asked."""
+    def taken(self) -> dict[str, Work]:
+        """What was noted since this was last asked, by kind."""
         work, self.work = self.work, defaultdict(Work)
         return dict(work)
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Know the layers: those that the decoder calls in turn, each with what leads up to it."""
-        names = {layer: name for name, layer in model.named_modules()}
-        layers = [layer for layer in model.modules() if _is_layer(names[layer])]
-        following = dict(zip(layers, [*layers[1:], None], strict=True))
-        self.layer = names[layers[0]]
-
-        def after(layer: nn.Module, *_: object) -> None:
-            coming = following[layer]
-            self.layer = "" if coming is None else names[coming]
-
-        def before(layer: nn.Module, *_: object) -> None:
-            self.layer = names[layer]
-
-        handles = [layer.register_forward_hook(after) for layer in layers]
-        handles += [layer.register_forward_pre_hook(before) for layer in layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _is_layer(name: str) -> bool:
-    parts = name.removeprefix("decoder.").split(".")
-    return parts[0] in ("conv_in", "conv_out") or parts[-1] == "upsampler" or (len(parts) > 2 and parts[-1].isdigit())
 
 
 def norm_work(x: Tensor, out: Tensor) -> Work:
@@ -243,110 +203,3 @@ def _in_place(func: Any) -> bool:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-@cache
-def hollow(config: WanConfig, dtype: torch.dtype) -> WanDecoder:
-    """A decoder whose weights have shapes but no data."""
-    with torch.device("meta"):
-        return WanDecoder(config).to(dtype)
-
-
-def walk(
-    config: WanConfig,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    plan: Plan,
-    *,
-    gather: Gather = "rank0",
-    out_dtype: torch.dtype | None = None,
-    compiled: bool = False,
-    device: torch.device = CPU,
-    rank: int | None = None,
-) -> Cost:
-    """What a rank takes to decode latents `[B, C, T, H, W]` as planned.
-
-    Chunks after the first cost the same each, so a few are walked and the rest is multiplied.
-
-    Args:
-        config: the model's sizes.
-        shape: of the latents.
-        dtype: what is computed in.
-        plan: how.
-        gather: as for `Decoder.stream`.
-        out_dtype: its `dtype`.
-        compiled: whether kernels are compiled.
-        device: whose way through the layers to take; it need not be here.
-        rank: whose cost; None for the one with the most to do.
-
-    Raises:
-        ValueError: a grid has more ranks along an axis than there is to share out.
-    """
-    batch, channels, length, height, width = shape
-    rank = _busiest(plan, shape) if rank is None else rank
-    spans = plan.chunks(length)
-    repeats = [1] * len(spans)
-    if len(spans) > 4 and plan.bands == 1:
-        # The first chunk, two like most (the second has what the first one kept), and the last one.
-        length = spans[0].size + 2 * spans[1].size + spans[-1].size
-        repeats = [1, 1, len(spans) - 3, 1]
-    world = 1 if plan.apart else max(stage.grid.size for stage in plan.stages)
-    traffic, recorder = Traffic(Platform(CPU)), Recorder()
-    lines = _WalkedLines(rank, max(world, rank + 1), recorder)
-    model = hollow(config, dtype)
-    kernels = recorder.kernels() if compiled else EAGER
-    request = Request(gather, out_dtype or dtype, False, kernels)
-    total: dict[tuple[str, str], Work] = defaultdict(Work)
-    sent = sent_bytes = 0
-    with ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())  # whoever counts a decode's work does not mean this
-        stack.enter_context(torch.inference_mode())
-        meshes = [Mesh(stage.grid, device, lines) for stage in plan.stages]
-        latents = torch.empty((batch, channels, length, height, width), dtype=dtype, device="meta")
-        stack.enter_context(recorder)
-        stack.enter_context(recorder.watching(model))
-        caches: list[int] = []
-        loop = Loop(model, latents, plan, meshes, request, traffic)
-        chunks = loop.chunks()
-        for times in repeats:
-            before = traffic.messages, traffic.bytes
-            next(chunks)
-            for key, work in recorder.taken().items():
-                total[key].add(work, times)
-            sent += times * (traffic.messages - before[0])
-            sent_bytes += times * (traffic.bytes - before[1])
-            caches.append(loop.cached())
-    weights = sum(_bytes(parameter) for parameter in model.parameters())
-    return Cost(dict(total), sent, sent_bytes, weights, max(caches), recorder.peak)
-
-
-def _busiest(plan: Plan, shape: Sequence[int]) -> int:
-    """The rank with the most cells to compute, ghosts included, over all stages."""
-    load: dict[int, float] = defaultdict(float)
-    for stage in plan.stages:
-        shards = stage.grid.shards(stage.items.size, *shape[3:])
-        for rank, shard in enumerate(shards):
-            _, row, col = stage.grid.coordinates(rank)
-            rows = shard.rows.size + (row > 0) + (row < stage.grid.rows - 1)
-            cols = shard.cols.size + (col > 0) + (col < stage.grid.cols - 1)
-            load[rank] += shard.batch.size * rows * cols
-    return max(load, key=lambda rank: (load[rank], -rank))
-
-
-class _WalkedLines(Lines):
-    """Lines to ranks that are not there: nothing is sent, and what would be received is made up."""
-
-    def __init__(self, rank: int, world: int, recorder: Recorder) -> None:
-        self.rank, self.world = rank, world
-        self._recorder = recorder
-
-    def start(
-        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
-    ) -> Callable[[], None]:
-        largest = max(_bytes(tensor) for _, tensor in (*sends, *receives))
-        self._recorder.note(EXCHANGE, Work(calls=1, bytes=largest))
-        return lambda: None
-
-    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
-        self._recorder.note(GATHER, Work(calls=1, bytes=(ranks - 1) * _bytes(own)))
-        return [torch.empty_like(own) for _ in range(ranks)]

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.geometry import Grid
+from halovae.kernels import EAGER
 from halovae.lines import Lines, Scope
 from halovae.mesh import Mesh
 from halovae.plane import operators, windows
@@ -99,7 +100,7 @@ def busiest(grid: Grid, height: int, width: int) -> int:
 
 def traced(
     function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype, grid: Grid,
-    rank: int | None = None, multiple: int = 1,
+    rank: int | None = None, multiple: int = 1, compiled: bool = False, kind: str = "meta",
 ) -> Traced:  # fmt: skip
     """What a rank of a grid takes, by its graph.
 
@@ -111,6 +112,8 @@ def traced(
         grid: rows and cols of ranks.
         rank: which one; None for the one with the most to do.
         multiple: of which bounds are to be multiples, as `trace` has it.
+        compiled: whether its passes over memory are compiled.
+        kind: of device whose algorithms are priced, "cpu" or "meta": see `operators.on`.
 
     Raises:
         UnplannableError: the function cannot be traced.
@@ -122,15 +125,13 @@ def traced(
     except (TraceError, NotImplementedError) as error:
         raise UnplannableError(f"{type(module).__name__} cannot be planned: {error}") from error
     total: WorkByKind = defaultdict(Work)
-    pricer = _Pricer(mesh, program.bodies)
+    pricer = _Pricer(mesh, program.bodies, compiled, kind)
     messages, sent = pricer.add(program.graph.nodes, total)
     everything = [node for graph in (program.graph, *program.bodies.values()) for node in graph.nodes]
     weights = {
         node.target: size_of(node) for node in everything if node.op == "get_attr" and not node.meta.get("constant")
     }
-    cost = Cost(
-        dict(total), messages, sent, sum(weights.values()), 0, peak(program.graph, program.bodies, pricer.scratch)
-    )
+    cost = Cost(dict(total), messages, sent, sum(weights.values()), peak(program.graph, program.bodies, pricer.scratch))
     return Traced(cost, shape_of(program.returns), tuple(program.fallbacks), program.random)
 
 
@@ -159,9 +160,9 @@ class _Watch(Recorder):
 class _Pricer:
     """Adds up the work of nodes, in the kinds that calibrations know."""
 
-    def __init__(self, mesh: Mesh, bodies: Mapping[str, fx.Graph]) -> None:
-        self._mesh, self._bodies = mesh, bodies
-        self._known: dict[Any, tuple[WorkByKind, int]] = {}  # of operators between ranks: also bytes at the peak
+    def __init__(self, mesh: Mesh, bodies: Mapping[str, fx.Graph], compiled: bool, kind: str) -> None:
+        self._mesh, self._bodies, self._compiled, self._kind = mesh, bodies, compiled, kind
+        self._known: dict[Any, tuple[dict[str, Work], int]] = {}  # of operators between ranks: also bytes at the peak
         self._called: dict[str, tuple[WorkByKind, int, int]] = {}
         self._results: dict[Any, Any] = {}
         self._statistics: dict[Any, Any] = {}
@@ -189,7 +190,7 @@ class _Pricer:
 
     def _works(self, node: fx.Node) -> list[tuple[str, Work]]:
         if node.target in _RUN:
-            return [(kind, work) for (_, kind), work in self._run(node)[0].items()]
+            return list(self._run(node)[0].items())
         if node.target is operators.attention:
             copied = Work(1, bytes=2 * size_of(node))
             return [("scaled_dot_product_attention", Work(1, flops(node), _touched(node))), ("clone", copied)]
@@ -203,13 +204,14 @@ class _Pricer:
             return 0
         return max(0, self._run(node)[1] - (0 if shares(node) else size(node)))
 
-    def _run(self, node: fx.Node) -> tuple[WorkByKind, int]:
+    def _run(self, node: fx.Node) -> tuple[dict[str, Work], int]:
         """What an operator between ranks does, and its peak, by running it on meta tensors."""
         key = node.target, likeness(node)
         if key not in self._known:
             recorder = _Watch(self._results, self._statistics)
             mesh = Mesh(self._mesh.grid, CPU, TracedLines(self._mesh.rank, self._mesh.grid.size, recorder))
-            with _disable_current_modes(), torch.inference_mode(), operators.on(mesh):
+            kernels = recorder.kernels() if self._compiled else EAGER
+            with _disable_current_modes(), torch.inference_mode(), operators.on(mesh, kernels, kind=self._kind):
                 args, kwargs = meta_arguments(node)
                 target: Any = node.target
                 with recorder:

@@ -1,11 +1,10 @@
-"""Decisions on this machine: calibrated, shared by all ranks, and remembered by the process."""
+"""What a decode may take on this machine: memory, and the rates that price it, measured once."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -13,36 +12,11 @@ from halovae.kernels import Kernels
 from halovae.mesh import Mesh
 from halovae.planning.calibrate import calibrated, key_of, stored
 from halovae.planning.calibration import Calibration, read, shipped
-from halovae.planning.choose import Decision, Question, choose
 
 # The share of free memory that a decode may take.
 USABLE = 0.9
 
 _calibrations: dict[str, Calibration] = {}
-_decisions: dict[tuple[str, str], Decision] = {}
-
-
-def decide(question: Question, everyone: Mesh, offers: Sequence[tuple[int, str]], kernels: Kernels) -> Decision:
-    """The decision for this machine, at once if the same was asked before; all ranks ask together, and decide alike.
-
-    Args:
-        question: without a budget, for what is free.
-        everyone: the mesh of all ranks.
-        offers: every rank's free bytes, and its host.
-        kernels: what the ranks compute with.
-
-    Raises:
-        TooLittleMemory: no plan fits.
-    """
-    hosts = [host for _, host in offers]
-    budget = question.budget or usable(offers, question.device)
-    name = _name(everyone, question.dtype, kernels)
-    known = _decisions.get((name, str(question)))
-    if known is None or not known.stands(budget):
-        calibration = calibration_of(everyone, question.dtype, kernels)
-        question_now = replace(question, budget=budget, hosts=len(set(hosts)) > 1)
-        known = _decisions[name, str(question)] = choose(question_now, calibration)
-    return known
 
 
 def usable(offers: Sequence[tuple[int, str]], device: str) -> int:

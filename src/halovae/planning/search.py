@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from halovae.geometry import Grid
 from halovae.planning.calibration import Calibration
-from halovae.planning.choose import MARGIN, WORTH, Candidate, Decision, TooLittleMemory
 from halovae.planning.cost import EXCHANGE, GATHER, Cost
+from halovae.planning.decision import MARGIN, WORTH, Candidate, Decision, TooLittleMemory
 from halovae.planning.graphs import Traced, cells, traced
-from halovae.planning.plan import Plan
 
 _LITTLE = f"less plain, and at most {WORTH:.0%} faster"
 _ADVISED = (2, 4, 8, 16, 32, 64)
@@ -37,16 +36,18 @@ class Search:
         allowed: whether a grid is a candidate; None for all.
         multiple: of which bounds are to be multiples, as `trace` has it.
         computing: how many ranks compute at once on a grid of one rank: all of them if each needs the result.
+        compiled: whether passes over memory are compiled.
     """
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype,
         calibration: Calibration, batch: int = 1, budget: int | None = None, hosts: bool = False,
         allowed: Callable[[Grid], bool] | None = None, multiple: int = 1, computing: int = 1,
+        compiled: bool = False,
     ) -> None:  # fmt: skip
         self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
         self._plane, self._multiple = cells(shape, multiple), multiple
-        self._alone = computing
+        self._alone, self._compiled = computing, compiled
         self._calibration, self._batch, self.budget, self._hosts = calibration, batch, budget, hosts
         self._allowed = allowed
         self._traced: dict[Grid, Traced] = {}
@@ -60,7 +61,10 @@ class Search:
         """
         plane = replace(grid, batch=1)
         if plane not in self._traced:
-            found = traced(self._function, self._module, self._shape, self._dtype, plane, multiple=self._multiple)
+            found = traced(
+                self._function, self._module, self._shape, self._dtype, plane, multiple=self._multiple,
+                compiled=self._compiled, kind="cpu" if self._calibration.device == "cpu" else "meta",
+            )  # fmt: skip
             computed = {key: work for key, work in found.cost.work.items() if key[1] not in (EXCHANGE, GATHER)}
             seconds = self._seconds(replace(found.cost, work=computed), plane)
             self._traced[plane], self._computing[plane] = found, seconds
@@ -71,9 +75,8 @@ class Search:
         found, items = self.traced(grid), -(-self._batch // grid.batch)
         cost = found.cost
         return Candidate(
-            Plan.of(self._batch, grid), grid.size, items * self._seconds(cost, grid), cost.peak,
-            items * cost.messages, items * cost.bytes_sent,
-        )  # fmt: skip
+            grid, items * self._seconds(cost, grid), cost.peak, items * cost.messages, items * cost.bytes_sent
+        )
 
     def _seconds(self, cost: Cost, grid: Grid) -> float:
         ranks = grid.size if grid.size > 1 else self._alone
@@ -95,7 +98,7 @@ class Search:
                 continue
             floor = self._floor(grid)
             if best is not None and self._cannot_win(floor, grid, best):
-                unseen.append(Candidate(Plan.of(self._batch, grid), grid.size, floor))
+                unseen.append(Candidate(grid, floor))
                 continue
             seen[grid] = self.price(grid)
             best = self._best(list(seen.values()))
@@ -137,7 +140,7 @@ class Search:
     def _cannot_win(self, floor: float, grid: Grid, best: Candidate) -> bool:
         if floor > best.seconds * (1 + WORTH):
             return True
-        return floor * (1 + WORTH) >= best.seconds and _complexity(_grid(best)) < _complexity(grid)
+        return floor * (1 + WORTH) >= best.seconds and _complexity(best.grid) < _complexity(grid)
 
     def _best(self, candidates: Sequence[Candidate]) -> Candidate | None:
         fitting = [one for one in candidates if one.fits(self.budget)]
@@ -145,7 +148,7 @@ class Search:
             return None
         limit = min(one.seconds for one in fitting) * (1 + WORTH)
         return min(
-            (one for one in fitting if one.seconds <= limit), key=lambda one: (*_complexity(_grid(one)), one.seconds)
+            (one for one in fitting if one.seconds <= limit), key=lambda one: (*_complexity(one.grid), one.seconds)
         )
 
     def _judged(self, one: Candidate, best: Candidate, seen: Iterable[Candidate]) -> Candidate:
@@ -161,14 +164,14 @@ class Search:
             verdict = "does not fit into the memory budget"
         else:
             verdict = f"{ratio:.2f}x the time" + (", but less plain" if ratio <= 1 else "")
-        if one.peak is not None and one.ranks > 1 and (names := self.traced(_grid(one)).fallbacks):
+        if one.peak is not None and one.grid.size > 1 and (names := self.traced(one.grid).fallbacks):
             verdict += f"; {', '.join(names)} {'runs' if len(names) == 1 else 'run'} replicated"
         return replace(one, verdict=verdict)
 
     def _too_little(self, seen: Sequence[Candidate], world: int) -> TooLittleMemory:
         assert self.budget is not None
         least = min(seen, key=lambda one: one.peak or 0)
-        said = f"the leanest grid ({least.plan.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
+        said = f"the leanest grid ({least.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
         for ranks in _ADVISED:
             if world < ranks <= self._plane[0] and self.price(Grid(rows=ranks)).fits(self.budget):
                 said += f"; what would fit: {ranks} ranks"
@@ -184,10 +187,6 @@ def _cells(grid: Grid, height: int, width: int) -> int:
 
 def _complexity(grid: Grid) -> tuple[int, int]:
     return grid.size, grid.cols  # borders between cols are not in one piece of memory
-
-
-def _grid(one: Candidate) -> Grid:
-    return one.plan.stages[0].grid
 
 
 def _mib(amount: float) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.decode import Decoder
+from halovae.integrations.autoencoder import Autoencoder
 from halovae.out_of_memory import is_out_of_memory
-from halovae.planning.choose import TooLittleMemory
+from halovae.planning.decision import TooLittleMemory
 from halovae.platform import Platform
 from halovae.report import DecodeReport
 from halovae.serving.files import Batch, Order, Writer
@@ -28,7 +28,7 @@ class Decoding(threading.Thread):
 
     Args:
         decoder: the VAE's.
-        options: of `Decoder.stream`.
+        options: of `Autoencoder.stream`.
         most: how many latents to decode at once.
         lead: from rank 0, which chooses what is decoded next.
         line: to the front; None on other ranks.
@@ -37,7 +37,9 @@ class Decoding(threading.Thread):
         needs: bytes that a decode of latents of a shape `[B, C, T, H, W]` took on a rank, as last measured.
     """
 
-    def __init__(self, decoder: Decoder, options: dict[str, Any], most: int, lead: Lead, line: RankLine | None) -> None:
+    def __init__(
+        self, decoder: Autoencoder, options: dict[str, Any], most: int, lead: Lead, line: RankLine | None
+    ) -> None:
         super().__init__(daemon=True, name="decoding")
         self._decoder, self._options, self._most, self._lead, self._line = decoder, options, most, lead, line
         self._writer = Writer(line) if line is not None else None
@@ -143,7 +145,7 @@ def summary(report: DecodeReport) -> dict[str, Any]:
         alone = next((one for one in (chosen, *report.decision["others"]) if one["ranks"] == 1), None)
     return {
         "seconds": round(report.seconds, 3),
-        "plan": chosen["plan"] if chosen else f"{report.grid}, chunk {report.chunk}",
+        "plan": report.grid,
         "why": chosen["verdict"] if chosen else "as the server was told",
         "batch": report.frames[0],
         "peak_memory_mb": round(memory.peak_reserved / _MIB, 1),

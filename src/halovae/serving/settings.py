@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from halovae.decode import Mode
 from halovae.geometry import Grid
+from halovae.integrations.sharing import Mode
 from halovae.pipelines import Pipeline
 
 

@@ -20,6 +20,7 @@ from halovae.plane.passes import (
     identities,
     in_place,
     norms,
+    residuals,
     upsampling,
 )
 from halovae.plane.passes.graphs import writes
@@ -34,6 +35,7 @@ PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
     "channels-last": channels_last.run,
     "biases": biases.run,
     "in-place": in_place.run,
+    "residuals": residuals.run,
 }
 
 

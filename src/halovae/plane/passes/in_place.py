@@ -32,14 +32,10 @@ _ALLOCATING = (
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
     """Returns how many operators write over their input."""
-    last: dict[fx.Node, fx.Node] = {}  # by the node in whose memory results lie
-    for node in graph.nodes:
-        for one in (node, *node.all_input_nodes):
-            last[root(one)] = node
-    kept, found = shared(graph), 0
+    last, kept, found = last_uses(graph), shared(graph), 0
     for node in list(graph.nodes):
         x: Any = node.args[0] if node.args else None
-        if not isinstance(x, fx.Node) or last[root(x)] is not node or not _is_own(x) or root(x) in kept:
+        if not isinstance(x, fx.Node) or last[root(x)] is not node or not is_own(x) or root(x) in kept:
             continue
         if sum(root(one) is root(x) for one in uses(node)) > 1:
             continue  # it reads what it would write to once more, or another view of it
@@ -58,7 +54,16 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     return found
 
 
-def _is_own(x: fx.Node) -> bool:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Where memory is used for the last time, by the node that made it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for one in (node, *node.all_input_nodes):
+            last[root(one)] = node
+    return last
+
+
+def is_own(x: fx.Node) -> bool:
     """Whether a tensor has all of the memory that an operator allocated, and each value a place of its own."""
     owner = root(x)
     while x is not owner:

@@ -1,0 +1,89 @@
+"""Decisions: which grid is the fastest that fits into memory, and why the others are not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from halovae.geometry import Grid
+
+# What a decode may take beyond its tensors (scratch of libraries, an allocator's unused parts), as a share of them.
+MARGIN = 0.15
+# A more involved grid must be predicted to be faster by this much: predictions are not better.
+WORTH = 0.02
+
+
+class TooLittleMemory(ValueError):
+    """No grid fits into the memory budget."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A grid, and what it is predicted to take.
+
+    Attributes:
+        grid: how ranks share the batch and the plane.
+        seconds: until the last rank is done. Of one that was ruled out unseen, what it takes at least.
+        peak: bytes of live tensors of the rank with the most to do, weights aside; likewise its `messages` and
+            `bytes_sent`. None of one that was ruled out unseen.
+        verdict: why it was chosen, or not.
+    """
+
+    grid: Grid
+    seconds: float
+    peak: int | None = None
+    messages: int | None = None
+    bytes_sent: int | None = None
+    verdict: str = ""
+
+    def fits(self, budget: int | None) -> bool:
+        """Whether it stays within so many bytes."""
+        return budget is None or (self.peak is not None and self.peak * (1 + MARGIN) <= budget)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return {**asdict(self), "grid": str(self.grid), "ranks": self.grid.size}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The grid that was chosen, and those that were not.
+
+    Attributes:
+        candidates: the chosen one first, the others by their time.
+        budget: bytes that a rank may take; None for any number.
+        calibration: whose rates the times are from.
+    """
+
+    candidates: tuple[Candidate, ...]
+    budget: int | None
+    calibration: str
+
+    @property
+    def chosen(self) -> Candidate:
+        return self.candidates[0]
+
+    def stands(self, budget: int) -> bool:
+        """Whether it would be the same within another budget."""
+        faster = (one for one in self.candidates if one.seconds < self.chosen.seconds and not one.fits(self.budget))
+        return self.chosen.fits(budget) and not any(one.fits(budget) for one in faster)
+
+    def leaner(self) -> Grid | None:
+        """What to fall back on when memory runs out: the fastest grid that takes at most half of the chosen one's, else
+        the one that takes the least; None if no grid takes less.
+        """
+        peak = self.chosen.peak or 0
+        others = [one for one in self.candidates[1:] if one.peak is not None and one.peak < peak]
+        lean = [one for one in others if (one.peak or 0) <= 0.5 * peak]
+        if lean:
+            return min(lean, key=lambda one: one.seconds).grid
+        return min(others, key=lambda one: one.peak or 0).grid if others else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return {
+            "chosen": self.chosen.as_dict(),
+            "others": [one.as_dict() for one in self.candidates[1:]],
+            "budget": self.budget,
+            "calibration": self.calibration,
+        }

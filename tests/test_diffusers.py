@@ -17,6 +17,7 @@ import halovae
 from halovae import Grid
 from halovae.bench.models import random_vae
 from halovae.bench.ranks import Ranks
+from halovae.integrations.sharing import Choice, Sharing
 from halovae.tiny import make_model
 
 BOUND = 1e-4
@@ -164,11 +165,10 @@ def test_decode_keeps_its_manners(ranks: Callable[[int], Ranks], family: str) ->
 
 
 def test_frames_for_the_ranks_that_get_none_take_no_memory() -> None:
-    from halovae.integrations.diffusers import _black
-
-    z = latents("wan2.1")
-    frames = _black(halovae.load(random_vae("wan2.1", WIDTH)), z)
-    assert frames.untyped_storage().nbytes() == 4
+    z, call = latents("wan2.1"), halovae.load(random_vae("wan2.1", WIDTH)).calls["decode"]
+    for _ in call.stream(z, Choice(Grid(), 1), Sharing(), {}):
+        pass
+    assert call.blank(z).untyped_storage().nbytes() == 4
 
 
 def test_dtype_of_the_sample_is_the_models() -> None:
@@ -197,7 +197,7 @@ def test_what_has_no_vae_is_refused(thing: Any) -> None:
         halovae.restore(thing)
 
 
-def test_a_vae_of_another_class_runs_on_the_plane() -> None:
+def test_a_vae_of_another_class_is_shared_too() -> None:
     from diffusers import AutoencoderTiny
 
     vae = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
@@ -207,8 +207,6 @@ def test_a_vae_of_another_class_runs_on_the_plane() -> None:
         expected = vae.decode(latents).sample
     halovae.parallelize(vae)
     assert torch.equal(vae.decode(latents).sample, expected)
-    with pytest.raises(ValueError, match="chunk=2: AutoencoderTiny runs on the plane path, which has no chunk yet"):
-        halovae.parallelize(vae, chunk=2)
 
 
 def test_a_module_without_a_decode_is_refused() -> None:

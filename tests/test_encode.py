@@ -16,7 +16,7 @@ from halovae.integrations.plane_call import PlaneCall
 from halovae.integrations.sharing import Sharing
 from halovae.integrations.within import share_encode
 from halovae.mesh import mesh_for
-from halovae.planning.choose import TooLittleMemory
+from halovae.planning.decision import TooLittleMemory
 from halovae.planning.graphs import traced
 
 BOUND = 1e-4  # of the largest moment
@@ -85,7 +85,7 @@ def in_auto(rows: int) -> tuple[list[str], list[float], bool, int, Tensor]:
     assert call.report is not None
     seen = choice.decision.candidates
     chosen = seen[0].fits(choice.decision.budget)
-    return [one.plan.grid for one in seen], [one.seconds for one in seen], chosen, call.report.messages, found
+    return [str(one.grid) for one in seen], [one.seconds for one in seen], chosen, call.report.messages, found
 
 
 @pytest.mark.parametrize("rows", [24, 3])
@@ -141,7 +141,7 @@ def fewer_rows_than_ranks() -> list[str]:
     call = PlaneCall(vae("wan2.1"), "encode")
     decision = call.choose(pictures("wan2.1", 1, rows=2, cols=6), Sharing(gather="all"), {}).decision
     assert decision is not None
-    return sorted(one.plan.grid for one in decision.candidates)
+    return sorted(str(one.grid) for one in decision.candidates)
 
 
 def test_no_grid_has_more_ranks_than_latent_rows(ranks: Group) -> None:

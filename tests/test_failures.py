@@ -18,6 +18,7 @@ from halovae import latents as latents_file
 from halovae.launch import RankError, launch
 
 LIMIT_S = 10
+LONG = {"frames": 300, "height": 24, "width": 24}  # recorded within seconds, decoded within minutes
 
 
 def fails_on_rank_1() -> None:
@@ -51,8 +52,7 @@ def test_launch_returns_what_each_rank_returned() -> None:
 def endless(tmp_path: Path) -> list[str]:
     """A decode command that takes far longer than any test waits."""
     vae("wan2.1").save_pretrained(tmp_path / "vae")
-    long = latents("wan2.1", frames=2000, height=8, width=8)
-    latents_file.save(tmp_path / "long.safetensors", long, "wan2.1", scaled=False, fps=16)
+    latents_file.save(tmp_path / "long.safetensors", latents("wan2.1", **LONG), "wan2.1", scaled=False, fps=16)
     return [
         *(sys.executable, "-m", "halovae.cli.main", "decode", str(tmp_path / "long.safetensors"), "--mode", "parallel"),
         *("--model", str(tmp_path / "vae"), "--num-gpus", "2", "-o", str(tmp_path / "out.mp4")),
@@ -144,7 +144,7 @@ if __name__ == "__main__":
 def decode_for_long(folder: str) -> None:
     decoder = halovae.load(vae("wan2.1"))
     Path(folder, str(os.getpid())).touch()
-    decoder.decode(latents("wan2.1", frames=2000), grid=Grid(rows=2))
+    decoder.decode(latents("wan2.1", **LONG), grid=Grid(rows=2))
 
 
 def test_ranks_end_when_the_process_that_started_them_is_killed(tmp_path: Path) -> None:

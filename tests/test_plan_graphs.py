@@ -91,7 +91,7 @@ def search(shape: tuple[int, ...] = (1, 16, 32, 32), **options: Any) -> Search:
 def test_more_ranks_are_chosen_where_messages_cost_little() -> None:
     found = search()
     decisions = {world: found.decide(world) for world in (8, 4, 2, 1)}
-    assert [one.chosen.ranks for one in decisions.values()] == [8, 4, 2, 1]
+    assert [one.chosen.grid.size for one in decisions.values()] == [8, 4, 2, 1]
     assert decisions[1].chosen.seconds / decisions[8].chosen.seconds == pytest.approx(8, rel=0.2)
     for decision in decisions.values():
         assert decision.candidates[0].verdict.startswith("chosen")
@@ -99,17 +99,17 @@ def test_more_ranks_are_chosen_where_messages_cost_little() -> None:
         assert all(one.verdict.startswith("not looked at") for one in unseen)
         assert all(one.seconds * (1 + WORTH) >= decision.chosen.seconds for one in unseen)
     assert found.price(Grid(rows=3)).seconds >= next(
-        one.seconds for one in decisions[4].candidates if one.plan.grid == "3x1"
+        one.seconds for one in decisions[4].candidates if str(one.grid) == "3x1"
     )  # what was not looked at takes at least what was said
 
 
 def test_one_rank_is_chosen_where_messages_cost_more_than_they_save() -> None:
-    assert search(latency=1).decide(4).chosen.ranks == 1
+    assert search(latency=1).decide(4).chosen.grid.size == 1
 
 
 def test_whole_items_need_no_messages() -> None:
     found = search(batch=4, latency=1e-3)
-    assert found.decide(4).chosen.plan.grid == "4x1x1"
+    assert str(found.decide(4).chosen.grid) == "4x1x1"
     alone, shared = found.price(Grid()), found.price(Grid(batch=2, rows=2))
     assert alone.seconds == pytest.approx(4 * found.price(Grid(batch=4)).seconds)
     assert shared.messages == 2 * (found.traced(Grid(rows=2)).cost.messages)
@@ -121,7 +121,7 @@ def test_a_budget_is_kept_and_a_shortage_says_what_would_fit() -> None:
     assert halves is not None
     found = search(latency=1, budget=int(halves * (1 + MARGIN)) + 1)  # one rank would be faster
     decision = found.decide(2)
-    assert decision.chosen.ranks == 2
+    assert decision.chosen.grid.size == 2
     assert "does not fit into the memory budget" in {one.verdict for one in decision.candidates}
     with pytest.raises(TooLittleMemory, match=r"the leanest grid \(1x1\) takes .* what would fit: 2 ranks"):
         found.decide(1)
@@ -134,7 +134,7 @@ def test_what_runs_replicated_is_named() -> None:
 
     module = Sorted()
     found = Search(module, module, (1, 1, 16, 16), torch.float32, read("cuda-h200"))
-    verdicts = [one.verdict for one in found.decide(2).candidates if one.ranks == 2]
+    verdicts = [one.verdict for one in found.decide(2).candidates if one.grid.size == 2]
     assert any("aten.linalg_matrix_exp.default runs replicated" in verdict for verdict in verdicts)
 
 

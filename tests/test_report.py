@@ -22,7 +22,7 @@ from halovae.report import DecodeReport
 
 
 def reported() -> DecodeReport:
-    stream = halovae.load(vae("wan2.1")).stream(latents("wan2.1"), grid=Grid(rows=2), halo_depth={"up3": 2})
+    stream = halovae.load(vae("wan2.1")).stream(latents("wan2.1"), grid=Grid(rows=2))
     stream.join()
     return stream.shared_report()
 
@@ -34,7 +34,6 @@ def test_every_rank_knows_what_all_ranks_took(ranks: Callable[[int], Ranks]) -> 
     assert (report.family, report.grid, report.device, report.dtype) == ("wan2.1", "2x1", "cpu", "float32")
     assert report.latents == (1, 16, 3, 7, 6)
     assert report.frames == (1, 3, 9, 56, 48)
-    assert report.halo_depths == {"": 1, "up3": 2}
     for rank in report.ranks:
         assert 0 < rank.waiting < rank.seconds <= report.seconds
         assert rank.messages > 30

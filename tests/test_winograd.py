@@ -131,15 +131,15 @@ def test_compiled_kernels_do_what_eager_ones_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "chunk", "said"),
-    [((1, 16, 3, 8), 1, "expected 5"), ((1, 4, 3, 8, 8), 1, "4 channels"), ((1, 16, 3, 8, 8), -1, "chunk=-1")],
+    ("shape", "mode", "said"),
+    [((1, 16, 3, 8), "auto", "expected 5"), ((1, 4, 3, 8, 8), "auto", "4 channels"), ((1, 16, 3, 8, 8), "no", "mode=")],
 )
 def test_warming_up_refuses_what_cannot_be_decoded(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], chunk: int, said: str
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], mode: str, said: str
 ) -> None:
-    monkeypatch.setattr(kernels, "works", lambda _: False)
+    monkeypatch.setattr("halovae.plane.sharded.works", lambda _: False)
     with pytest.raises(ValueError, match=said):
-        halovae.load(vae("wan2.1")).warmup(shape, chunk=chunk)
+        halovae.load(vae("wan2.1")).warmup(shape, mode=mode)
 
 
 def test_without_a_compiler_warming_up_says_so_and_decodes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the plane path takes on one accelerator: the plain module, its replay, and a rank of larger grids by itself.
+"""What recorded graphs take on one accelerator: the plain module, its replay, and a rank of larger grids by itself.
 
     python benchmarks/accelerator.py --model flux --size 1024x1024 --grid 1x1,2x1,2x2,4x2
 

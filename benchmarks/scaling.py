@@ -3,9 +3,9 @@
     python benchmarks/scaling.py
     python benchmarks/scaling.py --model flux --latent 1x16x64x64
 
-Models of the plane path are decoded by their recorded graphs, beside the plain module on one rank. On a machine whose
-cores share caches and memory, two processes are slower than one twice over, whatever they decode. What the shared
-decode takes beyond the halves' time is what halos cost.
+The plain module on one rank stands beside them. On a machine whose cores share caches and memory, two processes are
+slower than one twice over, whatever they decode. What the shared decode takes beyond the halves' time is what halos
+cost.
 """
 
 from __future__ import annotations
@@ -13,25 +13,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from halovae import Grid
-from halovae.bench.measure import Contestant, Model
-from halovae.bench.models import FAMILIES, MODELS, random_vae
+from halovae.bench.models import MODELS, random_vae
 from halovae.bench.ranks import Ranks
 from halovae.integrations.autoencoder import Autoencoder
-
-CASES = {
-    "whole, 1 rank": (1, Grid(), False),
-    "whole, 2x1": (2, Grid(rows=2), False),
-    "a half, 1 rank": (1, Grid(), True),
-    "a half each, no messages": (2, Grid(batch=2), True),
-}
 
 
 def main() -> None:
@@ -40,40 +30,18 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="wan2.1")
     parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW, of an even H")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--eager", action="store_true", help="leave graphs' kernels uncompiled; Wan's always are")
+    parser.add_argument("--eager", action="store_true", help="leave kernels uncompiled")
     args = parser.parse_args()
     whole = torch.randn(*map(int, args.latent.split("x")), generator=torch.Generator().manual_seed(0))
     half = whole[..., : whole.shape[-2] // 2, :].contiguous()
     table = Table(title=f"{args.model}, {args.latent}, fp32, 1 thread a rank", title_justify="left")
     for column in ("decode", "median (s)", "all (s)", "waiting for halos (s)"):
         table.add_column(column)
-    if args.model not in FAMILIES:
-        _plane(args.model, whole, half, args.repeat, not args.eager, table)
-        Console().print(table)
-        return
-    with TemporaryDirectory() as folder:
-        random_vae(args.model).save_pretrained(folder)
-        model = Model(Path(folder), FAMILIES[args.model][0], torch.float32, "cpu")
-        contestants = []
-        for name, (ranks, grid, halved) in CASES.items():
-            latents = torch.cat([half] * grid.batch) if halved else whole
-            one = Contestant(name, model, ranks, 1, compiled=True, options={"grid": grid})
-            one.warm_up(latents)
-            contestants.append((one, latents))
-        for _ in range(args.repeat):
-            for one, latents in contestants:
-                one.decode(latents)
-        for one, _ in contestants:
-            assert one.report is not None
-            seconds = [taken.seconds for taken in one.taken]
-            waiting = max(rank.waiting for rank in one.report.ranks)
-            shown = " ".join(f"{each:.2f}" for each in seconds)
-            table.add_row(one.name, f"{statistics.median(seconds):.2f}", shown, f"{waiting:.2f}")
-            one.close()
+    _measure(args.model, whole, half, args.repeat, not args.eager, table)
     Console().print(table)
 
 
-def _plane(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, compiled: bool, table: Table) -> None:
+def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, compiled: bool, table: Table) -> None:
     groups = {ranks: Ranks(ranks, 1) for ranks in (1, 2)}
     cases: dict[str, tuple[int, torch.Tensor, Grid | None]] = {
         "the plain module, 1 rank": (1, whole, None),

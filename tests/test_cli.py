@@ -219,7 +219,8 @@ def test_encode_refuses_what_is_no_clip(folder: Path, tmp_path: Path) -> None:
 def test_inspect_tells_family_and_needs(folder: Path) -> None:
     done = halovae("inspect", folder / "wan", "--size", "64x48", "--frames", 9, "--grid", "2x1")
     assert done.exit_code == 0, done.output
-    for text in ("wan2.1", "AutoencoderKLWan, unmodified", "8x in space, 4x in time", "[1, 16, 3, 6, 8]", "grid 2x1", "TFLOP", "MiB"):
+    facts = "wan2.1", "AutoencoderKLWan, unmodified", "8x in space, 4x in time", "[1, 16, 3, 6, 8]", "grid 2x1"
+    for text in (*facts, "TFLOP", "MiB"):
         assert text in done.output
     wrong = halovae("inspect", folder / "wan", "--size", "65x48")
     assert wrong.exit_code == 2

@@ -59,4 +59,4 @@ FAMILIES: dict[str, Family] = {
     "Kandinsky5T2VPipeline": Family("kandinsky-5", (768, 512), 16, 121, 4, 24.0),
     "Kandinsky6TI2VAPipeline": Family("kandinsky-6", (768, 512), 16, 121, 4, 24.0, always={"sample_audio": False}),
 }
-"""By class. Each rank runs the pipeline's own code, and the VAE's `decode` is shared on the plane path."""
+"""By class. Each rank runs the pipeline's own code, and all share the VAE's `decode`."""

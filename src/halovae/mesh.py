@@ -65,7 +65,6 @@ class Mesh:
         self.lines = lines or (ProcessLines(grid, device) if grid.size > 1 else Lines())
         self.rank = self.lines.rank
         self.alone = self.lines.world == 1
-        self.idle = self.rank >= grid.size  # has nothing to decode, but may receive frames
         self.item, self.row, self.col = grid.coordinates(self.rank)
         self._user: int | None = None
 
@@ -90,7 +89,7 @@ class Mesh:
         """Lay the frames of several ranks into the full picture.
 
         Args:
-            own: this rank's frames `[B, C, T, H, W]`, contiguous; of an idle rank, empty ones.
+            own: this rank's frames `[B, C, T, H, W]`, contiguous.
             shards: the shards of the grid's ranks at the scale of the frames.
             out: the full frames to fill; None on a rank that receives nothing.
             everyone: True fills `out` on every rank, False on rank 0 only.
@@ -105,7 +104,7 @@ class Mesh:
             pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
             receives = [(peer, picture.flatten()) for peer, picture in enumerate(pictures[1:], start=1)]
             self._exchange("world", [], receives)
-        elif not self.idle:
+        else:
             self._exchange("world", [(0, own.flatten())], [])
         if out is not None:
             for shard, picture in zip(shards, pictures, strict=True):
@@ -157,24 +156,22 @@ class Mesh:
             self._user = None
 
 
-_meshes: dict[tuple[Grid, torch.device, bool, object], Mesh] = {}
+_meshes: dict[tuple[Grid, torch.device, object], Mesh] = {}
 
 
-def mesh_for(grid: Grid, device: torch.device, idle: bool = False) -> Mesh:
+def mesh_for(grid: Grid, device: torch.device) -> Mesh:
     """The mesh that decodes share when they name only a grid: made once per process, grid, device and process group.
 
     Args:
         grid: its extents.
         device: where the exchanged tensors live.
-        idle: whether the grid may be smaller than the world, with the ranks after it idle.
 
     Raises:
         ValueError: the grid does not match the world.
     """
-    idle = idle and world_size() > 1
-    key = (grid, device, idle, dist.group.WORLD if dist.is_initialized() else None)
+    key = (grid, device, dist.group.WORLD if dist.is_initialized() else None)
     if key not in _meshes:
-        _meshes[key] = Mesh(grid, device, ProcessLines(grid, device) if idle else None)
+        _meshes[key] = Mesh(grid, device)
     return _meshes[key]
 
 

@@ -1,4 +1,4 @@
-"""A rank runs out of memory during a decode: it drains its peers, and all ranks turn to a leaner plan together.
+"""A rank runs out of memory during a decode: it drains its peers, and all ranks turn to a leaner grid together.
 
 A rank that just stopped would leave its neighbors waiting for halos that never come. So it repeats the chunk on meta
 tensors, and exchanges zeros in place of what is still due.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halovae.lines import Lines, Scope
 
-# What a CPU says: torch's allocator, C++, and oneDNN, which does not say why (a leaner plan, tried once, tells).
+# What a CPU says: torch's allocator, C++, and oneDNN, which does not say why (a leaner grid, tried once, tells).
 _SHORTAGES = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")
 
 

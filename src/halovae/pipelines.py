@@ -9,8 +9,8 @@ from halovae.families import FAMILIES, Family
 from halovae.models.load import read_config, read_json
 from halovae.models.weights import CheckpointError
 
-# Pipelines whose latents halovae's own decoders decode: whether they make videos, and how many pictures they start from
-# at least and at most.
+# Pipelines whose latents are decoded apart from their call: whether they make videos, and how many pictures they start
+# from at least and at most.
 PIPELINES = {
     "WanPipeline": (True, 0, 0),
     "WanImageToVideoPipeline": (True, 1, 1),

@@ -397,4 +397,5 @@ def test_commands_take_a_file(tmp_path: Path) -> None:
     assert torch.equal(
         *(subject_of(tmp_path / model, (64, 64), 1, clips=False).latents for model in ("folder", "file"))
     )
-    assert "AutoencoderKLWan, latents 1x16x" in run("plan", "--model", tmp_path / "file", "--size", "64x64", "--num-gpus", "2")
+    said = run("plan", "--model", tmp_path / "file", "--size", "64x64", "--num-gpus", "2")
+    assert "AutoencoderKLWan, latents 1x16x" in said

@@ -15,7 +15,7 @@ from halovae import media
 from halovae.cli.common import MODEL_HELP, Dtype, check_installed, console, errors_shown, parse_size, parsed
 from halovae.cli.planes import PlaneModel
 from halovae.integrations.plane_call import FIELDS
-from halovae.models.load import CLASSES, diffusers_module, find_model, read_class, read_config
+from halovae.models.load import CLASSES, NoEncoder, diffusers_module, find_model, read_class, read_config
 from halovae.platform import Platform
 
 
@@ -86,7 +86,10 @@ def _sizes(path: Path) -> _Sizes:
 
 def _encoder(path: Path, dtype: torch.dtype) -> Any:
     check_installed("encoding, which goes through diffusers,", "diffusers", extra="diffusers")
-    return diffusers_module(path, dtype)
+    vae: Any = diffusers_module(path, dtype)
+    if isinstance(getattr(vae, "encoder", None), NoEncoder):
+        raise ValueError(f"{path}: the file of this {type(vae).__name__} has no encoder")
+    return vae
 
 
 def _mode(encoded: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ from halovae.tiny.wan import transformer
 __all__ = ["FAMILIES", "MODELS", "TEXT_DIM", "make_model", "transformer"]
 
 FAMILIES: dict[str, Callable[[], Any]] = {**images.MODELS, **videos.MODELS}
-"""By name: pipelines whose VAE decodes on the plane path."""
+"""By name: pipelines that decode within their own call."""
 MODELS: dict[str, Callable[[], Any]] = {**wan.MODELS, **FAMILIES}
 """All that can be made."""
 

@@ -136,6 +136,12 @@ def test_denormalizing_is_what_the_pipeline_does() -> None:
     assert off(decoded("wan2.1", z), reference("wan2.1", z)) <= BOUND
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 1, 4, 4), (1, 1, 1, 4, 4), (16, 1, 4, 4)])
+def test_denormalizing_checks_latents_first(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected .*\[B, 16, T, H, W\] for wan2\.1"):
+        decoded("wan2.1", torch.zeros(shape), denormalize=True)
+
+
 def test_a_decode_leaves_no_state_on_modules() -> None:
     model = random_vae("wan2.1", 8)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}

@@ -221,7 +221,6 @@ def test_the_command_plans_a_folder_of_any_autoencoder(tmp_path: Path) -> None:
         (["--model", "hunyuan-video", "--frames", "128"], "makes 1 + a multiple of 4: 125 or 129"),
         (["--model", "allegro", "--frames", "81", "--size", "64x64"], "allegro makes multiples of 4: 80 or 84"),
         (["--model", "flux", "--num-gpus", "1,many"], "expected numbers of devices >= 1, such as 8 or 1,2,4,8"),
-        (["--model", "flux", "--compile"], "flux is planned by the rates of eager kernels"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_plan(options: list[str], message: str) -> None:

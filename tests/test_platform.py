@@ -178,6 +178,24 @@ def test_decodes_by_the_npus_rules_equal_diffusers(family: str, grid: str, monke
     assert (frames - reference(family, z)).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_rows_that_a_device_cannot_convolve_at_once_are_cut(
+    kernel: int, stride: int, padding: int, dilation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(4, 2, kernel, kernel, dtype=torch.float64)
+    x = torch.randn(2, 2, 9, 8, dtype=torch.float64)
+    given = [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], 1
+    expected = torch.ops.aten.convolution.default(x, weight, None, *given)
+    monkeypatch.setattr(Platform, "convolution_cells", property(lambda self: 2 * expected.shape[-1]))
+    torch.testing.assert_close(halves.convolution(x, weight, None, *given), expected)
+    line = [stride], [padding], [dilation], False, [0], 1
+    expected = torch.ops.aten.convolution.default(x[..., 0], weight[..., 0], None, *line)
+    torch.testing.assert_close(halves.convolution(x[..., 0], weight[..., 0], None, *line), expected)
+
+
 def test_what_is_sent_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     from halovae import simulate as simulation
 

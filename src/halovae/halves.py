@@ -69,7 +69,7 @@ def convolution(
     """
     given = stride, padding, dilation, transposed, output_padding, groups
     cells = Platform(x.device).convolution_cells
-    if cells is None or transposed:
+    if cells is None or transposed or x.ndim < 4:
         return _convolution(x, weight, bias, *given)
     reach = (weight.shape[-2] - 1) * dilation[-2] + 1
     height, (step, around) = x.shape[-2], (stride[-2], padding[-2])
@@ -80,7 +80,9 @@ def convolution(
     parts, flat = [], (stride, (*padding[:-2], 0, padding[-1]), *given[2:])
     for start in range(0, rows, most := max(1, cells // cols)):
         first, last = start * step - around, (min(start + most, rows) - 1) * step - around + reach
-        part = F.pad(x[..., max(0, first) : min(height, last), :], (0, 0, max(0, -first), max(0, last - height)))
+        low, high = min(max(first, 0), height), min(max(last, 0), height)  # a block may lie in the padding alone
+        above = max(0, min(last, 0) - first)
+        part = F.pad(x[..., low:high, :], (0, 0, above, last - first - above - (high - low)))
         parts.append(_convolution(part, weight, bias, *flat))
     return torch.cat(parts, -2)
 

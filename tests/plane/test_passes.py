@@ -695,6 +695,11 @@ def residual_second(module: Any, x: Tensor) -> Tensor:
     return module.inner(x) + x
 
 
+def residual_of_a_shortcut(module: Any, x: Tensor) -> Tensor:
+    found: Tensor = module.first(x) + module.inner(x)
+    return found
+
+
 def residual_of_chunks(module: Any, x: Tensor) -> Tensor:
     past, found = None, []
     for chunk in x.split(2, 2):  # without calls of modules, which become graphs of their own
@@ -713,6 +718,7 @@ def residual_of_chunks(module: Any, x: Tensor) -> Tensor:
     [
         (residual_first, 2, 1),
         (residual_second, 2, 1),
+        (residual_of_a_shortcut, 2, 1),
         (residual_first, 3, 1),
         (residual_second, 3, 1),
         (residual_of_chunks, 3, 2),
@@ -775,6 +781,22 @@ def sum_of_a_multiple(module: Any, x: Tensor) -> Tensor:
     return torch.add(x, module.inner(x), alpha=2)
 
 
+def input_that_is_written_before_the_sum(module: Any, x: Tensor) -> Tensor:
+    residual, y = module.one(x), module.first(x)
+    inner = module.two(y)
+    gate = F.silu(y)
+    found: Tensor = (residual + inner) * gate
+    return found
+
+
+def input_that_is_convolved_before_the_sum(module: Any, x: Tensor) -> Tensor:
+    residual, y = module.first(2 * x), module.first(x)
+    inner = module.one(F.silu(y))
+    gate = module.two(F.silu(y)).sigmoid()
+    found: Tensor = (residual + inner) * gate
+    return found
+
+
 def residual_that_is_the_input(module: Any, x: Tensor) -> Tensor:
     return x + module.inner(x)
 
@@ -789,6 +811,8 @@ def residual_that_is_the_input(module: Any, x: Tensor) -> Tensor:
         residual_that_is_expanded,
         residual_that_is_convolved,
         convolution_that_is_used_later,
+        input_that_is_written_before_the_sum,
+        input_that_is_convolved_before_the_sum,
         sum_of_a_multiple,
         residual_that_is_the_input,
     ],

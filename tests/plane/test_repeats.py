@@ -131,6 +131,29 @@ def test_a_graph_does_not_grow_with_the_clip() -> None:
     assert long.peak - short.peak == 2 * (40 - 5) * 3 * 3 * 8  # the clip that goes in
 
 
+class Growing(nn.Module):
+    """Puts each frame behind those before, as Wan's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Conv3d(1, 1, (1, 3, 3), padding=(0, 1, 1), dtype=torch.float64)
+
+    def forward(self, z: Tensor) -> Tensor:
+        first, *others = map(self.decoder, z.split(1, 2))
+        for one in others:
+            first = torch.cat([first, one], 2)
+        return first
+
+
+def test_a_clip_of_many_chunks_is_recorded() -> None:
+    module, x = Growing().requires_grad_(False), picture(1, 1, 1100, 3, 2)
+    sharded = shard(module)
+    found = sharded(x, grid=Grid())
+    assert sharded.report is not None
+    assert sharded.report.chunked == 2
+    torch.testing.assert_close(found, module(x), rtol=0, atol=1e-12)
+
+
 def test_chunks_come_as_they_are_computed() -> None:
     module = Video([("list", 3)])
     x = picture(1, 2, 6, 4, 4)

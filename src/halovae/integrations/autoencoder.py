@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halovae.geometry import Grid
 from halovae.integrations.pictures import PictureStream
-from halovae.integrations.plane_call import PlaneCall
+from halovae.integrations.plane_call import PlaneCall, moved
 from halovae.integrations.sharing import Call, Sharing
-from halovae.kernels import Kernels
+from halovae.kernels import EAGER, Kernels
 from halovae.models import load as checkpoints
 from halovae.models.weights import CheckpointError
 from halovae.plane import ShardReport
@@ -95,6 +96,10 @@ class Autoencoder:
         begin = time.perf_counter()
         for call in self.calls.values():
             call.compile()
+        everyone = options.get("mesh") or next(iter(self.calls.values())).everyone()
+        if everyone.lines.anyone(self.kernels is EAGER):  # a rank without a compiler: all go the same way
+            for call in self.calls.values():
+                call.kernels = EAGER
         stream = self.stream(torch.zeros(*shape, dtype=self.dtype, device=self.device), **options)
         for _ in islice(stream, 2):  # the first chunk, and one like all others
             pass
@@ -187,9 +192,14 @@ class Autoencoder:
         sharing, options = _sharing(options)
         call = self._call("decode")
         if isinstance(latents, Tensor) and latents.is_floating_point():
-            if denormalize:
-                latents = denormalized(latents, self.config, type(self.module).__name__)
-            latents = latents.to(self.device, self.dtype)
+            try:
+                if denormalize:
+                    if call.sizes is not None:
+                        call.sizes.check_latents(latents.shape, latents.dtype, Grid())
+                    latents = denormalized(latents, self.config, type(self.module).__name__)
+            except ValueError as error:
+                call.refuse(sharing, error)
+            latents = moved(self.module, latents)
         choice = call.choose(latents, sharing, options)
         return PictureStream(latents, choice, call.stream(latents, choice, sharing, options), call, sharing.mesh)
 
@@ -255,7 +265,7 @@ def _method(call: PlaneCall, sharing: Sharing, warn: Callable[[Any], None]) -> C
             used = kept if kept is not None and kept.vae is self else PlaneCall(self, name)
             vars(self)[f"_halovae_{name}"] = used
         if isinstance(x, Tensor) and x.is_floating_point():
-            x = x.to(next(used.vae.parameters()))  # pipelines hand over what the transformer's dtype is
+            x = moved(used.vae, x)  # pipelines hand over what the transformer's dtype is
         options, as_tuple = used.arguments(x, *args, **kwargs)
         value = used.stream(x, used.choose(x, sharing, options), sharing, options).join()
         return used.result(used.blank(x) if value is None else value, as_tuple)

@@ -110,7 +110,7 @@ class PlaneCall:
                 else:
                     self.sizes.check_latents(x.shape, x.dtype, grid)
         except (ValueError, TypeError) as error:
-            (sharing.mesh or self._everyone()).agree("", error, None)  # other ranks are about to, and learn of it
+            self.refuse(sharing, error)
         if self.name == "decode":
             _warn_unless_finite(x)
         if sharing.mesh is not None:
@@ -129,7 +129,11 @@ class PlaneCall:
             return Choice(Grid(rows=world), x.shape[0])
         return Choice(Grid(cols=world) if width >= world else Grid(), x.shape[0])
 
-    def _everyone(self) -> Mesh:
+    def refuse(self, sharing: Sharing, error: Exception) -> None:
+        """Raise an error, of which the other ranks learn. They are about to agree."""
+        (sharing.mesh or self.everyone()).agree("", error, None)
+
+    def everyone(self) -> Mesh:
         """The mesh over which ranks agree."""
         return self._mesh or mesh_for(Grid(rows=world_size()), next(self.vae.parameters()).device)
 
@@ -157,7 +161,7 @@ class PlaneCall:
             f"{list(x.shape)}, {x.dtype}, {key}, {[list(one.shape) for one in tensors.values()]}, {sharing}, "
             f"{'eager' if self.kernels is EAGER else 'compiled'}"
         )
-        everyone, world = self._everyone(), world_size()
+        everyone, world = self.everyone(), world_size()
         free = everyone.platform.memory()[0], socket.gethostname()
         offers = everyone.agree(f"{self.name} {asked}", None, free)
         budget = sharing.memory_budget or usable(offers, everyone.platform.kind)
@@ -370,6 +374,12 @@ def sizes_of(vae: nn.Module) -> WanConfig | None:
     """
     name = type(vae).__name__
     return config_of({**getattr(vae, "config", {}), "_class_name": name}, name) if name in CLASSES else None
+
+
+def moved(vae: nn.Module, x: Tensor) -> Tensor:
+    """A tensor where an autoencoder is, in its dtype; as it is where hooks move or cast the weights."""
+    weight = next(vae.parameters())
+    return x if weight.is_meta or next(hooked(vae), None) is not None else x.to(weight.device, weight.dtype)
 
 
 def _warn_unless_finite(latents: Tensor) -> None:

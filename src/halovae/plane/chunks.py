@@ -110,12 +110,17 @@ def _dim_of(cat: fx.Node) -> int:
 
 def _joined(cat: fx.Node, dim: int) -> list[fx.Node]:
     """What a concatenation of concatenations puts side by side."""
-    found = []
-    for one in cat.args[0]:  # type: ignore[union-attr]
+    found: list[fx.Node] = []
+    left: list[Any] = [cat]  # modules that put each frame behind all before nest as often as there are frames
+    while left:
+        one = left.pop()
         assert isinstance(one, fx.Node)
         inner = one.target is aten.cat.default and len(one.users) == 1 and _dim_of(one) == dim
-        found.extend(_joined(one, dim) if inner else [one])
-    return found
+        if inner or one is cat:
+            left.extend(one.args[0])  # type: ignore[arg-type]
+        else:
+            found.append(one)
+    return found[::-1]
 
 
 def _step(graph: fx.Graph, node: fx.Node, dim: int) -> tuple[Callable[[fx.Node], fx.Node], int] | None:

@@ -26,7 +26,7 @@ def window_bytes(node: fx.Node) -> int:
     more = given.get("zeros", 0) + sum(given.get("repeats", ()))
     past = size_of(given["past"]) if given.get("past") is not None else 0
     together = own // frames * (frames + more) + past
-    result = own if shares(node) else 0  # which lies elsewhere if it is not by Winograd
+    result = size_of(node) if shares(node) else 0  # which lies elsewhere if it is not by Winograd
     if more or past or "edges" in given:
         return together + result
     total = own if result or (given.keys() & {"norm", "silu"} and "spare" not in given) else 0

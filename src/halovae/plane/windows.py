@@ -206,8 +206,9 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     Wan's upsampling in time joins `[N, C, T, 1, H, W]` twice. All that follows would lie the other way.
     """
     first = parts[0]
-    together = first.device.type == "cpu" and first.ndim > 5 and first.shape[1] > 1
-    if not together or any(one.stride(1) != 1 or one.dtype != first.dtype for one in parts) or dim % first.ndim < 2:
+    known = first.device.type == "cpu" and first.ndim > 5 and first.shape[1] > 1
+    known = known and all((one.ndim, one.dtype) == (first.ndim, first.dtype) for one in parts)
+    if not known or any(one.stride(1) != 1 for one in parts) or dim % first.ndim < 2:
         return torch.cat(list(parts), dim)
     sizes = list(first.shape)
     sizes[dim] = sum(one.shape[dim] for one in parts)

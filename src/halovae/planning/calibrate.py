@@ -92,7 +92,7 @@ class _Sample:
         from diffusers import AutoencoderKLWan
 
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same weights on all ranks
+            torch.default_generator.manual_seed(0)  # the same weights on all ranks
             vae: Any = AutoencoderKLWan(num_res_blocks=0)
             vae.encoder = vae.quant_conv = NoEncoder()
             nn.Module.to(vae.eval().requires_grad_(False), platform.device, dtype)  # its own warns of half precision
@@ -104,7 +104,8 @@ class _Sample:
     ) -> tuple[float, ShardReport]:
         """Decode latents of so many frames, rows and cols; returns what it took, but for the recording."""
         self._sharded.kernels = kernels
-        latents = torch.randn(1, CHANNELS, *shape).to(self._platform.device, self._dtype)
+        latents = torch.randn(1, CHANNELS, *shape, generator=torch.Generator().manual_seed(0))
+        latents = latents.to(self._platform.device, self._dtype)
         chunks = self._sharded.stream(latents, mesh=mesh, gather="none")
         with nullcontext() if timing is None else timing:
             begin = time.perf_counter()

@@ -24,7 +24,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     for node in list(graph.nodes):
         if node.target not in (aten.add_.Tensor, aten.add.Tensor) or len(node.args) != 2 or node.kwargs:
             continue
-        made = next((one for one in node.args if only_user(one, windows.convolution)), None)
+        made: Any = next((one for one in node.args if _comes_right_after(node, one)), None)
         onto: Any = next((one for one in node.args if one is not made), None)
         if made is None or not isinstance(onto, fx.Node) or not same(onto, node) or not same(made, node):
             continue
@@ -32,7 +32,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         free = is_own(onto) and root(onto) not in kept and last[root(onto)] is node
         if not (free or owner is root(onto)):  # where the sum is written there already, it was free before
             continue
-        if not _follows(node, made, onto):
+        if root(onto) in map(root, made.all_input_nodes):
             continue
         replaced(node, windows.residual_convolution, (onto, *made.args), dict(made.kwargs), made)
         if owner is not root(onto):
@@ -43,11 +43,19 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     return found
 
 
-def _follows(node: fx.Node, made: fx.Node, onto: fx.Node) -> bool:
-    """Whether a sum comes right after a convolution, but for views and weights, and both do not share memory."""
+def _comes_right_after(node: fx.Node, made: Any) -> bool:
+    """Whether nothing is computed between a convolution and the sum that takes its result: views and weights aside."""
+    if not only_user(made, windows.convolution):
+        return False
     between = made.next
-    while between is not node:
-        if between.op != "get_attr" and (root(between) is between or between is onto):
-            return False
+    while between is not node and _computes_nothing(between):
         between = between.next
-    return root(onto) not in map(root, made.all_input_nodes)
+    return between is node
+
+
+def _computes_nothing(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    schema: Any = getattr(node.target, "_schema", None)
+    aliases = [] if schema is None else [one.alias_info for one in schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)

@@ -19,7 +19,7 @@ from halovae.serving.line import RankLine
 from halovae.serving.settings import FrontSettings, RankSettings
 
 DECODE = {
-    "seconds": 0.5, "plan": "2x1, chunk 1", "why": "the fastest", "batch": 1, "peak_memory_mb": 900.0,
+    "seconds": 0.5, "plan": "2x1", "why": "the fastest", "batch": 1, "peak_memory_mb": 900.0,
     "peak_allocated_mb": 100.0, "pool_overhead_mb": 20.0, "remaining_mb": 4000.0,
     "predicted": {"seconds": 0.4, "peak_allocated_mb": 101.0},
     "one_device": {"seconds": 0.8, "peak_allocated_mb": 200.0}, "fell_back": "",

@@ -79,7 +79,7 @@ def test_a_video_is_asked_for_followed_played_and_deleted(
         card.scroll_into_view_if_needed()
         expect(card.locator("video")).to_have_js_property("readyState", 4)
         assert plays(page) == {"width": 64, "height": 48, "seconds": 5 / 16}
-        for fact in ("64x48, 5 frames", "size from 70x50", "num_frames from 4", "2x1, chunk 1: the fastest", "0.5 s",
+        for fact in ("64x48, 5 frames", "size from 70x50", "num_frames from 4", "2x1: the fastest", "0.5 s",
                      "100 MiB of maps per device", "predicted 0.8 s, 2.00 times this plan's, and 200 MiB"):  # fmt: skip
             expect(card.locator("dl")).to_contain_text(fact)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

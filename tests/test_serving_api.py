@@ -71,7 +71,7 @@ def test_openais_client_makes_lists_fetches_and_deletes_videos(videos: Server) -
     extra = made[0].model_extra
     assert extra is not None
     assert (extra["num_frames"], extra["adjusted"]) == (5, {"num_frames": 6})
-    assert extra["decode"]["plan"] == "2x1, chunk 1"
+    assert extra["decode"]["plan"] == "2x1"
     pages = [one.id for one in api.videos.list(limit=2, order="asc")]
     assert pages[-3:] == [one.id for one in made]
     assert [one.id for one in api.videos.list(limit=1)][:3] == [one.id for one in reversed(made)]

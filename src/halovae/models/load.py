@@ -151,7 +151,7 @@ def _module_of(checkpoint: Checkpoint, kind: type[nn.Module], dtype: torch.dtype
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.source}: no {kind.__name__} has these sizes ({error})") from error
     ours = kind.__name__ in CLASSES
-    if not encoder or (ours and not any(_encodes(key) for key in checkpoint.keys)):
+    if not encoder or (ours and not any(key.startswith("encoder.") for key in checkpoint.keys)):
         _drop_encoder(module)
     wanted = module.state_dict()
     keys = {name: key for name, key in checkpoint.keys.items() if name in wanted or not _encodes(name)}

@@ -72,6 +72,30 @@ def test_a_clip_and_its_way_back(folders: dict[str, tuple[Path, Tensor]], tmp_pa
     assert [(one.messages, one.bytes_sent) for one in simulation.ranks] == sent
 
 
+def test_scaled_latents_are_divided_by_the_configs_factor(
+    folders: dict[str, tuple[Path, Tensor]], tmp_path: Path
+) -> None:
+    folder, expected = folders["AutoencoderKL"]
+    z = latents_file.read(folder / "z.safetensors") * load(folder).config.scaling_factor
+    latents_file.save(tmp_path / "z.safetensors", z, "AutoencoderKL", scaled=True, fps=1.0)
+    result = halovae("decode", tmp_path / "z.safetensors", "--model", folder, "-o", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    found = torch.from_numpy(np.array(Image.open(tmp_path / "out.png"))).permute(2, 0, 1)
+    assert (found - expected[0]).abs().max() <= 0.51
+
+
+def test_latents_that_are_scaled_by_another_rule_are_refused(tmp_path: Path) -> None:
+    entry = ENTRIES["AutoencoderKLMochi"]
+    assert entry.latents is not None
+    zoo.build(entry).save_pretrained(tmp_path / "vae")  # type: ignore[operator]
+    latents_file.save(tmp_path / "z.safetensors", torch.zeros(entry.latents), entry.name, scaled=True, fps=1.0)
+    result = halovae("decode", tmp_path / "z.safetensors", "--model", tmp_path / "vae", "-o", tmp_path / "out.mp4")
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.output.split())
+    assert "AutoencoderKLMochi is not normalized by a scaling_factor alone" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vae", "z.safetensors"]
+
+
 def test_encode_takes_what_the_model_does(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     folder, _ = folders["AutoencoderKL"]
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (43, 50, 3), dtype=np.uint8)).save(tmp_path / "in.png")

@@ -101,14 +101,13 @@ class PlaneCall:
         """
         try:
             sharing.check()
-            if self.sizes is not None and isinstance(x, Tensor):  # it knows better what is expected
-                shared = Grid(rows=world_size()) if sharing.mode == "parallel" else Grid()
-                grid = sharing.mesh.grid if sharing.mesh else sharing.grid or shared
-                if self.name == "encode":
-                    self.sizes.check_pictures(x.shape, grid)
-                else:
-                    self.sizes.check_latents(x.shape, x.dtype, grid)
+            shared = Grid(rows=world_size()) if sharing.mode == "parallel" else Grid()
+            grid = sharing.mesh.grid if sharing.mesh else sharing.grid or shared
+            if self.sizes is not None and self.name == "decode" and isinstance(x, Tensor):
+                self.sizes.check_latents(x.shape, x.dtype, grid)  # it says best what is expected
             self._check(x, options)
+            if self.sizes is not None and self.name == "encode":
+                self.sizes.check_pictures(x.shape, grid)
         except (ValueError, TypeError) as error:
             self.refuse(sharing, error)
         if self.name == "decode":

@@ -24,8 +24,8 @@ from halovae.cli.main import app
 from halovae.cli.make_model import NAMES
 from halovae.families import FAMILIES
 from halovae.generation import Generator
+from halovae.integrations.classes import tiles_only
 from halovae.integrations.diffusers import do_without_torchvision
-from halovae.integrations.plane_call import tiles_only
 from halovae.pipelines import Pipeline, Prompt, PromptError
 
 SLOW = ("hunyuan-video-1.5", "allegro", "kandinsky-6", "flux.2", "ltx-2")

@@ -80,9 +80,7 @@ def convolution(
     parts, flat = [], (stride, (*padding[:-2], 0, padding[-1]), *given[2:])
     for start in range(0, rows, most := max(1, cells // cols)):
         first, last = start * step - around, (min(start + most, rows) - 1) * step - around + reach
-        low, high = min(max(first, 0), height), min(max(last, 0), height)  # a block may lie in the padding alone
-        above = max(0, min(last, 0) - first)
-        part = F.pad(x[..., low:high, :], (0, 0, above, last - first - above - (high - low)))
+        part = _rows(x, first, last, x.dtype)
         parts.append(_convolution(part, weight, bias, *flat))
     return torch.cat(parts, -2)
 
@@ -133,21 +131,11 @@ def convolved(
         return convolve(x, weight, bias, padding)
     reach, around = (weight.shape[-2] - 1) * dilation[-2], padding[-2]
     height = x.shape[-2]
-    form = _form(x)
 
     def rows(start: int, stop: int) -> Tensor:
         """Rows of the result."""
         first, last = start - around, stop - around + reach
-        before, after = max(0, -first), max(0, last - height)
-        inner = x[..., first + before : last - after, :]
-        if before or after:  # `F.pad` would lay a map of one item out anew
-            sizes = (*x.shape[:-2], last - first, x.shape[-1])
-            part = torch.empty(sizes, dtype=torch.float32, memory_format=form)
-            part[..., :before, :].zero_()
-            part[..., last - first - after :, :].zero_()
-            part[..., before : last - first - after, :].copy_(inner)
-        else:
-            part = inner.float()
+        part = _rows(x, first, last, torch.float32)
         return convolve(part, wide, bias if bias is None else bias.float(), (*padding[:-2], 0, padding[-1]))
 
     wide = weight.float()
@@ -188,6 +176,21 @@ def _in_rows(rows: Callable[[int, int], Tensor], height: int, values: int, dtype
         result[..., start : start + step, :].copy_(part)
     assert result is not None
     return result
+
+
+def _rows(x: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a map, and zeros where there are none. The layout stays, which `F.pad` does not keep for one item."""
+    low, high = min(max(first, 0), x.shape[-2]), min(max(last, 0), x.shape[-2])
+    inner = x[..., low:high, :]
+    if high - low == last - first:
+        return inner.to(dtype)
+    before = max(0, min(last, 0) - first)
+    sizes = (*x.shape[:-2], last - first, x.shape[-1])
+    part = torch.empty(sizes, dtype=dtype, device=x.device, memory_format=_form(x))
+    part[..., :before, :].zero_()
+    part[..., before + high - low :, :].zero_()
+    part[..., before : before + high - low, :].copy_(inner)
+    return part
 
 
 def _form(x: Tensor) -> torch.memory_format:

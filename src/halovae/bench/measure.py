@@ -19,7 +19,8 @@ from halovae import kernels
 from halovae.bench.profile import Profile, peaks, profiled
 from halovae.bench.ranks import Ranks
 from halovae.geometry import Grid
-from halovae.integrations.autoencoder import Autoencoder, decode_options, load
+from halovae.integrations.autoencoder import Autoencoder, load
+from halovae.integrations.classes import decode_options
 from halovae.launch import RankError
 from halovae.memory import Memory, MemoryMeter
 from halovae.models.load import diffusers_module
@@ -76,7 +77,7 @@ def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None
 def _own_options(latents: Tensor) -> dict[str, Any]:
     """What this process's model needs besides latents."""
     owner: Autoencoder = _held["owner"]
-    return decode_options(owner.module, latents.to(owner.device, owner.dtype))
+    return decode_options(owner.module, latents)
 
 
 def _hold_diffusers(model: Model, tiled: bool) -> None:

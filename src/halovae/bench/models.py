@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halovae.integrations.plane_call import BATCHED, sizes_of
+from halovae.integrations.classes import BATCHED, sizes_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from halovae.cli.common import MODEL_HELP, Dtype, Mode, check_installed, errors_
 from halovae.cli.planes import PlaneModel
 from halovae.cli.writing import outputs, tell, write
 from halovae.geometry import Grid
-from halovae.integrations.autoencoder import decode_options, load
+from halovae.integrations.autoencoder import load
+from halovae.integrations.classes import decode_options
 from halovae.launch import launch, under_torchrun
 from halovae.lines import world_size
 from halovae.models.load import CLASSES, find_model, read_alike, read_class, read_config
@@ -132,7 +133,7 @@ def _run(job: _Job) -> None:
     decoder, latents = load(job.model, dtype=job.dtype, encoder=False), latents_file.read(job.latents)
     pieces = decoder.stream(
         latents, mode=job.mode, grid=job.grid, dtype=torch.uint8, denormalize=job.denormalize,
-        memory_budget=job.memory_budget, **decode_options(decoder.module, latents.to(decoder.device, decoder.dtype)),
+        memory_budget=job.memory_budget, **decode_options(decoder.module, latents),
     )  # fmt: skip
     rank = dist.get_rank() if dist.is_initialized() else 0
     paths = outputs(job.output, pieces.latents.shape[0])

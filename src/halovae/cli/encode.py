@@ -14,7 +14,7 @@ from halovae import latents as latents_file
 from halovae import media
 from halovae.cli.common import MODEL_HELP, Dtype, check_installed, console, errors_shown, parse_size, parsed
 from halovae.cli.planes import PlaneModel
-from halovae.integrations.plane_call import FIELDS
+from halovae.integrations.classes import FIELDS
 from halovae.models.load import CLASSES, NoEncoder, diffusers_module, find_model, read_class, read_config
 from halovae.platform import Platform
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from halovae.cli.common import MODEL_HELP, Dtype, errors_shown, parse_size, parsed
 from halovae.cli.planes import PlaneModel
 from halovae.geometry import Grid
-from halovae.integrations.plane_call import sizes_of
+from halovae.integrations.classes import sizes_of
 from halovae.models.checkpoint import recognize
 from halovae.models.load import find_model
 

@@ -49,7 +49,7 @@ class PlaneModel:
         """
         from halovae.bench import zoo
         from halovae.bench.models import latent_channels, latent_dims
-        from halovae.integrations.plane_call import BATCHED
+        from halovae.integrations.classes import BATCHED
 
         if self.name in BATCHED:
             raise ValueError(f"{self.name} takes the frames of a clip as a batch: decode it in Python, by halovae.load")

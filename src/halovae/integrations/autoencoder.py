@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halovae.geometry import Grid
+from halovae.integrations.classes import denormalized, moved
 from halovae.integrations.pictures import PictureStream
-from halovae.integrations.plane_call import PlaneCall, moved
+from halovae.integrations.plane_call import PlaneCall
 from halovae.integrations.sharing import Call, Sharing
 from halovae.kernels import EAGER, Kernels
 from halovae.models import load as checkpoints
@@ -123,12 +124,12 @@ class Autoencoder:
     def decode_many(self, latents: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
         """Decode latents of one size, but maybe of different lengths, as one batch. Wan's and Qwen-Image's only.
 
-        Their time is causal: what comes after a latent's end cannot reach its frames. Shorter ones are filled up with
-        zeros to the longest one's length, and the frames of the filling, which cost what others do, are dropped.
+        Shorter latents are zero-padded to the longest. Padded frames are decoded and discarded: time is causal, so they
+        do not reach earlier ones.
 
         Args:
             latents: each `[C, T, H, W]`.
-            options: as for `stream`; with gather="none" nobody would know whose frames are whose, so that is refused.
+            options: as for `stream`, but for gather="none".
 
         Returns:
             For each, `[3, T', H', W']`; None on the ranks that receive nothing.
@@ -208,7 +209,7 @@ class Autoencoder:
 
         Args:
             pictures: `[B, C, H, W]` or `[B, C, T, H, W]` as the module's `encode` takes them.
-            mode: as for `stream`; likewise `grid` and `memory_budget`. On one rank each encodes all by itself.
+            mode: as for `stream`, and so are `grid` and `memory_budget`. On one rank each encodes all by itself.
             gather: who receives the result: "all" ranks (the default), "rank0", or "none".
             options: further arguments of the module's own `encode`.
 
@@ -272,41 +273,6 @@ def _method(call: PlaneCall, sharing: Sharing, warn: Callable[[Any], None]) -> C
 
     vars(method)["halovae_method"] = True  # graphs do not depend on it: they are of the class's own method
     return method
-
-
-def decode_options(module: nn.Module, latents: Tensor) -> dict[str, Any]:
-    """What a class's `decode` needs besides latents: LTX-Video's timestep, 0 as its pipelines have it."""
-    if getattr(module.config, "timestep_conditioning", False):
-        return {"temb": torch.zeros(latents.shape[0], dtype=latents.dtype, device=latents.device)}
-    return {}
-
-
-def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
-    """Latents as pipelines work on them, as their VAE takes them, in fp32 at least.
-
-    Wan and Qwen-Image multiply by `latents_std` and add `latents_mean`. Others divide by `scaling_factor` and add
-    `shift_factor`.
-
-    Args:
-        latents: `[B, C, H, W]` or `[B, C, T, H, W]`.
-        config: the autoencoder's.
-        name: its class.
-
-    Raises:
-        ValueError: the class has another rule, or the config lacks a number.
-    """
-    values = dict(config)
-    wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-    if name in checkpoints.CLASSES:
-        if not values.get("latents_mean") or not values.get("latents_std"):
-            raise ValueError(f"no latents_mean and latents_std are known of this {name}: give latents not normalized")
-        mean, std = (wide.new_tensor(values[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
-        return wide * std + mean
-    if values.get("latents_mean") is not None or values.get("scaling_factor") is None:
-        raise ValueError(
-            f"{name} is not normalized by a scaling_factor alone: give latents as its pipeline passes them to the VAE"
-        )
-    return wide / values["scaling_factor"] + (values.get("shift_factor") or 0.0)
 
 
 def load(

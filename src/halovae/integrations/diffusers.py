@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from halovae.geometry import Grid
 from halovae.integrations.autoencoder import replace_call
-from halovae.integrations.plane_call import tiles_only
+from halovae.integrations.classes import tiles_only
 from halovae.integrations.sharing import Mode, Sharing
 from halovae.plane.results import Gather
 

@@ -82,7 +82,7 @@ class PictureStream(Iterator["Tensor | None"]):
         shape = taken.shape if len(taken.shape) == 5 else (*taken.shape[:2], 1, *taken.shape[2:])
         decision, sizes = self._choice.decision, self._call.sizes
         return DecodeReport(
-            family=self._call.vae.__class__.__name__ if sizes is None else sizes.family,
+            family=type(self._call.vae).__name__ if sizes is None else sizes.family,
             latents=tuple(self.latents.shape),
             frames=(self.latents.shape[0], *shape[1:]),
             dtype=str(self.latents.dtype).removeprefix("torch."),

@@ -8,7 +8,6 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from halovae.geometry import Grid
+from halovae.integrations.classes import BATCHED, FIELDS, sizes_of, whole
 from halovae.integrations.sharing import Call, Choice, Sharing
 from halovae.kernels import EAGER, Kernels
 from halovae.lines import world_size
 from halovae.mesh import Mesh, mesh_for
-from halovae.models.load import CLASSES, config_of
-from halovae.models.wan import WanConfig
 from halovae.out_of_memory import RankOutOfMemoryError
 from halovae.plane import Sharded, ShardReport
 from halovae.plane.fingerprint import Unstable
@@ -32,9 +30,6 @@ from halovae.planning.decision import TooLittleMemory
 from halovae.planning.graphs import UnplannableError
 from halovae.planning.planner import calibration_of, usable
 from halovae.planning.search import Search
-
-BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
-FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
 
 
 class PlaneCall:
@@ -311,7 +306,7 @@ class PlaneCall:
 
     def _run(self, x: Tensor, *tensors: Tensor, _names: str, **options: Any) -> Tensor:
         named = dict(zip(_names.split(","), tensors, strict=True)) if _names else {}
-        with _whole(self.vae):
+        with whole(self.vae):
             result = self._own(self.vae, x, **named, **options)
         if isinstance(result, Tensor):
             self.kind = Tensor, "", None
@@ -359,26 +354,10 @@ class PlaneCall:
         return (held,) if as_tuple else cls(**{field: held})
 
     def blank(self, x: Tensor) -> Tensor:
-        """Black pictures of the result's shape: one number, seen from everywhere."""
+        """Black pictures of the result's shape, in the dtype of what was decoded: one number, seen from everywhere."""
         report = self.report
         assert report is not None
         return x.new_full((), -1).expand(report.shape)
-
-
-def sizes_of(vae: nn.Module) -> WanConfig | None:
-    """The sizes of Wan's and Qwen-Image's autoencoders; None for other classes.
-
-    Raises:
-        CheckpointError: its config lacks one.
-    """
-    name = type(vae).__name__
-    return config_of({**getattr(vae, "config", {}), "_class_name": name}, name) if name in CLASSES else None
-
-
-def moved(vae: nn.Module, x: Tensor) -> Tensor:
-    """A tensor where an autoencoder is, in its dtype; as it is where hooks move or cast the weights."""
-    weight = next(vae.parameters())
-    return x if weight.is_meta or next(hooked(vae), None) is not None else x.to(weight.device, weight.dtype)
 
 
 def _warn_unless_finite(latents: Tensor) -> None:
@@ -389,21 +368,3 @@ def _warn_unless_finite(latents: Tensor) -> None:
             RuntimeWarning,
             stacklevel=5,
         )
-
-
-def tiles_only(vae: nn.Module) -> bool:
-    """Whether an autoencoder has no other way than tiles: diffusers' Allegro refuses to work without."""
-    return type(vae).__name__ == "AutoencoderKLAllegro"
-
-
-@contextmanager
-def _whole(vae: nn.Module) -> Iterator[None]:
-    """Let an autoencoder take its whole plane at once: ranks share the memory. Some know nothing but tiles."""
-    flags = {name: vars(vae)[name] for name in ("use_tiling", "use_slicing") if vars(vae).get(name) is True}
-    if tiles_only(vae):
-        flags.pop("use_tiling", None)
-    vars(vae).update(dict.fromkeys(flags, False))
-    try:
-        yield
-    finally:
-        vars(vae).update(flags)

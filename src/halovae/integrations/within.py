@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from halovae.integrations.autoencoder import Autoencoder
-from halovae.integrations.plane_call import PlaneCall, tiles_only
+from halovae.integrations.classes import tiles_only
+from halovae.integrations.plane_call import PlaneCall
 from halovae.integrations.sharing import Sharing
 from halovae.mesh import Mesh
 from halovae.report import DecodeReport
@@ -41,10 +42,10 @@ class SharedDecode:
             # Pipelines hand over what the transformer's dtype is; the VAE's may be another.
             dtype = autoencoder.dtype
             given = {name: value.to(dtype) if _is_floating(value) else value for name, value in given.items()}
-            stream = autoencoder.stream(z.to(dtype), gather="rank0", **self.options, **given)
+            stream = autoencoder.stream(z, gather="rank0", **self.options, **given)
             sample = stream.join()
             self.report = stream.shared_report()
-            return call.result(call.blank(z.to(dtype)) if sample is None else sample, as_tuple)
+            return call.result(call.blank(stream.latents) if sample is None else sample, as_tuple)
 
         vars(decode)["halovae_method"] = True  # as in `replace_call`
         vars(vae)["decode"] = types.MethodType(decode, vae)

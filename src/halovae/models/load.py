@@ -151,11 +151,13 @@ def _module_of(checkpoint: Checkpoint, kind: type[nn.Module], dtype: torch.dtype
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.source}: no {kind.__name__} has these sizes ({error})") from error
     ours = kind.__name__ in CLASSES
-    if not encoder or (ours and not any(key.startswith("encoder.") for key in checkpoint.keys)):
+    half = not encoder or (ours and not any(key.startswith("encoder.") for key in checkpoint.keys))
+    if half:
         _drop_encoder(module)
     wanted = module.state_dict()
     keys = {name: key for name, key in checkpoint.keys.items() if name in wanted or not _encodes(name)}
-    label = f"{config_of(checkpoint.config, checkpoint.source).family} decoder" if ours else kind.__name__
+    label = config_of(checkpoint.config, checkpoint.source).family if ours else kind.__name__
+    label += " decoder" * half
     check_weights(checkpoint.source, label, {key: one.shape for key, one in wanted.items()}, keys)
     checkpoint.check_dtypes(keys)
     counters = {key: torch.zeros((), dtype=one.dtype) for key, one in wanted.items() if not one.is_floating_point()}

@@ -140,9 +140,7 @@ def _empty_like(x: Tensor) -> Tensor:
     """Memory for a map, channels last."""
     if x.device.type not in ("cpu", "meta"):
         return operators.empty_along(x, 1, x.shape[1], last=True)
-    _, pool = operators.current_kernels(x)
-    out = pool.empty(x.shape if x.ndim == 5 else (*x.shape[:2], 1, *x.shape[2:]), x.dtype)
-    return out if x.ndim == 5 else out[:, :, 0]
+    return operators.empty_map(x, x.shape)
 
 
 def _in_parts(

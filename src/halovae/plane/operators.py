@@ -73,6 +73,13 @@ def current_kernels(x: Tensor) -> tuple[Kernels, Pool]:
     return _current.kernels, _current.pool
 
 
+def empty_map(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Memory of this thread's buffer pool for a map of `sizes`, `[N, C, *]` with two or three dims, like `x`."""
+    items, channels, *plane = sizes
+    out = current_kernels(x)[1].empty((items, channels, *[1] * (3 - len(plane)), *plane), x.dtype)
+    return out if len(plane) == 3 else out[:, :, 0]
+
+
 def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted) -> Tensor:
     """Move rows or cols between the ranks along one mesh dim, so that each has the intervals that it wants.
 

@@ -87,13 +87,12 @@ def convolution(
     if keep is not None:
         keep.copy_(inner[:, :, depth - keep.shape[2] :])
 
-    def result_memory() -> Tensor:
-        return maps if spare and maps.shape == shape and is_dense(maps) else pool.empty(shape, x.dtype)
-
     merged = folded and onto is not None and is_dense(onto)
 
     def memory() -> Tensor:
-        return result_memory() if onto is None or not merged else onto if x.ndim == 5 else onto.unsqueeze(2)
+        if onto is not None and merged:
+            return onto if x.ndim == 5 else onto.unsqueeze(2)
+        return maps if spare and maps.shape == shape and is_dense(maps) else pool.empty(shape, x.dtype)
 
     finish = rings.start(padded if x.ndim == 5 else padded.squeeze(2), cuts, edges)
     try:
@@ -187,10 +186,7 @@ def padded(x: Tensor, widths: Sequence[int], value: float = 0.0) -> Tensor:
     sizes = list(x.shape)
     for at in range(dims):
         sizes[-1 - at] += widths[2 * at] + widths[2 * at + 1]
-    items, channels, *plane = sizes
-    _, pool = operators.current_kernels(x)
-    out = pool.empty((items, channels, *([1] * (5 - x.ndim)), *plane), x.dtype)
-    result = inner = out if x.ndim == 5 else out[:, :, 0]
+    result = inner = operators.empty_map(x, sizes)
     for at in range(dims):
         dim, before, after = x.ndim - 1 - at, widths[2 * at], widths[2 * at + 1]
         inner.narrow(dim, 0, before).fill_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -12,10 +13,11 @@ from halovae.geometry import Grid
 from halovae.planning.calibration import Calibration
 from halovae.planning.cost import EXCHANGE, GATHER, Cost
 from halovae.planning.decision import MARGIN, WORTH, Candidate, Decision, TooLittleMemory
-from halovae.planning.graphs import Traced, cells, traced
+from halovae.planning.graphs import Traced, UnplannableError, cells, traced
 
 _LITTLE = f"less plain, and at most {WORTH:.0%} faster"
 _ADVISED = (2, 4, 8, 16, 32, 64)
+_SHRUNK = (0.75, 0.5, 0.25, 0.125)
 
 
 class Search:
@@ -176,9 +178,28 @@ class Search:
             if world < ranks <= self._plane[0] and self.price(Grid(rows=ranks)).fits(self.budget):
                 said += f"; what would fit: {ranks} ranks"
                 break
+        size = self._smaller(world)
+        if size is not None:
+            said += f"{' or' if 'what would fit' in said else '; what would fit:'} pictures of {size}"
         return TooLittleMemory(
             f"tensors of shape {list(self._shape)} do not fit into a memory budget of {_mib(self.budget)}: {said}"
         )
+
+    def _smaller(self, world: int) -> str | None:
+        """The size of pictures, WIDTHxHEIGHT in pixels, that would fit; None if none of a few does."""
+        for share in _SHRUNK:
+            other = copy.copy(self)
+            other._plane = rows, cols = max(1, int(share * self._plane[0])), max(1, int(share * self._plane[1]))
+            unit = self._shape[-1] // self._plane[1]
+            other._shape = (*self._shape[:-2], unit * rows, unit * cols)
+            other._traced, other._computing = {}, {}
+            try:
+                if other.price(Grid(rows=min(world, rows))).fits(self.budget):
+                    height, width = max(other._shape[-2:], other.traced(Grid()).pictures[-2:])  # the input, of encodes
+                    return f"{width}x{height}"
+            except UnplannableError:  # it does not take every size
+                return None
+        return None
 
 
 def _cells(grid: Grid, height: int, width: int) -> int:

@@ -145,7 +145,7 @@ def summary(report: DecodeReport) -> dict[str, Any]:
         alone = next((one for one in (chosen, *report.decision["others"]) if one["ranks"] == 1), None)
     return {
         "seconds": round(report.seconds, 3),
-        "plan": report.grid,
+        "plan": chosen["grid"] if chosen else report.grid,
         "why": chosen["verdict"] if chosen else "as the server was told",
         "batch": report.frames[0],
         "peak_memory_mb": round(memory.peak_reserved / _MIB, 1),

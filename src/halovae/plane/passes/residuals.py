@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from halovae.mesh import Mesh
 from halovae.plane import windows
 from halovae.plane.live import root, same
 from halovae.plane.passes.graphs import only_user, replaced, shared
 from halovae.plane.passes.in_place import is_own, last_uses
+from halovae.plane.rules.registry import returns_view
 
 aten = torch.ops.aten
 
@@ -54,8 +56,4 @@ def _comes_right_after(node: fx.Node, made: Any) -> bool:
 
 
 def _computes_nothing(node: fx.Node) -> bool:
-    if node.op == "get_attr":
-        return True
-    schema: Any = getattr(node.target, "_schema", None)
-    aliases = [] if schema is None else [one.alias_info for one in schema.returns]
-    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+    return node.op == "get_attr" or (isinstance(node.target, OpOverload) and returns_view(node.target))

@@ -1,0 +1,86 @@
+"""What is known of diffusers' autoencoder classes that their calls do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halovae.models.load import CLASSES, config_of
+from halovae.models.wan import WanConfig
+from halovae.plane.keys import hooked
+
+BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
+FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
+
+
+def sizes_of(vae: nn.Module) -> WanConfig | None:
+    """The sizes of Wan's and Qwen-Image's autoencoders; None for other classes.
+
+    Raises:
+        CheckpointError: its config lacks one.
+    """
+    name = type(vae).__name__
+    return config_of({**getattr(vae, "config", {}), "_class_name": name}, name) if name in CLASSES else None
+
+
+def moved(vae: nn.Module, x: Tensor) -> Tensor:
+    """A tensor where an autoencoder is, in its dtype; as it is where hooks move or cast the weights."""
+    weight = next(vae.parameters())
+    return x if weight.is_meta or next(hooked(vae), None) is not None else x.to(weight.device, weight.dtype)
+
+
+def decode_options(vae: Any, latents: Tensor) -> dict[str, Any]:
+    """What an autoencoder's `decode` needs besides latents: LTX-Video's timestep, 0 as its pipelines have it."""
+    if getattr(vae.config, "timestep_conditioning", False):
+        return {"temb": next(vae.parameters()).new_zeros(latents.shape[0])}
+    return {}
+
+
+def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
+    """Latents as pipelines work on them, as their VAE takes them, in fp32 at least.
+
+    Wan and Qwen-Image multiply by `latents_std` and add `latents_mean`. Others divide by `scaling_factor` and add
+    `shift_factor`.
+
+    Args:
+        latents: `[B, C, H, W]` or `[B, C, T, H, W]`.
+        config: the autoencoder's.
+        name: its class.
+
+    Raises:
+        ValueError: the class has another rule, or the config lacks a number.
+    """
+    values = dict(config)
+    wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    if name in CLASSES:
+        if not values.get("latents_mean") or not values.get("latents_std"):
+            raise ValueError(f"no latents_mean and latents_std are known of this {name}: give latents not normalized")
+        mean, std = (wide.new_tensor(values[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return wide * std + mean
+    if values.get("latents_mean") is not None or values.get("scaling_factor") is None:
+        raise ValueError(
+            f"{name} is not normalized by a scaling_factor alone: give latents as its pipeline passes them to the VAE"
+        )
+    return wide / values["scaling_factor"] + (values.get("shift_factor") or 0.0)
+
+
+def tiles_only(vae: nn.Module) -> bool:
+    """Whether an autoencoder has no other way than tiles: diffusers' Allegro refuses to work without."""
+    return type(vae).__name__ == "AutoencoderKLAllegro"
+
+
+@contextmanager
+def whole(vae: nn.Module) -> Iterator[None]:
+    """Let an autoencoder take its whole plane at once: ranks share the memory. Some know nothing but tiles."""
+    flags = {name: vars(vae)[name] for name in ("use_tiling", "use_slicing") if vars(vae).get(name) is True}
+    if tiles_only(vae):
+        flags.pop("use_tiling", None)
+    vars(vae).update(dict.fromkeys(flags, False))
+    try:
+        yield
+    finally:
+        vars(vae).update(flags)

@@ -216,7 +216,7 @@ def test_shapes_that_disagree_are_named_and_nothing_is_read(tmp_path: Path, monk
     with pytest.raises(halovae.CheckpointError) as caught:
         halovae.load(tmp_path / "file")
     for words in (
-        "not weights of wan2.1 decoder",
+        "not weights of wan2.1;",
         "missing: decoder.conv_out.bias",
         "unexpected: decoder.extra",
         "decoder.upsamples.2.residual.2.weight is [5, 32, 3, 3, 3], not [32, 32, 3, 3, 3]",

@@ -1,5 +1,7 @@
 """A front over HTTP, and ranks that only pretend: they write frames without any model."""
 
+import base64
+import io
 import socket
 import threading
 import time
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 import uvicorn
+from PIL import Image
 
 from halovae import media
 from halovae.pipelines import Pipeline
@@ -24,6 +27,9 @@ DECODE = {
     "predicted": {"seconds": 0.4, "peak_allocated_mb": 101.0},
     "one_device": {"seconds": 0.8, "peak_allocated_mb": 200.0}, "fell_back": "",
 }  # fmt: skip
+_FILE = io.BytesIO()
+Image.new("RGB", (24, 16), "red").save(_FILE, "jpeg")
+PREVIEW = _FILE.getvalue()
 
 
 def free_port() -> int:
@@ -50,6 +56,8 @@ class StubRanks(threading.Thread):
             self.seen.append(order)
             self.line.tell("started", order["order"])
             self.line.tell("progress", order["order"], stage="denoising", done=1)
+            if order["preview_every"] == 1:
+                self.line.tell("preview", order["order"], step=1, picture=base64.b64encode(PREVIEW).decode())
             while self.held.is_set() and order["order"] not in self.line.cancelled:
                 time.sleep(0.01)
             if order["order"] in self.line.cancelled:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES, WIDTH, latents
+from models import FAMILIES, WIDTH, latents, vae
 from pipelines import embeddings, qwen_image_edit, wan_image_to_video
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from halovae import Grid
 from halovae.bench.models import random_vae
 from halovae.bench.ranks import Ranks
 from halovae.integrations.sharing import Choice, Sharing
-from halovae.tiny import make_model
+from halovae.tiny import TEXT_DIM, make_model, transformer
 
 BOUND = 1e-4
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -79,6 +79,76 @@ def qwen_edit() -> Any:
     )
 
 
+def clip(frames: int) -> list[Any]:
+    """Frames to start from."""
+    from PIL import Image
+
+    ramp = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(64, 48, 3)
+    return [Image.fromarray(ramp + 20 * index) for index in range(frames)]
+
+
+def wan_from_a_video() -> Any:
+    from diffusers import UniPCMultistepScheduler, WanVideoToVideoPipeline
+
+    pipe = WanVideoToVideoPipeline(
+        tokenizer=None, text_encoder=None, transformer=transformer("wan"), vae=vae("wan2.1"),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    )  # fmt: skip
+    prompts = {"prompt_embeds": embeddings(), "negative_prompt_embeds": embeddings(seed=1)}
+    return both_ways(pipe, video=clip(5), height=64, width=48, **prompts)
+
+
+def wan_under_control() -> Any:
+    """A clip of which the right half is to be made anew, as WanVACE takes it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanVACEPipeline, WanVACETransformer3DModel
+    from PIL import Image
+
+    torch.manual_seed(0)
+    control = WanVACETransformer3DModel(
+        num_attention_heads=4, attention_head_dim=24, text_dim=TEXT_DIM, freq_dim=32, ffn_dim=64, num_layers=2,
+        vace_layers=[0], vace_in_channels=96,
+    )  # fmt: skip
+    pipe = WanVACEPipeline(
+        tokenizer=None, text_encoder=None, vae=vae("wan2.1"), scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=control.eval(),
+    )  # fmt: skip
+    mask = Image.fromarray(np.repeat(np.repeat([[0, 255]], 24, 1), 64, 0).astype(np.uint8))
+    prompts = {"prompt_embeds": embeddings(), "negative_prompt_embeds": embeddings(seed=1)}
+    return both_ways(pipe, video=clip(5), mask=[mask] * 5, height=64, width=48, num_frames=5, **prompts)
+
+
+def qwen_inpaint() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageInpaintPipeline
+    from PIL import Image
+
+    pipe = QwenImageInpaintPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae("qwen-image"), text_encoder=None, tokenizer=None,
+        transformer=transformer("qwen-image"),
+    )  # fmt: skip
+    (image,) = clip(1)
+    mask = Image.fromarray(np.repeat(np.repeat([[0, 255]], 24, 1), 64, 0).astype(np.uint8))
+    return both_ways(
+        pipe, image=image, mask_image=mask, height=64, width=48, strength=1.0,
+        prompt_embeds=embeddings(), prompt_embeds_mask=torch.ones(1, 12, dtype=torch.long),
+    )  # fmt: skip
+
+
+def qwen_layers(folder: Path) -> Any:
+    """A picture taken apart into two layers with alpha."""
+    import diffusers
+
+    parts = diffusers.QwenImagePipeline.from_pretrained(folder).components
+    torch.manual_seed(0)
+    parts["vae"] = diffusers.AutoencoderKLQwenImage(base_dim=8, input_channels=4, num_res_blocks=1).eval()
+    parts["transformer"] = diffusers.QwenImageTransformer2DModel(
+        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=TEXT_DIM,
+        axes_dims_rope=(4, 6, 6), use_additional_t_cond=True, use_layer3d_rope=True,
+    ).eval()  # fmt: skip
+    pipe = diffusers.QwenImageLayeredPipeline(**parts, processor=None)
+    (image,) = clip(1)
+    return both_ways(pipe, image=image.convert("RGBA"), prompt="a cat", layers=2)
+
+
 def check(results: list[Any], shape: list[int]) -> None:
     for difference, found, frames in results:
         assert difference <= BOUND
@@ -96,6 +166,24 @@ def test_wan_image_to_video(ranks: Callable[[int], Ranks]) -> None:
 
 def test_qwen_image(ranks: Callable[[int], Ranks], folders: dict[str, Path]) -> None:
     check(ranks(2).run(qwen_text_to_image, folders["qwen"]), [1, 64, 96, 3])
+
+
+def test_wan_video_to_video(ranks: Callable[[int], Ranks]) -> None:
+    check(ranks(2).run(wan_from_a_video), [1, 5, 64, 48, 3])
+
+
+def test_wan_control(ranks: Callable[[int], Ranks]) -> None:
+    check(ranks(2).run(wan_under_control), [1, 5, 64, 48, 3])
+
+
+def test_qwen_inpaint(ranks: Callable[[int], Ranks]) -> None:
+    check(ranks(2).run(qwen_inpaint), [1, 64, 48, 3])
+
+
+@pytest.mark.slow
+def test_qwen_layered(ranks: Callable[[int], Ranks], folders: dict[str, Path]) -> None:
+    """Slow: its pictures have 640 x 640 pixels at least."""
+    check(ranks(2).run(qwen_layers, folders["qwen"]), [1, 2, 736, 544, 4])
 
 
 def test_qwen_image_edit(ranks: Callable[[int], Ranks]) -> None:

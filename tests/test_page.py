@@ -1,5 +1,6 @@
 """The page at / in a real browser, over ranks that only pretend."""
 
+import base64
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, expect
-from stub_ranks import StubRanks, served
+from stub_ranks import PREVIEW, StubRanks, served
 
 from halovae import tiny
 
@@ -72,9 +73,13 @@ def test_a_video_is_asked_for_followed_played_and_deleted(
         card = page.locator("article")
         expect(card.locator("strong")).to_have_text("Making: 20 %")
         expect(card.locator("progress")).to_be_visible()
+        assert stub.seen[-1]["preview_every"] == 5
+        stub.line.tell("preview", stub.seen[-1]["order"], step=1, picture=base64.b64encode(PREVIEW).decode())
+        expect(card.get_by_alt_text("preview")).to_have_js_property("naturalWidth", 24)
         stub.held.clear()
         expect(card.locator("strong")).to_have_text("Done")
         expect(card.locator("progress")).to_be_hidden()
+        expect(card.get_by_alt_text("preview")).to_have_count(0)
         expect(card.locator("p")).to_contain_text("<b>bold</b> 猫 long")  # as text
         card.scroll_into_view_if_needed()
         expect(card.locator("video")).to_have_js_property("readyState", 4)

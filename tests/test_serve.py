@@ -98,6 +98,16 @@ def test_openais_client_makes_fetches_lists_and_deletes_a_video(server: Server) 
         client.retrieve(made.id)
 
 
+def test_previews_are_drawn_while_steps_run(server: Server) -> None:
+    video = server.submit(preview_every=2, **LONG)
+    while (shown := server.video(video))["preview"] is None:
+        assert shown["status"] in ("queued", "in_progress"), shown
+        time.sleep(0.02)
+    with Image.open(io.BytesIO(httpx.get(server.url + shown["preview"], timeout=30).content)) as drawn:
+        assert (drawn.format, drawn.size) == ("JPEG", (64, 48))
+    httpx.delete(f"{server.url}/v1/videos/{video}", timeout=30)
+
+
 def test_what_is_served_is_what_one_rank_generates(
     server: Server, models: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ import openai
 import pytest
 from PIL import Image
 from serving import SMALL, finished
-from stub_ranks import StubRanks, served
+from stub_ranks import PREVIEW, StubRanks, served
 
 from halovae import tiny
 from halovae.serving.jobs import Job, Jobs, Wish
@@ -82,6 +82,30 @@ def test_openais_client_makes_lists_fetches_and_deletes_videos(videos: Server) -
     with pytest.raises(openai.NotFoundError) as gone:
         api.videos.retrieve(made[0].id)
     assert gone.value.param == "video_id"
+
+
+def test_previews_are_there_while_a_video_is_made(videos: Server) -> None:
+    url, stub = videos
+    stub.held.set()
+    ids = [
+        str(httpx.post(f"{url}/v1/videos", json={"prompt": "a", **SMALL, **given}).json()["id"])
+        for given in ({"preview_every": 1}, {})
+    ]
+    deadline = time.monotonic() + 30
+    while (shown := httpx.get(f"{url}/v1/videos/{ids[0]}").json())["preview"] is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert shown["preview"] == f"/v1/videos/{ids[0]}/preview?done=1"
+    answer = httpx.get(url + shown["preview"])
+    assert (answer.headers["content-type"], answer.content) == ("image/jpeg", PREVIEW)
+    assert httpx.get(f"{url}/v1/images/{ids[0]}/preview").status_code == 404
+    stub.held.clear()
+    assert finished(url, ids[0])["preview"] is None
+    assert finished(url, ids[1])["preview"] is None
+    gone = httpx.get(url + shown["preview"])
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "no_preview")
+    bad = httpx.post(f"{url}/v1/videos", json={"prompt": "a", **SMALL, "preview_every": 0})
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "preview_every")
 
 
 def test_openais_client_edits_images(edits: Server) -> None:

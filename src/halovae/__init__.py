@@ -8,9 +8,22 @@ frames = vae.decode(latents, grid=halovae.Grid(rows=2))  # under torchrun, on ev
 from halovae.geometry import Grid, Shard
 from halovae.integrations.autoencoder import Autoencoder, load
 from halovae.integrations.diffusers import parallelize, restore
+from halovae.integrations.previews import Preview, previews
 from halovae.mesh import Mesh
 from halovae.models.weights import CheckpointError
 from halovae.plane import shard
 
 __version__ = "0.1.0"
-__all__ = ["Autoencoder", "CheckpointError", "Grid", "Mesh", "Shard", "load", "parallelize", "restore", "shard"]
+__all__ = [
+    "Autoencoder",
+    "CheckpointError",
+    "Grid",
+    "Mesh",
+    "Preview",
+    "Shard",
+    "load",
+    "parallelize",
+    "previews",
+    "restore",
+    "shard",
+]

@@ -32,6 +32,7 @@ from halovae.platform import Platform
 from halovae.report import DecodeReport
 
 _CHECKER = "halovae.tiny.safety"
+StepEnd = Callable[[Any, int, Any, dict[str, Any]], Any]  # diffusers' callback_on_step_end
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,18 @@ class Generator:
                     _share_sequence(getattr(self.pipeline, name), platform.device, ulysses, ring)
 
     @torch.inference_mode()
-    def denoise(self, prompt: Prompt, told: Callable[[int], None] = lambda step: None) -> Tensor:
+    def denoise(
+        self, prompt: Prompt, told: Callable[[int], None] = lambda step: None, watch: StepEnd | None = None
+    ) -> Tensor:
         """Run the transformer, and give the latents `[B, C, T, H, W]`, normalized, on every rank.
 
         Args:
             prompt: as `Pipeline.fitted` gave it.
             told: is called after each step with its number, from 1 on; what it raises ends the denoising.
+            watch: likewise, as a pipeline's `callback_on_step_end`; what it returns has no effect. Not called by
+                pipelines that take none.
         """
-        (latents,) = self._call(prompt, told, "latent")
+        (latents,) = self._call(prompt, told, watch, "latent")
         if latents.ndim == 3:  # Qwen-Image's, two by two cells in one token
             assert prompt.size is not None
             width, height = prompt.size
@@ -129,19 +134,20 @@ class Generator:
 
     @torch.inference_mode()
     def make(
-        self, prompt: Prompt, told: Callable[[int], None] = lambda step: None, dtype: torch.dtype = torch.uint8,
-        **options: Any,
+        self, prompt: Prompt, told: Callable[[int], None] = lambda step: None, watch: StepEnd | None = None,
+        dtype: torch.dtype = torch.uint8, **options: Any,
     ) -> Made:  # fmt: skip
         """Run a whole pipeline, its decode on all ranks.
 
         Args:
             prompt: as `Pipeline.fitted` gave it.
             told: as for `denoise`.
+            watch: as for `denoise`.
             dtype: uint8 for frames in 0..255, or a floating one for [0, 1].
             options: `mode`, `grid` and `memory_budget` of the decode, as `Autoencoder.stream` has them.
         """
         self._within.options = options
-        frames = self._call(prompt, told, "pt")[0]  # after it may come sound, or what a safety checker found
+        frames = self._call(prompt, told, watch, "pt")[0]  # after it may come sound, or what a safety checker found
         report = self._within.report
         assert report is not None
         frames = frames.movedim(1, 2) if frames.ndim == 5 else frames.unsqueeze(2)
@@ -151,13 +157,15 @@ class Generator:
         frames = _on_white(frames.float())
         return Made((frames.mul(255).round_() if dtype == torch.uint8 else frames).to(dtype).contiguous(), report)
 
-    def _call(self, prompt: Prompt, told: Callable[[int], None], output_type: str) -> Any:
+    def _call(self, prompt: Prompt, told: Callable[[int], None], watch: StepEnd | None, output_type: str) -> Any:
         assert prompt.size is not None
         width, height = prompt.size
         family = self.kind.family
 
         def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             told(min(step + 1, prompt.steps))  # some schedulers take one more
+            if watch is not None:
+                watch(pipeline, step, timestep, tensors)
             return {}
 
         wanted = {

@@ -27,6 +27,14 @@ def sizes_of(vae: nn.Module) -> WanConfig | None:
     return config_of({**getattr(vae, "config", {}), "_class_name": name}, name) if name in CLASSES else None
 
 
+def pixels_per_cell(vae: nn.Module) -> int:
+    """How many rows, or cols, of a picture one of its latents stands for."""
+    config = getattr(vae, "config", None)
+    ratio = vars(vae).get("spatial_compression_ratio", getattr(config, "spatial_compression_ratio", None))
+    levels = len(getattr(config, "block_out_channels", None) or (0,))
+    return int(ratio) if isinstance(ratio, (int, float)) else 2 ** (levels - 1)
+
+
 def moved(vae: nn.Module, x: Tensor) -> Tensor:
     """A tensor where an autoencoder is, in its dtype; as it is where hooks move or cast the weights."""
     weight = next(vae.parameters())
@@ -43,8 +51,8 @@ def decode_options(vae: Any, latents: Tensor) -> dict[str, Any]:
 def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
     """Latents as pipelines work on them, as their VAE takes them, in fp32 at least.
 
-    Wan and Qwen-Image multiply by `latents_std` and add `latents_mean`. Others divide by `scaling_factor` and add
-    `shift_factor`.
+    Where the config has a `latents_mean` and no `scaling_factor` (Wan, Qwen-Image), pipelines multiply by `latents_std`
+    and add it. Others divide by `scaling_factor` and add `shift_factor`.
 
     Args:
         latents: `[B, C, H, W]` or `[B, C, T, H, W]`.
@@ -56,10 +64,11 @@ def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
     """
     values = dict(config)
     wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-    if name in CLASSES:
-        if not values.get("latents_mean") or not values.get("latents_std"):
-            raise ValueError(f"no latents_mean and latents_std are known of this {name}: give latents not normalized")
-        mean, std = (wide.new_tensor(values[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    known = [values.get("latents_mean"), values.get("latents_std")]
+    if name in CLASSES and not all(known):
+        raise ValueError(f"no latents_mean and latents_std are known of this {name}: give latents not normalized")
+    if all(known) and values.get("scaling_factor") is None:
+        mean, std = (wide.new_tensor(one).view(1, -1, *[1] * (wide.ndim - 2)) for one in known)
         return wide * std + mean
     if values.get("latents_mean") is not None or values.get("scaling_factor") is None:
         raise ValueError(

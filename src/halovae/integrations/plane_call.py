@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from halovae.geometry import Grid
-from halovae.integrations.classes import BATCHED, FIELDS, sizes_of, whole
+from halovae.integrations.classes import BATCHED, FIELDS, pixels_per_cell, sizes_of, whole
 from halovae.integrations.sharing import Call, Choice, Sharing
 from halovae.kernels import EAGER, Kernels
 from halovae.lines import world_size
@@ -50,12 +50,8 @@ class PlaneCall:
         self._alone = None if mesh is None else Mesh(Grid(), mesh.platform.device)
         self._own: Callable[..., Any] = getattr(type(vae), name)
         self.signature = inspect.signature(self._own)
-        config = getattr(vae, "config", None)
-        ratio = vars(vae).get("spatial_compression_ratio", getattr(config, "spatial_compression_ratio", None))
-        levels = len(getattr(config, "block_out_channels", None) or (0,))
-        multiple = int(ratio) if isinstance(ratio, (int, float)) else 2 ** (levels - 1)
         identity = Identity(f"PlaneCall.{name}", self._kind_by_name, self._recall_kind)
-        self._multiple = multiple if name == "encode" else 1
+        self._multiple = pixels_per_cell(vae) if name == "encode" else 1
         self.sizes = sizes_of(vae)
         self._sharded = Sharded(self._run, [vae], self._multiple, identity)
         self._choices: dict[str, Choice] = {}

@@ -22,7 +22,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
 from halovae import __version__
-from halovae.serving import errors, pictures, previews
+from halovae.serving import errors, pictures, thumbnails
 from halovae.serving.dispatch import Dispatcher, QueueFull
 from halovae.serving.errors import ApiError
 from halovae.serving.jobs import Job, Jobs, Kind, Wish
@@ -222,8 +222,14 @@ async def video_content(
     path = _file(dispatcher, _found(dispatcher, video_id, "video"), index)
     if variant == "video":
         return FileResponse(path, media_type="video/mp4", filename=path.name)
-    draw, kind = {"thumbnail": (previews.thumbnail, "webp"), "spritesheet": (previews.spritesheet, "jpeg")}[variant]
+    draw, kind = {"thumbnail": (thumbnails.thumbnail, "webp"), "spritesheet": (thumbnails.spritesheet, "jpeg")}[variant]
     return Response(await anyio.to_thread.run_sync(draw, path), media_type=f"image/{kind}")
+
+
+@_api.get("/videos/{video_id}/preview", response_class=Response)
+async def video_preview(video_id: str, dispatcher: Dispatching) -> Response:
+    """The latest preview of a video that is being made, as jpeg."""
+    return _preview(dispatcher, _found(dispatcher, video_id, "video"))
 
 
 @_api.post("/images/generations", response_model=Images, openapi_extra=_body(ImageRequest))
@@ -248,6 +254,12 @@ async def image_content(
     """A picture, as PNG."""
     path = _file(dispatcher, _found(dispatcher, image_id, "image"), index)
     return Response(path.read_bytes(), media_type="image/png")
+
+
+@_api.get("/images/{image_id}/preview", response_class=Response)
+async def image_preview(image_id: str, dispatcher: Dispatching) -> Response:
+    """The latest preview of pictures that are being made, as jpeg."""
+    return _preview(dispatcher, _found(dispatcher, image_id, "image"))
 
 
 @_api.delete("/images/{image_id}", include_in_schema=False)
@@ -387,9 +399,17 @@ def _file(dispatcher: Dispatcher, job: Job, index: int) -> Path:
     return path
 
 
+def _preview(dispatcher: Dispatcher, job: Job) -> Response:
+    drawn = dispatcher.preview(job)
+    if drawn is None:
+        message = f"{job.id} is {job.status}, and has no preview: there are some while it is made, with preview_every"
+        raise ApiError(404, message, code="no_preview")
+    return Response(drawn.jpeg, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
+
+
 def _shown(dispatcher: Dispatcher, job: Job) -> Video:
     """A job as clients see it."""
-    wish, done = job.wish, job.status == "completed"
+    wish, done, preview = job.wish, job.status == "completed", dispatcher.preview(job)
     end = job.completed if job.ended else None
     expires = None if end is None else int(end + dispatcher.expire_after)
     error = Failure(code=job.error_code, message=job.error_message or "") if job.error_code else None
@@ -402,5 +422,6 @@ def _shown(dispatcher: Dispatcher, job: Job) -> Video:
         peak_memory_mb=job.report["peak_memory_mb"] if job.report else None,
         url=f"/v1/{job.kind}s/{job.id}/content" if done else None,
         file_path=str(dispatcher.paths(job)[0]) if done else None,
+        preview=f"/v1/{job.kind}s/{job.id}/preview?done={preview.done}" if preview else None,
         decode=Decode(**job.report) if job.report else None,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import sqlite3
@@ -37,6 +38,18 @@ class QueueFull(Exception):
     """As many jobs wait as may."""
 
 
+class Drawn(NamedTuple):
+    """The latest preview of a job.
+
+    Attributes:
+        done: how many steps of all its results were done.
+        jpeg: the picture.
+    """
+
+    done: int
+    jpeg: bytes
+
+
 @dataclass
 class _Flight:
     """A job that the ranks have."""
@@ -44,6 +57,7 @@ class _Flight:
     job: Job
     stage: str = "waiting"
     done: int = 0
+    preview: Drawn | None = None
     over: bool = False  # the ranks have let go of it, which is not on disk yet
 
 
@@ -121,12 +135,20 @@ class Dispatcher:
         """Percent."""
         if job.status == "completed":
             return 100
-        flight = next((one for one in self._flights.values() if one.job.id == job.id), None)
+        flight = self._flight(job)
         if flight is None or flight.stage == "waiting":
             return 0
         if flight.stage == "denoising":
             return _DENOISING * flight.done // (job.wish.steps * job.wish.count)
         return _DENOISING + (99 - _DENOISING) * flight.done // job.wish.frames
+
+    def preview(self, job: Job) -> Drawn | None:
+        """The latest one; None if there is none, or the job is no longer being made."""
+        flight = self._flight(job)
+        return None if flight is None else flight.preview
+
+    def _flight(self, job: Job) -> _Flight | None:
+        return next((one for one in self._flights.values() if one.job.id == job.id), None)
 
     async def submit(self, job: Job) -> None:
         """Keep a job, and work on it when its turn comes.
@@ -240,6 +262,9 @@ class Dispatcher:
         elif kind == "progress":
             flight.stage, flight.done = message["stage"], message["done"]
             return self._publish(flight.job)
+        elif kind == "preview":
+            flight.preview = Drawn(flight.done, base64.b64decode(message["picture"]))
+            return self._publish(flight.job)
         elif kind == "denoised":
             write = partial(self._denoised, seconds=message["seconds"])
             flight.stage, flight.done = "decoding", 0
@@ -334,10 +359,10 @@ class Dispatcher:
             self._flights[order] = _Flight(job)
             await self._send(
                 {"kind": "order", "order": order, "prompt": _prompt(job.wish), "fps": job.wish.fps,
-                 "paths": [str(path) for path in self.paths(job)]}
+                 "preview_every": job.wish.preview_every, "paths": [str(path) for path in self.paths(job)]}
             )  # fmt: skip
 
 
 def _prompt(wish: Wish) -> dict[str, Any]:
     fields = asdict(wish)
-    return {name: fields[name] for name in fields.keys() - {"count", "fps", "asked"}}
+    return {name: fields[name] for name in fields.keys() - {"count", "fps", "preview_every", "asked"}}

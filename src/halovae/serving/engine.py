@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import logging
 import os
@@ -18,7 +19,9 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from halovae.generation import Generator, Made
+from halovae.generation import Generator, Made, StepEnd
+from halovae.integrations.autoencoder import Autoencoder
+from halovae.integrations.previews import Preview, previews
 from halovae.memory import MemoryMeter
 from halovae.pipelines import Prompt
 from halovae.planning.planner import USABLE
@@ -81,6 +84,7 @@ class Engine:
             self._writer = Writer(line)
         self._needs: dict[tuple[Any, ...], int] = {}  # bytes that denoising took on a rank, by what was made
         self._free = 0
+        self._previews: Autoencoder | None = None
 
     def warm_up(self, width: int, height: int, frames: int) -> None:
         """Generate something once, so that the first request need not wait for what is done only once."""
@@ -152,7 +156,7 @@ class Engine:
     def _results(self, order: Order) -> list[Tensor | Made]:
         """The latents of all of an order's results, or their frames where the pipeline decodes too."""
         meter = MemoryMeter(self._platform) if _likeness(order) not in self._needs else None
-        begin, prompt = time.monotonic(), order.prompt
+        begin, prompt, watch = time.monotonic(), order.prompt, self._watch(order)
         results: list[Tensor | Made] = []
         for index in range(len(order.paths)):
             made = index * prompt.steps
@@ -168,9 +172,9 @@ class Engine:
             told(0)
             own = replace(prompt, seed=prompt.seed + index)
             if self._generator.kind.whole:
-                results.append(self._generator.make(own, told, **self._options))
+                results.append(self._generator.make(own, told, watch, **self._options))
             else:
-                results.append(self._generator.denoise(own, told))
+                results.append(self._generator.denoise(own, told, watch))
         everyone = self._lead.all_say((meter.read().above_resting if meter else 0, self._platform.memory()[0]))
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self._platform.kind == "cpu" else 1
         self._free = min(free for _, free in everyone) // sharing
@@ -179,6 +183,38 @@ class Engine:
         if self._line is not None:
             self._line.tell("denoised", order.id, seconds=round(time.monotonic() - begin, 3))
         return results
+
+    def _watch(self, order: Order) -> StepEnd | None:
+        """What draws an order's previews, on rank 0; None if nobody wants them, or it is not known how."""
+        line, pipeline = self._line, self._generator.pipeline
+        if line is None or order.preview_every is None:
+            return None
+        if self._previews is None:
+            self._previews = Autoencoder(pipeline.vae)  # of its own, as a decode may be under way in another thread
+
+        def show(preview: Preview) -> None:
+            file = io.BytesIO()
+            preview.picture.save(file, "jpeg")
+            line.tell("preview", order.id, step=preview.step, picture=base64.b64encode(file.getvalue()).decode())
+
+        drawn: StepEnd | None = None
+        try:
+            drawn = previews(
+                pipeline, every=order.preview_every, show=show, size=order.prompt.size, decoder=self._previews
+            )
+        except TypeError as error:
+            log.info("no previews: %s", error)
+
+        def watch(*step: Any) -> None:
+            nonlocal drawn
+            try:
+                if drawn is not None:
+                    drawn(*step)
+            except Exception as error:  # the job does not fail for it
+                drawn = None
+                log.warning("no more previews of %s: %s", order.id, error)
+
+        return watch
 
 
 def _order(message: dict[str, Any]) -> Order:
@@ -189,10 +225,12 @@ def _order(message: dict[str, Any]) -> Order:
         Prompt(**{**prompt, "size": tuple(prompt["size"]), "images": images}),
         tuple(Path(path) for path in message["paths"]),
         message["fps"],
+        message["preview_every"],
     )
 
 
 def _likeness(order: Order) -> tuple[Any, ...]:
     """What denoising memory depends on."""
     prompt = order.prompt
-    return prompt.size, prompt.frames, len(prompt.images), prompt.negative is not None or (prompt.guidance or 0) > 1
+    guided = prompt.negative is not None or (prompt.guidance or 0) > 1
+    return prompt.size, prompt.frames, len(prompt.images), guided, order.preview_every is not None

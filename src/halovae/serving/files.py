@@ -29,12 +29,14 @@ class Order:
         prompt: what to make; the seeds from `prompt.seed` on make one result each.
         paths: where the results go.
         fps: of a video.
+        preview_every: steps from one preview to the next; None for no previews.
     """
 
     id: str
     prompt: Prompt
     paths: tuple[Path, ...]
     fps: float
+    preview_every: int | None = None
 
 
 @dataclass

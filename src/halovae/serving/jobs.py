@@ -27,6 +27,7 @@ class Wish:
         images: paths of pictures to start from, written by the front.
         count: how many to make, with the seeds from `seed` on.
         fps: of a video.
+        preview_every: steps from one preview to the next; None for no previews.
         asked: by field of the request, what was asked for where it was rounded.
     """
 
@@ -41,6 +42,7 @@ class Wish:
     images: tuple[str, ...] = ()
     count: int = 1
     fps: float = 16.0
+    preview_every: int | None = None
     asked: dict[str, Any] = field(default_factory=dict)
 
 

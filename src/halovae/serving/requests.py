@@ -166,5 +166,5 @@ def wish_for(pipeline: Pipeline, asked: Asked, images: Sequence[bytes]) -> Wish:
         adjusted["num_frames"] = frames
     return Wish(
         made.text, made.size, made.frames, made.steps, made.seed, made.negative, made.guidance, made.guidance_2,
-        count=asked.n, fps=fps, asked=adjusted,
+        count=asked.n, fps=fps, preview_every=asked.preview_every, asked=adjusted,
     )  # fmt: skip

@@ -1,0 +1,190 @@
+"""Small pictures while a pipeline's steps run."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import halovae
+from halovae import Preview
+from halovae.bench.ranks import Ranks
+from halovae.families import FAMILIES
+from halovae.integrations.diffusers import do_without_torchvision
+from halovae.integrations.previews import Previews
+
+SIZE = (96, 64)
+
+
+def loaded(folder: Path) -> Any:
+    do_without_torchvision()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def made(pipe: Any, **options: Any) -> Any:
+    """What a pipeline makes in four steps, `[H, W, 3]`, uint8; the first frame of a video."""
+    takes = inspect.signature(pipe.__call__).parameters
+    given: dict[str, Any] = dict(FAMILIES[type(pipe).__name__].always) if type(pipe).__name__ in FAMILIES else {}
+    if "num_frames" in takes:
+        given["num_frames"] = 5
+    if "image" in takes and "Edit" in type(pipe).__name__:
+        given["image"] = Image.new("RGB", SIZE, "red")
+    frames = pipe(
+        prompt="a cat", width=SIZE[0], height=SIZE[1], num_inference_steps=4, output_type="pt", return_dict=False,
+        generator=torch.Generator().manual_seed(0), **given, **options,
+    )[0]  # fmt: skip
+    frame = frames[0, 0] if frames.ndim == 5 else frames[0]
+    return frame[:3].permute(1, 2, 0).float().mul(255).round().to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["wan2.1", "wan2.2-5b", "qwen-image-edit", "flux", "flux.2-klein", "sd1.5", "sdxl", "sana", "qwen-image-2.1"],
+)
+def test_the_last_preview_is_the_picture(name: str, models: Callable[[str], Path]) -> None:
+    """Nothing is left of the noise then, and nothing is made smaller here."""
+    pipe, seen = loaded(models(name)), list[Preview]()
+    plain = made(pipe)
+    watched = made(pipe, callback_on_step_end=halovae.previews(pipe, every=2, show=seen.append, side=96, size=SIZE))
+    assert (plain == watched).all()
+    assert [one.step for one in seen] == [2, 4]
+    assert {one.picture.size for one in seen} == {SIZE}
+    difference = np.abs(np.asarray(seen[-1].picture).astype(int) - plain)
+    if pipe.scheduler.config._class_name != "PNDMScheduler":  # which takes a fifth step
+        assert difference.max() <= 1
+    assert np.asarray(seen[0].picture).std() > 1
+
+
+class Oracle:
+    """A pipeline whose model knows the picture from the beginning."""
+
+    num_timesteps = 6
+
+    def __init__(self, scheduler: Any, picture: Tensor) -> None:
+        torch.manual_seed(0)
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+        self.scheduler, self.picture = scheduler, picture
+        self.vae = diffusers.AutoencoderKL(block_out_channels=(32, 32), **blocks).eval()
+
+    def __call__(self, callback_on_step_end: Callable[..., Any]) -> None:
+        self.scheduler.set_timesteps(self.num_timesteps)
+        noise = torch.randn(self.picture.shape, generator=torch.Generator().manual_seed(1))
+        sigma = self.scheduler.sigmas[0]
+        is_flow = not isinstance(self.scheduler, diffusers.EulerDiscreteScheduler)
+        x = (1 - sigma) * self.picture + sigma * noise if is_flow else self.picture + sigma * noise
+        for index, step in enumerate(self.scheduler.timesteps):
+            if not is_flow:
+                self.scheduler.scale_model_input(x, step)
+            x = self.scheduler.step(noise - self.picture if is_flow else noise, step, x, return_dict=False)[0]
+            callback_on_step_end(self, index, step, {"latents": x})
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        diffusers.EulerDiscreteScheduler(),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+@pytest.mark.parametrize("every", [1, 2])
+def test_noise_is_taken_off(scheduler: Any, every: int) -> None:
+    """Where a model is right at each step, each preview is what it makes at last, but for the first step's."""
+    picture = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    pipe, seen = Oracle(scheduler, picture), list[Preview]()
+    pipe(callback_on_step_end=halovae.previews(pipe, every=every, show=seen.append))
+    assert [one.step for one in seen] == list(range(every, 7, every))
+    last = np.asarray(seen[-1].picture).astype(int)
+    assert last.std() > 1
+    for one in seen[1 if every == 1 else 0 :]:
+        assert np.abs(np.asarray(one.picture) - last).max() <= 1
+
+
+def test_pictures_are_as_small_as_asked_for() -> None:
+    pipe = Oracle(diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 4, 16, 24))
+    factor, seen = 2 ** (len(pipe.vae.config.block_out_channels) - 1), list[Preview]()
+    pipe(callback_on_step_end=halovae.previews(pipe, every=6, show=seen.append, side=12 * factor))
+    assert seen[0].picture.size == (12 * factor, 8 * factor)
+    small = torch.nn.functional.adaptive_avg_pool2d(pipe.picture, (8, 12))
+    expected = pipe.vae.decode(small / pipe.vae.config.scaling_factor).sample[0].clamp(-1, 1).add(1).mul(127.5).round()
+    assert np.abs(np.asarray(seen[0].picture) - expected.permute(1, 2, 0).detach().numpy()).max() <= 1
+
+
+def test_a_tiny_autoencoder_may_decode() -> None:
+    tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                                     num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()  # fmt: skip
+    pipe, seen = Oracle(diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 4, 8, 12)), list[Preview]()
+    pipe(callback_on_step_end=halovae.previews(pipe, every=6, show=seen.append, decoder=tiny))
+    expected = tiny.decode(pipe.picture).sample[0].clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0)
+    assert np.abs(np.asarray(seen[0].picture) - expected.detach().numpy()).max() <= 1
+
+
+def test_a_pipeline_goes_on_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen = Oracle(diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 4, 8, 12)), list[Preview]()
+    drawn = Previews._drawn
+
+    def short(self: Previews, z: Tensor) -> Any:
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("too much")
+        return drawn(self, z)
+
+    monkeypatch.setattr(Previews, "_drawn", short)
+    watch = halovae.previews(pipe, every=1, show=seen.append)
+    with pytest.warns(RuntimeWarning, match="no more previews: memory ran out"):
+        pipe(callback_on_step_end=watch)
+    assert [one.step for one in seen] == [1, 2]
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(callback_on_step_end=watch)  # another call tries again
+    assert len(seen) == 8
+
+
+def watched_by_all(folder: Path) -> tuple[list[int], Any, Any]:
+    pipe, seen = halovae.parallelize(loaded(folder)), list[Preview]()
+    plain = made(pipe)
+    watched = made(pipe, callback_on_step_end=halovae.previews(pipe, every=1, show=seen.append, size=SIZE, side=48))
+    return [one.step for one in seen], plain, watched
+
+
+def test_rank_0_draws_and_nothing_else_changes(models: Callable[[str], Path], ranks: Callable[[int], Ranks]) -> None:
+    (first, plain, watched), (other, *_) = ranks(2).run(watched_by_all, models("flux"))
+    assert (first, other) == ([1, 2, 3, 4], [])
+    assert (plain == watched).all()
+
+
+class Blind:
+    vae = None
+
+
+def test_what_cannot_be_drawn_is_refused(models: Callable[[str], Path]) -> None:
+    pipe = Oracle(diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 4, 8, 12))
+    for options, words in (({"every": 0}, "every=0: expected an integer of 1 or more"), ({"side": 0}, "side=0")):
+        with pytest.raises(ValueError, match=words):
+            halovae.previews(pipe, show=print, **options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected a diffusers pipeline with a vae; got Blind"):
+        halovae.previews(Blind(), show=print)
+    with pytest.raises(TypeError, match="HunyuanVideo15Pipeline takes no callback_on_step_end"):
+        halovae.previews(loaded(models("hunyuan-video-1.5")), show=print)
+    watch = halovae.previews(pipe, show=print)
+    with pytest.raises(ValueError, match="expected 'latents' in callback_on_step_end_tensor_inputs"):
+        watch(pipe, 0, 0, {})
+    pipe.picture = torch.randn(1, 5, 8, 12)
+    with pytest.raises(ValueError, match=r"its latents are \[1, 5, 8, 12\], and how they become \[B, 4, H, W\]"):
+        pipe(callback_on_step_end=watch)
+    flux = loaded(models("flux"))
+    with pytest.raises(ValueError, match="96 tokens are not those of .* pixels: expected size="):
+        made(flux, callback_on_step_end=halovae.previews(flux, show=print))
+    video = loaded(models("ltx-video"))
+    with pytest.raises(ValueError, match=r"how its latents \[1, .*, 8\] are unpacked is not known"):
+        made(video, callback_on_step_end=halovae.previews(video, show=print, size=SIZE))

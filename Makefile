@@ -29,7 +29,7 @@ test: lint docs
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/exactness.py
-	$(BIN)/python benchmarks/decode.py --vs diffusers --ranks 1 2
+	$(BIN)/python benchmarks/decode.py --ranks 1 2
 	$(BIN)/python benchmarks/streaming.py
 
 format: .venv/.installed

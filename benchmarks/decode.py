@@ -1,11 +1,13 @@
-"""Decode time and peak memory, halovae on one and more ranks beside diffusers and SGLang, interleaved in one run.
+"""Decode (or encode) time and peak memory, halovae on one and more ranks beside diffusers and SGLang, in one run.
 
-    python benchmarks/decode.py --vs diffusers --ranks 1 2
-    python benchmarks/decode.py --all --peers DIR_OF_PEER_SCRIPTS --peers-python THEIR_PYTHON
+    python benchmarks/decode.py --model wan2.1 --latent 1x16x3x32x32 --ranks 1 2
+    python benchmarks/decode.py --all
+    python benchmarks/decode.py --all --only flux --peers DIR_OF_PEER_SCRIPTS --peers-python THEIR_PYTHON
 
-All contestants hold a true-size model on seeded random weights, each rank in a process and on threads of its own, and
-take turns (A B A B ...) once they are warm. Times are those of the slowest rank. Peak memory is a process's peak
-resident set; "above resting" is above the same process with the weights loaded and nothing decoded yet.
+All contestants hold a true-size model on seeded random weights, each rank in a process and on threads of its own.
+diffusers is tried in four ways: eager, with channels last, with its decoder compiled, and with both. The fastest of
+them takes turns with the others (A B A B ...) once they are warm. Times are those of the slowest rank. Peak memory is a
+process's peak resident set; "above resting" is above the same process with the weights loaded and nothing decoded yet.
 `--all` runs the cases that have targets, and says which are reached.
 """
 
@@ -19,18 +21,26 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from halovae.bench.measure import Contestant, Model
-from halovae.bench.models import FAMILIES, random_vae
+from halovae.bench.models import MODELS, random_vae
+from halovae.integrations.sharing import Call
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ONE, TWO = "halovae, 1 rank", "halovae, 2 ranks"
-DIFFUSERS, THREADS, SGLANG = "diffusers", "diffusers, 2 threads", "SGLang, 2 ranks"
+EAGER, BEST, SGLANG = "diffusers, eager", "diffusers, at its best", "SGLang, 2 ranks"
+# How else diffusers may run: channels last, and compiled.
+WAYS = {
+    "diffusers, channels last": (True, False),
+    "diffusers, compiled": (False, True),
+    "diffusers, both": (True, True),
+}
 
 
 @dataclass(frozen=True)
@@ -38,45 +48,62 @@ class Case:
     """What is decoded and by whom, and how many times faster, or smaller, who must be than whom."""
 
     model: str
-    latent: str
+    shape: str
     dtype: str
     ranks: tuple[int, ...] = (1,)
     threads: int = 1
-    two_threads: bool = False
+    call: Call = "decode"
     peer: str | None = None
     faster: tuple[tuple[str, str, float], ...] = ()
     smaller: tuple[tuple[str, str, float], ...] = ()
 
     @property
     def title(self) -> str:
-        return f"{self.model}, {self.latent}, {self.dtype}"
+        return f"{self.model}, {self.call} of {self.shape}, {self.dtype}"
 
 
 ALL = (
+    Case("qwen-image", "1x16x1x32x32", "fp32", (1, 2), peer="qwen", faster=((ONE, BEST, 3.5), (TWO, SGLANG, 2.0))),
+    Case("qwen-image", "1x16x1x32x32", "bf16", faster=((ONE, BEST, 2.5),)),
     Case(
-        "wan2.1", "1x16x3x32x32", "fp32", (1, 2), two_threads=True, peer="wan",
-        faster=((ONE, DIFFUSERS, 1.8), (TWO, ONE, 1.85), (TWO, SGLANG, 1.8), (TWO, THREADS, 1.8)),
-        smaller=((ONE, DIFFUSERS, 0.75), (TWO, SGLANG, 0.75)),
+        "wan2.1", "1x16x3x32x32", "fp32", (1, 2), peer="wan", faster=((ONE, BEST, 2.2), (TWO, SGLANG, 2.0)),
+        smaller=((ONE, EAGER, 0.75),),
     ),
-    Case(
-        "qwen-image", "1x16x1x32x32", "fp32", (1, 2), two_threads=True, peer="qwen",
-        faster=((ONE, DIFFUSERS, 3.0), (TWO, SGLANG, 2.8), (TWO, THREADS, 2.8)),
-    ),
-    Case("qwen-image", "1x16x1x32x32", "bf16", faster=((ONE, DIFFUSERS, 2.8),)),
-    Case("wan2.2-5b", "1x48x2x16x16", "fp32", faster=((ONE, DIFFUSERS, 1.5),)),
-    Case("wan2.1", "1x16x3x32x32", "bf16", faster=((ONE, DIFFUSERS, 1.8),)),
+    Case("wan2.1", "1x16x3x32x32", "bf16", faster=((ONE, BEST, 1.7),), smaller=((ONE, EAGER, 0.75),)),
+    Case("wan2.2-5b", "1x48x2x16x16", "fp32", faster=((ONE, BEST, 2.3),)),
+    Case("flux", "1x16x64x64", "fp32", (1, 2), faster=((ONE, BEST, 1.7),), smaller=((ONE, EAGER, 0.6),)),
+    Case("flux", "1x16x64x64", "bf16", faster=((ONE, BEST, 1.3),), smaller=((ONE, EAGER, 0.6),)),
+    Case("flux", "1x3x512x512", "fp32", call="encode", faster=((ONE, BEST, 1.5),)),
+    Case("hunyuan-video-1.5", "1x32x3x16x16", "fp32", faster=((ONE, BEST, 1.5),)),
+    Case("ltx-2", "1x128x3x16x16", "fp32", faster=((ONE, BEST, 1.5),)),
+    Case("qwen-image-2.1", "1x64x1x32x32", "fp32", faster=((ONE, BEST, 1.5),)),
+    Case("sana", "1x32x16x16", "fp32", faster=((ONE, BEST, 1.5),)),  # DC-AE
+    Case("cogvideox", "1x16x3x32x32", "fp32", faster=((ONE, BEST, 1.5),)),
 )  # fmt: skip
 
 
 @dataclass
 class Figures:
-    """What one contestant took, over its decodes."""
+    """What one contestant took, over its calls."""
 
     seconds: list[float] = field(default_factory=list)
     peak: float = 0
     above_resting: float = 0
     error: float = 0
     warmup: float = 0
+
+    @classmethod
+    def of(cls, one: Contestant, reference: Tensor | None) -> Figures:
+        """Those of a contestant; the error is the largest absolute difference from a reference."""
+        assert one.frames is not None
+        assert reference is not None
+        return cls(
+            [taken.seconds for taken in one.taken],
+            one.memory("peak_reserved") / 2**20,
+            one.memory("above_resting") / 2**20,
+            (one.frames.float() - reference.float()).abs().max().item(),
+            one.warmup_seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +116,7 @@ class Peer:
     def decode(self, case: Case, into: Figures) -> None:
         """Decode once in processes of its own, warmed up on a crop."""
         command = [self.python, str(self.script), "--model", str(case.peer), "--mode", "spatial_shard"]
-        command += ["--latent", case.latent, "--ranks", "2", "--threads", "1", "--reps", "1", "--smallwarm", "1"]
+        command += ["--latent", case.shape, "--ranks", "2", "--threads", "1", "--reps", "1", "--smallwarm", "1"]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = done.stdout.strip().splitlines() or [done.stderr[-500:] or "nothing"]
         said: dict[str, Any] = json.loads(lines[-1]) if lines[-1].startswith("{") else {"failed": lines[-1]}
@@ -103,56 +130,66 @@ class Peer:
 
 
 def measure(case: Case, repeat: int, peer: Peer | None, console: Console) -> dict[str, Figures]:
-    """Decode `repeat` times by each in turn."""
-    shape = [int(extent) for extent in case.latent.split("x")]
+    """Call `repeat` times by each in turn."""
+    shape = [int(extent) for extent in case.shape.split("x")]
     dtype = DTYPES[case.dtype]
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(1234)).to(dtype)
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(1234)).to(dtype)
+    given = given.clamp(-1, 1) if case.call == "encode" else given
     with TemporaryDirectory() as temporary, console.status("making the model") as status:
         random_vae(case.model).save_pretrained(temporary)
-        model = Model(Path(temporary), FAMILIES[case.model][0], dtype, "cpu")
-        contestants = [Contestant(DIFFUSERS, model, 1, case.threads, kind="diffusers")]
-        if case.two_threads:
-            contestants.append(Contestant(THREADS, model, 1, 2, kind="diffusers"))
+        model = Model(Path(temporary), MODELS[case.model].class_name, dtype, "cpu", call=case.call)
+        eager = Contestant(EAGER, model, 1, case.threads, kind="diffusers")
+        tried = [eager]
+        tried += [
+            Contestant(name, model, 1, case.threads, "diffusers", compiled, channels_last)
+            for name, (channels_last, compiled) in WAYS.items()
+        ]
+        contestants = []
         for ranks in case.ranks:
             name = f"halovae, {ranks} rank{'s' * (ranks > 1)}"
-            contestants.append(Contestant(name, model, ranks, case.threads, compiled=True))
-        found = {contestant.name: Figures() for contestant in contestants}
-        if peer is not None and case.peer:
-            found[SGLANG] = Figures()
+            options = {"mode": "parallel", "gather": "rank0"}
+            contestants.append(Contestant(name, model, ranks, case.threads, compiled=True, options=options))
+        found: dict[str, Figures] = {}
         try:
-            for contestant in contestants:
-                status.update(f"{case.title}: warming up {contestant.name}")
-                contestant.warm_up(latents)
+            for one in tried:
+                status.update(f"{case.title}: trying {one.name}")
+                one.warm_up(given)
+                one.decode(given, keep=True)
+            best = min(tried, key=lambda one: one.seconds)
+            for one in tried:
+                found[one.name] = Figures.of(one, eager.frames)
+                if one is not best:
+                    one.close()
+            best.taken.clear()
+            contestants.insert(0, best)
+            for one in contestants[1:]:
+                status.update(f"{case.title}: warming up {one.name}")
+                one.warm_up(given)
+            if peer is not None and case.peer:
+                found[SGLANG] = Figures()
             for turn in range(repeat):
-                for contestant in contestants:
-                    status.update(f"{case.title}: round {turn + 1} of {repeat}: {contestant.name}")
-                    contestant.decode(latents, keep=turn == repeat - 1)
+                for one in contestants:
+                    status.update(f"{case.title}: round {turn + 1} of {repeat}: {one.name}")
+                    one.decode(given, keep=turn == repeat - 1)
                 if peer is not None and case.peer:
                     status.update(f"{case.title}: round {turn + 1} of {repeat}: {SGLANG}")
                     peer.decode(case, found[SGLANG])
         finally:
-            for contestant in contestants:
-                contestant.close()
-    reference = contestants[0].frames
+            for one in (*tried, *contestants):
+                one.close()
     for one in contestants:
-        assert one.frames is not None
-        assert reference is not None
-        figures = found[one.name]
-        figures.seconds = [taken.seconds for taken in one.taken]
-        figures.peak = one.memory("peak_reserved") / 2**20
-        figures.above_resting = one.memory("above_resting") / 2**20
-        figures.error = (one.frames.float() - reference.float()).abs().max().item()
-        figures.warmup = one.warmup_seconds
+        found[BEST if one is best else one.name] = Figures.of(one, eager.frames)
     return found
 
 
 def report(console: Console, case: Case, found: dict[str, Figures]) -> None:
-    """Print the table; ratios are of medians, against diffusers and the first of halovae's."""
-    reference, single = found[DIFFUSERS], next(figures for name, figures in found.items() if name.startswith("halovae"))
+    """Print the table; ratios are of medians, against the best of diffusers' ways, and the first of halovae's."""
+    best, eager = found[BEST], found[EAGER]
+    single = next(figures for name, figures in found.items() if name.startswith("halovae"))
     table = Table(title=f"{case.title}, {case.threads} thread(s) a rank", title_justify="left")
     for column in (
-        "decode", "median (s)", "all (s)", "speed / diffusers", "speed / 1st halovae", "warm-up (s)",
-        "peak (MiB)", "above resting (MiB)", "/ diffusers", "/ 1st halovae", "max error",
+        "who", "median (s)", "all (s)", "speed / best", "speed / 1st halovae", "warm-up (s)",
+        "peak (MiB)", "above resting (MiB)", "/ eager", "/ 1st halovae", "max error",
     ):  # fmt: skip
         table.add_column(column)
     for name, one in found.items():
@@ -161,12 +198,12 @@ def report(console: Console, case: Case, found: dict[str, Figures]) -> None:
             name,
             f"{seconds:.2f}",
             " ".join(f"{taken:.2f}" for taken in one.seconds),
-            f"{statistics.median(reference.seconds) / seconds:.2f}x",
+            f"{statistics.median(best.seconds) / seconds:.2f}x",
             f"{statistics.median(single.seconds) / seconds:.2f}x",
             f"{one.warmup:.1f}",
             f"{one.peak:,.0f}",
             f"{one.above_resting:,.0f}",
-            f"{one.above_resting / reference.above_resting:.2f}",
+            f"{one.above_resting / eager.above_resting:.2f}",
             f"{one.above_resting / single.above_resting:.2f}",
             f"{one.error:.1e}",
         )
@@ -192,10 +229,11 @@ def targets(case: Case, found: dict[str, Figures]) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="all cases that have targets, instead of one")
-    parser.add_argument("--vs", choices=["diffusers"], default="diffusers", help="whom to measure one case against")
+    parser.add_argument("--only", choices=list(MODELS), nargs="+", help="with --all: of these models")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="halovae's numbers of ranks")
-    parser.add_argument("--model", choices=list(FAMILIES), default="wan2.1")
-    parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW")
+    parser.add_argument("--model", choices=list(MODELS), default="wan2.1")
+    parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW; pictures for an encode")
+    parser.add_argument("--call", choices=get_args(Call), default="decode")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="threads of each rank and of diffusers")
     parser.add_argument("--repeat", type=int, default=3)
@@ -203,11 +241,13 @@ def main() -> None:
     parser.add_argument("--peers-python", default=sys.executable, help="the Python that has SGLang")
     args = parser.parse_args()
     peer = None if args.peers is None else Peer(args.peers / "sglang_decode.py", args.peers_python)
-    one = Case(args.model, args.latent, args.dtype, tuple(args.ranks), args.threads)
+    one = Case(args.model, args.latent, args.dtype, tuple(args.ranks), args.threads, args.call)
     console = Console()
     console.width = max(console.width, 160)
     reached = []
     for case in ALL if args.all else (one,):
+        if args.all and args.only and case.model not in args.only:
+            continue
         found = measure(case, args.repeat, peer, console)
         report(console, case, found)
         reached += targets(case, found)

@@ -87,9 +87,10 @@ def main() -> None:
     for column in ("model", "dtype", "passes", "bound", *GRIDS):
         table.add_column(column)
     groups = {count: Ranks(count) for count in (1, 2, 3, 4)}
+    progress = Console(stderr=True, width=140)
     cases = [(name, dtype, passes) for name in args.models for dtype in DTYPES for passes in (True, False)]
     broken = 0
-    for name, dtype, passes in track(cases, description="decoding", console=Console(stderr=True), transient=True):
+    for name, dtype, passes in track(cases, description="decoding", console=progress, transient=True):
         exact = "fp64" if dtype == "fp64" else "fp32"
         wanted = [zoo.decode(vae_of(name, exact), latents_of(name, exact, seed)) for seed in range(args.seeds)]
         if dtype == "bf16":
@@ -104,7 +105,9 @@ def main() -> None:
             mean = statistics.mean(map(error, found, wanted))
             broken += mean > bound
             cells.append(f"{mean:.1e}{'!' if mean > bound else ''}")
-        table.add_row(name, dtype, "on" if passes else "off", f"{bound:.1e}", *cells)
+        row = [name, dtype, "on" if passes else "off", f"{bound:.1e}", *cells]
+        table.add_row(*row)
+        progress.print(*row)
     for group in groups.values():
         group.close()
     Console(width=140).print(table)

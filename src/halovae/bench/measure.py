@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from halovae import kernels
+from halovae.bench import zoo
 from halovae.bench.profile import Profile, peaks, profiled
 from halovae.bench.ranks import Ranks
 from halovae.geometry import Grid
 from halovae.integrations.autoencoder import Autoencoder, load
 from halovae.integrations.classes import decode_options
+from halovae.integrations.sharing import Call
 from halovae.launch import RankError
 from halovae.memory import Memory, MemoryMeter
 from halovae.models.load import diffusers_module
@@ -43,6 +45,7 @@ class Model:
         dtype: what to compute in.
         device: its kind.
         exact: whether fp32 means fp32: CUDA's convolutions round their input to TF32 otherwise, as torch has it.
+        call: which call is measured; pictures take the latents' place in an encode.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class Model:
     dtype: torch.dtype
     device: str
     exact: bool = False
+    call: Call = "decode"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Taken:
 
 def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
-    decoder = load(model.path, dtype=model.dtype, device=Platform.default(model.device).device, encoder=False)
+    device = Platform.default(model.device).device
+    decoder = load(model.path, dtype=model.dtype, device=device, encoder=model.call == "encode")
     if compiled:
         kernels.works(decoder.device)  # the compiler rests in memory as the weights do
 
@@ -70,7 +75,13 @@ def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None
         stream = decoder.stream(latents, **options, **_own_options(latents))
         return stream.join(), stream.report
 
-    _hold(decoder.device, decode, decoder)
+    def encode(pictures: Tensor) -> tuple[Tensor | None, Memory]:
+        memory = MemoryMeter(Platform(decoder.device))
+        with memory.counting():
+            moments = decoder.encode(pictures, **options)
+        return moments, memory.read()
+
+    _hold(decoder.device, decode if model.call == "decode" else encode, decoder)
     _held["options"] = options
 
 
@@ -80,25 +91,33 @@ def _own_options(latents: Tensor) -> dict[str, Any]:
     return decode_options(owner.module, latents)
 
 
-def _hold_diffusers(model: Model, tiled: bool) -> None:
+def _hold_diffusers(model: Model, tiled: bool, channels_last: bool, compiled: bool) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
     platform = Platform.default(model.device)
-    vae: Any = diffusers_module(model.path, model.dtype, encoder=False)
+    vae: Any = diffusers_module(model.path, model.dtype, encoder=model.call == "encode")
     vae.to(platform.device)
+
+    def laid_out(x: Tensor) -> Tensor:
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
+        return x.contiguous(memory_format=formats.get(x.ndim, torch.contiguous_format))
+
     for parameter in vae.parameters():  # weights mapped from a file are not in memory before they are used
-        parameter.data = parameter.data.clone()
+        parameter.data = laid_out(parameter.data.clone())
     if tiled:
         vae.enable_tiling()
 
     def decode(latents: Tensor) -> tuple[Tensor | None, Memory]:
         memory = MemoryMeter(platform)
         with torch.inference_mode(), memory.counting():
-            latents = latents.to(platform.device, model.dtype)
-            frames = vae.decode(latents, **decode_options(vae, latents)).sample
+            x = laid_out(latents.to(platform.device, model.dtype))
+            is_decode = model.call == "decode"
+            result = vae.decode(x, **decode_options(vae, x)).sample if is_decode else zoo.encode(vae, x)
         platform.synchronize()
-        return frames, memory.read()
+        return result, memory.read()
 
     _hold(platform.device, decode, vae)
+    if compiled:
+        (vae.decoder if model.call == "decode" else vae.encoder).compile()
 
 
 def _hold(device: torch.device, decode: Callable[..., tuple[Tensor | None, Any]], owner: Any) -> None:
@@ -141,6 +160,11 @@ def _warm_up(shape: Sequence[int]) -> float:
         return float(_held["owner"].warmup(shape, **_held["options"], **own))
 
 
+def _compile() -> None:
+    for call in _held["owner"].calls.values():
+        call.compile()
+
+
 def _profiled(latents: Tensor, label: str, trace: Path) -> Profile | None:
     """On rank 0, what its decode is made of."""
     platform: Platform = _held["platform"]
@@ -179,7 +203,8 @@ class Contestant:
         ranks: how many ranks do.
         threads: CPU threads of each.
         kind: "halovae", "diffusers", or "tiled" for diffusers' tiling.
-        compiled: whether halovae compiles its kernels before it decodes.
+        compiled: whether halovae compiles its kernels before it decodes, or diffusers' module is compiled.
+        channels_last: whether channels lie side by side in diffusers' weights and latents.
         options: of its decodes; see `Autoencoder.stream`.
         report: halovae's of the last decode, by rank 0.
         taken: what each decode took, in order.
@@ -194,6 +219,7 @@ class Contestant:
     threads: int
     kind: str = "halovae"
     compiled: bool = False
+    channels_last: bool = False
     options: dict[str, Any] = field(default_factory=lambda: {"mode": "parallel"})
     report: DecodeReport | None = None
     taken: list[Taken] = field(default_factory=list)
@@ -212,19 +238,24 @@ class Contestant:
             if own:
                 self._group.run(_hold_halovae, self.model, self.compiled, self.options)
             else:
-                self._group.run(_hold_diffusers, self.model, self.kind == "tiled")
+                self._group.run(_hold_diffusers, self.model, self.kind == "tiled", self.channels_last, self.compiled)
         return self._group
 
     def warm_up(self, latents: Tensor) -> None:
         """Do what is only done the first time, which nobody measures, before decodes of these latents."""
-        if self.kind == "halovae":
+        own, is_decode = self.kind == "halovae", self.model.call == "decode"
+        if own and is_decode:
             self._attempted(_plan, latents)
-        if self.compiled:
+        if own and is_decode and self.compiled:
             seconds = self._attempted(_warm_up, latents.shape)
+        elif own and self.compiled:
+            self._attempted(_compile)
+            seconds = [taken[0] for taken in self._attempted(_decode, latents, False)]
         else:
-            # On an accelerator kernels are chosen by shape; the CPU just loads.
+            # On an accelerator kernels are chosen by shape, as by a compiler; the CPU just loads.
             crop = latents[:, :, :2] if latents.ndim == 5 else latents
-            crop = crop[..., : self.ranks, : self.ranks] if self.model.device == "cpu" else latents
+            by_shape = self.model.device != "cpu" or self.compiled or not is_decode
+            crop = latents if by_shape else crop[..., : self.ranks, : self.ranks]
             seconds = [taken[0] for taken in self._attempted(_decode, crop, False)]
         self.warmup_seconds = max(seconds, default=0)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halovae.integrations.classes import BATCHED, sizes_of
+from halovae.integrations.classes import BATCHED, latent_channels, sizes_of, spatial_ratio
 
 
 @dataclass(frozen=True)
@@ -179,27 +179,6 @@ def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: in
     return 1, channels, (frames - first) // ratio + first, *plane
 
 
-def latent_channels(module: nn.Module) -> int | None:
-    """Channels of the latents; None if the config does not say."""
-    config: Mapping[str, Any] = getattr(module, "config", {})
-    return next((int(config[key]) for key in _CHANNELS if config.get(key)), None)
-
-
-def spatial_ratio(module: nn.Module) -> int | None:
-    """Picture rows per latent row; None if the config does not say."""
-    config: Mapping[str, Any] = getattr(module, "config", {})
-    if (sizes := sizes_of(module)) is not None:
-        return sizes.spatial_factor
-    for key in ("spatial_compression_ratio", "scale_factor_spatial"):
-        for values in (config, vars(module)):
-            if isinstance(values.get(key), int):
-                return int(values[key])
-    for key in ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels", "ch_mult"):
-        if config.get(key):
-            return int(2 ** (len(config[key]) - 1))
-    return None
-
-
 def temporal_ratio(module: nn.Module) -> tuple[int, int]:
     """Frames per latent frame, and how many frames the first latent frame makes besides: 1 in causal models, else 0."""
     name, config = type(module).__name__, getattr(module, "config", {})
@@ -234,7 +213,6 @@ def latent_dims(module: nn.Module) -> str:
     return "[B, C, T, H, W]" if framed else "[B, C, H, W]"
 
 
-_CHANNELS = ("latent_channels", "z_dim", "z_channels", "vq_embed_dim", "encoder_hidden_size")
 _ONE_FRAME = ("AutoencoderKLQwenImage21",)
 _SAME_FRAMES = ("AutoencoderKLHunyuanImageRefiner",)
 _WHOLE_FRAMES = ("AutoencoderKLAllegro", "AutoencoderVidTok")  # every latent frame makes as many

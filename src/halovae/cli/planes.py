@@ -48,8 +48,8 @@ class PlaneModel:
             ValueError: the model decodes no such latents.
         """
         from halovae.bench import zoo
-        from halovae.bench.models import latent_channels, latent_dims
-        from halovae.integrations.classes import BATCHED
+        from halovae.bench.models import latent_dims
+        from halovae.integrations.classes import BATCHED, latent_channels
 
         if self.name in BATCHED:
             raise ValueError(f"{self.name} takes the frames of a clip as a batch: decode it in Python, by halovae.load")

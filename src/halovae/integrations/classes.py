@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from halovae.models.wan import WanConfig
 from halovae.plane.keys import hooked
 
 BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
+_CHANNELS = ("latent_channels", "z_dim", "z_channels", "vq_embed_dim", "encoder_hidden_size")
 FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
 
 
@@ -27,12 +28,25 @@ def sizes_of(vae: nn.Module) -> WanConfig | None:
     return config_of({**getattr(vae, "config", {}), "_class_name": name}, name) if name in CLASSES else None
 
 
-def pixels_per_cell(vae: nn.Module) -> int:
-    """How many rows, or cols, of a picture one of its latents stands for."""
-    config = getattr(vae, "config", None)
-    ratio = vars(vae).get("spatial_compression_ratio", getattr(config, "spatial_compression_ratio", None))
-    levels = len(getattr(config, "block_out_channels", None) or (0,))
-    return int(ratio) if isinstance(ratio, (int, float)) else 2 ** (levels - 1)
+def latent_channels(vae: nn.Module) -> int | None:
+    """Channels of the latents; None if the config does not say."""
+    config: Mapping[str, Any] = getattr(vae, "config", {})
+    return next((int(config[key]) for key in _CHANNELS if config.get(key)), None)
+
+
+def spatial_ratio(vae: nn.Module) -> int | None:
+    """Picture rows per latent row; None if the config does not say."""
+    config: Mapping[str, Any] = getattr(vae, "config", {})
+    if (sizes := sizes_of(vae)) is not None:
+        return sizes.spatial_factor
+    for key in ("spatial_compression_ratio", "scale_factor_spatial"):
+        for values in (config, vars(vae)):
+            if isinstance(values.get(key), int):
+                return int(values[key])
+    for key in ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels", "ch_mult"):
+        if config.get(key):
+            return int(2 ** (len(config[key]) - 1))
+    return None
 
 
 def moved(vae: nn.Module, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from halovae.geometry import Grid
-from halovae.integrations.classes import BATCHED, FIELDS, pixels_per_cell, sizes_of, whole
+from halovae.integrations.classes import BATCHED, FIELDS, sizes_of, spatial_ratio, whole
 from halovae.integrations.sharing import Call, Choice, Sharing
 from halovae.kernels import EAGER, Kernels
 from halovae.lines import world_size
@@ -51,7 +51,7 @@ class PlaneCall:
         self._own: Callable[..., Any] = getattr(type(vae), name)
         self.signature = inspect.signature(self._own)
         identity = Identity(f"PlaneCall.{name}", self._kind_by_name, self._recall_kind)
-        self._multiple = pixels_per_cell(vae) if name == "encode" else 1
+        self._multiple = (spatial_ratio(vae) or 1) if name == "encode" else 1
         self.sizes = sizes_of(vae)
         self._sharded = Sharded(self._run, [vae], self._multiple, identity)
         self._choices: dict[str, Choice] = {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from halovae.geometry import Grid
 from halovae.integrations.autoencoder import Autoencoder
-from halovae.integrations.classes import decode_options, denormalized, pixels_per_cell, tiles_only
+from halovae.integrations.classes import decode_options, denormalized, latent_channels, spatial_ratio, tiles_only
 from halovae.mesh import Mesh
 from halovae.out_of_memory import is_out_of_memory
 
@@ -84,7 +84,7 @@ class Previews:
         normalized = True
         if latents.ndim == 3:
             latents, normalized = _unpacked(pipe, latents, self._size)
-        channels = _channels(self._vae)
+        channels = latent_channels(self._vae)
         if latents.ndim not in (4, 5) or latents.shape[1] != channels:
             raise ValueError(
                 f"previews of {type(pipe).__name__}: its latents are {given}, and how they become "
@@ -99,7 +99,7 @@ class Previews:
     @torch.no_grad()
     def _drawn(self, z: Tensor) -> Image.Image:
         height, width = z.shape[-2:]
-        shrink = min(1.0, self._side / (pixels_per_cell(self._vae) * max(height, width)))
+        shrink = min(1.0, self._side / ((spatial_ratio(self._vae) or 1) * max(height, width)))
         size = max(1, round(height * shrink)), max(1, round(width * shrink))
         flat = z.flatten(1, -3) if z.ndim == 5 else z
         small = F.adaptive_avg_pool2d(flat, size).view(*z.shape[:-2], *size)
@@ -194,8 +194,3 @@ def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int] | None) -> tuple
             f"previews of {name}: latents of {latents.shape[1]} tokens are not those of {width}x{height} pixels: "
             "expected size=(width, height) of what is made"
         ) from error
-
-
-def _channels(vae: Any) -> int:
-    """Of the latents that an autoencoder decodes."""
-    return int(getattr(vae.config, "latent_channels", None) or vae.config.z_dim)

@@ -156,6 +156,24 @@ def test_diffusers_decodes_without_its_encoder(family: str, tmp_path: Path) -> N
     assert torch.allclose(contestant.frames, reference(family, latents(family, frames=1)), atol=1e-4)
 
 
+def test_encodes_are_measured_as_decodes_are(tmp_path: Path) -> None:
+    vae("wan2.1").save_pretrained(tmp_path)
+    model = Model(tmp_path, "AutoencoderKLWan", torch.float32, "cpu", call="encode")
+    clip = torch.rand(1, 3, 5, 32, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    theirs = Contestant("diffusers", model, 1, 1, kind="diffusers", channels_last=True)
+    ours = Contestant("halovae", model, 2, 1, options={"mode": "parallel"})
+    for one in (theirs, ours):
+        with closing(one):
+            one.warm_up(clip)
+            one.decode(clip, keep=True)
+    assert ours.frames is not None
+    with torch.inference_mode():
+        expected = vae("wan2.1").encode(clip).latent_dist.parameters
+    torch.testing.assert_close(theirs.frames, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.frames, expected, atol=1e-4, rtol=0)
+    assert min(one.memory("peak_reserved") for one in (theirs, ours)) > 0
+
+
 def test_rows_that_ran_out_of_memory_are_shown_and_concluded() -> None:
     case: dict[str, Any] = {"size": "64x48", "frames": 9, "batch": 1}
     memory: dict[str, Any] = {"peak_reserved": 4e9, "peak_allocated": 3e9, "pool_overhead": 1e9, "remaining": 4e9}

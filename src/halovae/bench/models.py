@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halovae.integrations.classes import BATCHED, latent_channels, sizes_of, spatial_ratio
+from halovae.integrations.classes import BATCHED, latent_channels, makes_clips, sizes_of, spatial_ratio, takes_frames
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: in
     if not makes_clips(module):
         if frames != 1:
             raise ValueError(f"{frames} frames: {name} makes pictures: --frames 1")
-        return (1, channels, 1, *plane) if type(module).__name__ in _ONE_FRAME else (1, channels, *plane)
+        return (1, channels, 1, *plane) if takes_frames(module) else (1, channels, *plane)
     ratio, first = temporal_ratio(module)
     if (frames - first) % ratio:
         below = first + (frames - first) // ratio * ratio
@@ -195,25 +195,12 @@ def temporal_ratio(module: nn.Module) -> tuple[int, int]:
     return ratio, 0 if name in _WHOLE_FRAMES else 1
 
 
-def makes_clips(module: nn.Module) -> bool:
-    """Whether latents have frames."""
-    decoder = getattr(module, "decoder", module)
-    return any(isinstance(one, nn.Conv3d) for one in decoder.modules()) or type(module).__name__ in BATCHED
-
-
 def usual_frames(module: nn.Module, clip: int) -> int:
     """How many frames results usually have: 1 of pictures, also where latents have frames, else `clip`."""
     sizes = sizes_of(module)
     return clip if makes_clips(module) and (sizes is None or sizes.family != "qwen-image") else 1
 
 
-def latent_dims(module: nn.Module) -> str:
-    """The dims of latents, such as "[B, C, H, W]". Those of one class always have one frame."""
-    framed = makes_clips(module) or type(module).__name__ in _ONE_FRAME
-    return "[B, C, T, H, W]" if framed else "[B, C, H, W]"
-
-
-_ONE_FRAME = ("AutoencoderKLQwenImage21",)
 _SAME_FRAMES = ("AutoencoderKLHunyuanImageRefiner",)
 _WHOLE_FRAMES = ("AutoencoderKLAllegro", "AutoencoderVidTok")  # every latent frame makes as many
 

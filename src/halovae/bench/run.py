@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from halovae.bench.measure import Contestant, Model
-from halovae.bench.models import MODELS, latent_shape, makes_clips, meta_vae_of, random_vae
+from halovae.bench.models import MODELS, latent_shape, meta_vae_of, random_vae
 from halovae.bench.profile import Profile
 from halovae.bench.report import Row
 from halovae.demo.run import MODEL as DEMO
 from halovae.geometry import Grid
+from halovae.integrations.classes import makes_clips
 from halovae.models.load import CLASSES, find_model, open_checkpoint, read_class, read_config, read_diffusers_config
 from halovae.platform import Platform
 from halovae.simulate import Link

@@ -72,8 +72,8 @@ def _sizes(path: Path) -> _Sizes:
         config = read_config(path)
         return _Sizes(config.family, config.spatial_factor, config.temporal_factor, 1, True)
     model = PlaneModel.read(path, torch.float32)
-    from halovae.bench.models import makes_clips, temporal_ratio
-    from halovae.integrations.classes import spatial_ratio
+    from halovae.bench.models import temporal_ratio
+    from halovae.integrations.classes import makes_clips, spatial_ratio
 
     ratio = spatial_ratio(model.module)
     if ratio is None:

@@ -51,8 +51,8 @@ def _described(
     path: Path, size: tuple[int, int] | None, frames: int | None, batch: int, ranks: Grid, dtype: Dtype
 ) -> Iterator[tuple[str, str]]:
     model = PlaneModel.read(path, dtype.torch)
-    from halovae.bench.models import latent_shape, makes_clips, temporal_ratio
-    from halovae.integrations.classes import latent_channels, spatial_ratio
+    from halovae.bench.models import latent_shape, temporal_ratio
+    from halovae.integrations.classes import latent_channels, makes_clips, spatial_ratio
 
     clips, sizes = makes_clips(model.module), sizes_of(model.module)
     width, height, count = USUAL[sizes.family] if sizes is not None else CLIP if clips else PICTURE

@@ -48,12 +48,11 @@ class PlaneModel:
             ValueError: the model decodes no such latents.
         """
         from halovae.bench import zoo
-        from halovae.bench.models import latent_dims
-        from halovae.integrations.classes import BATCHED, latent_channels
+        from halovae.integrations.classes import BATCHED, latent_channels, takes_frames
 
         if self.name in BATCHED:
             raise ValueError(f"{self.name} takes the frames of a clip as a batch: decode it in Python, by halovae.load")
-        dims = latent_dims(self.module)
+        dims = "[B, C, T, H, W]" if takes_frames(self.module) else "[B, C, H, W]"
         channels = latent_channels(self.module)
         expected = f"{dims} with {channels} channels, each at least 1, for {self.name}"
         if len(shape) != dims.count(",") + 1 or min(shape) < 1 or channels not in (None, shape[1]):

@@ -14,6 +14,7 @@ from halovae.models.wan import WanConfig
 from halovae.plane.keys import hooked
 
 BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
+_ONE_FRAME = ("AutoencoderKLQwenImage21",)
 _CHANNELS = ("latent_channels", "z_dim", "z_channels", "vq_embed_dim", "encoder_hidden_size")
 FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
 
@@ -28,15 +29,20 @@ def sizes_of(vae: nn.Module) -> WanConfig | None:
     return config_of({**getattr(vae, "config", {}), "_class_name": name}, name) if name in CLASSES else None
 
 
+def _config(vae: nn.Module) -> Mapping[str, Any]:
+    config = getattr(vae, "config", None)
+    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+
+
 def latent_channels(vae: nn.Module) -> int | None:
     """Channels of the latents; None if the config does not say."""
-    config: Mapping[str, Any] = getattr(vae, "config", {})
+    config = _config(vae)
     return next((int(config[key]) for key in _CHANNELS if config.get(key)), None)
 
 
 def spatial_ratio(vae: nn.Module) -> int | None:
     """Picture rows per latent row; None if the config does not say."""
-    config: Mapping[str, Any] = getattr(vae, "config", {})
+    config = _config(vae)
     if (sizes := sizes_of(vae)) is not None:
         return sizes.spatial_factor
     for key in ("spatial_compression_ratio", "scale_factor_spatial"):
@@ -47,6 +53,17 @@ def spatial_ratio(vae: nn.Module) -> int | None:
         if config.get(key):
             return int(2 ** (len(config[key]) - 1))
     return None
+
+
+def makes_clips(vae: nn.Module) -> bool:
+    """Whether latents have frames."""
+    decoder = getattr(vae, "decoder", vae)
+    return any(isinstance(one, nn.Conv3d) for one in decoder.modules()) or type(vae).__name__ in BATCHED
+
+
+def takes_frames(vae: nn.Module) -> bool:
+    """Whether latents are `[B, C, T, H, W]`. Those of one class always have one frame."""
+    return type(vae).__name__ not in BATCHED and (makes_clips(vae) or type(vae).__name__ in _ONE_FRAME)
 
 
 def moved(vae: nn.Module, x: Tensor) -> Tensor:

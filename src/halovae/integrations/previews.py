@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from halovae.geometry import Grid
 from halovae.integrations.autoencoder import Autoencoder
-from halovae.integrations.classes import decode_options, denormalized, latent_channels, spatial_ratio, tiles_only
+from halovae.integrations.classes import (
+    decode_options,
+    denormalized,
+    latent_channels,
+    moved,
+    spatial_ratio,
+    takes_frames,
+    tiles_only,
+)
 from halovae.mesh import Mesh
 from halovae.out_of_memory import is_out_of_memory
 
@@ -50,64 +58,80 @@ class Previews:
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Draw, if it is time to. Changes nothing of what the pipeline makes."""
-        if dist.is_initialized() and dist.get_rank() > 0:
-            return {}
         if step == 0:
             self._earlier, self._works = None, True
-        is_due = (step + 1) % self._every == 0
-        if not self._works or not (is_due or step == 0):
+            if "latents" not in tensors:
+                raise ValueError("previews need the latents: expected 'latents' in callback_on_step_end_tensor_inputs")
+            self._decodable(pipe, self._first(pipe, tensors["latents"]))  # all ranks refuse alike
+        steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        is_last = step + 1 >= steps
+        is_due = (step + 1) % self._every == 0 or is_last
+        if (dist.is_initialized() and dist.get_rank() > 0) or not self._works or not (is_due or step == 0):
             return {}
-        if "latents" not in tensors:
-            raise ValueError("previews need the latents: expected 'latents' in callback_on_step_end_tensor_inputs")
-        z = self._as_decoded(pipe, self._denoised(pipe.scheduler, tensors["latents"].float()))
-        if is_due:  # in the first step, what cannot be drawn is refused
-            try:
-                self._show(Preview(step + 1, pipe.num_timesteps, self._drawn(z)))
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._works = False
-                warnings.warn(f"no more previews: memory ran out ({error})", RuntimeWarning, stacklevel=2)
+        try:
+            latents = self._denoised(pipe.scheduler, self._first(pipe, tensors["latents"]).float().clone())
+            if is_due:
+                self._show(Preview(step + 1, steps, self._drawn(self._decodable(pipe, latents))))
+        except Exception as error:  # on this rank alone: the pipeline goes on on all of them
+            self._works = False
+            reason = "memory ran out" if is_out_of_memory(error) else type(error).__name__
+            warnings.warn(f"no more previews: {reason} ({error})", RuntimeWarning, stacklevel=2)
+        if is_last or not self._works:
+            self._earlier = None
         return {}
 
-    def _denoised(self, scheduler: Any, latents: Tensor) -> Tensor:
-        """Where the line through the latents of an earlier step and these ends, if they lie on one."""
-        sigma, earlier = _sigma(scheduler), self._earlier
-        self._earlier = None if sigma is None else (sigma, latents)
-        if sigma is None or earlier is None or earlier[0] == sigma:
-            return latents
-        return latents - sigma / (sigma - earlier[0]) * (latents - earlier[1])
+    def _first(self, pipe: Any, latents: Tensor) -> Tensor:
+        """The first item's latents, of a clip the first frame's."""
+        given, name, vae, channels = list(latents.shape), type(pipe).__name__, self._vae, latent_channels(self._vae)
+        if latents.ndim == 3:
+            return latents[:1]
+        transposed = type(vae).__name__ in _TRANSPOSED or name.startswith(_TRANSPOSED)
+        if latents.ndim not in (4, 5) or latents.shape[1] != channels or (latents.ndim == 5 and transposed):
+            raise ValueError(
+                f"previews of {name}: its latents are {given}, and how they become [B, {channels}, H, W] or "
+                f"[B, {channels}, T, H, W] for {type(vae).__name__} is not known"
+            )
+        if "ImageToVideo" in name and getattr(pipe.config, "expand_timesteps", False):
+            raise ValueError(f"previews of {name} with expand_timesteps: the first frame is not among its latents")
+        return latents[:1, :, :1] if latents.ndim == 5 else latents[:1]
 
-    def _as_decoded(self, pipe: Any, latents: Tensor) -> Tensor:
-        """The first item's latents as the VAE takes them, without those of later frames."""
-        given, latents = list(latents.shape), latents[:1]
+    def _decodable(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Latents as the VAE takes them."""
         normalized = True
         if latents.ndim == 3:
             latents, normalized = _unpacked(pipe, latents, self._size)
-        channels = latent_channels(self._vae)
-        if latents.ndim not in (4, 5) or latents.shape[1] != channels:
-            raise ValueError(
-                f"previews of {type(pipe).__name__}: its latents are {given}, and how they become "
-                f"[B, {channels}, H, W] or [B, {channels}, T, H, W] for {type(self._vae).__name__} is not known"
-            )
-        if latents.ndim == 5:
-            latents = latents[:, :, :1]
-        if latents.ndim == 5 and type(self._vae).__name__ == "AutoencoderTiny":  # it knows pictures only
+        if latents.ndim == 5 and not takes_frames(self._vae):
             latents = latents[:, :, 0]
         return denormalized(latents, self._vae.config, type(self._vae).__name__) if normalized else latents
+
+    def _denoised(self, scheduler: Any, latents: Tensor) -> Tensor:
+        """Where the line through the latents of the preview before and these ends, if they are on one."""
+        sigma, earlier = _sigma(scheduler), self._earlier
+        if sigma is None or earlier is None:
+            self._earlier = None if sigma is None else (sigma, latents)
+            return latents
+        if earlier[0] == sigma:
+            return latents
+        self._earlier = sigma, latents
+        return latents - sigma / (sigma - earlier[0]) * (latents - earlier[1])
 
     @torch.no_grad()
     def _drawn(self, z: Tensor) -> Image.Image:
         height, width = z.shape[-2:]
         shrink = min(1.0, self._side / ((spatial_ratio(self._vae) or 1) * max(height, width)))
-        size = max(1, round(height * shrink)), max(1, round(width * shrink))
+        size = max(1, int(height * shrink)), max(1, int(width * shrink))
         flat = z.flatten(1, -3) if z.ndim == 5 else z
-        small = F.adaptive_avg_pool2d(flat, size).view(*z.shape[:-2], *size)
-        alone = Mesh(Grid(), small.device)  # the other ranks go on
-        frames = self._autoencoder.decode(small, mesh=alone, dtype=torch.uint8, **decode_options(self._vae, small))
+        small = moved(self._vae, F.adaptive_avg_pool2d(flat, size).view(*z.shape[:-2], *size))
+        own = Mesh(Grid(), small.device)  # the other ranks go on
+        frames = self._autoencoder.decode(small, mesh=own, dtype=torch.uint8, **decode_options(self._vae, small))
         assert frames is not None
-        frame = frames[0, :3, 0] if frames.ndim == 5 else frames[0, :3]
-        return Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
+        frame = (frames[0, :, 0] if frames.ndim == 5 else frames[0]).permute(1, 2, 0)
+        picture = Image.fromarray(frame.cpu().numpy())
+        if picture.mode != "RGBA":
+            return picture
+        white = Image.new("RGBA", picture.size, "white")
+        white.alpha_composite(picture)
+        return white.convert("RGB")
 
 
 def previews(
@@ -121,50 +145,57 @@ def previews(
 ) -> Previews:
     """Make a `callback_on_step_end` that draws small pictures of what a pipeline makes, while its steps run.
 
-    The latents of a step are averaged to a small plane and decoded there, as one device decodes them. With flow
-    matching and with Euler's method, what remains of the noise is taken off first: the line through the latents of two
-    steps is followed to its end without noise. Rank 0 draws; the pipeline's own result is not changed.
+    The latents of a step are averaged to a small plane and decoded there, as one device decodes them. For flow matching
+    and Euler's method, noise is removed first: the line through the latents of this preview and the one before (or the
+    first step's) is followed to its end without noise. Rank 0 draws; the pipeline's own result does not change.
 
         pipe("a cat", callback_on_step_end=halovae.previews(pipe, show=lambda p: p.picture.save(f"{p.step}.jpg")))
 
     Args:
         pipe: a diffusers pipeline with a `vae`, parallelized or not. Its callback's latents are 4-D or 5-D, or packed
             as those of FLUX, FLUX.2, and Qwen-Image are.
-        every: steps from one picture to the next.
-        show: is called on rank 0 with each.
-        side: of the longer side in pixels, at most.
-        size: width and height in pixels of what is made, for packed latents; None for the pipeline's usual.
+        every: steps from one preview to the next. The last step always has one.
+        show: is called with each, on rank 0.
+        side: of the longer side in pixels, at most, but for one latent.
+        size: width and height in pixels of what is made; needed for packed latents.
         decoder: what decodes instead of `pipe.vae`, such as diffusers' `AutoencoderTiny` for the same latents, or an
             `Autoencoder` that keeps its graphs from one call to the next.
 
     Raises:
-        TypeError: the pipeline has no VAE, or takes no callback, or its VAE decodes nothing small.
-        ValueError: `every` or `side` is below 1; or, in the first step, it is not known how the pipeline's latents
-            become its VAE's.
+        TypeError: the pipeline has no VAE, or takes no callback, or what decodes only knows tiles of one size.
+        ValueError: `every` or `side` is below 1; or, in the first step and on all ranks, it is not known how the
+            pipeline's latents become its VAE's.
 
     Warns:
-        RuntimeWarning: memory ran out while a picture was drawn; the pipeline goes on without.
+        RuntimeWarning: a picture could not be drawn or shown; the pipeline goes on without previews.
     """
     if not isinstance(getattr(pipe, "vae", None), nn.Module):
         raise TypeError(f"expected a diffusers pipeline with a vae; got {type(pipe).__name__}")
     if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
-        raise TypeError(f"{type(pipe).__name__} takes no callback_on_step_end: it cannot be watched")
-    if decoder is None and tiles_only(pipe.vae):
-        raise TypeError(f"{type(pipe.vae).__name__} decodes tiles of one size, no small pictures: expected a decoder")
+        raise TypeError(f"{type(pipe).__name__} takes no callback_on_step_end: it has no previews")
     for name, value in (("every", every), ("side", side)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: expected an integer of 1 or more")
     if not isinstance(decoder, Autoencoder):
         decoder = Autoencoder(pipe.vae if decoder is None else decoder)
+    if tiles_only(decoder.module):
+        raise TypeError(f"{type(decoder.module).__name__} decodes tiles of one size: expected another decoder")
     return Previews(every, show, side, size, decoder)
+
+
+# VAEs, and beginnings of pipelines' names, whose latents are `[B, T, C, H, W]` or `[B, T, H, W, C]`.
+_TRANSPOSED = ("AutoencoderKLCogVideoX", "AutoencoderKLTemporalDecoder", "Kandinsky5", "Kandinsky6")
+_FLOW = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")  # straight only with the sigmas of flow matching
 
 
 def _sigma(scheduler: Any) -> float | None:
     """The latents' sigma after a step, where they lie on a line from noise to picture in it; else None."""
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    straight = flow or name.startswith("FlowMatch") or name == "EulerDiscreteScheduler"
+    flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    straight = name in ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler") or (flow and name in _FLOW)
     random = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
+    if config.get("invert_sigmas"):
+        return None
     index, sigmas = getattr(scheduler, "step_index", None), getattr(scheduler, "sigmas", None)
     if not straight or random or index is None or sigmas is None:
         return None
@@ -179,18 +210,19 @@ def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int] | None) -> tuple
     wanted = ["latents", "height", "width", "vae_scale_factor"]
     if not is_flux2 and (unpack is None or list(inspect.signature(unpack).parameters) != wanted):
         raise ValueError(f"previews of {name}: how its latents {list(latents.shape)} are unpacked is not known")
-    ratio = pipe.vae_scale_factor
-    usual = getattr(pipe, "default_sample_size", 0) * ratio
-    width, height = size or (usual, usual)
+    if size is None:
+        raise ValueError(f"previews of {name}: its latents are packed, expected size=(width, height) of what is made")
+    (width, height), ratio = size, pipe.vae_scale_factor
     try:
         if not is_flux2:
             return unpack(latents, height, width, ratio), True
         wide = latents.transpose(1, 2).reshape(1, -1, height // (2 * ratio), width // (2 * ratio))
-        norm = pipe.vae.bn
-        std = torch.sqrt(norm.running_var.view(1, -1, 1, 1) + pipe.vae.config.batch_norm_eps)
-        return pipe._unpatchify_latents(wide * std + norm.running_mean.view(1, -1, 1, 1)), False
+        mean, variance = (  # an offloaded VAE's are elsewhere
+            one.to(wide).view(1, -1, 1, 1) for one in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var)
+        )
+        return pipe._unpatchify_latents(wide * (variance + pipe.vae.config.batch_norm_eps).sqrt() + mean), False
     except RuntimeError as error:  # of a view
         raise ValueError(
-            f"previews of {name}: latents of {latents.shape[1]} tokens are not those of {width}x{height} pixels: "
-            "expected size=(width, height) of what is made"
+            f"previews of {name}: size {width}x{height} does not make latents of {latents.shape[1]} tokens: expected "
+            "the width and height of what is made"
         ) from error

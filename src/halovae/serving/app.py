@@ -402,7 +402,7 @@ def _file(dispatcher: Dispatcher, job: Job, index: int) -> Path:
 def _preview(dispatcher: Dispatcher, job: Job) -> Response:
     drawn = dispatcher.preview(job)
     if drawn is None:
-        message = f"{job.id} is {job.status}, and has no preview: there are some while it is made, with preview_every"
+        message = f"{job.id} is {job.status}: it has a preview only while it is made, with preview_every"
         raise ApiError(404, message, code="no_preview")
     return Response(drawn.jpeg, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 

@@ -64,7 +64,7 @@ class Asked(BaseModel):
     negative_prompt: Text | None = Field(None, description="What to avoid.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Equal seeds give equal results.")
     n: int = Field(1, ge=1, le=10, description="How many results, with the seeds from `seed` on.")
-    preview_every: int | None = Field(None, ge=1, le=1000, description="Draw a small picture after so many steps each.")
+    preview_every: int | None = Field(None, ge=1, le=1000, description="Draw a preview every this many steps.")
     user: Text | None = Field(None, description="Without effect.")
 
 

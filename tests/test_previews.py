@@ -228,9 +228,16 @@ class Blind:
 
 def test_what_cannot_be_drawn_is_refused(models: Callable[[str], Path]) -> None:
     pipe = Oracle(diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 4, 8, 12))
-    for options, words in (({"every": 0}, "every=0: expected an integer of 1 or more"), ({"side": 0}, "side=0")):
+    for options, words in (
+        ({"every": 0}, "every=0: expected an integer of 1 or more"),
+        ({"side": 0}, "side=0"),
+        ({"size": (96,)}, r"size=\(96,\): expected width and height in pixels"),
+        ({"size": (96, 0)}, r"size=\(96, 0\)"),
+    ):
         with pytest.raises(ValueError, match=words):
-            halovae.previews(pipe, show=print, **options)  # type: ignore[arg-type]
+            halovae.previews(pipe, show=print, **options)
+    with pytest.raises(TypeError, match="show='a.png': expected a function of a Preview"):
+        halovae.previews(pipe, show="a.png")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected a diffusers pipeline with a vae; got Blind"):
         halovae.previews(Blind(), show=print)
     with pytest.raises(TypeError, match="HunyuanVideo15Pipeline takes no callback_on_step_end"):

@@ -122,8 +122,8 @@ class Generator:
         Args:
             prompt: as `Pipeline.fitted` gave it.
             told: is called after each step with its number, from 1 on; what it raises ends the denoising.
-            watch: likewise, as a pipeline's `callback_on_step_end`; what it returns has no effect. Not called by
-                pipelines that take none.
+            watch: a pipeline's `callback_on_step_end`, called after each step; what it returns has no effect. Not
+                called by pipelines that take none.
         """
         (latents,) = self._call(prompt, told, watch, "latent")
         if latents.ndim == 3:  # Qwen-Image's, two by two cells in one token

@@ -162,9 +162,10 @@ def previews(
             `Autoencoder` that keeps its graphs from one call to the next.
 
     Raises:
-        TypeError: the pipeline has no VAE, or takes no callback, or what decodes only knows tiles of one size.
-        ValueError: `every` or `side` is below 1; or, in the first step and on all ranks, it is not known how the
-            pipeline's latents become its VAE's.
+        TypeError: the pipeline has no VAE, or takes no callback; `show` is no function; or what decodes only knows
+            tiles of one size.
+        ValueError: `every` or `side` is below 1; `size` is no width and height; or, in the first step and on all ranks,
+            it is not known how the pipeline's latents become its VAE's.
 
     Warns:
         RuntimeWarning: a picture could not be drawn or shown; the pipeline goes on without previews.
@@ -176,6 +177,10 @@ def previews(
     for name, value in (("every", every), ("side", side)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: expected an integer of 1 or more")
+    if not callable(show):
+        raise TypeError(f"show={show!r}: expected a function of a Preview")
+    if size is not None and not (len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size)):
+        raise ValueError(f"size={size!r}: expected width and height in pixels, such as (1024, 768)")
     if not isinstance(decoder, Autoencoder):
         decoder = Autoencoder(pipe.vae if decoder is None else decoder)
     if tiles_only(decoder.module):

@@ -197,21 +197,22 @@ class Engine:
             preview.picture.save(file, "jpeg")
             line.tell("preview", order.id, step=preview.step, picture=base64.b64encode(file.getvalue()).decode())
 
-        drawn: StepEnd | None = None
         try:
-            drawn = previews(
+            draw = previews(
                 pipeline, every=order.preview_every, show=show, size=order.prompt.size, decoder=self._previews
             )
         except TypeError as error:
-            log.info("no previews: %s", error)
+            log.warning("no previews of %s: %s", order.id, error)
+            return None
+        works = True
 
         def watch(*step: Any) -> None:
-            nonlocal drawn
+            nonlocal works
             try:
-                if drawn is not None:
-                    drawn(*step)
+                if works:
+                    draw(*step)
             except Exception as error:  # the job does not fail for it
-                drawn = None
+                works = False
                 log.warning("no more previews of %s: %s", order.id, error)
 
         return watch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from halovae import Grid, halves, winograd
 from halovae.halves import multiplied
-from halovae.kernels import compiled
+from halovae.kernels import EAGER, compiled
 from halovae.mesh import Mesh
 from halovae.plane import Sharded, operators, passes, windows
 from halovae.plane import program as lowering
@@ -28,6 +30,7 @@ from halovae.platform import Platform
 from halovae.simulate import on_threads
 
 aten = torch.ops.aten
+UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "residuals")  # a block has nothing for them
 GRIDS = tuple(map(Grid.parse, ("1x1", "2x1", "1x2", "2x2", "3x1")))
 
 
@@ -86,6 +89,18 @@ class Repeated(nn.Module):
         return x + self.conv(torch.cat([one for one in (first, inner, last) if one.shape[2]], 2))
 
 
+class Causally(nn.Module):
+    """A convolution in time of a map whose first frame is repeated, one by one, as CogVideoX's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(2, 4), nn.Conv3d(4, 4, 3, padding=(0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.silu(self.norm(x))
+        return x + self.conv(torch.cat([*[inner[:, :, :1]] * 2, inner], 2))
+
+
 AROUND: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "replicated": (lambda: Around("replicate", before=2), 3),
     "replicated, 2-D": (lambda: Around("replicate", 2), 2),
@@ -93,6 +108,7 @@ AROUND: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "reflected, 2-D": (lambda: Around("reflect", 2), 2),
     "repeated": (Repeated, 3),
     "repeated before": (lambda: Repeated(False, 2, 0), 3),
+    "repeated one by one": (Causally, 3),
 }
 
 
@@ -123,7 +139,7 @@ def test_a_block_is_exact_with_each_pass_and_with_all(name: str, monkeypatch: py
     if name != "all":  # some build on convolutions' own operator
         monkeypatch.setenv("HALOVAE_PASSES", f"convolutions,{name}")
     for program in check(seeded(Block), picture(1, 4, 13, 11)):
-        assert program.changes.get(name, 1) or name in ("dead-taps", "frames", "channels-last", "biases", "residuals")
+        assert program.changes.get(name, 1) or name in UNUSED
 
 
 def test_without_passes_a_graph_has_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -939,6 +955,121 @@ def test_what_is_around_a_map_is_written_by_its_convolution(
         assert node.kwargs.keys() >= {"norm", "silu"}
         assert ("edges" in node.kwargs) is ("repeated" not in name)
         assert ("repeats" in node.kwargs) is (ndim == 3 and name != "reflected")
+
+
+class Rearranged(nn.Module):
+    """A convolution whose channels become rows and cols, with a shortcut whose channels are repeated before."""
+
+    def __init__(self, ndim: int, repeat: Callable[[Tensor], Tensor], rearrange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = (nn.Conv2d if ndim == 2 else nn.Conv3d)(8, 64, 3, padding=1)
+        self.after = (nn.Conv2d if ndim == 2 else nn.Conv3d)(16 if ndim == 2 else 8, 4, 3, padding=1)
+        self.repeat, self.rearrange = repeat, rearrange
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.rearrange(self.conv(x)) + self.rearrange(self.repeat(x)))
+
+
+def as_ltx(x: Tensor) -> Tensor:
+    """Channels are the slowest of what becomes frames, rows and cols."""
+    return x.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def as_hunyuan(x: Tensor) -> Tensor:
+    """Channels are the fastest."""
+    items, _, frames, rows, cols = x.shape
+    parts = x.reshape(items, 2, 2, 2, -1, frames, rows, cols).permute(0, 4, 5, 1, 6, 2, 7, 3).contiguous()
+    return parts.reshape(items, -1, 2 * frames, 2 * rows, 2 * cols)
+
+
+REARRANGED: dict[str, tuple[int, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]] = {
+    "DC-AE": (2, lambda x: x.repeat_interleave(8, 1), lambda x: F.pixel_shuffle(x, 2), 3),
+    "LTX": (3, lambda x: x.repeat(1, 8, 1, 1, 1), as_ltx, 3),
+    "HunyuanVideo-1.5": (3, lambda x: x.repeat_interleave(8, 1), as_hunyuan, 2),
+}
+
+
+@pytest.mark.parametrize("name", list(REARRANGED))
+def test_copies_lie_channels_last(name: str) -> None:
+    ndim, repeat, rearrange, copies = REARRANGED[name]
+    module = seeded(lambda: Rearranged(ndim, repeat, rearrange), torch.float32)
+    x = picture(1, 8, *(3, 9, 8)[-ndim:]).float()
+    for program in check(module, x, atol=1e-5):
+        assert targets(program).count(windows.copied) == copies
+        assert not {aten.clone.default, aten.repeat.default} & set(targets(program))
+        assert program.changes["copies"] >= copies
+    (summed,) = (node for node in program.nodes() if node.target in (aten.add.Tensor, aten.add_.Tensor))
+    terms = []
+
+    class Watched(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            if n.name == summed.name:
+                terms.extend(self.fetch_args_kwargs_from_env(n)[0])
+            return super().run_node(n)
+
+    (program,) = (one for _, one, _ in recorded(module, x, Grid(), module))
+    last = x.contiguous(memory_format=torch.channels_last if ndim == 2 else torch.channels_last_3d)
+    with operators.on(Mesh(Grid(), torch.device("cpu")), EAGER), torch.inference_mode():
+        Watched(program._module).run(last)
+    assert [one.stride(1) for one in terms] == [1, 1]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_copy_that_is_reshaped_keeps_its_values(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=4, max_size=7))
+    order = data.draw(st.permutations(range(1, len(sizes) + 1)))
+    moved = [([9, *sizes])[dim] for dim in order]
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(sizes) - 1), min_size=2, max_size=3)))
+    merged = [math.prod(moved[a:b]) for a, b in pairwise([0, *cuts, len(moved)])]
+    copied = data.draw(st.booleans())
+
+    def function(x: Tensor) -> Tensor:
+        parts = F.silu(x).reshape(1, *sizes).permute(0, *order)
+        return (parts.contiguous() if copied else parts).reshape(1, *merged) * 2.0
+
+    class Shuffled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    check(Shuffled(), picture(1, math.prod(sizes), 1, 1), (Grid(),))
+
+
+class Normed(nn.Module):
+    """A convolution, and after it the norm over channels with a bias that DC-AE has, or Wan's without."""
+
+    def __init__(self, biased: bool) -> None:
+        super().__init__()
+        self.conv, self.biased = nn.Conv2d(4, 4, 3, padding=1), biased
+        self.weight, self.bias = nn.Parameter(torch.randn(4 if biased else (4, 1, 1))), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv(x)
+        if not self.biased:
+            return x + F.normalize(inner, dim=1) * 2.0 * self.weight
+        inner = inner.movedim(1, -1)
+        inner = inner * torch.rsqrt(inner.pow(2).mean(-1, keepdim=True) + 1e-3)
+        return x + (inner * self.weight + self.bias).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_norms_over_channels_that_no_convolution_takes_are_one_operator(biased: bool) -> None:
+    for program in check(seeded(lambda: Normed(biased)), picture(2, 4, 13, 11)):
+        assert [target for target in targets(program) if target is not aten.permute.default] == [
+            windows.convolution, windows.normalized, aten.add.Tensor,
+        ]  # fmt: skip
+        (node,) = (node for node in program.nodes() if node.target is windows.normalized)
+        assert node.kwargs == {"spare": True}
+
+
+def test_a_norm_over_channels_that_two_take_is_computed_once() -> None:
+    class Both(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            normed = F.normalize(x, dim=1) * 2.0
+            return self.conv(normed) + self.conv(F.silu(normed))
+
+    for program in check(seeded(lambda: Both(False)), picture(1, 4, 13, 11)):
+        assert targets(program).count(windows.normalized) == 1
 
 
 def test_a_norm_in_a_narrower_dtype_than_its_map_stays_as_it_is() -> None:

@@ -103,6 +103,8 @@ def shares(node: fx.Node) -> bool:
         return False
     if node.target in (windows.added_, windows.residual_convolution):
         return True
+    if node.target is windows.normalized:
+        return bool(node.kwargs.get("spare"))
     if node.target is windows.convolution:  # by Winograd; for the others `window_bytes` has the result
         return bool(node.kwargs.get("spare")) and same(node, node.args[0])
     schema: Any = getattr(node.target, "_schema", None)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae import halves, winograd
-from halovae.plane import backends, operators, rings
+from halovae.plane import backends, norms, operators, rings
 from halovae.plane.norms import Norm, activated, is_dense, sum_of, write
 from halovae.plane.operators import Cut
 from halovae.plane.rings import Edges
@@ -168,6 +168,19 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _plain(x, weight, bias)
 
 
+def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm, *, spare: bool = False) -> Tensor:
+    """A map normalized over each cell's channels, where no convolution takes it.
+
+    Args:
+        x: this rank's part `[N, C, *]`.
+        gamma: the norm's weight, of any shape with C values.
+        beta: its bias, `[C]`.
+        norm: as `Norm` has it.
+        spare: whether `x` may be written over by the result.
+    """
+    return norms.normalized(x, gamma, beta, norm, spare)
+
+
 def padded(x: Tensor, widths: Sequence[int], value: float = 0.0) -> Tensor:
     """`aten.constant_pad_nd`. On the CPU a map that lies channels last stays so.
 
@@ -212,6 +225,13 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(list(parts), dim, out=first.new_empty((items, *rest, channels)).movedim(-1, 1))
 
 
+def copied(x: Tensor, channels: int) -> Tensor:
+    """A copy of `[N, C, *]` that lies channels last; the channels are the first dims after N, as many as told."""
+    first, rest = range(1, 1 + channels), range(1 + channels, x.ndim)
+    moved = x.permute(0, *rest, *first).clone(memory_format=torch.contiguous_format)
+    return moved.movedim(tuple(range(-channels, 0)), tuple(first))
+
+
 def kept(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for the last frames of a map, channels last, which the convolution with this weight will fill."""
     return operators.current_kernels(weight)[1].empty(shape, weight.dtype, kept=True)
@@ -236,7 +256,7 @@ def added_(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return sum_of(x, y, bias, x)
 
 
-OPERATORS = (convolution, kept, pointwise, residual_convolution, upsampled_convolution)
+OPERATORS = (convolution, kept, normalized, pointwise, residual_convolution, upsampled_convolution)
 
 
 def _summed(onto: Tensor | None, result: Tensor) -> Tensor:

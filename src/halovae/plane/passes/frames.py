@@ -60,9 +60,9 @@ def _with_repeats(node: fx.Node) -> bool:
     parts, *dim = cat.args
     if dim != [2]:
         return False
-    for at, x in enumerate(parts[:2]):
+    for at, x in enumerate(parts):
         before, after = parts[:at], parts[at + 1 :]
-        if len(before) > 1 or len(after) > 1 or not isinstance(x, fx.Node):
+        if not isinstance(x, fx.Node):
             continue
         last = x.meta["shape"][2] - 1
         counts = [_times(one, x, 0) for one in before], [_times(one, x, last) for one in after]

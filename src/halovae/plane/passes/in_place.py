@@ -25,8 +25,8 @@ _OVERWRITING: dict[Any, Callable[..., Any]] = {
 # Operators whose result is memory of its own: it is neither a view nor another one's.
 _ALLOCATING = (
     *_OVERWRITING, *_OVERWRITING.values(), aten.convolution.default, aten.constant_pad_nd.default,
-    aten.upsample_nearest2d.default, operators.convolution, operators.group_norm, windows.convolution,
-    windows.pointwise, windows.upsampled_convolution,
+    aten.upsample_nearest2d.default, operators.convolution, operators.group_norm, operators.whole_group_norm,
+    windows.convolution, windows.copied, windows.normalized, windows.pointwise, windows.upsampled_convolution,
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             continue
         if sum(root(one) is root(x) for one in uses(node)) > 1:
             continue  # it reads what it would write to once more, or another view of it
-        if node.target is windows.convolution:
+        if node.target in (windows.convolution, windows.normalized):
             node.kwargs = {**node.kwargs, "spare": True}
         elif node.target in _OVERWRITING and same(node, x):
             node.target = _OVERWRITING[node.target]

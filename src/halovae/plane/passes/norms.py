@@ -16,7 +16,7 @@ from halovae.mesh import Mesh
 from halovae.plane import backends, operators, windows
 from halovae.plane.live import same
 from halovae.plane.norms import Cells
-from halovae.plane.passes.graphs import is_cast, only_user, replaced, widened
+from halovae.plane.passes.graphs import is_cast, only_user, replaced, used_once, widened
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             gone.append(x)
             x, groups, gamma, beta, eps = x.args
             given |= {"gamma": gamma, "beta": beta, "norm": (groups, eps, "plane", ())}
-        elif "norm" not in node.kwargs and (cells := _norm_of_cells(x, mesh) or _root_mean_square(x, mesh)) is not None:
+        elif "norm" not in node.kwargs and used_once(x) and (cells := _norm_of_cells(x, mesh) or _mean_square(x, mesh)):
             x, gamma, norm, parts = cells
             given |= {"gamma": gamma, "norm": norm}
             gone += parts
@@ -55,7 +55,21 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         if gone:
             replaced(node, windows.convolution, (x, *node.args[1:]), {**node.kwargs, **given}, *gone)
             found += len(gone)
-    return found
+    return found + (_left(graph, mesh) if mesh.platform.kind == "cpu" else 0)
+
+
+def _left(graph: fx.Graph, mesh: Mesh) -> int:
+    """Make norms over channels that no convolution takes, as those after one, an operator each: on the CPU."""
+    gone = set[fx.Node]()
+    for node in reversed(list(graph.nodes)):
+        if node in gone:
+            continue
+        cells: Any = _norm_of_cells(node, mesh) or _mean_square(node, mesh, biased=True)
+        if cells is not None:
+            x, gamma, norm, parts, *beta = cells
+            replaced(node, windows.normalized, (x, gamma, *(beta or (None,)), norm), {}, *parts[1:])
+            gone |= set(parts)
+    return len(gone)
 
 
 def _is_one_frame(squeezed: fx.Node) -> bool:
@@ -77,7 +91,7 @@ def _without_frames(x: fx.Node, squeezed: fx.Node) -> Any:
 def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node]] | None:
     """What is normalized, gamma, `norms.Cells`, and the nodes that do it; None if a node is no norm over channels."""
     factor, gamma, gone, result = 1.0, None, [], node
-    while only_user(node, aten.mul.Tensor):
+    while _calls(node, aten.mul.Tensor, result):
         value: Any = node.args[1]
         if isinstance(value, fx.Node) and not (
             gamma is None and value.op == "get_attr" and _is_of_channels(value, node)
@@ -86,11 +100,11 @@ def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node
         gone.append(node)
         gamma, factor = (value, factor) if isinstance(value, fx.Node) else (gamma, factor * value)
         node = node.args[0]
-    rounded = node if only_user(node, aten._to_copy.default) else None
+    rounded = node if _calls(node, aten._to_copy.default, result) else None
     if rounded is not None:
         gone.append(rounded)
         node = rounded.args[0]
-    if not only_user(node, aten.div.Tensor) or len(node.args) != 2:
+    if not _calls(node, aten.div.Tensor, result) or len(node.args) != 2:
         return None
     gone.append(node)
     wide, length = node.args
@@ -109,25 +123,31 @@ def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node
     return (x, gamma, (float(least), 0.0, factor), gone if rounded is None else [*gone, wide]) if plain else None
 
 
-def _root_mean_square(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node]] | None:
+def _mean_square(node: Any, mesh: Mesh, biased: bool = False) -> Any:
     """The same of `x / sqrt(mean(x^2) + eps) * gamma`, of which the quotient may be computed in fp32.
 
-    Channels may be the last dim meanwhile.
+    Channels may be the last dim meanwhile. If `biased`, beta comes last, which is added then, or None.
     """
-    gone, gamma, last, result = [], None, False, node
-    if only_user(node, aten.permute.default) and node.args[1] == _moved(node, back=True):
+    result, gone, weights = node, list[fx.Node](), list[Any]()
+    last = _calls(node, aten.permute.default, result) and node.args[1] == _moved(node, back=True)
+    if last:
         gone.append(node)
-        node, last = node.args[0], True
-    if only_user(node, aten.mul.Tensor) and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
-        gone.append(node)
-        node, gamma = node.args
-        if not (len(gamma.meta["shape"]) == 1 if last else _is_of_channels(gamma, gone[-1])):
-            return None
-    rounded = node if only_user(node, aten._to_copy.default) else None
+        node = node.args[0]
+    for target in (aten.add.Tensor, aten.mul.Tensor)[not biased :]:
+        weight: Any = node.args[1] if _calls(node, target, result) and len(node.args) == 2 and not node.kwargs else None
+        weight = weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+        weights.insert(0, weight)
+        if weight is not None:
+            if not (len(weight.meta["shape"]) == 1 if last else _is_of_channels(weight, node)):
+                return None
+            gone.append(node)
+            node = node.args[0]
+    gamma, *beta = weights
+    rounded = node if _calls(node, aten._to_copy.default, result) else None
     if rounded is not None:
         gone.append(rounded)
         node = rounded.args[0]
-    if not (only_user(node, aten.mul.Tensor) or only_user(node, aten.div.Tensor)) or len(node.args) != 2:
+    if not any(_calls(node, one, result) for one in (aten.mul.Tensor, aten.div.Tensor)) or len(node.args) != 2:
         return None
     x, length = node.args
     if not isinstance(x, fx.Node) or len(x.meta["shape"]) not in (4, 5):
@@ -161,9 +181,14 @@ def _root_mean_square(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.N
             return None
         gone.append(x)
         x = x.args[0]
-    if not _alike(x, result) or not _fits(gamma, channels):
+    if not _alike(x, result) or not all(_fits(weight, channels) for weight in weights):
         return None
-    return x, gamma, (0.0, channels * float(eps), channels**0.5), gone
+    return x, gamma, (0.0, channels * float(eps), channels**0.5), gone, *beta
+
+
+def _calls(node: Any, target: Any, result: Any) -> bool:
+    """Whether a value is a node that calls `target`, and is a norm's result or one argument of one other node."""
+    return only_user(node, target) or (node is result and isinstance(node, fx.Node) and node.target is target)
 
 
 def _alike(x: Any, result: Any) -> bool:

@@ -999,7 +999,7 @@ def test_copies_lie_channels_last(name: str) -> None:
         assert not {aten.clone.default, aten.repeat.default} & set(targets(program))
         assert program.changes["copies"] >= copies
     (summed,) = (node for node in program.nodes() if node.target in (aten.add.Tensor, aten.add_.Tensor))
-    terms = []
+    terms = list[Tensor]()
 
     class Watched(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:

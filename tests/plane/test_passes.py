@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -1060,6 +1061,36 @@ def test_norms_over_channels_that_no_convolution_takes_are_one_operator(biased: 
         ]  # fmt: skip
         (node,) = (node for node in program.nodes() if node.target is windows.normalized)
         assert node.kwargs == {"spare": True}
+
+
+class Modulated(Repeated):
+    """A residual block of LTX-Video's from 0.9.1 on: what is computed of a timestep changes what was normalized."""
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        self.apart = apart  # it changes each item in its own way
+        self.table = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x.movedim(1, -1)
+        inner = (inner * torch.rsqrt(inner.pow(2).mean(-1, keepdim=True) + 1e-3)).movedim(-1, 1)
+        shift, scale = (self.table[None, ..., None, None, None] * 0.5).unbind(1)
+        inner = F.silu(inner * (1 + (scale + x.mean((2, 3, 4), keepdim=True) if self.apart else scale)) + shift)
+        return x + self.conv(torch.cat([inner[:, :, :1], inner, inner[:, :, -1:]], 2))
+
+
+def test_what_modulates_a_norm_is_part_of_the_convolution() -> None:
+    for apart, items in ((False, 1), (False, 2), (True, 1)):
+        for program in check(seeded(partial(Modulated, apart)), picture(items, 4, 3, 9, 8)):
+            (node,) = (node for node in program.nodes() if node.target is windows.convolution)
+            assert node.kwargs.keys() >= {"gamma", "beta", "norm", "silu", "repeats"}
+
+
+def test_what_modulates_each_item_in_its_own_way_stays_as_it_is() -> None:
+    for program in check(seeded(lambda: Modulated(True)), picture(2, 4, 3, 9, 8)):
+        (node,) = (node for node in program.nodes() if node.target is windows.convolution)
+        assert "norm" not in node.kwargs
+        assert windows.normalized in targets(program)
 
 
 def test_a_norm_over_channels_that_two_take_is_computed_once() -> None:

@@ -31,7 +31,7 @@ def write(
         x: this rank's part `[N, C, *]`.
         shift: `[C]`, added to the map before.
         gamma: `[C]`, the norm's weight; of a norm over channels of any shape with C values.
-        beta: `[C]`, the norm's bias; not on accelerators where the norm is over channels.
+        beta: the norm's bias, with as many; not on accelerators where the norm is over channels.
         norm: None where there is none.
         silu: whether SiLU follows.
         out: of the map's shape and dtype, channels last; a part of a larger map, too.
@@ -137,7 +137,7 @@ def _normalize_cells(
         torch.div(source, length, out=result)
         result.mul_(scale)
         if beta is not None:
-            result.add_(beta)
+            result.add_(beta.flatten())
 
     _in_parts(x, dtype, write, silu, out)
 

@@ -19,13 +19,14 @@ from halovae.plane.norms import Cells
 from halovae.plane.passes.graphs import is_cast, only_user, replaced, used_once, widened
 
 aten = torch.ops.aten
+_ROOT = aten.rsqrt.default
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
     """Returns how many norms and activations went; none on accelerators without kernels of our own."""
-    if mesh.platform.kind != "cpu" and backends.kernels(mesh.platform.kind) is None:
+    on_cpu, found = mesh.platform.kind == "cpu", 0
+    if not on_cpu and backends.kernels(mesh.platform.kind) is None:
         return 0
-    found = 0
     for node in list(graph.nodes):
         if node.target is not windows.convolution:
             continue
@@ -45,9 +46,13 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             gone.append(x)
             x, groups, gamma, beta, eps = x.args
             given |= {"gamma": gamma, "beta": beta, "norm": (groups, eps, "plane", ())}
-        elif "norm" not in node.kwargs and used_once(x) and (cells := _norm_of_cells(x, mesh) or _mean_square(x, mesh)):
-            x, gamma, norm, parts = cells
-            given |= {"gamma": gamma, "norm": norm}
+        elif (
+            "norm" not in node.kwargs
+            and used_once(x)
+            and (cells := _norm_of_cells(x, mesh) or _mean_square(x, mesh, on_cpu))
+        ):
+            x, gamma, norm, parts, *beta = cells
+            given |= {"gamma": gamma, "norm": norm} | ({"beta": beta[0]} if beta and beta[0] is not None else {})
             gone += parts
         if gone and squeezed is not None:
             gone.insert(0, squeezed)
@@ -55,14 +60,15 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         if gone:
             replaced(node, windows.convolution, (x, *node.args[1:]), {**node.kwargs, **given}, *gone)
             found += len(gone)
-    return found + (_left(graph, mesh) if mesh.platform.kind == "cpu" else 0)
+    return found + (_left(graph, mesh) if on_cpu else 0)
 
 
 def _left(graph: fx.Graph, mesh: Mesh) -> int:
     """Make norms over channels that no convolution takes, as those after one, an operator each: on the CPU."""
     gone = set[fx.Node]()
     for node in reversed(list(graph.nodes)):
-        if node in gone:
+        shape = node.meta.get("shape")
+        if node in gone or not isinstance(shape, tuple) or len(shape) not in (4, 5):
             continue
         cells: Any = _norm_of_cells(node, mesh) or _mean_square(node, mesh, biased=True)
         if cells is not None:
@@ -126,22 +132,25 @@ def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node
 def _mean_square(node: Any, mesh: Mesh, biased: bool = False) -> Any:
     """The same of `x / sqrt(mean(x^2) + eps) * gamma`, of which the quotient may be computed in fp32.
 
-    Channels may be the last dim meanwhile. If `biased`, beta comes last, which is added then, or None.
+    Channels may be the last dim meanwhile, of gamma as well. If `biased`, gamma may be computed, and beta, which is
+    added then, or None, comes last.
     """
-    result, gone, weights = node, list[fx.Node](), list[Any]()
-    last = _calls(node, aten.permute.default, result) and node.args[1] == _moved(node, back=True)
-    if last:
-        gone.append(node)
-        node = node.args[0]
-    for target in (aten.add.Tensor, aten.mul.Tensor)[not biased :]:
+    result, gone, weights, last = node, list[fx.Node](), list[Any](), False
+    for target in (None, *(aten.add.Tensor, aten.mul.Tensor)[not biased :], None):
+        if target is None:
+            if not last and _calls(node, aten.permute.default, result) and node.args[1] == _moved(node, back=True):
+                gone.append(node)
+                node, last = node.args[0], True
+            continue
         weight: Any = node.args[1] if _calls(node, target, result) and len(node.args) == 2 and not node.kwargs else None
-        weight = weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
-        weights.insert(0, weight)
-        if weight is not None:
-            if not (len(weight.meta["shape"]) == 1 if last else _is_of_channels(weight, node)):
-                return None
+        if not isinstance(weight, fx.Node) or not (weight.op == "get_attr" or biased) or weight.target is _ROOT:
+            weight = None
+        elif not (len(weight.meta["shape"]) == 1 if last else _is_of_channels(weight, node)):
+            return None
+        else:
             gone.append(node)
             node = node.args[0]
+        weights.insert(0, weight)
     gamma, *beta = weights
     rounded = node if _calls(node, aten._to_copy.default, result) else None
     if rounded is not None:
@@ -152,7 +161,7 @@ def _mean_square(node: Any, mesh: Mesh, biased: bool = False) -> Any:
     x, length = node.args
     if not isinstance(x, fx.Node) or len(x.meta["shape"]) not in (4, 5):
         return None
-    root = aten.rsqrt.default if node.target is aten.mul.Tensor else aten.sqrt.default
+    root = _ROOT if node.target is aten.mul.Tensor else aten.sqrt.default
     if not only_user(length, root) or not only_user(length.args[0], aten.add.Tensor) or length.args[0].kwargs:
         return None
     mean, eps = length.args[0].args
@@ -208,5 +217,6 @@ def _moved(node: fx.Node, back: bool) -> list[int]:
 
 def _is_of_channels(weight: fx.Node, node: fx.Node) -> bool:
     """Whether a weight has one value for each channel of a map."""
-    shape, (_, channels, *spatial) = weight.meta["shape"], node.meta["shape"]
-    return bool(shape == (channels, *(1,) * len(spatial)))
+    _, channels, *spatial = (*node.meta["shape"], 0, 0)[: max(2, len(node.meta["shape"]))]
+    values = channels, *(1,) * len(spatial)
+    return weight.meta["shape"] in (values, (1, *values))

@@ -31,7 +31,15 @@ from halovae.platform import Platform
 from halovae.simulate import on_threads
 
 aten = torch.ops.aten
-UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "residuals")  # a block has nothing for them
+UNUSED = (
+    "biases",
+    "channels-last",
+    "copies",
+    "dead-taps",
+    "frames",
+    "products",
+    "residuals",
+)  # a block has nothing for them
 GRIDS = tuple(map(Grid.parse, ("1x1", "2x1", "1x2", "2x2", "3x1")))
 
 
@@ -1061,6 +1069,30 @@ def test_norms_over_channels_that_no_convolution_takes_are_one_operator(biased: 
         ]  # fmt: skip
         (node,) = (node for node in program.nodes() if node.target is windows.normalized)
         assert node.kwargs == {"spare": True}
+
+
+class Gated(nn.Module):
+    """A linear layer over the channels of a map, and one half of its result that gates the other, as DC-AE has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.after = nn.Linear(4, 12), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner, gate = self.linear(x.movedim(1, -1)).movedim(-1, 1).chunk(2, 1)
+        return self.after(inner * F.silu(gate))
+
+
+def test_a_linear_layer_over_channels_is_one_product() -> None:
+    for program in check(seeded(Gated), picture(2, 4, 13, 11)):
+        assert targets(program).count(aten.mm.default) == 1
+        assert aten.bmm.default not in targets(program)
+
+
+def test_of_two_maps_the_one_without_gaps_is_written_over() -> None:
+    for program in check(seeded(Gated), picture(2, 4, 13, 11)):
+        (product,) = (node for node in program.nodes() if node.target is aten.mul_.Tensor)
+        assert [one.target for one in product.all_input_nodes] == [aten.silu.default, aten.slice.Tensor]
 
 
 class Modulated(Repeated):

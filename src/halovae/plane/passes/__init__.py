@@ -21,6 +21,7 @@ from halovae.plane.passes import (
     identities,
     in_place,
     norms,
+    products,
     residuals,
     upsampling,
 )
@@ -33,6 +34,7 @@ PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
     "upsampling": upsampling.run,
     "frames": frames.run,
     "norms": norms.run,
+    "products": products.run,
     "copies": copies.run,
     "channels-last": channels_last.run,
     "biases": biases.run,

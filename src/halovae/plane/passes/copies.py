@@ -18,7 +18,7 @@ from torch import fx
 from halovae.mesh import Mesh
 from halovae.plane import windows
 from halovae.plane.live import root
-from halovae.plane.passes.graphs import only_user, shared
+from halovae.plane.passes.graphs import inserted, only_user, shared
 
 aten = torch.ops.aten
 _CHANNELS = 8  # of a map; what has fewer is a picture
@@ -43,7 +43,8 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
                 node.target, node.args, node.kwargs = windows.copied, (source, channels), {}
                 found += 1
         elif node.target is aten.reshape.default and _copies(node) and (channels := _channels(source, [node])):
-            _insert(node, windows.copied, (source, channels), source.meta["shape"])
+            copied = inserted(node, windows.copied, (source, channels), source.meta["shape"])
+            node.args = (copied, node.args[1])
             found += 1
     return found
 
@@ -64,22 +65,12 @@ def _repeat(node: fx.Node) -> bool:
     alone = len(shape) in (4, 5) and len(sizes) == len(shape) and all(one == 1 for one in (sizes[0], *sizes[2:]))
     if not alone or sizes[1] == 1:
         return False
-    node.target, node.args = aten.reshape.default, (x, list(shape))
     items, *others = x.meta["shape"]
-    made = _insert(node, aten.unsqueeze.default, (x, 1), (items, 1, *others))
-    made = _insert(node, aten.expand.default, (made, [items, sizes[1], *others]), (items, sizes[1], *others))
-    _insert(node, windows.copied, (made, 2), (items, sizes[1], *others))
+    made = inserted(node, aten.unsqueeze.default, (x, 1), (items, 1, *others))
+    made = inserted(node, aten.expand.default, (made, [items, sizes[1], *others]))
+    made = inserted(node, windows.copied, (made, 2), (items, sizes[1], *others))
+    node.target, node.args = aten.reshape.default, (made, list(shape))
     return True
-
-
-def _insert(node: fx.Node, target: Any, arguments: tuple[Any, ...], shape: Sequence[int]) -> fx.Node:
-    """Put a call before a node, which takes its result in place of its first argument."""
-    with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, arguments)
-    made.meta = {**node.meta, "shape": tuple(shape), "messages": 0, "sent": 0}
-    made.meta["bytes"] = math.prod(shape) * node.meta["dtype"].itemsize
-    node.args = (made, *node.args[1:])
-    return made
 
 
 def _is_read_by_a_copy(node: fx.Node) -> bool:

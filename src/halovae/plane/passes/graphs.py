@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +96,15 @@ def replaced(
         if not one.users:
             one.graph.erase_node(one)
     return new
+
+
+def inserted(node: fx.Node, target: Any, arguments: tuple[Any, ...], shape: Sequence[int] | None = None) -> fx.Node:
+    """A call put in before a node, of that one's dtype. To reshape tells its shape itself."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, arguments)
+    made.meta = {**node.meta, "shape": tuple(arguments[1] if shape is None else shape), "messages": 0, "sent": 0}
+    made.meta["bytes"] = math.prod(made.meta["shape"]) * node.meta["dtype"].itemsize
+    return made
 
 
 def recounted(node: fx.Node, mesh: Mesh) -> None:

@@ -10,7 +10,7 @@ from torch import fx
 
 from halovae.mesh import Mesh
 from halovae.plane import operators, windows
-from halovae.plane.live import root, same, shares
+from halovae.plane.live import root, same, shares, size_of
 from halovae.plane.passes.graphs import shared, uses
 
 aten = torch.ops.aten
@@ -37,6 +37,9 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         x: Any = node.args[0] if node.args else None
         if not isinstance(x, fx.Node) or last[root(x)] is not node or not is_own(x) or root(x) in kept:
             continue
+        if node.target in (aten.add.Tensor, aten.mul.Tensor) and _is_better(node.args[1], x, last, kept):
+            x = node.args[1]
+            node.args = (x, node.args[0])
         if sum(root(one) is root(x) for one in uses(node)) > 1:
             continue  # it reads what it would write to once more, or another view of it
         if node.target in (windows.convolution, windows.normalized):
@@ -52,6 +55,13 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             if node in kept:
                 kept.add(owner)
     return found
+
+
+def _is_better(y: Any, x: fx.Node, last: dict[fx.Node, fx.Node], kept: set[fx.Node]) -> bool:
+    """Whether to write over a map leaves no gaps, as to write over some channels of another one does."""
+    if not isinstance(y, fx.Node) or not same(x, y) or size_of(root(x)) == size_of(x) or not is_own(y):
+        return False
+    return size_of(root(y)) == size_of(y) and last[root(y)] is last[root(x)] and root(y) not in kept
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

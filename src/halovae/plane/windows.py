@@ -225,11 +225,19 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(list(parts), dim, out=first.new_empty((items, *rest, channels)).movedim(-1, 1))
 
 
-def copied(x: Tensor, channels: int) -> Tensor:
-    """A copy of `[N, C, *]` that lies channels last; the channels are the first dims after N, as many as told."""
+def copied(x: Tensor, channels: int, shape: tuple[int, ...] | None) -> Tensor:
+    """A copy that lies channels last.
+
+    Args:
+        x: `[N, C, *]`.
+        channels: how many dims after N are the channels.
+        shape: of the map that it is reshaped to, `[N, C', *]`, all of whose channels those are; None for its own.
+    """
     first, rest = range(1, 1 + channels), range(1 + channels, x.ndim)
     moved = x.permute(0, *rest, *first).clone(memory_format=torch.contiguous_format)
-    return moved.movedim(tuple(range(-channels, 0)), tuple(first))
+    if shape is None:
+        return moved.movedim(tuple(range(-channels, 0)), tuple(first))
+    return moved.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def kept(weight: Tensor, shape: Sequence[int]) -> Tensor:

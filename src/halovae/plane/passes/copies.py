@@ -40,11 +40,10 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
                 graph.erase_node(node)
                 found += 1
             elif len(node.meta["shape"]) > 4 and (channels := _channels(node, list(node.users))):
-                node.target, node.args, node.kwargs = windows.copied, (source, channels), {}
+                _lay(node, source, channels)
                 found += 1
         elif node.target is aten.reshape.default and _copies(node) and (channels := _channels(source, [node])):
-            copied = inserted(node, windows.copied, (source, channels), source.meta["shape"])
-            node.args = (copied, node.args[1])
+            node.target, node.args = windows.copied, (source, channels, node.meta["shape"])
             found += 1
     return found
 
@@ -68,9 +67,20 @@ def _repeat(node: fx.Node) -> bool:
     items, *others = x.meta["shape"]
     made = inserted(node, aten.unsqueeze.default, (x, 1), (items, 1, *others))
     made = inserted(node, aten.expand.default, (made, [items, sizes[1], *others]))
-    made = inserted(node, windows.copied, (made, 2), (items, sizes[1], *others))
-    node.target, node.args = aten.reshape.default, (made, list(shape))
+    node.target, node.args = windows.copied, (made, 2, shape)
     return True
+
+
+def _lay(node: fx.Node, source: fx.Node, channels: int) -> None:
+    """Let a copy lie channels last, and be what it is reshaped to, if that is a map."""
+    node.target, node.args, node.kwargs = windows.copied, (source, channels, None), {}
+    shape = next(iter(node.users)).meta["shape"]
+    if len(shape) in (4, 5):
+        node.args = (source, channels, shape)
+        node.meta["shape"] = shape
+        for user in list(node.users):
+            user.replace_all_uses_with(node)
+            node.graph.erase_node(user)
 
 
 def _is_read_by_a_copy(node: fx.Node) -> bool:
@@ -128,16 +138,19 @@ def _channels(node: Any, users: Sequence[fx.Node]) -> int:
     It may be taken apart further instead: then its channels are the dims before those that stay.
     """
     items, *sizes = node.meta["shape"]
-    counts = set[int]()
+    found = set[int]()
+    shapes = {user.meta["shape"] for user in users}
+    if len(shapes) > 1:
+        return 0
     for user in users:
         if user.target is not aten.reshape.default or user.meta["shape"][0] != items:
             return 0
         _, *others = user.meta["shape"]
         if len(others) in (3, 4):
-            found = (count for count in range(1, len(sizes)) if math.prod(sizes[:count]) == others[0])
-            counts.add(next(found, 0) if others[0] >= _CHANNELS else 0)
+            counts = (count for count in range(1, len(sizes)) if math.prod(sizes[:count]) == others[0])
+            found.add(next(counts, 0) if others[0] >= _CHANNELS else 0)
         else:
             pairs = zip(reversed(sizes), reversed(others), strict=False)
-            counts.add(len(sizes) - len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
-    (count,) = counts if len(counts) == 1 else (0,)
+            found.add(len(sizes) - len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
+    (count,) = found if len(found) == 1 else (0,)
     return count if count < len(sizes) else 0

@@ -138,19 +138,14 @@ def _channels(node: Any, users: Sequence[fx.Node]) -> int:
     It may be taken apart further instead: then its channels are the dims before those that stay.
     """
     items, *sizes = node.meta["shape"]
-    found = set[int]()
-    shapes = {user.meta["shape"] for user in users}
-    if len(shapes) > 1:
+    shapes = {user.meta["shape"] if user.target is aten.reshape.default else None for user in users}
+    shape = shapes.pop() if len(shapes) == 1 else None
+    if not shape or shape[0] != items:
         return 0
-    for user in users:
-        if user.target is not aten.reshape.default or user.meta["shape"][0] != items:
-            return 0
-        _, *others = user.meta["shape"]
-        if len(others) in (3, 4):
-            counts = (count for count in range(1, len(sizes)) if math.prod(sizes[:count]) == others[0])
-            found.add(next(counts, 0) if others[0] >= _CHANNELS else 0)
-        else:
-            pairs = zip(reversed(sizes), reversed(others), strict=False)
-            found.add(len(sizes) - len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
-    (count,) = found if len(found) == 1 else (0,)
+    others = shape[1:]
+    if len(others) in (3, 4):
+        counts = (count for count in range(1, len(sizes)) if math.prod(sizes[:count]) == others[0])
+        return next(counts, 0) if others[0] >= _CHANNELS else 0
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(sizes), reversed(others), strict=False))
+    count = len(sizes) - len(list(same))
     return count if count < len(sizes) else 0

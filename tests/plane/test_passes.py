@@ -1095,6 +1095,15 @@ def test_of_two_maps_the_one_without_gaps_is_written_over() -> None:
         assert [one.target for one in product.all_input_nodes] == [aten.silu.default, aten.slice.Tensor]
 
 
+def test_what_is_added_times_a_number_stays_second() -> None:
+    class Weighted(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            inner, gate = self.linear(x.movedim(1, -1)).movedim(-1, 1).chunk(2, 1)
+            return self.after(torch.add(inner, F.silu(gate), alpha=2))
+
+    check(seeded(Weighted), picture(2, 4, 13, 11))
+
+
 class Modulated(Repeated):
     """A residual block of LTX-Video's from 0.9.1 on: what is computed of a timestep changes what was normalized."""
 

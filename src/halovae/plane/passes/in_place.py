@@ -37,9 +37,8 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         x: Any = node.args[0] if node.args else None
         if not isinstance(x, fx.Node) or last[root(x)] is not node or not is_own(x) or root(x) in kept:
             continue
-        if node.target in (aten.add.Tensor, aten.mul.Tensor) and _is_better(node.args[1], x, last, kept):
-            x = node.args[1]
-            node.args = (x, node.args[0])
+        if node.target in (aten.add.Tensor, aten.mul.Tensor) and not node.kwargs and _is_better(node, last, kept):
+            x, node.args = node.args[1], (node.args[1], x)
         if sum(root(one) is root(x) for one in uses(node)) > 1:
             continue  # it reads what it would write to once more, or another view of it
         if node.target in (windows.convolution, windows.normalized):
@@ -57,11 +56,13 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
     return found
 
 
-def _is_better(y: Any, x: fx.Node, last: dict[fx.Node, fx.Node], kept: set[fx.Node]) -> bool:
-    """Whether to write over a map leaves no gaps, as to write over some channels of another one does."""
+def _is_better(node: fx.Node, last: dict[fx.Node, fx.Node], kept: set[fx.Node]) -> bool:
+    """Whether to write over the second map leaves no gaps, as to write over some channels of another one does."""
+    arguments: Any = node.args
+    x, y = arguments
     if not isinstance(y, fx.Node) or not same(x, y) or size_of(root(x)) == size_of(x) or not is_own(y):
         return False
-    return size_of(root(y)) == size_of(y) and last[root(y)] is last[root(x)] and root(y) not in kept
+    return size_of(root(y)) == size_of(y) and last[root(y)] is node and root(y) not in kept
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from halovae import halves
 
@@ -36,6 +37,32 @@ def test_products_are_computed_in_fp32_where_there_are_no_units(dtype: torch.dty
     assert seen == [(wide, wide)]
     assert result.dtype == dtype
     assert torch.equal(result, F.conv2d(x.to(wide), weight.to(wide)).to(dtype))
+
+
+@pytest.mark.parametrize("cells", [(3, 4), (1, 1), (1, 5), (2, 3, 4), (1, 1, 1)])
+@pytest.mark.parametrize("step", [1, 2])
+@torch.inference_mode()
+def test_light_maps_are_convolved_in_the_plain_layout_and_lie_as_before(cells: tuple[int, ...], step: int) -> None:
+    torch.manual_seed(0)
+    ndim = len(cells)
+    form = torch.channels_last if ndim == 2 else torch.channels_last_3d
+    x = torch.randn(2, 32, *cells).contiguous(memory_format=form)
+    weight, bias = torch.randn(48, 32, *[3] * ndim), torch.randn(48)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "convolution" in str(func):
+                seen.append(args[0].is_contiguous())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        found = halves.convolution(x, weight, bias, [step] * ndim, [1] * ndim, [1] * ndim, False, [0] * ndim, 1)
+    convolve = F.conv2d if ndim == 2 else F.conv3d
+    expected = convolve(x.double(), weight.double(), bias.double(), step, 1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    assert found.is_contiguous(memory_format=form)
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("around", [2, 7])  # rows of the result may lie in the padding alone

@@ -113,7 +113,8 @@ def _is_worth_moving(x: Tensor, weight: Tensor) -> bool:
     1024 to 1024, 3 x 3 x 3, of 5 x 16 x 16 cells 612 and 425; 512 of 32 x 32 39 and 46 (fp32, one thread, AVX-512).
     """
     heavy = weight.numel() >= _HEAVIER.get(x.ndim - 2, math.inf) * x.numel()
-    return heavy and x.device.type == "cpu" and x.shape[1] > 1 and x.stride(1) == 1 and weight.is_contiguous()
+    last = x.device.type == "cpu" and x.stride(1) == 1 and not x.is_contiguous()  # one of 1 x 1 cells is both
+    return heavy and last and weight.is_contiguous()
 
 
 def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -31,15 +31,8 @@ from halovae.platform import Platform
 from halovae.simulate import on_threads
 
 aten = torch.ops.aten
-UNUSED = (
-    "biases",
-    "channels-last",
-    "copies",
-    "dead-taps",
-    "frames",
-    "products",
-    "residuals",
-)  # a block has nothing for them
+# A block has nothing for them.
+UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "products", "residuals")
 GRIDS = tuple(map(Grid.parse, ("1x1", "2x1", "1x2", "2x2", "3x1")))
 
 
@@ -1023,25 +1016,52 @@ def test_copies_lie_channels_last(name: str) -> None:
     assert [one.stride(1) for one in terms] == [1, 1]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+class Of(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_copy_that_is_reshaped_keeps_its_values(data: st.DataObject) -> None:
+    items = data.draw(st.integers(1, 2))
     sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=4, max_size=7))
     order = data.draw(st.permutations(range(1, len(sizes) + 1)))
-    moved = [([9, *sizes])[dim] for dim in order]
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(sizes) - 1), min_size=2, max_size=3)))
+    moved = [[items, *sizes][dim] for dim in order]
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(sizes) - 1), max_size=5)))
     merged = [math.prod(moved[a:b]) for a, b in pairwise([0, *cuts, len(moved)])]
-    copied = data.draw(st.booleans())
+    copied, apart = data.draw(st.booleans()), data.draw(st.booleans())
 
     def function(x: Tensor) -> Tensor:
-        parts = F.silu(x).reshape(1, *sizes).permute(0, *order)
-        return (parts.contiguous() if copied else parts).reshape(1, *merged) * 2.0
+        parts = F.silu(x).reshape(items, *sizes).permute(0, *order)
+        parts = F.silu(parts) if apart else parts
+        return (parts.contiguous() if copied else parts).reshape(items, *merged) * 2.0
 
-    class Shuffled(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return function(x)
+    check(Of(function), picture(items, math.prod(sizes), 1, 1), (Grid(),))
 
-    check(Shuffled(), picture(1, math.prod(sizes), 1, 1), (Grid(),))
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeats that add a dim": lambda x: F.silu(x)[0].repeat(1, 8, 1, 1) * 2.0,
+    "repeats of channels and rows": lambda x: F.silu(x).repeat(1, 2, 3, 1) * 2.0,
+    "several dims of channels": lambda x: (
+        F.silu(F.silu(x).reshape(2, 2, 3, 2, 2, 3, 3).permute(0, 1, 3, 2, 4, 5, 6))
+        .permute(0, 1, 3, 2, 4, 5, 6).reshape(2, 2, 6, 2, 3, 3) * 2.0
+    ),
+    "items merged into channels": lambda x: F.silu(x).permute(1, 0, 2, 3).reshape(1, 12, 6, 6) * 2.0,
+    "to one number for all": lambda x: F.silu(x).sum().reshape(()) * 2.0 + x,
+    "none left": lambda x: F.silu(x)[:0].permute(0, 2, 1, 3).reshape(0, 2, 6, 3, 6).sum() + x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(COPIES))
+def test_copies_that_only_resemble_these_keep_their_values(name: str) -> None:
+    check(Of(COPIES[name]), picture(2, 6, 6, 6), (Grid(),))
 
 
 class Normed(nn.Module):
@@ -1132,6 +1152,48 @@ def test_what_modulates_each_item_in_its_own_way_stays_as_it_is() -> None:
         (node,) = (node for node in program.nodes() if node.target is windows.convolution)
         assert "norm" not in node.kwargs
         assert windows.normalized in targets(program)
+
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "of no items": lambda x: F.normalize(F.silu(x)[:0], dim=1).sum() + x,
+    "of no rows": lambda x: F.normalize(F.silu(x)[:, :, :0], dim=1).sum() + x,
+    "of complex numbers": lambda x: (z := torch.complex(x, x + 1)).mul((z.pow(2).mean(1, True) + 1e-3).rsqrt()).real,
+    "of some channels": lambda x: F.normalize(F.silu(x)[:, 1:5], dim=1) * 2.0,
+    "of what is not channels last": lambda x: F.normalize(F.silu(x.contiguous()), dim=1) * 2.0,
+    "with a weight of the map's own": lambda x: F.normalize(F.silu(x), dim=1) * F.silu(x)[:1, :, :1, :1],
+}
+
+
+@pytest.mark.parametrize("name", list(NORMS))
+def test_norms_that_no_convolution_takes_keep_their_values(name: str) -> None:
+    check(Of(NORMS[name]), picture(2, 6, 7, 6), (Grid(),))
+
+
+def test_a_norm_that_writes_over_its_map_needs_no_memory() -> None:
+    for program in check(Of(lambda x: F.normalize(F.silu(x), dim=1) * 2.0), picture(1, 6, 7, 6), (Grid(),)):
+        assert program.peak == 2 * picture(1, 6, 7, 6).nbytes  # the input, and a map of its own
+
+
+def test_products_with_different_matrices_stay() -> None:
+    def function(x: Tensor) -> Tensor:
+        weight = F.silu(x)[0, :, :1, 0]
+        return torch.bmm(F.silu(x)[0], weight.expand(4, 4).reshape(4, 4, 1)) + x[0, :, :, :1]
+
+    for program in check(Of(function), picture(1, 4, 5, 4), (Grid(),)):
+        assert aten.bmm.default in targets(program)
+
+
+def test_a_frame_that_is_repeated_twice_over_is_erased_once(recwarn: pytest.WarningsRecorder) -> None:
+    class Twice(Causally):
+        def forward(self, x: Tensor) -> Tensor:
+            inner = F.silu(x)
+            first = inner[:, :, :1]
+            return self.conv(torch.cat([first.repeat(1, 1, 2, 1, 1), first, inner], 2))
+
+    for program in check(seeded(Twice), picture(1, 4, 3, 9, 8)):
+        (node,) = (node for node in program.nodes() if node.target is windows.convolution)
+        assert node.kwargs["repeats"] == (3, 0)
+    assert not [one for one in recwarn if "erase" in str(one.message)]
 
 
 def test_a_norm_over_channels_that_two_take_is_computed_once() -> None:

@@ -83,8 +83,8 @@ def activated(
 
 
 def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm, spare: bool) -> Tensor:
-    """A map normalized, written over it if it is `spare`."""
-    out = x if spare and is_dense(x) else _empty_like(x)
+    """A map normalized, written over it if it is `spare`: that saves its memory, where the compiled loop saves time."""
+    out = x if spare else _empty_like(x)
     write(x, None, gamma, beta, norm, False, out)
     return out
 
@@ -171,6 +171,8 @@ def _in_parts(
         silu: whether SiLU follows.
         out: of the map's shape.
     """
+    if not x.numel():
+        return
     values = _VALUES if x.device.type == "cpu" else x.numel()
     rows = max(1, values * x.shape[-2] // x[0].numel())
     for start in range(0, x.shape[-2], rows):

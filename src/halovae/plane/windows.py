@@ -44,7 +44,7 @@ def convolution(
         keep: is filled with the last frames of the map as it is convolved, `[N, C, T'', H, W]`.
         shift: `[C]`, is added to the map before it is normalized and activated: the bias that it has not got yet.
         gamma: `[C]`, the norm's weight; of a norm over channels of any shape with C values.
-        beta: `[C]`, GroupNorm's bias.
+        beta: `[C]`, the norm's bias; of a norm over channels, on the CPU alone, of any shape with C values.
         norm: GroupNorm, or the norm over each cell's channels, as `Norm` has them; None where there is none.
         silu: whether SiLU comes before the convolution.
         spare: whether `x` may be written over, also by the result.
@@ -174,7 +174,7 @@ def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm,
     Args:
         x: this rank's part `[N, C, *]`.
         gamma: the norm's weight, of any shape with C values.
-        beta: its bias, `[C]`.
+        beta: its bias, of any shape with as many.
         norm: as `Norm` has it.
         spare: whether `x` may be written over by the result.
     """
@@ -231,7 +231,7 @@ def copied(x: Tensor, channels: int, shape: tuple[int, ...] | None) -> Tensor:
     Args:
         x: `[N, C, *]`.
         channels: how many dims after N are the channels.
-        shape: of the map that it is reshaped to, `[N, C', *]`, all of whose channels those are; None for its own.
+        shape: of the map that it is reshaped to, `[N, C', *]`, where C' is the product of those dims; None for its own.
     """
     first, rest = range(1, 1 + channels), range(1 + channels, x.ndim)
     moved = x.permute(0, *rest, *first).clone(memory_format=torch.contiguous_format)

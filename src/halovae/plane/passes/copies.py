@@ -60,11 +60,10 @@ def _repeat(node: fx.Node) -> bool:
     """Repeat only channels by a copy that lies channels last."""
     arguments: Any = node.args
     x, sizes = arguments
-    shape = node.meta["shape"]
-    alone = len(shape) in (4, 5) and len(sizes) == len(shape) and all(one == 1 for one in (sizes[0], *sizes[2:]))
+    shape, (items, *others) = node.meta["shape"], x.meta["shape"] or (1,)
+    alone = len(shape) in (4, 5) and len(sizes) == 1 + len(others) and all(one == 1 for one in (sizes[0], *sizes[2:]))
     if not alone or sizes[1] == 1:
         return False
-    items, *others = x.meta["shape"]
     made = inserted(node, aten.unsqueeze.default, (x, 1), (items, 1, *others))
     made = inserted(node, aten.expand.default, (made, [items, sizes[1], *others]))
     node.target, node.args = windows.copied, (made, 2, shape)
@@ -84,7 +83,7 @@ def _lay(node: fx.Node, source: fx.Node, channels: int) -> None:
 
 
 def _is_read_by_a_copy(node: fx.Node) -> bool:
-    """Whether repeated values are only split along some dims and permuted: then they are copied once more."""
+    """Whether a copy of repeated values is only permuted, with some of its dims split. That needs no copy before."""
     source: Any = node.args[0]
     if source.target is not aten.expand.default or not node.users:
         return False
@@ -123,9 +122,13 @@ def _groups(shape: Sequence[int], given: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _copies(node: fx.Node) -> bool:
-    """Whether to reshape something permuted merges dims that are not neighbors in memory."""
+    """Whether a map comes of something permuted by merging dims that are not neighbors in memory."""
     source: Any = node.args[0]
-    if not isinstance(source, fx.Node) or source.target is not aten.permute.default:
+    if (
+        len(node.meta["shape"]) not in (4, 5)
+        or not isinstance(source, fx.Node)
+        or source.target is not aten.permute.default
+    ):
         return False
     order: Any = source.args[1]
     groups = _groups(node.meta["shape"], source.meta["shape"])
@@ -135,7 +138,7 @@ def _copies(node: fx.Node) -> bool:
 def _channels(node: Any, users: Sequence[fx.Node]) -> int:
     """How many dims after the first are the channels of a tensor that is reshaped to maps; 0 if that is not so.
 
-    It may be taken apart further instead: then its channels are the dims before those that stay.
+    If it is reshaped to more dims instead, the channels are the dims before the last ones that stay as they are.
     """
     items, *sizes = node.meta["shape"]
     shapes = {user.meta["shape"] if user.target is aten.reshape.default else None for user in users}

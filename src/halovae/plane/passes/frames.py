@@ -65,16 +65,26 @@ def _with_repeats(node: fx.Node) -> bool:
         if not isinstance(x, fx.Node):
             continue
         last = x.meta["shape"][2] - 1
-        counts = [_times(one, x, 0) for one in before], [_times(one, x, last) for one in after]
-        if None in counts[0] + counts[1]:
+        repeats = _times_of_all(before, x, 0), _times_of_all(after, x, last)
+        if None in repeats:
             continue
         node.args = (x, *node.args[1:])
-        node.kwargs = {**node.kwargs, "repeats": (sum(counts[0]), sum(counts[1]))}
+        node.kwargs = {**node.kwargs, "repeats": repeats}
         node.graph.erase_node(cat)
         for one in dict.fromkeys((*before, *after)):
             _erase_unused(one)
         return True
     return False
+
+
+def _times_of_all(nodes: list[Any], x: fx.Node, frame: int) -> int | None:
+    total = 0
+    for node in nodes:
+        times = _times(node, x, frame)
+        if times is None:
+            return None
+        total += times
+    return total
 
 
 def _times(node: Any, x: fx.Node, frame: int) -> Any:
@@ -99,7 +109,7 @@ def _times(node: Any, x: fx.Node, frame: int) -> Any:
 
 
 def _erase_unused(node: Any) -> None:
-    while isinstance(node, fx.Node) and not node.users and node.op == "call_function":
+    while isinstance(node, fx.Node) and not node.users and node.all_input_nodes:  # what is erased has none
         gone, node = node, node.args[0]
         gone.graph.erase_node(gone)
 

@@ -1,5 +1,7 @@
 """Norms and SiLU before a convolution become a part of it: a map is normalized into what the convolution reads.
 
+On the CPU, norms over a cell's channels that no convolution takes are an operator each.
+
 GroupNorm is one operator already. The norm over a cell's channels, as Wan's VAE has it, is recognized:
 `x / max(|x|, least) * factor * gamma`, of which the quotient may be computed in fp32. So is LTX's root mean square.
 """
@@ -179,6 +181,8 @@ def _mean_square(node: Any, mesh: Mesh, biased: bool = False) -> Any:
         if not only_user(source, aten._to_copy.default) or not is_cast(source, mesh) or source.args[0] is not x:
             return None
         gone.append(source)
+    if not x.meta["dtype"].is_floating_point:
+        return None
     dtype, wide = x.meta["dtype"], {one.meta["dtype"] for one in (source, node)}
     if rounded is not None and not (is_cast(rounded, mesh) and rounded.meta["dtype"] == dtype):
         return None
@@ -196,7 +200,7 @@ def _mean_square(node: Any, mesh: Mesh, biased: bool = False) -> Any:
 
 
 def _calls(node: Any, target: Any, result: Any) -> bool:
-    """Whether a value is a node that calls `target`, and is a norm's result or one argument of one other node."""
+    """Whether a node calls `target`. Unless it is the norm's result, it must be one argument of one other node."""
     return only_user(node, target) or (node is result and isinstance(node, fx.Node) and node.target is target)
 
 

@@ -43,4 +43,5 @@ def _repeated(many: Any) -> fx.Node | None:
         return None
     weight: fx.Node = many.args[0].args[0]
     shape = weight.meta["shape"]
-    return weight if len(shape) == 2 and shape == many.meta["shape"][1:] else None
+    whole = len(shape) == 2 and shape == many.args[0].meta["shape"][-2:] == many.meta["shape"][1:]
+    return weight if whole else None

@@ -68,6 +68,8 @@ def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None
     torch.backends.cudnn.allow_tf32 = not model.exact
     device = Platform.default(model.device).device
     decoder = load(model.path, dtype=model.dtype, device=device, encoder=model.call == "encode")
+    for parameter in decoder.module.parameters():
+        parameter.data.sum()  # weights mapped from a file are not in memory before they are used
     if compiled:
         kernels.works(decoder.device)  # the compiler rests in memory as the weights do
 
@@ -101,7 +103,7 @@ def _hold_diffusers(model: Model, tiled: bool, channels_last: bool, compiled: bo
         formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
         return x.contiguous(memory_format=formats.get(x.ndim, torch.contiguous_format))
 
-    for parameter in vae.parameters():  # weights mapped from a file are not in memory before they are used
+    for parameter in vae.parameters():  # the same, in memory of their own
         parameter.data = laid_out(parameter.data.clone())
     if tiled:
         vae.enable_tiling()

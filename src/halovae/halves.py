@@ -19,7 +19,8 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, register_fl
 from halovae.platform import Platform
 
 _VALUES = 2**21  # that are there in fp32 at once
-_HEAVIER = {2: 6, 3: 3}  # times as many values as a map has, by its dims in space and time: its weights lie well
+# Weights are heavy if they have so many times the values of a map, by its dims in space and time.
+_HEAVIER = {2: 6, 3: 3}
 _ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 _BF16_UNITS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # of x86, as `torch.cpu.get_capabilities` names them
 

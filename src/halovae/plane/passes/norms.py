@@ -26,8 +26,9 @@ _ROOT = aten.rsqrt.default
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
     """Returns how many norms and activations went; none on accelerators without kernels of our own."""
-    on_cpu, found = mesh.platform.kind == "cpu", 0
-    if not on_cpu and backends.kernels(mesh.platform.kind) is None:
+    fused, found = backends.kernels(mesh.platform.kind), 0
+    on_cpu = fused is None and mesh.platform.kind == "cpu"
+    if fused is None and not on_cpu:
         return 0
     for node in list(graph.nodes):
         if node.target is not windows.convolution:

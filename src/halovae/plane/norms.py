@@ -68,7 +68,7 @@ def activated(
         return F.silu(x, inplace=spare) if silu else x
     if fused or norm is None or len(norm) == 3:
         own = spare and is_dense(x) and not (norm is not None and _is_looped(x))
-        out = x if own else _empty_like(x)
+        out = x if own else empty_like(x)
         write(x, shift, gamma, beta, norm, silu, out)
         return out
     if spare and operators.kind_of(x) == "cpu" and (x.is_meta or is_channels_last(x)):
@@ -80,13 +80,6 @@ def activated(
     else:
         x = operators.whole_group_norm(x, groups, gamma, beta, eps)
     return F.silu(x, inplace=True) if silu else x
-
-
-def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm, spare: bool) -> Tensor:
-    """A map normalized, written over it if it is `spare`: that saves its memory, where the compiled loop saves time."""
-    out = x if spare else _empty_like(x)
-    write(x, None, gamma, beta, norm, False, out)
-    return out
 
 
 def _normalize(
@@ -148,7 +141,7 @@ def _is_looped(x: Tensor) -> bool:
     return kernels is not EAGER and operators.kind_of(x) == "cpu" and (x.is_meta or x.stride(1) == 1)
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def empty_like(x: Tensor) -> Tensor:
     """Memory for a map, channels last."""
     if x.device.type not in ("cpu", "meta"):
         return operators.empty_along(x, 1, x.shape[1], last=True)

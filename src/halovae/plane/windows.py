@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae import halves, winograd
-from halovae.plane import backends, norms, operators, rings
-from halovae.plane.norms import Norm, activated, is_dense, sum_of, write
+from halovae.plane import backends, operators, rings
+from halovae.plane.norms import Cells, Norm, activated, empty_like, is_dense, sum_of, write
 from halovae.plane.operators import Cut
 from halovae.plane.rings import Edges
 from halovae.schemes import PLAIN, UPSAMPLING
@@ -168,17 +168,19 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _plain(x, weight, bias)
 
 
-def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm, *, spare: bool = False) -> Tensor:
-    """A map normalized over each cell's channels, where no convolution takes it.
+def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Cells, *, spare: bool = False) -> Tensor:
+    """A map normalized over each cell's channels, where no convolution takes it; on the CPU.
 
     Args:
         x: this rank's part `[N, C, *]`.
         gamma: the norm's weight, of any shape with C values.
         beta: its bias, of any shape with as many.
-        norm: as `Norm` has it.
-        spare: whether `x` may be written over by the result.
+        norm: as `Cells` has it.
+        spare: whether `x` is written over by the result. That saves its memory, where the compiled loop saves time.
     """
-    return norms.normalized(x, gamma, beta, norm, spare)
+    out = x if spare else empty_like(x)
+    write(x, None, gamma, beta, norm, False, out)
+    return out
 
 
 def padded(x: Tensor, widths: Sequence[int], value: float = 0.0) -> Tensor:
@@ -264,7 +266,7 @@ def added_(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return sum_of(x, y, bias, x)
 
 
-OPERATORS = (convolution, kept, normalized, pointwise, residual_convolution, upsampled_convolution)
+OPERATORS = (convolution, copied, kept, normalized, pointwise, residual_convolution, upsampled_convolution)
 
 
 def _summed(onto: Tensor | None, result: Tensor) -> Tensor:

@@ -196,8 +196,6 @@ class _Pricer:
             return [("scaled_dot_product_attention", Work(1, flops(node), _touched(node))), ("clone", copied)]
         if node.target is operators.whole_group_norm:
             return [("native_group_norm", Work(1, bytes=_touched(node)))]
-        if node.target is windows.copied:
-            return [("clone", Work(1, bytes=_touched(node)))]
         return [_aten(node)]
 
     def scratch(self, node: fx.Node) -> int:

@@ -99,7 +99,7 @@ def replaced(
 
 
 def inserted(node: fx.Node, target: Any, arguments: tuple[Any, ...], shape: Sequence[int] | None = None) -> fx.Node:
-    """A call put in before a node, of that one's dtype. To reshape tells its shape itself."""
+    """A call put in before a node, of that one's dtype. To reshape and to expand tell their shape themselves."""
     with node.graph.inserting_before(node):
         made = node.graph.call_function(target, arguments)
     made.meta = {**node.meta, "shape": tuple(arguments[1] if shape is None else shape), "messages": 0, "sent": 0}

@@ -9,6 +9,7 @@ GroupNorm is one operator already. The norm over a cell's channels, as Wan's VAE
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,36 +50,48 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             gone.append(x)
             x, groups, gamma, beta, eps = x.args
             given |= {"gamma": gamma, "beta": beta, "norm": (groups, eps, "plane", ())}
-        elif (
-            "norm" not in node.kwargs
-            and used_once(x)
-            and (cells := _norm_of_cells(x, mesh) or _mean_square(x, mesh, on_cpu))
-        ):
-            x, gamma, norm, parts, *beta = cells
-            given |= {"gamma": gamma, "norm": norm} | ({"beta": beta[0]} if beta and beta[0] is not None else {})
-            gone += parts
+        elif "norm" not in node.kwargs and used_once(x) and (cells := _over_channels(x, mesh, on_cpu)):
+            gone += cells.nodes
+            x = cells.x
+            given |= {"gamma": cells.gamma, "norm": cells.norm} | ({} if cells.beta is None else {"beta": cells.beta})
         if gone and squeezed is not None:
             gone.insert(0, squeezed)
             x = _without_frames(x, squeezed)
         if gone:
             replaced(node, windows.convolution, (x, *node.args[1:]), {**node.kwargs, **given}, *gone)
             found += len(gone)
-    return found + (_left(graph, mesh) if on_cpu else 0)
+    return found + (_alone(graph, mesh) if on_cpu else 0)
 
 
-def _left(graph: fx.Graph, mesh: Mesh) -> int:
-    """Make norms over channels that no convolution takes, as those after one, an operator each: on the CPU."""
+def _alone(graph: fx.Graph, mesh: Mesh) -> int:
+    """Make norms over channels that no convolution takes, as those after one, an operator each."""
     gone = set[fx.Node]()
     for node in reversed(list(graph.nodes)):
         shape = node.meta.get("shape")
         if node in gone or not isinstance(shape, tuple) or len(shape) not in (4, 5):
             continue
-        cells: Any = _norm_of_cells(node, mesh) or _mean_square(node, mesh, biased=True)
-        if cells is not None:
-            x, gamma, norm, parts, *beta = cells
-            replaced(node, windows.normalized, (x, gamma, *(beta or (None,)), norm), {}, *parts[1:])
-            gone |= set(parts)
+        found = _over_channels(node, mesh, on_cpu=True)
+        if found is not None:
+            arguments = found.x, found.gamma, found.beta, found.norm
+            replaced(node, windows.normalized, arguments, {}, *found.nodes[1:])
+            gone |= set(found.nodes)
     return len(gone)
+
+
+@dataclass(frozen=True)
+class _OverChannels:
+    """A norm over channels: the map, its weights or None, the numbers, and the nodes that do it, the last one first."""
+
+    x: fx.Node
+    gamma: fx.Node | None
+    beta: fx.Node | None
+    norm: Cells
+    nodes: list[fx.Node]
+
+
+def _over_channels(node: Any, mesh: Mesh, on_cpu: bool) -> _OverChannels | None:
+    """The norm over channels whose result a node is; only on the CPU with weights that are computed, and with beta."""
+    return _norm_of_cells(node, mesh) or _root_mean_square(node, mesh, on_cpu)
 
 
 def _is_one_frame(squeezed: fx.Node) -> bool:
@@ -97,8 +110,8 @@ def _without_frames(x: fx.Node, squeezed: fx.Node) -> Any:
     return made
 
 
-def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node]] | None:
-    """What is normalized, gamma, `norms.Cells`, and the nodes that do it; None if a node is no norm over channels."""
+def _norm_of_cells(node: Any, mesh: Mesh) -> _OverChannels | None:
+    """`x / max(|x|, least) * factor * gamma`."""
     factor, gamma, gone, result = 1.0, None, [], node
     while _calls(node, aten.mul.Tensor, result):
         value: Any = node.args[1]
@@ -129,32 +142,31 @@ def _norm_of_cells(node: Any, mesh: Mesh) -> tuple[Any, Any, Cells, list[fx.Node
     source, order, dims, keepdim, *rest = (*total.args, None, None, None)[:5]
     plain = source is wide and order == 2 and list(dims or ()) == [1] and keepdim and not any(rest) and not total.kwargs
     plain = plain and _alike(x, result) and _fits(gamma, x.meta["shape"][1])
-    return (x, gamma, (float(least), 0.0, factor), gone if rounded is None else [*gone, wide]) if plain else None
+    nodes = gone if rounded is None else [*gone, wide]
+    return _OverChannels(x, gamma, None, (float(least), 0.0, factor), nodes) if plain else None
 
 
-def _mean_square(node: Any, mesh: Mesh, biased: bool = False) -> Any:
-    """The same of `x / sqrt(mean(x^2) + eps) * gamma`, of which the quotient may be computed in fp32.
+def _root_mean_square(node: Any, mesh: Mesh, on_cpu: bool) -> _OverChannels | None:
+    """`x / sqrt(mean(x^2) + eps) * gamma + beta`, of which the quotient may be computed in fp32.
 
-    Channels may be the last dim meanwhile, of gamma as well. If `biased`, gamma may be computed, and beta, which is
-    added then, or None, comes last.
+    Channels may be the last dim meanwhile, of gamma and beta as well.
     """
-    result, gone, weights, last = node, list[fx.Node](), list[Any](), False
-    for target in (None, *(aten.add.Tensor, aten.mul.Tensor)[not biased :], None):
-        if target is None:
-            if not last and _calls(node, aten.permute.default, result) and node.args[1] == _moved(node, back=True):
-                gone.append(node)
-                node, last = node.args[0], True
+    result, gone, last = node, list[fx.Node](), False
+    found: dict[Any, fx.Node | None] = {aten.add.Tensor: None, aten.mul.Tensor: None}
+    for target in (aten.permute.default, aten.add.Tensor, aten.mul.Tensor, aten.permute.default):
+        if not _calls(node, target, result) or (target is aten.add.Tensor and not on_cpu):
             continue
-        weight: Any = node.args[1] if _calls(node, target, result) and len(node.args) == 2 and not node.kwargs else None
-        if not isinstance(weight, fx.Node) or not (weight.op == "get_attr" or biased) or weight.target is _ROOT:
-            weight = None
-        elif not (len(weight.meta["shape"]) == 1 if last else _is_of_channels(weight, node)):
-            return None
+        if target is aten.permute.default:
+            if last or node.args[1] != _moved(node, back=True):
+                continue
+            last = True
+        elif not _is_weight(node, last, on_cpu):
+            continue
         else:
-            gone.append(node)
-            node = node.args[0]
-        weights.insert(0, weight)
-    gamma, *beta = weights
+            found[target] = node.args[1]
+        gone.append(node)
+        node = node.args[0]
+    beta, gamma = found.values()
     rounded = node if _calls(node, aten._to_copy.default, result) else None
     if rounded is not None:
         gone.append(rounded)
@@ -195,9 +207,19 @@ def _mean_square(node: Any, mesh: Mesh, biased: bool = False) -> Any:
             return None
         gone.append(x)
         x = x.args[0]
-    if not _alike(x, result) or not all(_fits(weight, channels) for weight in weights):
+    if not _alike(x, result) or not all(_fits(weight, channels) for weight in (gamma, beta)):
         return None
-    return x, gamma, (0.0, channels * float(eps), channels**0.5), gone, *beta
+    return _OverChannels(x, gamma, beta, (0.0, channels * float(eps), channels**0.5), gone)
+
+
+def _is_weight(node: fx.Node, last: bool, on_cpu: bool) -> bool:
+    """Whether a map is multiplied by, or gets added, one value for each channel. On the CPU it may be computed."""
+    weight: Any = node.args[1]
+    if len(node.args) != 2 or node.kwargs or not isinstance(weight, fx.Node) or weight.target is _ROOT:
+        return False
+    if weight.op != "get_attr" and not on_cpu:
+        return False
+    return len(weight.meta["shape"]) == 1 if last else _is_of_channels(weight, node)
 
 
 def _calls(node: Any, target: Any, result: Any) -> bool:

@@ -31,7 +31,9 @@ def maps(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def weights(outputs: int, channels: int, taps: int) -> tuple[Tensor, Tensor]:
-    return maps(outputs, channels, taps, 3, 3, seed=1) / (9 * taps * channels) ** 0.5, torch.randn(outputs)
+    return maps(outputs, channels, taps, 3, 3, seed=1) / (9 * taps * channels) ** 0.5, torch.randn(
+        outputs, generator=torch.Generator().manual_seed(2)
+    )
 
 
 def wide(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def test_it_is_the_same_convolution(
     wanted = wide(window, weight, bias)
     out = torch.full(wanted.shape, torch.nan).contiguous(memory_format=LAST)
     convolve(PLAIN, window, weight, bias, out)
-    assert (out - wanted).abs().max() < 5e-6
+    assert (out - wanted).abs().max() < 1e-5
     convolve(PLAIN, window, weight, bias, out, add=True)
     assert (out - 2 * wanted).abs().max() < 1e-5
 
@@ -81,7 +83,7 @@ def test_upsampling_is_folded_into_the_convolution() -> None:
     assert wanted.shape[-2:] == larger.shape[-2:]
     out = torch.empty(wanted.shape).contiguous(memory_format=LAST)
     convolve(UPSAMPLING, window, weight, bias, out)
-    assert (out - wanted).abs().max() < 5e-6
+    assert (out - wanted).abs().max() < 1e-5
 
 
 @torch.inference_mode()

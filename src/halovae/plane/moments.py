@@ -48,11 +48,17 @@ def _variance_and_mean(x: Tensor) -> Tensor:
 def _of_channels_last(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """The same where the channels of a cell lie together: of each channel, over some cells at once, then together."""
     cells = x.movedim(1, -1).flatten(1, -2)
-    step = max(1, _VALUES_ON_CPU // (x.shape[0] * x.shape[1]))
-    parts = [part.to(dtype) for part in cells.split(step, 1)]
-    means = torch.stack([part.mean(1) for part in parts])
-    squares = [(part - mean.unsqueeze(1)).square_().mean(1) for part, mean in zip(parts, means, strict=True)]
-    found = together(torch.stack((torch.stack(squares), means), 1), tuple(part.shape[1] for part in parts))
+    parts = cells.split(max(1, _VALUES_ON_CPU // (x.shape[0] * x.shape[1])), 1)
+    found = torch.empty((len(parts), 2, x.shape[0], x.shape[1]), dtype=dtype, device=x.device)
+    # Written over for each part: fresh memory, which the system clears, can take three times as long as the arithmetic.
+    memory = torch.empty_like(parts[0], dtype=dtype)
+    for part, (square, mean) in zip(parts, found, strict=True):
+        apart = memory[:, : part.shape[1]]
+        wide = part if part.dtype == dtype else apart.copy_(part)
+        torch.mean(wide, 1, out=mean)
+        torch.sub(wide, mean.unsqueeze(1), out=apart)
+        torch.mean(apart.square_(), 1, out=square)
+    found = together(found, tuple(part.shape[1] for part in parts))
     found = found.unflatten(2, (groups, -1)).movedim(-1, 0)
     return together(found, (1,) * len(found))
 

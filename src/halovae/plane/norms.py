@@ -168,15 +168,19 @@ def _in_parts(
         return
     values = _VALUES if x.device.type == "cpu" else x.numel()
     rows = max(1, values * x.shape[-2] // x[0].numel())
+    # Written over for all rows: the system would clear fresh memory each time.
+    memory = None if out.dtype == dtype else x.new_empty(x[0, ..., :rows, :].numel(), dtype=dtype)
     for start in range(0, x.shape[-2], rows):
         span = (..., slice(start, start + rows), slice(None))
         for item, (one, target) in enumerate(zip(x[span], out[span], strict=True)):
             source, result = one.movedim(0, -1), target.movedim(0, -1)
-            wide = result if result.dtype == dtype else torch.empty(source.shape, dtype=dtype, device=x.device)
-            write(item, source.to(dtype), wide)
+            wide = result
+            if memory is not None:
+                source = wide = memory[: source.numel()].view(source.shape).copy_(source)
+            write(item, source, wide)
             if silu:
                 F.silu(wide, inplace=True)
-            if wide is not result:
+            if memory is not None:
                 result.copy_(wide)
 
 

@@ -95,7 +95,7 @@ def test_the_flops_of_the_operator_are_those_of_its_matrix_multiplications() -> 
     scratch = torch.empty(winograd._Plan.of(PLAIN, window, weight, out).scratch)
     with FlopCounterMode(display=False) as inside:  # not through the operator, so that what it does is seen
         winograd._convolve(
-            window[0].movedim(0, -1), weight, bias, out[0].movedim(0, -1), scratch, "plain", False, False
+            window[0].movedim(0, -1), weight, bias, out[0].movedim(0, -1), scratch, "plain", False, False, False
         )
     transform = 2 * 36 * 9 * 3 * 16 * 24  # of the weights
     assert whole.get_total_flops() == inside.get_total_flops() - transform == 2 * 36 * (4 * 8) * 2 * 3 * 16 * 24

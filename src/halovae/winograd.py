@@ -9,13 +9,13 @@ Products of one transformed cell are summed over channels and past frames by mat
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from halovae.halves import has_units
@@ -110,19 +110,13 @@ def convolve(
         ready: as for `convolved`.
     """
     plan = _Plan.of(scheme, window, weight, out)
-    scratch = pool.scratch(plan.scratch)
+    scratch, known = pool.scratch(plan.scratch), False
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     for item, result in zip(window.unbind(0), out.unbind(0), strict=True):
-        maps = item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch, scheme.name, add, kernels is not EAGER
-        if ready is None or window.is_meta:
-            if ready is not None:
-                ready()
-            torch.ops.halovae.convolve(*maps)
-        else:
-            # As within an operator: those who watch operators see none of it, and autograd does not note each view.
-            with _disable_current_modes(), torch._C._AutoDispatchBelowAutograd():
-                _convolve(*maps, ready)
-            ready = None
+        maps = item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch
+        _under_way.ready = ready
+        torch.ops.halovae.convolve(*maps, scheme.name, add, kernels is not EAGER, known)
+        ready, known = None, plan.block == len(weight)
 
 
 @dataclass(frozen=True)
@@ -167,16 +161,23 @@ class _Plan:
 
 def _convolve(
     window: Tensor, weight: Tensor, bias: Tensor, out: Tensor, scratch: Tensor, scheme: str, add: bool,
-    use_compiled: bool, ready: Callable[[], None] | None = None,
+    use_compiled: bool, known: bool,
 ) -> None:  # fmt: skip
-    """One item: `window` is `[T + taps - 1, H, W, C]` and `out` `[T, H', W', O]`."""
+    """One item: `window` is `[T + taps - 1, H, W, C]` and `out` `[T, H', W', O]`.
+
+    If they are `known`, the transformed weights are in the scratch memory, from the item before.
+    """
+    ready, _under_way.ready = _under_way.ready, None
     how, kernels = SCHEMES[scheme], compiled() if use_compiled else EAGER
     plan = _Plan.of(how, window.movedim(-1, 0).unsqueeze(0), weight, out.movedim(-1, 0).unsqueeze(0))
     tile_rows = out.shape[1] // how.results
     weights, cells, products = scratch.split([plan.weights, plan.cells, plan.products])
     for first in range(0, len(weight), plan.block):
         block = slice(first, min(first + plan.block, len(weight)))
-        transformed = _transformed(weight[block], how, cells, weights)
+        part = weight[block]
+        transformed = _carved(weights, (how.products**2, part.shape[2], *part.shape[:2]))
+        if not known:
+            _transform(part, how, cells, transformed)
         bands = range(0, tile_rows, plan.band)
         edges = bands[0], bands[-1]
         for row in bands if ready is None else sorted(bands, key=edges.__contains__):
@@ -192,19 +193,16 @@ def _convolve(
             _merge(multiplied, rows, how, kernels, cells, bias[block], result, add)
 
 
-def _transformed(weight: Tensor, how: Scheme, memory: Tensor, target: Tensor) -> Tensor:
+def _transform(weight: Tensor, how: Scheme, memory: Tensor, out: Tensor) -> None:
     """Weights `[O, C, taps, 3, 3]` as `[products, taps, O, C]` in fp32, those of other dtypes by way of `memory`.
 
     Each tap is one matrix product of 9 columns. Of 512 x 512 x 3 x 3 it takes 7 ms, where compiled passes over one dim
     after the other took 49 (one thread).
     """
-    outputs, channels, taps = weight.shape[:3]
     if weight.dtype != torch.float32 or not weight.is_contiguous():
         weight = _carved(memory, weight.shape).copy_(weight)
-    out = _carved(target, (how.products**2, taps, outputs * channels))
-    for tap, columns in enumerate(weight.view(-1, taps, 9).unbind(1)):
-        torch.mm(_both_dims(how.taps, weight.device), columns.T, out=out[:, tap])
-    return out.view(-1, taps, outputs, channels)
+    for columns, result in zip(weight.flatten(3).unbind(2), out.flatten(2).unbind(1), strict=True):
+        torch.mm(_both_dims(how.taps, weight.device), columns.flatten(0, 1).T, out=result)
 
 
 @cache
@@ -268,15 +266,31 @@ def _carved(memory: Tensor, shape: Sequence[int]) -> Tensor:
     return memory[: math.prod(shape)].view(*shape)
 
 
+def _wait_for_window(*_: object) -> None:
+    """What `_convolve` does of a window without data."""
+    ready, _under_way.ready = _under_way.ready, None
+    if ready is not None:
+        ready()
+
+
+class _UnderWay(threading.local):
+    """What waits for other ranks' rows of the window that this thread's operator is about to read."""
+
+    ready: Callable[[], None] | None = None
+
+
+_under_way = _UnderWay()
+
+
 # An operator of its own, so that those who watch operators (the memory and FLOP counters) see one and not hundreds.
 # `torch.library.custom_op` would import the compiler at the first call.
 _library = torch.library.Library("halovae", "DEF")
 _library.define(
     "convolve(Tensor window, Tensor weight, Tensor bias, Tensor(a!) out, Tensor(b!) scratch, str scheme, bool add, "
-    "bool use_compiled) -> ()"
+    "bool use_compiled, bool known) -> ()"
 )
 _library.impl("convolve", _convolve, "CPU")
-_library.impl("convolve", lambda *_: None, "Meta")  # writes into what it is given: nothing to make up
+_library.impl("convolve", _wait_for_window, "Meta")  # writes into what it is given: nothing to make up
 
 
 @register_flop_formula(torch.ops.halovae.convolve)

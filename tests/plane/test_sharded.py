@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from halovae.bench import zoo
 from halovae.bench.ranks import Ranks
 from halovae.geometry import Grid
 from halovae.launch import RankError
+from halovae.plane import sharded
+from halovae.plane.keys import weights_digest
 
 Group = Callable[[int], Ranks]
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
@@ -139,6 +141,39 @@ def test_ranks_with_other_weights_are_told(ranks: Group) -> None:
     ranks(2).run(other_weights, False)
     with pytest.raises(RankError, match="all ranks must ask for the same"):
         Ranks(2).run(other_weights, True)
+
+
+def weights_summed() -> list[int]:
+    """How often the weights had been summed after each of some calls."""
+    import torch.distributed as dist
+
+    from halovae.lines import join_world
+
+    join_world(torch.device("cpu"))
+    counts, module = [], small()
+    with pytest.MonkeyPatch.context() as patch:
+        calls = list[int]()
+
+        def summed(modules: Sequence[nn.Module]) -> str:
+            calls.append(0)
+            return weights_digest(modules)
+
+        patch.setattr(sharded, "weights_digest", summed)
+        shard = halovae.shard(module)
+        for rows, grid in ((6, Grid(rows=2)), (8, Grid(rows=2)), (6, Grid(cols=2))):
+            shard(picture(1, 3, rows, 4), grid=grid)
+            counts.append(len(calls))
+        module.conv.weight.mul_(2)
+        shard(picture(1, 3, 6, 4), grid=Grid(rows=2))
+        counts.append(len(calls))
+        module.conv.weight.mul_(dist.get_rank())
+        with pytest.raises(RuntimeError, match="weights"):
+            shard(picture(1, 3, 6, 4), grid=Grid(rows=2))
+    return counts
+
+
+def test_weights_are_summed_once_until_they_change(ranks: Group) -> None:
+    assert ranks(2).run(weights_summed) == [[1, 1, 1, 2]] * 2
 
 
 def refused(what: str) -> str:

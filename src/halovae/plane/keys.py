@@ -45,6 +45,12 @@ def hooked(module: nn.Module) -> Iterator[str]:
             yield name or type(one).__name__
 
 
+def weights_key(modules: Sequence[nn.Module]) -> Any:
+    """Which weights modules have, and how often each was written to."""
+    weights = (one for module in modules for one in module.parameters())
+    return tuple((id(one), None if one.is_inference() else one._version) for one in weights)
+
+
 def weights_digest(modules: Sequence[nn.Module]) -> str:
     """A digest of all weights by shapes and sums, to find ranks with other weights; empty in a world of one."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):

@@ -314,3 +314,18 @@ def test_a_partitioned_map_is_a_part_of_the_whole_on_each_rank() -> None:
     outcomes = on_ranks(local, Grid(rows=2, cols=2))
     a, b, c, d = (outcome.results[0] for outcome in outcomes)
     assert torch.equal(torch.cat([torch.cat([a, b], 3), torch.cat([c, d], 3)], 2), numbers(1, 4, 7, 6))
+
+
+@pytest.mark.parametrize("grid", ["3x2", "2x2", "4x1", "1x3"])
+@pytest.mark.parametrize("size", [(4, 3), (5, 4), (3, 3)])
+def test_gathered_maps_lie_alike_on_all_ranks(grid: str, size: tuple[int, int]) -> None:
+    """Parts of one row or col do not say how a map lies, and convolutions of other layouts give other bits."""
+
+    def turned(*dims: int) -> Function:
+        weight = weights(3, size[dims[1] - 2], 1, 1)
+        return lambda x: F.conv2d(x.permute(*dims), weight)
+
+    for channels in (1, 2):
+        x = numbers(1, channels, *size)
+        for dims in ((0, 3, 1, 2), (0, 2, 3, 1)):
+            check(turned(*dims), x, Grid.parse(grid))

@@ -96,6 +96,12 @@ def _normalize(
     shift = mean.unsqueeze(-1).expand(shape).reshape(items, channels) * -scale
     shift = shift if beta is None else shift + beta.to(shift.dtype)
 
+    torch.ops.halovae.normalize_groups(x, scale, shift, silu, out)
+
+
+def _normalize_groups(x: Tensor, scale: Tensor, shift: Tensor, silu: bool, out: Tensor) -> None:
+    """`x * scale + shift`, of each item's channels, and SiLU, into `out`."""
+
     def write(item: int, source: Tensor, result: Tensor) -> None:
         torch.addcmul(shift[item], source, scale[item], out=result)
 
@@ -203,3 +209,9 @@ def sum_of(x: Tensor, y: Tensor | None, bias: Tensor, out: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.to(wide) + per_channel(bias, x)
     return out.copy_(total if y is None else total + y)
+
+
+_library = torch.library.Library("halovae", "FRAGMENT")  # why an operator: see `moments`
+_library.define("normalize_groups(Tensor x, Tensor scale, Tensor shift, bool silu, Tensor(a!) out) -> ()")
+_library.impl("normalize_groups", _normalize_groups, "CPU")
+_library.impl("normalize_groups", _normalize_groups, "Meta")

@@ -34,7 +34,7 @@ from halovae.plane.layout import (
     shape,
 )  # fmt: skip
 from halovae.plane.operators import Wanted
-from halovae.plane.tensor import PlaneTensor, made
+from halovae.plane.tensor import PlaneTensor, channels_last, contiguous, is_channels_last, made
 
 if TYPE_CHECKING:
     from halovae.plane.trace import Recorder
@@ -173,7 +173,14 @@ class Plane:
         local = self.fetch(local, at, factor, wanted)
         if len(factors) > 1:
             local = local.flatten(dim, dim + len(factors) - 1)
-        return self.wrap(local, layout, "it was made of other ranks' data")
+        if result.mesh_dim is None:
+            # Parts of one row or col do not say how the map lies, and ranks whose maps lie differently get other bits.
+            last = is_channels_last(x)
+            if local.stride() != (channels_last if last else contiguous)(tuple(local.shape)):
+                formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+                local = local.clone(memory_format=formats[local.ndim] if last else torch.contiguous_format)
+        strides = x.stride() if shape(layout) == x.shape else None
+        return self.wrap(local, layout, "it was made of other ranks' data", strides)
 
     def fetch(self, local: Tensor, dim: int, factor: Factor, wanted: Wanted) -> Tensor:
         """`operators.fetch` over a factor; where no rank wants what others have, the part that it wants."""

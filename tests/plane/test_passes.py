@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -143,16 +142,6 @@ def test_a_block_is_exact_with_each_pass_and_with_all(name: str, monkeypatch: py
         monkeypatch.setenv("HALOVAE_PASSES", f"convolutions,{name}")
     for program in check(seeded(Block), picture(1, 4, 13, 11)):
         assert program.changes.get(name, 1) or name in UNUSED
-
-
-@pytest.mark.parametrize("heavier", [0.0, 3.0, 1e9])
-def test_edges_are_convolved_again_where_the_map_is_heavy(heavier: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "_HEAVIER", heavier)
-    direct = Mock(wraps=windows._direct)
-    monkeypatch.setattr(windows, "_direct", direct)
-    check(seeded(Block), picture(1, 4, 13, 11), GRIDS[1:])
-    again = [call for call in direct.call_args_list if call.args[4] and call.args[5]]  # cut, and early
-    assert bool(again) == (heavier < 1e9)
 
 
 def test_without_passes_a_graph_has_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

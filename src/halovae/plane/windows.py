@@ -22,8 +22,6 @@ from halovae.plane.rings import Edges
 from halovae.schemes import PLAIN, UPSAMPLING
 
 aten = torch.ops.aten
-# How many values a map has for each of the weights where it is worth while to convolve its edges again.
-_HEAVIER = 16
 
 
 def convolution(
@@ -66,9 +64,6 @@ def convolution(
     shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
     cells = shape[2] * shape[3] * shape[4]
     folded = min(x.shape[-2:]) >= PLAIN.results and winograd.pays(PLAIN, weight, cells, kernels, kind)
-    # Edges that are convolved again lay out all weights again. Copies of light maps take less on the CPU: 512 channels
-    # of 16 x 32 cells take 32 ms with early edges and 25 without, 128 of 128 x 256 74 both (fp32, one thread).
-    early = early and (kind != "cpu" or x.numel() >= _HEAVIER * weight.numel())
     # A window takes the place of any other copy that has more around the map: of its frames, or of its halos.
     fused = backends.kernels(x.device.type) is not None and (shift is not None or norm is not None or silu)
     copied = past is not None or zeros > 0 or (bool(cuts) and (fused or not early))

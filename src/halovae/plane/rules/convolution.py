@@ -36,7 +36,7 @@ Reach = Callable[[int, int], tuple[int, int]]  # the inputs that a range of outp
 # Edges are computed twice where a map has this many rows (or cols) for each of a halo; and on the CPU, where every call
 # lays the weights out again, this many values for each of the weights; elsewhere, where a few small operators take
 # longer than to copy a small map, this many values. (docs/plane.md, docs/benchmarks/accelerator.md)
-_EXTENT_TO_HALO, _MAP_TO_WEIGHTS, _LARGE_MAP = 8, 4, 2**24
+_EXTENT_TO_HALO, _MAP_TO_WEIGHTS, _LARGE_MAP = 8, 16, 2**24
 
 
 def output_factor(plane: Plane, before: Factor, size: int, bounds: Callable[[int], int], mesh_dim: MeshDim) -> Factor:

@@ -5,7 +5,7 @@
 
 The plain module on one rank stands beside them. On a machine whose cores share caches and memory, two processes are
 slower than one twice over, whatever they decode. What the shared decode takes beyond the halves' time is what halos
-cost.
+and waiting cost. Halves that meet at each GroupNorm show the waiting alone: an exact decode has to meet there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -22,6 +25,8 @@ from halovae import Grid
 from halovae.bench.models import MODELS, random_vae
 from halovae.bench.ranks import Ranks
 from halovae.integrations.autoencoder import Autoencoder
+from halovae.mesh import mesh_for
+from halovae.plane import operators
 
 
 def main() -> None:
@@ -43,18 +48,20 @@ def main() -> None:
 
 def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, compiled: bool, table: Table) -> None:
     groups = {ranks: Ranks(ranks, 1) for ranks in (1, 2)}
-    cases: dict[str, tuple[int, torch.Tensor, Grid | None]] = {
-        "the plain module, 1 rank": (1, whole, None),
-        "whole, 1 rank": (1, whole, Grid()),
-        "whole, 2x1": (2, whole, Grid(rows=2)),
-        "a half, 1 rank": (1, half, Grid()),
-        "a half each, no messages": (2, torch.cat([half] * 2), Grid(batch=2)),
+    both = torch.cat([half] * 2)
+    cases: dict[str, tuple[int, torch.Tensor, Grid | None, bool]] = {
+        "the plain module, 1 rank": (1, whole, None, False),
+        "whole, 1 rank": (1, whole, Grid(), False),
+        "whole, 2x1": (2, whole, Grid(rows=2), False),
+        "a half, 1 rank": (1, half, Grid(), False),
+        "a half each, no messages": (2, both, Grid(batch=2), False),
+        "a half each, meeting at norms": (2, both, Grid(batch=2), True),
     }
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     try:
         for turn in range(repeat + 1):
-            for name, (ranks, latents, grid) in cases.items():
-                outcomes = groups[ranks].run(_decoded, model, latents, grid, compiled)
+            for name, (ranks, latents, grid, meeting) in cases.items():
+                outcomes = groups[ranks].run(_decoded, model, latents, grid, compiled, meeting)
                 if turn:  # the first records and warms up
                     taken[name].append((max(one for one, _ in outcomes), max(one for _, one in outcomes)))
     finally:
@@ -70,21 +77,26 @@ def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, c
         own / plain
         for (own, _), (plain, _) in zip(taken["whole, 1 rank"], taken["the plain module, 1 rank"], strict=True)
     )
-    shared = statistics.median(
-        apart / own for (apart, _), (own, _) in zip(taken["a half each, no messages"], taken["whole, 2x1"], strict=True)
+    shared, bound = (
+        statistics.median(
+            apart / own for (apart, _), (own, _) in zip(taken["a half each, no messages"], taken[name], strict=True)
+        )
+        for name in ("whole, 2x1", "a half each, meeting at norms")
     )
     faster = medians["whole, 1 rank"] / medians["whole, 2x1"]
     table.caption = (
         f"replay: {replay:.3f} of the plain module's time; 2x1: {faster:.3f}x one rank, {shared:.3f} of what two "
-        "halves apart reach (medians of the turns' ratios)"
+        f"halves apart reach, halves that meet at norms {bound:.3f} (medians of the turns' ratios)"
     )
 
 
 _models: dict[str, Autoencoder] = {}
 
 
-def _decoded(model: str, latents: torch.Tensor, grid: Grid | None, compiled: bool) -> tuple[float, float]:
-    """Seconds of this rank's decode, frames left where they are, and of its waiting."""
+def _decoded(
+    model: str, latents: torch.Tensor, grid: Grid | None, compiled: bool, meeting: bool
+) -> tuple[float, float]:
+    """Seconds of this rank's decode, frames left where they are, and of its waiting, but for what `meeting` adds."""
     if model not in _models:
         _models[model] = Autoencoder(random_vae(model))
         if compiled:
@@ -95,9 +107,20 @@ def _decoded(model: str, latents: torch.Tensor, grid: Grid | None, compiled: boo
         with torch.no_grad():
             decoder.module.decode(latents)  # type: ignore[operator]
         return time.perf_counter() - begin, 0.0
-    decoder.decode(latents, grid=grid, gather="none")
+    with patch.object(operators, "statistics", _met) if meeting else nullcontext():
+        decoder.decode(latents, grid=grid, gather="none")
     assert decoder.report is not None
     return decoder.report.seconds, decoder.report.waiting
+
+
+_statistics = operators.statistics
+
+
+def _met(*args: Any, **given: Any) -> torch.Tensor:
+    """The statistics of a GroupNorm, once the other rank has its own."""
+    found = _statistics(*args, **given)
+    mesh_for(Grid(rows=2), found.device).lines.all_gather("rows", found.flatten(), 2)
+    return found
 
 
 if __name__ == "__main__":

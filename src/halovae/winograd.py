@@ -24,7 +24,7 @@ from halovae.pool import Pool
 from halovae.schemes import PLAIN, SCHEMES, Matrix, Scheme
 
 # Rows of the matrices that are multiplied, for each thread: fewer keep a CPU's units waiting, more leave its caches.
-ROWS = 256
+ROWS = 512
 # Transformed weights at a time, in elements.
 WEIGHTS = 16 * 2**20
 # Fewer channels than this do not pay for transforming the cells. Where a CPU has units for half precision, the
@@ -228,12 +228,12 @@ def _multiplied(cells: Tensor, weights: Tensor, memory: Tensor) -> Tensor:
     """`[products, T + taps - 1, tiles, C]` times `[products, taps, O, C]`, as `[products, T, tiles, O]`."""
     count, inputs, tiles, channels = cells.shape
     taps, outputs = weights.shape[1:3]
-    out = _carved(memory, (count, inputs - taps + 1, tiles, outputs))
-    for cell, weight, product in zip(cells, weights, out.view(count, -1, outputs), strict=True):
-        for tap in range(taps):
-            past = cell[tap : tap + out.shape[1]].view(-1, channels)
-            torch.addmm(product, past, weight[tap].T, beta=int(tap > 0), out=product)
-    return out
+    frames = inputs - taps + 1
+    out = _carved(memory, (count, frames * tiles, outputs))
+    for tap in range(taps):
+        past = cells[:, tap : tap + frames].flatten(1, 2)
+        torch.baddbmm(out, past, weights[:, tap].transpose(1, 2), beta=int(tap > 0), out=out)
+    return out.view(count, frames, tiles, outputs)
 
 
 def _merge(

@@ -5,7 +5,8 @@
 
 The plain module on one rank stands beside them. On a machine whose cores share caches and memory, two processes are
 slower than one twice over, whatever they decode. What the shared decode takes beyond the halves' time is what halos
-and waiting cost. Halves that meet at each GroupNorm show the waiting alone: an exact decode has to meet there.
+and waiting cost. Halves that meet at each GroupNorm show the waiting alone: an exact decode has to meet there. Models
+without GroupNorm do not.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, c
         own / plain
         for (own, _), (plain, _) in zip(taken["whole, 1 rank"], taken["the plain module, 1 rank"], strict=True)
     )
-    shared, bound = (
+    shared, met = (
         statistics.median(
             apart / own for (apart, _), (own, _) in zip(taken["a half each, no messages"], taken[name], strict=True)
         )
@@ -86,7 +87,7 @@ def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, c
     faster = medians["whole, 1 rank"] / medians["whole, 2x1"]
     table.caption = (
         f"replay: {replay:.3f} of the plain module's time; 2x1: {faster:.3f}x one rank, {shared:.3f} of what two "
-        f"halves apart reach, halves that meet at norms {bound:.3f} (medians of the turns' ratios)"
+        f"halves apart reach, halves that meet at norms {met:.3f} (medians of the turns' ratios)"
     )
 
 

@@ -1,15 +1,20 @@
 """What a recorded graph is predicted to take, against real decodes."""
 
+from typing import Any
+
 import pytest
 import torch
 from models import FAMILIES, latents, vae
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import halovae
 from halovae import Grid
 from halovae.bench import zoo
 from halovae.memory import LiveBytes
-from halovae.planning.cost import Cost
+from halovae.plane import norms
+from halovae.plane.moments import moments
+from halovae.planning.cost import Cost, described
 from halovae.planning.graphs import traced
 
 
@@ -54,3 +59,26 @@ def test_live_bytes_of_a_stream_do_not_grow_with_its_length() -> None:
                 pass
         peaks.append(live.peak - z.nbytes)  # the module may write to its latents: it has a copy. All else is a chunk's
     assert max(peaks) - min(peaks) <= 0.01 * min(peaks)
+
+
+class Described(TorchDispatchMode):
+    """Notes the kinds of operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        kind, work = described(func, args, kwargs or {}, result)
+        assert work.calls == 1
+        self.kinds.append(kind)
+        return result
+
+
+def test_our_own_operators_have_a_cost() -> None:
+    x = torch.randn(1, 8, 6, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), Described() as seen:
+        moments(x, 4, torch.float32)
+        norms.write(x, None, None, None, (4, 1e-5, "plane", ()), True, torch.empty_like(x))
+    assert sum(kind.startswith("halovae") for kind in seen.kinds) == 3

@@ -114,8 +114,14 @@ def convolve(
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     for item, result in zip(window.unbind(0), out.unbind(0), strict=True):
         maps = item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch
+        if ready is not None and window.is_meta:
+            ready()  # not within the operator, where dispatch modes do not see what it does
+            ready = None
         _under_way.ready = ready
-        torch.ops.halovae.convolve(*maps, scheme.name, add, kernels is not EAGER, known)
+        try:
+            torch.ops.halovae.convolve(*maps, scheme.name, add, kernels is not EAGER, known)
+        finally:
+            _under_way.ready = None
         ready, known = None, plan.block == len(weight)
 
 
@@ -167,7 +173,7 @@ def _convolve(
 
     If they are `known`, the transformed weights are in the scratch memory, from the item before.
     """
-    ready, _under_way.ready = _under_way.ready, None
+    ready = _under_way.ready
     how, kernels = SCHEMES[scheme], compiled() if use_compiled else EAGER
     plan = _Plan.of(how, window.movedim(-1, 0).unsqueeze(0), weight, out.movedim(-1, 0).unsqueeze(0))
     tile_rows = out.shape[1] // how.results
@@ -270,13 +276,6 @@ def _carved(memory: Tensor, shape: Sequence[int]) -> Tensor:
     return memory[: math.prod(shape)].view(*shape)
 
 
-def _wait_for_window(*_: object) -> None:
-    """What `_convolve` does of a window without data."""
-    ready, _under_way.ready = _under_way.ready, None
-    if ready is not None:
-        ready()
-
-
 class _UnderWay(threading.local):
     """What waits for other ranks' rows of the window that this thread's operator is about to read."""
 
@@ -294,7 +293,7 @@ _library.define(
     "bool use_compiled, bool known) -> ()"
 )
 _library.impl("convolve", _convolve, "CPU")
-_library.impl("convolve", _wait_for_window, "Meta")  # writes into what it is given: nothing to make up
+_library.impl("convolve", lambda *_: None, "Meta")  # writes into what it is given: nothing to make up
 
 
 @register_flop_formula(torch.ops.halovae.convolve)

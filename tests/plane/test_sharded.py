@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from halovae.bench import zoo
 from halovae.bench.ranks import Ranks
 from halovae.geometry import Grid
 from halovae.launch import RankError
-from halovae.plane import sharded
+from halovae.plane import keys
 from halovae.plane.keys import weights_digest
 
 Group = Callable[[int], Ranks]
@@ -143,8 +144,8 @@ def test_ranks_with_other_weights_are_told(ranks: Group) -> None:
         Ranks(2).run(other_weights, True)
 
 
-def weights_summed() -> list[int]:
-    """How often the weights had been summed after each of some calls."""
+def weights_digested() -> list[int]:
+    """How often the weights had been digested after each of some calls."""
     import torch.distributed as dist
 
     from halovae.lines import join_world
@@ -154,11 +155,11 @@ def weights_summed() -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
         calls = list[int]()
 
-        def summed(modules: Sequence[nn.Module]) -> str:
+        def digested(modules: Sequence[nn.Module]) -> str:
             calls.append(0)
             return weights_digest(modules)
 
-        patch.setattr(sharded, "weights_digest", summed)
+        patch.setattr(keys, "weights_digest", digested)
         shard = halovae.shard(module)
         for rows, grid in ((6, Grid(rows=2)), (8, Grid(rows=2)), (6, Grid(cols=2))):
             shard(picture(1, 3, rows, 4), grid=grid)
@@ -166,14 +167,36 @@ def weights_summed() -> list[int]:
         module.conv.weight.mul_(2)
         shard(picture(1, 3, 6, 4), grid=Grid(rows=2))
         counts.append(len(calls))
+        for _ in range(2):  # the new weights may get the addresses of the old ones
+            module.load_state_dict({name: one.clone() for name, one in module.state_dict().items()}, assign=True)
+            shard(picture(1, 3, 6, 4), grid=Grid(rows=2))
+            counts.append(len(calls))
         module.conv.weight.mul_(dist.get_rank())
         with pytest.raises(RuntimeError, match="weights"):
             shard(picture(1, 3, 6, 4), grid=Grid(rows=2))
     return counts
 
 
-def test_weights_are_summed_once_until_they_change(ranks: Group) -> None:
-    assert ranks(2).run(weights_summed) == [[1, 1, 1, 2]] * 2
+def test_weights_are_digested_once_until_they_change(ranks: Group) -> None:
+    assert ranks(2).run(weights_digested) == [[1, 1, 1, 2, 3, 4]] * 2
+
+
+def alone_then_together(rank: int) -> None:
+    import torch.distributed as dist
+
+    from halovae.lines import join_world
+
+    module = small(rank)
+    digest = keys.WeightsDigest([module])
+    with patch.object(keys, "world_size", lambda: 1):
+        assert not digest()
+    join_world(torch.device("cpu"))
+    assert dist.get_world_size() == 2
+    assert digest()
+
+
+def test_weights_are_digested_again_in_another_world(ranks: Group) -> None:
+    ranks(2).run(alone_then_together, 0)
 
 
 def refused(what: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from halovae.lines import world_size
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -45,15 +48,38 @@ def hooked(module: nn.Module) -> Iterator[str]:
             yield name or type(one).__name__
 
 
-def weights_key(modules: Sequence[nn.Module]) -> Any:
-    """Which weights modules have, and how often each was written to."""
-    weights = (one for module in modules for one in module.parameters())
-    return tuple((id(one), None if one.is_inference() else one._version) for one in weights)
+class WeightsDigest:
+    """The digest of modules' weights, computed once until they change.
+
+    It is computed again where a weight is another tensor, has other memory, or another dtype or device, where PyTorch's
+    counter of writes (`_version`) moved, and in another world. Writes to `.data` do not show.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._weights: list[weakref.ref[Tensor]] = []
+        self._state: Any = None
+        self._digest = ""
+
+    def __call__(self) -> str:
+        """The digest."""
+        weights = [one for module in self._modules for one in module.parameters()]
+        state = world_size(), [_state(one) for one in weights]
+        known = [ref() for ref in self._weights]  # not their addresses: a new tensor may have that of an old one
+        if state != self._state or not all(one is other for one, other in zip(weights, known, strict=True)):
+            self._digest = weights_digest(self._modules)
+            self._weights, self._state = [weakref.ref(one) for one in weights], state
+        return self._digest
+
+
+def _state(weight: Tensor) -> Any:
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.dtype, weight.device, version
 
 
 def weights_digest(modules: Sequence[nn.Module]) -> str:
     """A digest of all weights by shapes and sums, to find ranks with other weights; empty in a world of one."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if not dist.is_initialized() or world_size() == 1:
         return ""
     sums = [one.detach().double().sum() for module in modules for one in module.parameters() if not one.is_meta]
     shapes = hash(tuple(tuple(one.shape) for module in modules for one in module.parameters()))

@@ -91,7 +91,7 @@ def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
         return torch.tensor([count / total for count in counts], dtype=dtype, device=device).view(-1, 1, 1)
 
 
-# An operator, so that each of its many small ones goes neither through autograd's dispatch nor by those who watch.
+# An operator, so that dispatch modes, such as the memory meter, see one call and not its many small ones.
 _library = torch.library.Library("halovae", "FRAGMENT")
 _library.define("moments(Tensor x, int groups, ScalarType dtype) -> Tensor")
 _library.impl("moments", _of_channels_last, "CPU")

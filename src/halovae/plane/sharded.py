@@ -19,7 +19,7 @@ from halovae.mesh import Mesh, Traffic, mesh_for
 from halovae.out_of_memory import RankOutOfMemoryError, is_out_of_memory
 from halovae.plane.agreement import agree, conversations
 from halovae.plane.drain import drain_peers
-from halovae.plane.keys import hooked, module_key, value_key, weights_digest, weights_key
+from halovae.plane.keys import WeightsDigest, hooked, module_key, value_key
 from halovae.plane.layout import Layout, extent
 from halovae.plane.passes import chosen
 from halovae.plane.plane import Plane
@@ -55,7 +55,7 @@ class Sharded:
         self._function, self._modules, self._multiple = function, tuple(modules), multiple
         self._identity = identity
         self._programs: OrderedDict[Any, Program | TraceError] = OrderedDict()
-        self._weights: tuple[Any, str] = (None, "")
+        self._digest = WeightsDigest(self._modules)
         self._agreed: set[Any] = set()
         self.report: ShardReport | None = None
         self.kernels = EAGER
@@ -205,13 +205,6 @@ class Sharded:
             self._programs[key] = program
             self._agreed.add(key)
         return program
-
-    def _digest(self) -> str:
-        """Tells the weights of ranks apart. It is computed again once a weight was written to, or is another one."""
-        key = weights_key(self._modules)
-        if key != self._weights[0]:
-            self._weights = key, weights_digest(self._modules)
-        return self._weights[1]
 
     def _chunks(
         self, program: Program | TraceError, steps: Iterator[tuple[Tensor, Layout] | None], plane: Plane, x: Tensor,

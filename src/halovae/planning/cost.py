@@ -151,7 +151,7 @@ def described(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: An
     if is_view:
         return name, Work(calls=1)
     tensors = [one for one in args if isinstance(one, Tensor)]
-    if name.startswith("halovae"):
+    if func is torch.ops.halovae.convolve.default:
         window, weight, _, out, *_ = tensors
         flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
         return f"{name} {args[5]}", Work(1, flops, _bytes(window) + _bytes(out), weight.numel())

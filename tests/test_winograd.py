@@ -31,9 +31,9 @@ def maps(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def weights(outputs: int, channels: int, taps: int) -> tuple[Tensor, Tensor]:
-    return maps(outputs, channels, taps, 3, 3, seed=1) / (9 * taps * channels) ** 0.5, torch.randn(
-        outputs, generator=torch.Generator().manual_seed(2)
-    )
+    # Both always the same ones: by the bias, largest errors below vary by 5 %.
+    bias = torch.randn(outputs, generator=torch.Generator().manual_seed(5))
+    return maps(outputs, channels, taps, 3, 3, seed=1) / (9 * taps * channels) ** 0.5, bias
 
 
 def wide(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def wide(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("batch", "channels", "outputs", "taps", "frames", "height", "width"),
-    [(1, 16, 32, 3, 4, 8, 12), (2, 20, 16, 1, 1, 32, 28), (1, 24, 40, 3, 1, 64, 4)],
+    [(1, 16, 32, 3, 4, 8, 12), (2, 20, 16, 1, 1, 32, 28), (1, 24, 40, 3, 1, 64, 4), (2, 16, 40, 1, 1, 8, 12)],
 )
 @pytest.mark.parametrize("rows", [8, 512])
 @torch.inference_mode()
@@ -59,7 +59,7 @@ def test_it_is_the_same_convolution(
     wanted = wide(window, weight, bias)
     out = torch.full(wanted.shape, torch.nan).contiguous(memory_format=LAST)
     convolve(PLAIN, window, weight, bias, out)
-    assert (out - wanted).abs().max() < 1e-5  # of values up to 5
+    assert (out - wanted).abs().max() < 5e-6
     convolve(PLAIN, window, weight, bias, out, add=True)
     assert (out - 2 * wanted).abs().max() < 1e-5
 
@@ -83,7 +83,7 @@ def test_upsampling_is_folded_into_the_convolution() -> None:
     assert wanted.shape[-2:] == larger.shape[-2:]
     out = torch.empty(wanted.shape).contiguous(memory_format=LAST)
     convolve(UPSAMPLING, window, weight, bias, out)
-    assert (out - wanted).abs().max() < 1e-5
+    assert (out - wanted).abs().max() < 5e-6
 
 
 @torch.inference_mode()

@@ -1,13 +1,14 @@
-"""Norms over each cell's channels: compiled as one loop, and by PyTorch's operators."""
+"""Norms of maps: over each cell's channels, compiled and by PyTorch's operators, and GroupNorm some cells at once."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from halovae import Grid, Mesh
 from halovae.kernels import EAGER, compiled
-from halovae.plane import norms, operators
+from halovae.plane import moments, norms, operators
 
 MESH = Mesh(Grid(), torch.device("cpu"))
 
@@ -50,3 +51,27 @@ def test_operators_normalize_a_map_over_itself_and_one_loop_does_not() -> None:
         torch.testing.assert_close(found, expected)
         assert (found.data_ptr() == given.data_ptr()) is (kernels is EAGER)
         assert torch.equal(given, found if kernels is EAGER else x)
+
+
+@pytest.mark.parametrize("values", [1, 200, 10**6])  # one cell at once, some with fewer in the last part, all of them
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_group_norm_of_some_cells_at_once(values: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "_VALUES", values)
+    monkeypatch.setattr(moments, "_VALUES_ON_CPU", values)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 7, 5, generator=generator).mul_(3).add_(10).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    gamma, beta = (torch.randn(8, generator=generator).to(dtype) for _ in range(2))
+    expected = F.silu(F.group_norm(x.double(), 4, gamma.double(), beta.double(), 1e-5))
+    wide = torch.promote_types(dtype, torch.float32)
+    found = moments.moments(x, 4, wide)
+    exact = torch.stack(torch.var_mean(x.double().unflatten(1, (4, -1)).flatten(2), -1, correction=0))
+    torch.testing.assert_close(found.double(), exact, rtol=64 * torch.finfo(wide).eps, atol=0)
+    window = torch.full((2, 9, 7, 8), torch.nan, dtype=dtype).movedim(-1, 1)
+    inner = window[:, :, 1:-1, 1:-1]
+    norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, inner)
+    tolerance = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(inner.double(), expected, rtol=tolerance, atol=tolerance)
+    norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, x)  # over itself
+    torch.testing.assert_close(x.double(), expected, rtol=tolerance, atol=tolerance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +17,6 @@ from halovae.bench.ranks import Ranks
 from halovae.geometry import Grid
 from halovae.launch import RankError
 from halovae.plane import keys
-from halovae.plane.keys import weights_digest
 
 Group = Callable[[int], Ranks]
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
@@ -152,25 +151,18 @@ def weights_digested() -> list[int]:
 
     join_world(torch.device("cpu"))
     counts, module = [], small()
-    with pytest.MonkeyPatch.context() as patch:
-        calls = list[int]()
-
-        def digested(modules: Sequence[nn.Module]) -> str:
-            calls.append(0)
-            return weights_digest(modules)
-
-        patch.setattr(keys, "weights_digest", digested)
+    with patch.object(keys, "weights_digest", wraps=keys.weights_digest) as digest:
         shard = halovae.shard(module)
         for rows, grid in ((6, Grid(rows=2)), (8, Grid(rows=2)), (6, Grid(cols=2))):
             shard(picture(1, 3, rows, 4), grid=grid)
-            counts.append(len(calls))
+            counts.append(digest.call_count)
         module.conv.weight.mul_(2)
         shard(picture(1, 3, 6, 4), grid=Grid(rows=2))
-        counts.append(len(calls))
+        counts.append(digest.call_count)
         for _ in range(2):  # the new weights may get the addresses of the old ones
             module.load_state_dict({name: one.clone() for name, one in module.state_dict().items()}, assign=True)
             shard(picture(1, 3, 6, 4), grid=Grid(rows=2))
-            counts.append(len(calls))
+            counts.append(digest.call_count)
         module.conv.weight.mul_(dist.get_rank())
         with pytest.raises(RuntimeError, match="weights"):
             shard(picture(1, 3, 6, 4), grid=Grid(rows=2))
@@ -181,22 +173,20 @@ def test_weights_are_digested_once_until_they_change(ranks: Group) -> None:
     assert ranks(2).run(weights_digested) == [[1, 1, 1, 2, 3, 4]] * 2
 
 
-def alone_then_together(rank: int) -> None:
-    import torch.distributed as dist
-
+def digested_alone_and_together() -> tuple[str, str]:
     from halovae.lines import join_world
 
-    module = small(rank)
-    digest = keys.WeightsDigest([module])
-    with patch.object(keys, "world_size", lambda: 1):
-        assert not digest()
     join_world(torch.device("cpu"))
-    assert dist.get_world_size() == 2
-    assert digest()
+    digest = keys.WeightsDigest([small()])
+    with patch.object(keys, "world_size", lambda: 1):
+        alone = digest()
+    return alone, digest()
 
 
 def test_weights_are_digested_again_in_another_world(ranks: Group) -> None:
-    ranks(2).run(alone_then_together, 0)
+    for alone, together in ranks(2).run(digested_alone_and_together):
+        assert not alone
+        assert together
 
 
 def refused(what: str) -> str:

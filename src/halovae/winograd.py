@@ -12,10 +12,11 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils.flop_counter import register_flop_formula
 
 from halovae.halves import has_units
@@ -92,15 +93,38 @@ def convolved(
     return result
 
 
+@dataclass(frozen=True)
+class Bands:
+    """A window of which only some rows are there at a time.
+
+    Attributes:
+        x: the map that it is made of, `[B, C, *]`.
+        write: writes rows of a band: of which item, at which of its rows the band begins, which rows of the band, and
+            the band's memory, `[C, T, rows, W]`.
+    """
+
+    x: Tensor
+    write: Callable[[int, int, slice, Tensor], None]
+
+
+def reads_once(scheme: Scheme, weight: Tensor) -> bool:
+    """Whether `convolve` needs each row of a window once: all weights are transformed at once."""
+    return _Plan.block_of(scheme, weight) == len(weight)
+
+
 def convolve(
-    scheme: Scheme, window: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, kernels: Kernels, pool: Pool, *,
-    add: bool = False, ready: Callable[[], None] | None = None,
+    scheme: Scheme, window: Tensor | Bands, weight: Tensor, bias: Tensor | None, out: Tensor, kernels: Kernels,
+    pool: Pool, *, add: bool = False, ready: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
     """Convolve a window, without padding, into `out`.
 
+    Bands are written in order, rows that two of them share once, and only the first and last row of the window after
+    `ready` was called. Where `reads_once`, `out` may be the memory of what they are made of: rows of the result are
+    written once they are not needed any more.
+
     Args:
         scheme: `PLAIN`, or `UPSAMPLING` for a window that is to be upsampled first.
-        window: `[B, C, T + taps - 1, H, W]`, channels last.
+        window: `[B, C, T + taps - 1, H, W]`, channels last; or its bands.
         weight: `[O, C, taps, 3, 3]`.
         bias: `[O]`.
         out: `[B, O, T, H', W']`, channels last, with a whole number of tiles in rows and cols.
@@ -109,19 +133,27 @@ def convolve(
         add: add to what `out` holds.
         ready: as for `convolved`.
     """
-    plan = _Plan.of(scheme, window, weight, out)
+    bands = window if isinstance(window, Bands) else None
+    whole = window.x if isinstance(window, Bands) else window
+    plan = _Plan.of(scheme, weight, out, 0 if bands is None else 1 + (ready is not None))
     scratch, known = pool.scratch(plan.scratch), False
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    for item, result in zip(window.unbind(0), out.unbind(0), strict=True):
+    for at, (item, result) in enumerate(zip(whole.unbind(0), out.unbind(0), strict=True)):
         maps = item.movedim(0, -1), weight, bias, result.movedim(0, -1), scratch
-        if ready is not None and window.is_meta:
-            ready()  # not within the operator, where dispatch modes do not see what it does
-            ready = None
-        _under_way.ready = ready
+        write = None if bands is None else partial(bands.write, at)
+        if out.is_meta:  # not within the operator, where dispatch modes do not see what it does
+            if ready is not None:
+                ready()
+            if write is not None:
+                with no_dispatch():  # nor what counts memory: there is never a whole one
+                    made = torch.empty(plan.window, dtype=out.dtype, device="meta")
+                write(0, slice(0, plan.window[1]), made.movedim(-1, 0))
+            ready = write = None
+        _under_way.ready, _under_way.write = ready, write
         try:
             torch.ops.halovae.convolve(*maps, scheme.name, add, kernels is not EAGER, known)
         finally:
-            _under_way.ready = None
+            _under_way.ready = _under_way.write = None
         ready, known = None, plan.block == len(weight)
 
 
@@ -131,23 +163,29 @@ class _Plan:
 
     block: int
     band: int
+    window: tuple[int, int, int, int]  # `[T + taps - 1, H, W, C]`, the whole one
+    rows: int  # of the window that a band is made of
     weights: int  # elements of a block's transformed weights
     cells: int  # of what is spread over a band, or merged from it, and of a block's weights before
     products: int  # of the products of a band
+    made: int  # of the rows that are made for a band, or for two
 
     @classmethod
-    def of(cls, scheme: Scheme, window: Tensor, weight: Tensor, out: Tensor) -> _Plan:
-        """For `window` and `out` as `convolve` has them."""
-        count = scheme.products**2
-        channels, inputs, width = window.shape[1], window.shape[2], window.shape[4]
+    def of(cls, scheme: Scheme, weight: Tensor, out: Tensor, bands: int) -> _Plan:
+        """For `out` as `convolve` has it, and so many bands at a time of which rows are made."""
+        count, inputs = scheme.products**2, len(scheme.spread[0])
         frames, tile_rows, tile_cols = out.shape[2], out.shape[3] // scheme.results, out.shape[4] // scheme.results
-        taps = weight.shape[2]
-        block = min(weight.shape[0], max(32, WEIGHTS // (count * taps * channels)))
+        channels, taps = weight.shape[1:3]
+        block = cls.block_of(scheme, weight)
         band = min(tile_rows, max(1, math.ceil(ROWS * torch.get_num_threads() / (frames * tile_cols))))
-        tiles = band * tile_cols
+        height, width = ((tiles - 1) * scheme.step + inputs for tiles in (tile_rows, tile_cols))
+        rows, tiles, inputs = (band - 1) * scheme.step + inputs, band * tile_cols, frames + taps - 1
         return cls(
             block=block,
             band=band,
+            window=(inputs, height, width, channels),
+            rows=rows,
+            made=math.ceil(bands * inputs * rows * width * channels * out.element_size() / 4),
             weights=count * taps * block * channels,
             cells=max(
                 count * inputs * tiles * channels,
@@ -160,43 +198,78 @@ class _Plan:
             ),
         )
 
+    @staticmethod
+    def block_of(scheme: Scheme, weight: Tensor) -> int:
+        return min(len(weight), max(32, WEIGHTS // (scheme.products**2 * math.prod(weight.shape[1:3]))))
+
     @property
     def scratch(self) -> int:
-        return self.weights + self.cells + self.products
+        return self.weights + self.cells + self.products + self.made
+
+    def memory(self, scratch: Tensor, dtype: torch.dtype, at: int = 0) -> Tensor:
+        """Of the rows that are made for a band: `[T + taps - 1, rows, W, C]`."""
+        frames, _, width, channels = self.window
+        shape = frames, self.rows, width, channels
+        return _carved(scratch[self.weights + self.cells + self.products :].view(dtype), shape, at)
 
 
 def _convolve(
     window: Tensor, weight: Tensor, bias: Tensor, out: Tensor, scratch: Tensor, scheme: str, add: bool,
     use_compiled: bool, known: bool,
 ) -> None:  # fmt: skip
-    """One item: `window` is `[T + taps - 1, H, W, C]` and `out` `[T, H', W', O]`.
+    """One item: `window` is `[T + taps - 1, H, W, C]`, or what bands are made of, and `out` `[T, H', W', O]`.
 
     If they are `known`, the transformed weights are in the scratch memory, from the item before.
     """
-    ready = _under_way.ready
     how, kernels = SCHEMES[scheme], compiled() if use_compiled else EAGER
-    plan = _Plan.of(how, window.movedim(-1, 0).unsqueeze(0), weight, out.movedim(-1, 0).unsqueeze(0))
-    tile_rows = out.shape[1] // how.results
-    weights, cells, products = scratch.split([plan.weights, plan.cells, plan.products])
+    plan = _Plan.of(how, weight, out.movedim(-1, 0).unsqueeze(0), 0)
+    weights, cells, products = scratch[: plan.scratch].split([plan.weights, plan.cells, plan.products])
     for first in range(0, len(weight), plan.block):
         block = slice(first, min(first + plan.block, len(weight)))
         part = weight[block]
         transformed = _carved(weights, (how.products**2, part.shape[2], *part.shape[:2]))
         if not known:
             _transform(part, how, cells, transformed)
-        bands = range(0, tile_rows, plan.band)
-        edges = bands[0], bands[-1]
-        for row in bands if ready is None else sorted(bands, key=edges.__contains__):
-            if ready is not None and row in edges:  # all others were before them
-                ready()
-                ready = None
-            rows = min(plan.band, tile_rows - row)
-            start = row * how.step
-            band = window[:, start : start + (rows - 1) * how.step + len(how.spread[0])]
+        for row, rows, band in _bands(window, how, plan, out, scratch):
             spread = _spread(band, rows, how, kernels, products, cells)
             multiplied = _multiplied(spread, transformed, products)
             result = out[:, row * how.results : (row + rows) * how.results, :, block]
             _merge(multiplied, rows, how, kernels, cells, bias[block], result, add)
+
+
+def _bands(window: Tensor, how: Scheme, plan: _Plan, out: Tensor, scratch: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """The bands of an item: the first tile row, how many there are, and that part of the window.
+
+    Those at its ends come last if something else is to be ready before.
+    """
+    tile_rows = out.shape[1] // how.results
+    starts, shared = range(0, tile_rows, plan.band), len(how.spread[0]) - how.step
+    ready, write = _under_way.ready, _under_way.write
+    delayed = starts[: int(ready is not None and len(starts) > 1)]
+    first = before = None
+    if write is not None and delayed:
+        first = before = plan.memory(scratch, out.dtype, 1)
+        write(0, slice(1, plan.rows), first.movedim(-1, 0))
+    for row in (*starts[len(delayed) :], *delayed):
+        if ready is not None and row in (starts[0], starts[-1]):
+            ready()
+            ready = _under_way.ready = None
+        rows = min(plan.band, tile_rows - row)
+        start, height = row * how.step, (rows - 1) * how.step + len(how.spread[0])
+        if write is None:
+            band = window[:, start : start + height]
+        elif first is not None and row == 0:
+            band = first
+            write(0, slice(0, 1), first.movedim(-1, 0))
+        else:
+            band, taken = plan.memory(scratch, out.dtype)[:, :height], 0
+            if before is not None:
+                taken = shared
+                for at in range(taken):  # one after the other: the two may be the same memory
+                    band[:, at].copy_(before[:, before.shape[1] - taken + at])
+            write(start, slice(taken, height), band.movedim(-1, 0))
+            before = band
+        yield row, rows, band
 
 
 def _transform(weight: Tensor, how: Scheme, memory: Tensor, out: Tensor) -> None:
@@ -272,14 +345,21 @@ def _matrices(halfway: Tensor, out: Tensor) -> Iterator[tuple[Sequence[Tensor], 
             yield from zip((part.unbind() for part in parts.unbind(1)), (tile.unbind() for tile in tiles), strict=True)
 
 
-def _carved(memory: Tensor, shape: Sequence[int]) -> Tensor:
-    return memory[: math.prod(shape)].view(*shape)
+def _carved(memory: Tensor, shape: Sequence[int], at: int = 0) -> Tensor:
+    size = math.prod(shape)
+    return memory[at * size : (at + 1) * size].view(*shape)
 
 
 class _UnderWay(threading.local):
-    """What waits for other ranks' rows of the window that this thread's operator is about to read."""
+    """What this thread's operator needs besides its arguments.
+
+    Attributes:
+        ready: waits for other ranks' rows of the window.
+        write: writes rows of the window, where they are made band by band.
+    """
 
     ready: Callable[[], None] | None = None
+    write: Callable[[int, slice, Tensor], None] | None = None
 
 
 _under_way = _UnderWay()

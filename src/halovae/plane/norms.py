@@ -18,6 +18,9 @@ from halovae.plane.tensor import is_channels_last
 # channels the least that is divided by, what is added to the squares' sum, and a factor.
 Cells = tuple[float, float, float]
 Norm = tuple[int, float, Scope, tuple[int, ...]] | Cells
+# A part of a map `[N, C, *]`, as it is indexed: the first of these are items.
+Part = tuple[slice, ...]
+WHOLE: Part = (slice(None),)
 _VALUES = 2**18  # of a map that are normalized at once
 
 
@@ -36,24 +39,38 @@ def write(
         silu: whether SiLU follows.
         out: of the map's shape and dtype, channels last; a part of a larger map, too.
     """
+    writer(x, shift, gamma, beta, norm, silu)(WHOLE, out)
+
+
+def writer(
+    x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool
+) -> Callable[[Part, Tensor], None]:
+    """What writes parts of a map normalized and activated, into memory as `write` has it.
+
+    The statistics of GroupNorm, of all ranks' parts, are there when this returns.
+    """
     fused = backends.kernels(x.device.type)
     if fused is not None and norm is not None and len(norm) == 4:
         groups, eps, scope, counts = norm
         found = operators.statistics(x, groups, scope, counts, shift)
-        fused.group_norm(x, shift, found, gamma, beta, eps, silu, out)
-        return
+        return lambda part, out: fused.group_norm(x[part], shift, found[:, part[0]], gamma, beta, eps, silu, out)
     if fused is not None:
-        fused.norm_of_cells(x, shift, gamma, norm, silu, out)
-        return
+        return lambda part, out: fused.norm_of_cells(x[part], shift, gamma, norm, silu, out)
     x = x if shift is None else x + per_channel(shift, x)
-    if norm is None:
-        out.copy_(x)
+    if norm is not None and len(norm) == 3:
+        return lambda part, out: _normalize_cells(x[part], gamma, beta, norm, silu, out)
+    if norm is not None:
+        factors, terms = _factors_and_terms(x, gamma, beta, norm)
+        # Plans look at maps without data, and at the operators that this one is made of.
+        normalized = torch.ops.halovae.normalize_groups if x.device.type == "cpu" else _normalize_groups
+        return lambda part, out: normalized(x[part], factors[part[0]], terms[part[0]], silu, out)
+
+    def write(part: Part, out: Tensor) -> None:
+        out.copy_(x[part])
         if silu:
             F.silu(out, inplace=True)
-    elif len(norm) == 3:
-        _normalize_cells(x, gamma, beta, norm, silu, out)
-    else:
-        _normalize(x, gamma, beta, norm, silu, out)
+
+    return write
 
 
 def activated(
@@ -72,7 +89,7 @@ def activated(
         write(x, shift, gamma, beta, norm, silu, out)
         return out
     if spare and operators.kind_of(x) == "cpu" and (x.is_meta or is_channels_last(x)):
-        _normalize(x, gamma, beta, norm, silu, x)
+        write(x, None, gamma, beta, norm, silu, x)
         return x
     groups, eps, scope, counts = norm
     if counts:
@@ -82,11 +99,10 @@ def activated(
     return F.silu(x, inplace=True) if silu else x
 
 
-def _normalize(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: tuple[int, float, Scope, tuple[int, ...]], silu: bool,
-    out: Tensor,
-) -> None:  # fmt: skip
-    """GroupNorm and SiLU of a map, into `out`."""
+def _factors_and_terms(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: tuple[int, float, Scope, tuple[int, ...]]
+) -> tuple[Tensor, Tensor]:
+    """What GroupNorm multiplies each item's channels by, `[N, C]`, and what it adds to them."""
     groups, eps, scope, counts = norm
     items, channels = x.shape[:2]
     variance, mean = operators.statistics(x, groups, scope, counts).unbind()
@@ -94,11 +110,7 @@ def _normalize(
     scale = (variance + eps).rsqrt().unsqueeze(-1).expand(shape).reshape(items, channels)
     scale = scale if gamma is None else scale * gamma.to(scale.dtype)
     shift = mean.unsqueeze(-1).expand(shape).reshape(items, channels) * -scale
-    shift = shift if beta is None else shift + beta.to(shift.dtype)
-
-    # Plans look at maps without data, and at the operators that this one is made of.
-    normalized = torch.ops.halovae.normalize_groups if x.device.type == "cpu" else _normalize_groups
-    normalized(x, scale, shift, silu, out)
+    return scale, shift if beta is None else shift + beta.to(shift.dtype)
 
 
 def _normalize_groups(x: Tensor, scale: Tensor, shift: Tensor, silu: bool, out: Tensor) -> None:

@@ -65,7 +65,8 @@ def start(maps: Tensor, cuts: Sequence[Cut], edges: Edges | None) -> Callable[[]
 
     for cut in cuts:
         finish()
-        later += [_exchange(ring(cut[0]), cut), partial(repeat, cut[0]), partial(known.append, cut[0])]
+        before, first, *_, last, after = ring(cut[0]).split(1, cut[0])
+        later += [exchange((first, last), (before, after), cut), partial(repeat, cut[0]), partial(known.append, cut[0])]
     if any(dim == cols for dim, *_ in cuts):
         finish()
     for dim in {rows, cols} - {one for one, *_ in cuts}:
@@ -76,19 +77,31 @@ def start(maps: Tensor, cuts: Sequence[Cut], edges: Edges | None) -> Callable[[]
     return finish
 
 
-def _exchange(ring: Tensor, cut: Cut) -> Callable[[], None]:
-    """Start to fetch the first and the last cells along a dim; returns what waits for them and writes them."""
+def exchange(own: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor], cut: Cut) -> Callable[[], None]:
+    """Start to fetch the cells before and after this rank's part along a dim.
+
+    Args:
+        own: this rank's first and last cells, which others need, `[N, C, *]`.
+        halos: memory for what is before and after them.
+        cut: the dim.
+
+    Returns:
+        What waits for them and writes them.
+    """
     dim, mesh_dim, bounds, wanted, width, *_ = cut
-    inner = ring.narrow(dim, 1, ring.shape[dim] - 2)
     position = operators.position(mesh_dim)
     begin, end = wanted[position][0]
     mine = ((begin, begin + width), (end - width, end))
     intervals = tuple(mine if at == position else one for at, one in enumerate(wanted))
-    wait, _, fill = operators.fetching(partial(inner.narrow, dim), inner, dim, mesh_dim, bounds, intervals)
+
+    def take(start: int, length: int) -> Tensor:
+        return own[start > 0].narrow(dim, 0, length)
+
+    wait, _, fill = operators.fetching(take, own[0], dim, mesh_dim, bounds, intervals)
 
     def finish() -> None:
         wait()
-        fill(lambda first, _: ring.narrow(dim, (ring.shape[dim] - 1) * first, 1))
+        fill(lambda first, _: halos[first])
 
     return finish
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from halovae import halves, winograd
 from halovae.plane import backends, operators, rings
-from halovae.plane.norms import Cells, Norm, activated, empty_like, is_dense, sum_of, write
+from halovae.plane.bands import Bands
+from halovae.plane.norms import Cells, Norm, activated, empty_like, is_dense, sum_of, write, writer
 from halovae.plane.operators import Cut
 from halovae.plane.rings import Edges
 from halovae.schemes import PLAIN, UPSAMPLING
@@ -73,33 +74,49 @@ def convolution(
         if keep is not None:
             keep.copy_(x[:, :, own - keep.shape[2] :])
         return _summed(onto, _direct(_after(zeros, past, x), weight, bias, padding, cuts, early))
-    window = rings.window(x, depth + 2 * before, before + zeros, before, cuts, edges)
-    padded = window.narrow(2, before, depth)
-    inner = padded[..., 1:-1, 1:-1]
-    if past is not None:
-        inner[:, :, zeros:first].copy_(past)
-    write(maps, shift, gamma, beta, norm, silu, inner[:, :, first : first + own])
-    if repeats[0]:
-        inner[:, :, :first].copy_(inner[:, :, first : first + 1].expand_as(inner[:, :, :first]))
-    if repeats[1]:
-        last = inner[:, :, first + own - 1 : first + own]
-        inner[:, :, first + own :].copy_(last.expand_as(inner[:, :, first + own :]))
-    if keep is not None:
-        keep.copy_(inner[:, :, depth - keep.shape[2] :])
+    normalized = writer(maps, shift, gamma, beta, norm, silu)
+
+    def interior(items: slice, rows: slice, cols: slice, out: Tensor) -> None:
+        part, inner = (items, slice(None), slice(None), rows, cols), out[:, :, before : before + depth]
+        if past is not None:
+            inner[:, :, zeros:first].copy_(past[part])
+        normalized(part, inner[:, :, first : first + own])
+        if repeats[0]:
+            inner[:, :, :first].copy_(inner[:, :, first : first + 1].expand_as(inner[:, :, :first]))
+        if repeats[1]:
+            last = inner[:, :, first + own - 1 : first + own]
+            inner[:, :, first + own :].copy_(last.expand_as(inner[:, :, first + own :]))
+        if keep is not None:
+            keep[part].copy_(inner[:, :, depth - keep.shape[2] :])
 
     merged = folded and onto is not None and is_dense(onto)
+    ring = depth + 2 * before, before + zeros, before
+    banded = folded and not (shape[3] % PLAIN.results or shape[4] % PLAIN.results)
+    if banded:
+        bands = Bands(interior, x, *ring, slice(before, before + depth), cuts, edges)
+        finish = bands.start()
+    else:
+        window = rings.window(x, *ring, cuts, edges)
+        interior(slice(None), slice(None), slice(None), window[..., 1:-1, 1:-1])
+        padded = window[:, :, before : before + depth]
+        finish = rings.start(padded if x.ndim == 5 else padded.squeeze(2), cuts, edges)
+    ready = finish if cuts else None
 
     def memory() -> Tensor:
         if onto is not None and merged:
             return onto if x.ndim == 5 else onto.unsqueeze(2)
-        return maps if spare and maps.shape == shape and is_dense(maps) else pool.empty(shape, x.dtype)
+        reused = spare and maps.shape == shape and is_dense(maps)
+        reused = reused and (not banded or winograd.reads_once(PLAIN, whole))
+        return maps if reused else pool.empty(shape, x.dtype)
 
-    finish = rings.start(padded if x.ndim == 5 else padded.squeeze(2), cuts, edges)
     try:
-        if folded:
+        if banded:
+            result = memory()
+            winograd.convolve(PLAIN, bands.window(), whole, bias, result, kernels, pool, add=merged, ready=ready)
+        elif folded:
             result = winograd.convolved(
                 window, whole, bias, memory, lambda part: _plain(part, whole, bias), kernels, pool, add=merged,
-                ready=finish if cuts else None,
+                ready=ready,
             )  # fmt: skip
     finally:
         finish()  # whatever happens here: the others' messages are under way
@@ -131,21 +148,23 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, operators.kind_of(x))
     if not folded and not cuts:
         return _plain(upsampled(x, (2, 2)), weight, bias, (1, 1))
-    window = rings.window(x, 1, 0, 0, cuts, None) if folded else None
-    if window is None:
+    if not folded:
         for dim, mesh_dim, bounds, wanted, *_ in cuts:
             x = operators.fetch(x, dim, mesh_dim, bounds, wanted)
         larger, padding = upsampled(x, (2, 2)), [1, 1]
         for dim, *_ in cuts:
             larger, padding[dim - 2] = larger.narrow(dim, 1, larger.shape[dim] - 2), 0
         return _plain(larger, weight, bias, padding)
-    window[:, :, 0, 1:-1, 1:-1].copy_(x)
-    finish = rings.start(window[:, :, 0], cuts, None)
+
+    def interior(items: slice, rows: slice, cols: slice, out: Tensor) -> None:
+        out[:, :, 0].copy_(x[items, :, rows, cols])
+
+    bands = Bands(interior, x, 1, 0, 0, slice(1), cuts, None)
+    finish = bands.start()
     try:
         out = pool.empty((items, weight.shape[0], 1, 2 * height, 2 * width), x.dtype)
-        winograd.convolve(
-            UPSAMPLING, window, weight.unsqueeze(2), bias, out, kernels, pool, ready=finish if cuts else None
-        )
+        ready = finish if cuts else None
+        winograd.convolve(UPSAMPLING, bands.window(), weight.unsqueeze(2), bias, out, kernels, pool, ready=ready)
     finally:
         finish()
     return out[:, :, 0]

@@ -114,19 +114,13 @@ def test_half_precision_computes_in_single(monkeypatch: pytest.MonkeyPatch) -> N
     assert (ours.float() - exact).square().mean() < theirs.square().mean()
 
 
+@pytest.mark.parametrize(("channels", "outputs"), [(16, 32), (16, 24), (24, 16)])
 @torch.inference_mode()
-def test_compiled_kernels_do_what_eager_ones_do() -> None:
-    made = kernels.compiled()
-    x, gamma = torch.randn(2, 3, 8, 4, 16), torch.randn(16)
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.04)):
-        eager, compiled = torch.empty(2, 2, 3, 8, 6, 16, dtype=dtype)[..., 1:-1, :].unbind(0)
-        kernels.normalize(x.to(dtype), gamma, torch.tensor([0.0, 1e-24]), True, eager)
-        made.normalize(x.to(dtype), gamma, torch.tensor([0.0, 1e-24]), True, compiled)
-        assert (eager.float() - compiled.float()).abs().max() <= bound
-    window, (weight, bias) = maps(1, 16, 6, 18, 34), weights(24, 16, 3)
+def test_compiled_kernels_do_what_eager_ones_do(channels: int, outputs: int) -> None:
+    window, (weight, bias) = maps(1, channels, 6, 18, 34), weights(outputs, channels, 3)
     results = []
     for use_compiled in (False, True):
-        out = torch.ones(1, 24, 4, 16, 32).contiguous(memory_format=LAST)
+        out = torch.ones(1, outputs, 4, 16, 32).contiguous(memory_format=LAST)
         convolve(PLAIN, window, weight, bias, out, compiled=use_compiled, add=True)
         results.append(out)
     assert (results[0] - results[1]).abs().max() < 1e-5
@@ -145,11 +139,10 @@ def test_warming_up_refuses_what_cannot_be_decoded(
 
 
 def test_without_a_compiler_warming_up_says_so_and_decodes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        def normalize(self, *_: object) -> None:
-            raise RuntimeError("no C++ compiler")
+    def broken() -> None:
+        raise OSError("no C++ compiler")
 
-    monkeypatch.setattr(kernels, "compiled", Broken)
+    monkeypatch.setattr(kernels, "compiled", broken)
     decoder, z = halovae.load(vae("wan2.1")), latents("wan2.1", frames=2)
     with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler"):
         assert decoder.warmup(z.shape) > 0

@@ -1,106 +1,134 @@
-"""Passes over memory that come between the multiplications: each reads once and writes once, into memory it is given.
+"""Passes over memory of Winograd's convolution and of the norms before it: by PyTorch's operators, or compiled.
 
-Eager PyTorch runs them anywhere; `torch.compile` fuses each into one loop. All maps are seen with the channels last,
-`[B, T, H, W, C]`, whatever their layout in memory.
+`kernels.cpp` reads and writes each value once, as the C++ compiler of this machine makes it. What it cannot do is left
+to the operators: numbers of channels that 16 does not divide, fp64, maps whose cells have gaps.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.schemes import SCHEMES, Matrix
+from halovae.platform import cache_folder
+from halovae.schemes import SCHEMES, Matrix, Scheme
 
-
-def normalize(x: Tensor, scale: Tensor, limits: Tensor, silu: bool, out: Tensor) -> None:
-    """`x / sqrt(max(|x|^2 + added, least)) * scale` over the last dim, in fp32 at least, rounded once into `out`.
-
-    Args:
-        x: the map.
-        scale: `[C]`.
-        limits: `added` and `least`, as `limits` makes them. As numbers they would be symbols, which Inductor cannot
-            compile (torch 2.13).
-        silu: whether SiLU follows.
-        out: of the map's shape; no memory of it.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    added, least = limits.unbind()
-    inverse = torch.maximum(wide.square().sum(-1, keepdim=True) + added, least).rsqrt()
-    result = wide * inverse * scale
-    out.copy_(F.silu(result) if silu else result)
-
-
-@cache
-def limits(added: float, least: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The limits of `normalize`, made once: a copy to an accelerator waits for all that is queued there."""
-    with torch.inference_mode(False):  # they outlive the call
-        return torch.tensor((added, least), dtype=dtype, device=device)
-
-
-def spread(x: Tensor, scheme: str, outs: Sequence[Tensor]) -> None:
-    """`outs[p][a, n, k] = sum over i of spread[p][i] * x[a, n * step + i, k]`, in the dtype of `outs`."""
-    rows, step = _spreading(scheme)
-    last = step * (outs[0].shape[1] - 1) + 1
-    parts = [x[:, i : i + last : step].to(outs[0].dtype) for i in range(len(rows[0]))]
-    for out, total in zip(outs, _combined(rows, parts), strict=True):
-        out.copy_(total)
-
-
-def merge(products: Sequence[Tensor], scheme: str, bias: Tensor, outs: Sequence[Tensor], add: bool) -> None:
-    """`outs[q][a, k] = bias[k] + sum over p of merge[q][p] * products[p][a, k]`; added to `outs` if `add`."""
-    for out, total in zip(outs, _combined(_merging(scheme), products), strict=True):
-        merged = total + bias
-        out.copy_(merged + out if add else merged)
-
-
-# What these two return is a constant of compiled code. As arguments, factors would be loaded for each value.
-def _spreading(scheme: str) -> tuple[Matrix, int]:
-    return SCHEMES[scheme].spread, SCHEMES[scheme].step
-
-
-def _merging(scheme: str) -> Matrix:
-    return SCHEMES[scheme].merge
-
-
-def _combined(rows: Matrix, parts: Sequence[Tensor]) -> list[Tensor]:
-    sums = []
-    for row in rows:
-        terms = [part if factor == 1 else part * factor for factor, part in zip(row, parts, strict=True) if factor]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        sums.append(total)
-    return sums
+_LANES = 16  # channels that `kernels.cpp` takes at once
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_COMPILERS = "g++", "clang++", "c++"
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of this module, eager or compiled."""
+    """What passes over memory are made with. Maps are seen with the channels last, whatever their layout in memory.
 
-    normalize: Callable[..., None]
-    spread: Callable[..., None]
-    merge: Callable[..., None]
+    Attributes:
+        normalize: `x / sqrt(max(|x|^2 + added, least)) * scale` over the last dim, in fp32 at least, rounded once:
+            takes `x` `[N, *, C]`, `scale` `[C]`, `added`, `least`, whether SiLU follows, and the result's memory.
+        scale_and_shift: `x * factors + terms`: takes `x`, both `[N, C]` in fp32, whether SiLU follows, and the result's
+            memory.
+        spread: takes a band of a window `[T, L, W, C]`, its rows of tiles, the scheme, fp32 memory for what is in
+            between, and memory for the result `[products^2, T, tiles, C]`.
+        merge: takes products `[products^2, T, tiles, O]`, the rows of tiles, the scheme, memory for what is in between,
+            a bias `[O]`, the result's memory `[T, H, W, O]`, and whether to add to it.
+        takes: whether the first two can be asked for a map `[N, *, C]` and memory for its result.
+    """
+
+    normalize: Callable[[Tensor, Tensor, float, float, bool, Tensor], None]
+    scale_and_shift: Callable[[Tensor, Tensor, Tensor, bool, Tensor], None]
+    spread: Callable[[Tensor, int, Scheme, Tensor, Tensor], None]
+    merge: Callable[[Tensor, int, Scheme, Tensor, Tensor, Tensor, bool], None]
+    takes: Callable[[Tensor, Tensor], bool]
 
 
-EAGER = Kernels(normalize, spread, merge)
+def _normalize(x: Tensor, scale: Tensor, added: float, least: float, silu: bool, out: Tensor) -> None:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = wide.square().sum(-1, keepdim=True).add_(added)
+    result = wide * total.clamp_min_(least).rsqrt_() * scale
+    out.copy_(F.silu(result) if silu else result)
+
+
+def _scale_and_shift(x: Tensor, factors: Tensor, terms: Tensor, silu: bool, out: Tensor) -> None:
+    shape = (len(x), *[1] * (x.ndim - 2), -1)
+    result = torch.addcmul(terms.view(shape), x, factors.view(shape))
+    out.copy_(F.silu(result) if silu else result)
+
+
+def _spread(band: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
+    frames, _, width, channels = band.shape
+    cols = (width - len(how.spread[0])) // how.step + 1
+    halfway = carved(memory, (how.products, frames, rows, width, channels))
+    _combine(how.spread, _strided(band, 1, how.step, rows, len(how.spread[0])), halfway.unbind())
+    final = out.view(how.products, how.products, frames, rows, cols, channels)
+    inputs = _strided(halfway, 3, how.step, cols, len(how.spread[0]))
+    _combine(how.spread, inputs, final.unbind())
+
+
+def _merge(products: Tensor, rows: int, how: Scheme, memory: Tensor, bias: Tensor, out: Tensor, add: bool) -> None:
+    frames, width, channels = out.shape[0], out.shape[2], out.shape[3]
+    halfway = carved(memory, (how.products, frames, rows, width, channels))
+    cols = halfway.unflatten(3, (-1, how.results)).unbind(4)
+    parts = products.view(how.products, how.products, frames, rows, -1, channels)
+    _combine(how.merge, parts.unbind(), cols)
+    lines = out.unflatten(1, (rows, how.results)).unbind(2)
+    for line, total in zip(lines, _combined(how.merge, halfway.unbind()), strict=True):
+        line.copy_(total + bias + line if add else total + bias)
+
+
+def _strided(x: Tensor, dim: int, step: int, count: int, inputs: int) -> list[Tensor]:
+    """The cells of tiles along a dim: the first of each, the second, and so on."""
+    return [x.narrow(dim, at, step * (count - 1) + 1)[(slice(None),) * dim + (slice(None, None, step),)]
+            for at in range(inputs)]  # fmt: skip
+
+
+def _combine(matrix: Matrix, parts: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    for out, total in zip(outs, _combined(matrix, parts), strict=True):
+        out.copy_(total)
+
+
+def _combined(matrix: Matrix, parts: Sequence[Tensor]) -> list[Tensor]:
+    """The product of a matrix and parts, in fp32."""
+    sums = []
+    for row in matrix:
+        terms = [part.float() * factor for factor, part in zip(row, parts, strict=True) if factor]
+        total = terms[0]
+        for term in terms[1:]:
+            total += term
+        sums.append(total)
+    return sums
+
+
+def carved(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    """The beginning of flat memory as a tensor."""
+    return memory[: math.prod(shape)].view(*shape)
+
+
+EAGER = Kernels(_normalize, _scale_and_shift, _spread, _merge, lambda *_: False)
 
 
 @cache
 def compiled() -> Kernels:
-    """The kernels as `torch.compile` makes them, when each meets its first tensors; it keeps them between processes."""
-    import torch._dynamo  # takes seconds, and only those who compile need it
+    """The kernels as a C++ compiler makes them, in 3 s; the library is kept in the cache folder.
 
-    # Each scheme and dtype, images and video: more kinds of tensors than the 8 that torch takes for a mistake.
-    for constant in (_spreading, _merging):
-        torch.compiler.assume_constant_result(constant)
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return Kernels(*(torch.compile(kernel, dynamic=True) for kernel in (normalize, spread, merge)))
+    Raises:
+        OSError: there is no compiler, or it failed.
+    """
+    return _Library(_built()).kernels()
 
 
 def works(device: torch.device) -> bool:
@@ -109,13 +137,145 @@ def works(device: torch.device) -> bool:
     Warns:
         RuntimeWarning: they cannot, and why.
     """
-    if device.type == "npu":  # has no Inductor of its own
+    if device.type != "cpu":
         return False
     try:
-        with torch.inference_mode():
-            x = torch.zeros(2, 3, device=device)
-            compiled().normalize(x, x[0], x[0, :2], True, torch.empty_like(x))
-    except Exception as error:  # whatever a compiler may raise
-        warnings.warn(f"kernels run uncompiled, since one could not be compiled: {error}", RuntimeWarning, stacklevel=3)
+        compiled()
+    except OSError as error:
+        warnings.warn(
+            f"kernels run uncompiled, since they could not be compiled: {error}", RuntimeWarning, stacklevel=3
+        )
         return False
     return True
+
+
+class _Library:
+    """`kernels.cpp` with tensors for arguments."""
+
+    def __init__(self, path: Path) -> None:
+        self._functions = ctypes.CDLL(str(path))
+
+    def kernels(self) -> Kernels:
+        return Kernels(self.normalize, self.scale_and_shift, self.spread, self.merge, self.takes)
+
+    def takes(self, x: Tensor, out: Tensor) -> bool:
+        return x.dtype == out.dtype and self._takes(x) and self._takes(out)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether channels lie side by side, cells of a row one after the other, and it can compute with them."""
+        channels = x.shape[-1]
+        plain = x.device.type == "cpu" and x.dtype in _DTYPES and channels % _LANES == 0 and 3 <= x.ndim <= 5
+        plain = plain and x.stride(-1) == 1 and (x.shape[-2] == 1 or x.stride(-2) == channels)
+        return plain and hasattr(self._functions, f"normalize_{_named(x)}")
+
+    def normalize(self, x: Tensor, scale: Tensor, added: float, least: float, silu: bool, out: Tensor) -> None:
+        scale = scale.contiguous()
+        limits = ctypes.c_float(added), ctypes.c_float(least)
+        for item, result in zip(_frames(x), _frames(out), strict=True):
+            self._call(f"normalize_{_named(x)}", *_map(item), scale, *limits, silu, result, *result.stride()[:2])
+
+    def scale_and_shift(self, x: Tensor, factors: Tensor, terms: Tensor, silu: bool, out: Tensor) -> None:
+        for at, (item, result) in enumerate(zip(_frames(x), _frames(out), strict=True)):
+            given = factors[at].contiguous(), terms[at].contiguous()
+            self._call(f"scale_and_shift_{_named(x)}", *_map(item), *given, silu, result, *result.stride()[:2])
+
+    def spread(self, band: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
+        if not self._takes(band):
+            EAGER.spread(band, rows, how, memory, out)
+            return
+        frames, _, width, channels = band.shape
+        cols = (width - len(how.spread[0])) // how.step + 1
+        sizes = *band.stride()[:2], frames, rows, cols, channels
+        self._call(f"spread_{how.name}_{_named(band)}", band, *sizes, out)
+
+    def merge(
+        self, products: Tensor, rows: int, how: Scheme, memory: Tensor, bias: Tensor, out: Tensor, add: bool
+    ) -> None:
+        frames, _, width, channels = out.shape
+        known = out.dtype in _DTYPES and channels % _LANES == 0 and out.stride(3) == 1
+        if not known or not hasattr(self._functions, f"normalize_{_named(out)}"):
+            EAGER.merge(products, rows, how, memory, bias, out, add)
+            return
+        sizes = frames, rows, width // how.results, channels
+        bias = bias.float().contiguous()
+        self._call(f"merge_{how.name}_{_named(out)}", products, *sizes, bias, out, *out.stride()[:3], add)
+
+    def _call(self, name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
+        """Call a function with pointers to tensors, numbers, and the number of threads."""
+        given = [
+            ctypes.c_void_p(one.data_ptr())
+            if isinstance(one, Tensor)
+            else ctypes.c_int(one)
+            if isinstance(one, bool)
+            else ctypes.c_ssize_t(one)
+            if isinstance(one, int)
+            else one
+            for one in arguments
+        ]
+        getattr(self._functions, name)(*given, ctypes.c_int(torch.get_num_threads()))
+
+
+def _named(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _frames(x: Tensor) -> list[Tensor]:
+    """The items of a map `[N, *, C]` as `[T, H, W, C]`."""
+    return [item[(None,) * (4 - item.ndim)] for item in x]
+
+
+def _map(x: Tensor) -> tuple[Tensor | int, ...]:
+    """A map `[T, H, W, C]`: where it lies, how far frames and rows are apart, and its extents."""
+    return x, *x.stride()[:2], *x.shape
+
+
+def _built() -> Path:
+    """The library, compiled unless it is in the cache folder."""
+    found = [one for one in (os.environ.get("CXX", ""), *_COMPILERS) if one and shutil.which(one.split()[0])]
+    if not found:
+        raise OSError(f"no C++ compiler: CXX names none, and there is none of {', '.join(_COMPILERS)}")
+    command = [*found[0].split(), *_FLAGS]
+    source = _matrices() + files("halovae").joinpath("kernels.cpp").read_text()
+    # What this machine's instructions and the compiler's version are, as far as the compiler knows.
+    about = _run([*command, "-x", "c++", "-dM", "-E", "-"], "")
+    digest = hashlib.sha256("\0".join((about, source, *command)).encode()).hexdigest()
+    name = f"kernels-{digest[:16]}.so"
+    path = cache_folder() / name
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=path.parent)
+    except OSError:  # one that cannot be written to
+        folder = tempfile.mkdtemp()
+        path = Path(folder) / name
+    made = Path(folder) / "made.so"
+    try:
+        try:
+            _run([*command, "-fopenmp", "-x", "c++", "-", "-o", str(made)], source)
+        except OSError:  # some have no OpenMP
+            _run([*command, "-x", "c++", "-", "-o", str(made)], source)
+        made.replace(path)  # other processes may be at it, too
+    finally:
+        if path.parent != Path(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def _run(command: list[str], source: str) -> str:
+    done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def _matrices() -> str:
+    """The schemes as C++ has them."""
+    text = []
+    for name, how in SCHEMES.items():
+        members = [f"static constexpr int step = {how.step};"]
+        for of, matrix in (("spread", how.spread), ("merge", how.merge)):
+            rows = ", ".join("{" + ", ".join(f"{float(value)!r}f" for value in row) + "}" for row in matrix)
+            members.append(f"static constexpr float {of}[{len(matrix)}][{len(matrix[0])}] = {{{rows}}};")
+        text.append(f"struct {name.capitalize()} {{ {' '.join(members)} }};\n")
+    return "".join(text)

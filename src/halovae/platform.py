@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import platformdirs
 import psutil
 import torch
 import torch.distributed as dist
@@ -249,3 +251,8 @@ class Stopwatch:
             begun, ended = self._events.pop()
             self._seconds += begun.elapsed_time(ended) / 1000
         return self._seconds
+
+
+def cache_folder() -> Path:
+    """Where graphs, calibrations and compiled kernels are kept: `HALOVAE_CACHE`, else the user's cache directory."""
+    return Path(os.environ.get("HALOVAE_CACHE") or platformdirs.user_cache_path("halovae"))

@@ -231,10 +231,12 @@ def _convolve(
         if not known:
             _transform(part, how, cells, transformed)
         for row, rows, band in _bands(window, how, plan, out, scratch):
-            spread = _spread(band, rows, how, kernels, products, cells)
+            tiles = rows * (out.shape[2] // how.results)
+            spread = _carved(cells, (how.products**2, band.shape[0], tiles, band.shape[3]))
+            kernels.spread(band, rows, how, products, spread)
             multiplied = _multiplied(spread, transformed, products)
             result = out[:, row * how.results : (row + rows) * how.results, :, block]
-            _merge(multiplied, rows, how, kernels, cells, bias[block], result, add)
+            kernels.merge(multiplied, rows, how, cells, bias[block], result, add)
 
 
 def _bands(window: Tensor, how: Scheme, plan: _Plan, out: Tensor, scratch: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -292,17 +294,6 @@ def _both_dims(taps: Matrix, device: torch.device) -> Tensor:
         return torch.einsum("pr,qc->qprc", one, one).reshape(-1, 9).float()
 
 
-def _spread(band: Tensor, rows: int, how: Scheme, kernels: Kernels, memory: Tensor, target: Tensor) -> Tensor:
-    """`[T, L, W, C]` as `[products, T, tiles, C]`, by way of `memory`."""
-    frames, _, width, channels = band.shape
-    cols = (width - len(how.spread[0])) // how.step + 1
-    halfway = _carved(memory, (how.products, frames, rows, width * channels))
-    kernels.spread(band.flatten(2), how.name, halfway.unbind())
-    out = _carved(target, (how.products, how.products * frames * rows, cols, channels))
-    kernels.spread(halfway.view(-1, width, channels), how.name, out.unbind())
-    return out.view(how.products**2, frames, rows * cols, channels)
-
-
 def _multiplied(cells: Tensor, weights: Tensor, memory: Tensor) -> Tensor:
     """`[products, T + taps - 1, tiles, C]` times `[products, taps, O, C]`, as `[products, T, tiles, O]`.
 
@@ -317,32 +308,6 @@ def _multiplied(cells: Tensor, weights: Tensor, memory: Tensor) -> Tensor:
         past = cells[:, tap : tap + frames].flatten(1, 2)
         torch.baddbmm(out, past, weights[:, tap].transpose(1, 2), beta=int(tap > 0), out=out)
     return out.view(count, frames, tiles, outputs)
-
-
-def _merge(
-    products: Tensor, rows: int, how: Scheme, kernels: Kernels, memory: Tensor, bias: Tensor, out: Tensor, add: bool
-) -> None:
-    """`[products, T, tiles, O]` into `[T, H', W', O]`, by way of `memory`."""
-    frames, width, channels = out.shape[0], out.shape[2], out.shape[3]
-    halfway = _carved(memory, (how.products, frames, rows, width, channels))
-    cols = halfway.view(-1, how.results, channels).unbind(1)
-    kernels.merge(products.view(how.products, -1, channels).unbind(), how.name, torch.zeros_like(bias), cols, False)
-    for parts, lines in _matrices(halfway, out):
-        kernels.merge(parts, how.name, bias.repeat(lines[0].shape[1] // len(bias)), lines, add)
-
-
-def _matrices(halfway: Tensor, out: Tensor) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """What is merged into the rows of tiles of `[T, H, W, O]`, from `[products, T, R, W, O]`.
-
-    Compiled code writes matrices of one shape in one loop, without a copy in between, and knows that they do not
-    overlap (torch 2.13). So their rows are those of a frame's tiles, or where these are not in one piece, cells.
-    """
-    for parts, frame in zip(halfway.unbind(1), out, strict=True):
-        tiles = frame.unflatten(0, (parts.shape[1], -1))
-        if len(tiles) > 1 and frame.stride(1) == frame.shape[2]:
-            yield parts.flatten(2).unbind(), tiles.flatten(2).unbind(1)
-        else:
-            yield from zip((part.unbind() for part in parts.unbind(1)), (tile.unbind() for tile in tiles), strict=True)
 
 
 def _carved(memory: Tensor, shape: Sequence[int], at: int = 0) -> Tensor:

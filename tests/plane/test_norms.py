@@ -39,7 +39,7 @@ def test_one_loop_normalizes_as_operators_do(dtype: torch.dtype, norm: norms.Cel
 
 
 @torch.inference_mode()
-def test_operators_normalize_a_map_over_itself_and_one_loop_does_not() -> None:
+def test_a_map_is_normalized_over_itself() -> None:
     x = torch.randn(1, 16, 4, 5).contiguous(memory_format=torch.channels_last)
     norm = 1e-12, 0.0, 4.0
     with operators.on(MESH):
@@ -49,8 +49,7 @@ def test_operators_normalize_a_map_over_itself_and_one_loop_does_not() -> None:
         with operators.on(MESH, kernels):
             found = norms.activated(given, None, None, None, norm, True, True)
         torch.testing.assert_close(found, expected)
-        assert (found.data_ptr() == given.data_ptr()) is (kernels is EAGER)
-        assert torch.equal(given, found if kernels is EAGER else x)
+        assert found.data_ptr() == given.data_ptr()
 
 
 @pytest.mark.parametrize("values", [1, 200, 10**6])  # one cell at once, some with fewer in the last part, all of them
@@ -70,8 +69,9 @@ def test_group_norm_of_some_cells_at_once(values: int, dtype: torch.dtype, monke
     torch.testing.assert_close(found.double(), exact, rtol=64 * torch.finfo(wide).eps, atol=0)
     window = torch.full((2, 9, 7, 8), torch.nan, dtype=dtype).movedim(-1, 1)
     inner = window[:, :, 1:-1, 1:-1]
-    norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, inner)
+    with operators.on(MESH):
+        norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, inner)
+        norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, x)  # over itself
     tolerance = 64 * torch.finfo(dtype).eps
     torch.testing.assert_close(inner.double(), expected, rtol=tolerance, atol=tolerance)
-    norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, x)  # over itself
     torch.testing.assert_close(x.double(), expected, rtol=tolerance, atol=tolerance)

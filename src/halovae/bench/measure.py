@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from halovae import kernels
 from halovae.bench import zoo
 from halovae.bench.profile import Profile, peaks, profiled
 from halovae.bench.ranks import Ranks
@@ -70,8 +69,6 @@ def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None
     decoder = load(model.path, dtype=model.dtype, device=device, encoder=model.call == "encode")
     for parameter in decoder.module.parameters():
         parameter.data.sum()  # weights mapped from a file are not in memory before they are used
-    if compiled:
-        kernels.works(decoder.device)  # the compiler rests in memory as the weights do
 
     def decode(latents: Tensor) -> tuple[Tensor | None, DecodeReport]:
         stream = decoder.stream(latents, **options, **_own_options(latents))

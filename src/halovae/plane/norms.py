@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels import EAGER
-from halovae.kernels import limits as kernel_limits
 from halovae.lines import Scope
 from halovae.plane import backends, operators
 from halovae.plane.tensor import is_channels_last
@@ -84,8 +82,7 @@ def activated(
     if norm is None and shift is None:
         return F.silu(x, inplace=spare) if silu else x
     if fused or norm is None or len(norm) == 3:
-        own = spare and is_dense(x) and not (norm is not None and _is_looped(x))
-        out = x if own else empty_like(x)
+        out = x if spare and is_dense(x) else empty_like(x)
         write(x, shift, gamma, beta, norm, silu, out)
         return out
     if spare and operators.kind_of(x) == "cpu" and (x.is_meta or is_channels_last(x)):
@@ -115,6 +112,11 @@ def _factors_and_terms(
 
 def _normalize_groups(x: Tensor, scale: Tensor, shift: Tensor, silu: bool, out: Tensor) -> None:
     """`x * scale + shift`, of each item's channels, and SiLU, into `out`."""
+    kernels, _ = operators.current_kernels(x)
+    sides = x.movedim(1, -1), out.movedim(1, -1)
+    if scale.dtype == torch.float32 and not x.is_meta and kernels.takes(*sides):
+        kernels.scale_and_shift(sides[0], scale, shift, silu, sides[1])
+        return
 
     def write(item: int, source: Tensor, result: Tensor) -> None:
         torch.addcmul(shift[item], source, scale[item], out=result)
@@ -135,11 +137,10 @@ def _normalize_cells(
     scale = torch.full(x.shape[1:2], factor, dtype=dtype, device=x.device)
     scale = scale if gamma is None else scale * gamma.flatten().to(dtype)
     kernels, _ = operators.current_kernels(x)
-    loops = beta is None and out is not x and _is_looped(x)
-    loops = loops and (x.is_meta or (out.stride(1) == 1 and out.data_ptr() != x.data_ptr()))
-    if loops and (least == 0 or least**2 >= torch.finfo(dtype).tiny):
-        limits = kernel_limits(added, least**2, dtype, x.device)
-        kernels.normalize(x.movedim(1, -1), scale, limits, silu, out.movedim(1, -1))
+    source, result = x.movedim(1, -1), out.movedim(1, -1)
+    known = beta is None and kernels.takes(source, result)
+    if known and (least == 0 or least**2 >= torch.finfo(dtype).tiny):
+        kernels.normalize(source, scale, added, least**2, silu, result)
         return
 
     def write(item: int, source: Tensor, result: Tensor) -> None:
@@ -153,12 +154,6 @@ def _normalize_cells(
             result.add_(beta.flatten())
 
     _in_parts(x, dtype, write, silu, out)
-
-
-def _is_looped(x: Tensor) -> bool:
-    """Whether a norm over a map's channels is one compiled loop. It cannot write over the map."""
-    kernels, _ = operators.current_kernels(x)
-    return kernels is not EAGER and operators.kind_of(x) == "cpu" and (x.is_meta or x.stride(1) == 1)
 
 
 def empty_like(x: Tensor) -> Tensor:

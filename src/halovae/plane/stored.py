@@ -22,7 +22,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
@@ -36,6 +35,7 @@ from halovae.plane.layout import Factor
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.trace import RECORDING
+from halovae.platform import cache_folder
 
 LIMIT = 256 * 2**20  # bytes of all files
 LARGEST = 64 * 2**20  # bytes of one graph's constants
@@ -61,11 +61,6 @@ class Identity:
     name: str
     notes: Callable[[], Any] = lambda: None
     recall: Callable[[Any], None] = lambda notes: None
-
-
-def cache_folder() -> Path:
-    """Where graphs and calibrations are kept: `HALOVAE_CACHE`, else the user's cache directory."""
-    return Path(os.environ.get("HALOVAE_CACHE") or platformdirs.user_cache_path("halovae"))
 
 
 def stored_or_traced(

@@ -32,10 +32,9 @@ from halovae.mesh import Mesh
 from halovae.models.load import NoEncoder
 from halovae.plane.results import ShardReport
 from halovae.plane.sharded import Sharded
-from halovae.plane.stored import cache_folder
 from halovae.planning.calibration import OTHER, Calibration, Line, Rates
 from halovae.planning.cost import Work, described, norm_work
-from halovae.platform import Platform
+from halovae.platform import Platform, cache_folder
 
 # Latent frames, rows and cols of the decodes that are timed; accelerators need more to be busy.
 SAMPLES: tuple[tuple[int, int, int], ...] = ((3, 4, 4), (3, 8, 8), (2, 16, 16), (1, 32, 32))
@@ -76,9 +75,9 @@ class _Timing(TorchDispatchMode):
     def kernels(self, real: Kernels) -> Kernels:
         """Compiled kernels, which no mode sees, timed."""
 
-        def normalize(x: Tensor, scale: Tensor, limits: Tensor, silu: bool, out: Tensor) -> None:
+        def normalize(x: Tensor, scale: Tensor, added: float, least: float, silu: bool, out: Tensor) -> None:
             begin = time.perf_counter()
-            real.normalize(x, scale, limits, silu, out)
+            real.normalize(x, scale, added, least, silu, out)
             self._platform.synchronize()
             self.samples.append(("norm_silu", norm_work(x, out), time.perf_counter() - begin))
 

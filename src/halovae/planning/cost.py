@@ -129,10 +129,10 @@ class Recorder(LiveBytes):
     def kernels(self) -> Kernels:
         """Kernels that stand for compiled ones, which no mode sees, and do nothing but be noted."""
 
-        def normalize(x: Tensor, scale: Tensor, limits: Tensor, silu: bool, out: Tensor) -> None:
+        def normalize(x: Tensor, scale: Tensor, added: float, least: float, silu: bool, out: Tensor) -> None:
             self.note("norm_silu", norm_work(x, out))
 
-        return replace(EAGER, normalize=normalize)
+        return replace(EAGER, normalize=normalize, takes=lambda x, out: x.dtype != torch.float64)
 
     def taken(self) -> dict[str, Work]:
         """What was noted since this was last asked, by kind."""

@@ -1,0 +1,168 @@
+"""Compiled passes over memory: what PyTorch's operators compute; and where they come from."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from halovae import kernels
+from halovae.kernels import EAGER, compiled, works
+from halovae.schemes import SCHEMES
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    bound = 2e-6 if found.dtype == torch.float32 else torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "frames", "rows", "cols"), [(16, 1, 1, 1), (48, 3, 2, 5), (640, 1, 2, 7), (24, 2, 3, 4)]
+)
+@torch.inference_mode()
+def test_transforms(scheme: str, dtype: torch.dtype, channels: int, frames: int, rows: int, cols: int) -> None:
+    how = SCHEMES[scheme]
+    inputs = len(how.spread[0])
+    height, width = ((tiles - 1) * how.step + inputs for tiles in (rows, cols))
+    generator = torch.Generator().manual_seed(0)
+    band = torch.randn(frames, height + 2, width, channels, generator=generator).to(dtype)[:, 1:-1]
+    memory = torch.empty(how.products * frames * rows * max(width, how.results * cols) * channels)
+    spread = [torch.full((how.products**2, frames, rows * cols, channels), torch.nan) for _ in range(2)]
+    for made, out in zip((EAGER, compiled()), spread, strict=True):
+        made.spread(band, rows, how, memory, out)
+    close(spread[1], spread[0])
+
+    bias = torch.randn(channels, generator=generator)
+    whole = torch.randn(frames, rows * how.results, cols * how.results, 2 * channels, generator=generator).to(dtype)
+    for add in (False, True):
+        outs = [whole.clone() for _ in range(2)]
+        for made, out in zip((EAGER, compiled()), outs, strict=True):
+            made.merge(spread[0], rows, how, memory, bias, out[..., channels:], add)  # a block of the channels
+            assert torch.equal(out[..., :channels], whole[..., :channels])
+        if dtype == torch.float32:
+            torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-4)
+        else:
+            close(outs[1], outs[0])
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7, 32), (1, 5, 7, 16), (2, 4, 1, 48)])
+@pytest.mark.parametrize("silu", [False, True])
+@torch.inference_mode()
+def test_norms(dtype: torch.dtype, shape: tuple[int, ...], silu: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (4 * torch.randn(shape, generator=generator)).to(dtype)
+    x.view(-1, shape[-1])[0] = 0
+    x.view(-1)[-3:] = torch.tensor([60.0, -60.0, -200.0]).to(dtype)  # of which the last one's SiLU underflows
+    factors, terms = torch.randn(2, shape[0], shape[-1], generator=generator)
+    framed = torch.zeros(*shape[:-3], shape[-3] + 2, shape[-2] + 2, shape[-1], dtype=dtype)
+    inner = framed[..., 1:-1, 1:-1, :]
+    assert compiled().takes(x, inner)
+    expected = torch.empty_like(x)
+    EAGER.normalize(x, factors[0], 1e-3, 1e-6, silu, expected)
+    compiled().normalize(x, factors[0], 1e-3, 1e-6, silu, inner)
+    close(inner, expected)
+    EAGER.scale_and_shift(x, factors, terms, silu, expected)
+    compiled().scale_and_shift(x, factors, terms, silu, inner)
+    close(inner, expected)
+    compiled().scale_and_shift(x, factors, terms, silu, x)
+    assert torch.equal(x, inner)
+    assert framed[..., 0, :].count_nonzero() == framed[..., -1, :].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 1, 1, 16, dtype=dtype)
+    x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    one, zero = torch.ones(1, 16), torch.zeros(1, 16)
+    out = torch.empty_like(x)
+    compiled().scale_and_shift(x, one, zero, False, out)
+    assert torch.equal(out.view(-1)[1:], x.view(-1)[1:])
+    assert out.view(-1)[0].isnan()
+    compiled().scale_and_shift(x, one, zero, True, out)
+    assert out.view(-1)[0].isnan()
+    assert out.view(-1)[1] == torch.inf
+    compiled().normalize(x, one[0], 0.0, 0.0, False, out)
+    assert out.isnan().all()
+
+
+def test_what_they_take() -> None:
+    takes = compiled().takes
+    x = torch.randn(1, 4, 4, 32)
+    assert takes(x, x)
+    for other in (
+        x.double(),
+        x[..., :24],
+        x[..., :16],
+        x[..., ::2, :],
+        x.transpose(-1, -2),
+        x.to("meta"),
+        x.bfloat16(),
+    ):
+        assert not takes(x, other)
+    assert not EAGER.takes(x, x)
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_library_is_kept(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = kernels._built()
+    assert [path] == list(built.iterdir())
+    before = path.stat().st_mtime_ns
+    assert kernels._built() == path
+    assert path.stat().st_mtime_ns == before
+    monkeypatch.setattr(kernels, "_FLAGS", tuple(flag for flag in kernels._FLAGS if flag != "-O3"))
+    assert kernels._built() != path  # made in another way
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "file" / "cache"))
+    path = kernels._built()
+    assert kernels._Library(path).kernels().takes(torch.zeros(1, 2, 2, 16), torch.zeros(1, 2, 2, 16))
+
+
+@pytest.mark.parametrize(("compiler", "said"), [("false", "false failed"), ("no-such-compiler", "no C\\+\\+ compiler")])
+def test_without_a_compiler_it_is_said(built: Path, compiler: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(kernels, "_COMPILERS", ())
+    monkeypatch.setattr(kernels, "compiled", lambda: kernels._built())
+    with pytest.warns(RuntimeWarning, match=said):
+        assert not works(CPU)
+    assert not built.exists() or not list(built.iterdir())
+
+
+def test_a_compiler_without_openmp_serves(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = kernels._run
+
+    def without(command: list[str], source: str) -> str:
+        if "-fopenmp" in command:
+            raise OSError("unsupported option -fopenmp")
+        return run(command, source)
+
+    monkeypatch.setattr(kernels, "_run", without)
+    path = kernels._built()
+    assert b"GOMP_parallel" not in path.read_bytes()
+    assert "GOMP" not in subprocess.run(["nm", "-D", str(path)], capture_output=True, text=True, check=False).stdout

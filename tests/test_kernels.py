@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from halovae import kernels
-from halovae.kernels import EAGER, compiled, works
+from halovae.kernels import EAGER, Norms, compiled, works
 from halovae.schemes import SCHEMES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,9 +62,15 @@ def test_transforms(scheme: str, dtype: torch.dtype, channels: int, frames: int,
             close(outs[1], outs[0])
 
 
+def norms() -> Norms:
+    found = compiled().norms
+    assert found is not None
+    return found
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7, 32), (1, 5, 7, 16), (2, 4, 1, 48)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7, 32), (1, 5, 7, 16), (2, 4, 1, 48), (1, 40, 30, 32)])
 @pytest.mark.parametrize("silu", [False, True])
 @torch.inference_mode()
 def test_norms(dtype: torch.dtype, shape: tuple[int, ...], silu: bool) -> None:
@@ -74,17 +81,32 @@ def test_norms(dtype: torch.dtype, shape: tuple[int, ...], silu: bool) -> None:
     factors, terms = torch.randn(2, shape[0], shape[-1], generator=generator)
     framed = torch.zeros(*shape[:-3], shape[-3] + 2, shape[-2] + 2, shape[-1], dtype=dtype)
     inner = framed[..., 1:-1, 1:-1, :]
-    assert compiled().takes(x, inner)
-    expected = torch.empty_like(x)
-    EAGER.normalize(x, factors[0], 1e-3, 1e-6, silu, expected)
-    compiled().normalize(x, factors[0], 1e-3, 1e-6, silu, inner)
-    close(inner, expected)
-    EAGER.scale_and_shift(x, factors, terms, silu, expected)
-    compiled().scale_and_shift(x, factors, terms, silu, inner)
-    close(inner, expected)
-    compiled().scale_and_shift(x, factors, terms, silu, x)
+    assert norms().takes(x)
+    assert norms().takes(inner)
+    wide = x.double()
+    expected = wide / (wide.square().sum(-1, keepdim=True) + 1e-3).clamp_min(1e-6).sqrt() * factors[0]
+    norms().normalize(x, factors[0], 1e-3, 1e-6, silu, inner)
+    close(inner, (F.silu(expected) if silu else expected).to(dtype))
+    per_item = (len(x), *[1] * (x.ndim - 2), -1)
+    expected = wide * factors.view(per_item) + terms.view(per_item)
+    norms().scale_and_shift(x, factors, terms, silu, inner)
+    close(inner, (F.silu(expected) if silu else expected).to(dtype))
+    norms().scale_and_shift(x, factors, terms, silu, x)
     assert torch.equal(x, inner)
     assert framed[..., 0, :].count_nonzero() == framed[..., -1, :].count_nonzero() == 0
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cells", [(1, 1), (7, 9), (8, 8), (40, 50)])
+@pytest.mark.parametrize("far", [0.0, 100.0])
+@torch.inference_mode()
+def test_moments(dtype: torch.dtype, cells: tuple[int, int], far: float) -> None:
+    x = torch.randn(2, *cells, 48, generator=torch.Generator().manual_seed(0)).add_(far).to(dtype)
+    variance, mean = norms().moments(x)
+    expected = torch.var_mean(x.double(), (1, 2), correction=0)
+    torch.testing.assert_close(mean.double(), expected[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), expected[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,31 +116,22 @@ def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
     x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     one, zero = torch.ones(1, 16), torch.zeros(1, 16)
     out = torch.empty_like(x)
-    compiled().scale_and_shift(x, one, zero, False, out)
+    norms().scale_and_shift(x, one, zero, False, out)
     assert torch.equal(out.view(-1)[1:], x.view(-1)[1:])
     assert out.view(-1)[0].isnan()
-    compiled().scale_and_shift(x, one, zero, True, out)
+    norms().scale_and_shift(x, one, zero, True, out)
     assert out.view(-1)[0].isnan()
     assert out.view(-1)[1] == torch.inf
-    compiled().normalize(x, one[0], 0.0, 0.0, False, out)
+    norms().normalize(x, one[0], 0.0, 0.0, False, out)
     assert out.isnan().all()
+    assert norms().moments(x)[:, 0, :1].isnan().all()
 
 
 def test_what_they_take() -> None:
-    takes = compiled().takes
     x = torch.randn(1, 4, 4, 32)
-    assert takes(x, x)
-    for other in (
-        x.double(),
-        x[..., :24],
-        x[..., :16],
-        x[..., ::2, :],
-        x.transpose(-1, -2),
-        x.to("meta"),
-        x.bfloat16(),
-    ):
-        assert not takes(x, other)
-    assert not EAGER.takes(x, x)
+    assert norms().takes(x)
+    for other in (x.double(), x[..., :24], x[..., :16], x[..., ::2, :], x.transpose(-1, -2), x.to("meta")):
+        assert not norms().takes(other)
 
 
 @pytest.fixture
@@ -141,7 +154,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
     (tmp_path / "file").touch()
     monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "file" / "cache"))
     path = kernels._built()
-    assert kernels._Library(path).kernels().takes(torch.zeros(1, 2, 2, 16), torch.zeros(1, 2, 2, 16))
+    assert kernels._Library(path).takes(torch.zeros(1, 2, 2, 16))
 
 
 @pytest.mark.parametrize(("compiler", "said"), [("false", "false failed"), ("no-such-compiler", "no C\\+\\+ compiler")])

@@ -154,6 +154,47 @@ static void merge(const float* products, Index frames, Index rows, Index cols, I
   }
 }
 
+// The mean and the variance of each channel over cells that lie one after the other. Those of some cells are taken in two
+// passes over what a core's cache holds; sums over all of them are in double precision.
+template <class T>
+static void moments(const T* x, Index cells, Index channels, float* variances, float* means, int threads) {
+  constexpr Index SOME = 64;
+  const Index parts = (cells + SOME - 1) / SOME;
+  std::unique_ptr<double[]> sums(new double[threads * 2 * channels]());
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (Index thread = 0; thread < threads; ++thread) {
+    double *first = &sums[thread * 2 * channels], *second = first + channels;
+    for (Index part = parts * thread / threads; part < parts * (thread + 1) / threads; ++part) {
+      const Index count = cells - part * SOME < SOME ? cells - part * SOME : SOME;
+      for (Index k = 0; k < channels; k += LANES) {
+        const T* from = x + part * SOME * channels + k;
+        Vector sum{}, squares{};
+        for (Index cell = 0; cell < count; ++cell) sum += load(from + cell * channels);
+        const Vector mean = sum / float(count);
+        for (Index cell = 0; cell < count; ++cell) {
+          const Vector apart = load(from + cell * channels) - mean;
+          squares += apart * apart;
+        }
+        for (int lane = 0; lane < LANES; ++lane) {
+          const double one = mean[lane];
+          first[k + lane] += count * one;
+          second[k + lane] += squares[lane] + count * one * one;
+        }
+      }
+    }
+  }
+  for (Index k = 0; k < channels; ++k) {
+    double first = 0, second = 0;
+    for (Index thread = 0; thread < threads; ++thread) {
+      first += sums[thread * 2 * channels + k];
+      second += sums[(thread * 2 + 1) * channels + k];
+    }
+    const double mean = first / double(cells), variance = second / double(cells) - mean * mean;
+    means[k] = float(mean);
+    variances[k] = variance < 0 ? 0 : float(variance);
+  }
+}
+
 // e^x: 2^n times a polynomial for what is left, at most ln(2) / 2 (Cephes, expf).
 INLINE Vector exponential(Vector x) {
   x = x > 88.f ? Vector{} + 88.f : x;
@@ -234,6 +275,10 @@ static void normalize(const T* x, Index frame, Index row, Index frames, Index ro
                                          Index to_frame, Index to_row, int threads) {                                  \
     scale_and_shift(x, frame, row, frames, rows, cols, channels, factors, terms, silu, out, to_frame, to_row,          \
                     threads);                                                                                          \
+  }                                                                                                                    \
+  extern "C" void moments_##NAME(const T* x, Index cells, Index channels, float* variances, float* means,              \
+                                 int threads) {                                                                        \
+    moments(x, cells, channels, variances, means, threads);                                                            \
   }                                                                                                                    \
   extern "C" void normalize_##NAME(const T* x, Index frame, Index row, Index frames, Index rows, Index cols,           \
                                    Index channels, const float* factors, float added, float least, int silu, T* out,   \

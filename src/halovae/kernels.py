@@ -21,7 +21,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.platform import cache_folder
@@ -34,39 +33,39 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared",
 
 
 @dataclass(frozen=True)
+class Norms:
+    """Norms of maps `[N, *, C]`, each in one loop; computed in fp32 and rounded once.
+
+    Attributes:
+        takes: whether they can read, or write to, a map.
+        normalize: `x / sqrt(max(|x|^2 + added, least)) * scale` over the last dim: takes `x`, `scale` `[C]`, `added`,
+            `least`, whether SiLU follows, and memory for the result, which may be `x`.
+        scale_and_shift: `x * factors + terms`: takes `x`, both of them `[N, C]`, whether SiLU follows, and memory for
+            the result, which may be `x`.
+        moments: the variance and the mean of each channel, `[2, N, C]`. Takes `x`, which is contiguous.
+    """
+
+    takes: Callable[[Tensor], bool]
+    normalize: Callable[[Tensor, Tensor, float, float, bool, Tensor], None]
+    scale_and_shift: Callable[[Tensor, Tensor, Tensor, bool, Tensor], None]
+    moments: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Kernels:
     """What passes over memory are made with. Maps are seen with the channels last, whatever their layout in memory.
 
     Attributes:
-        normalize: `x / sqrt(max(|x|^2 + added, least)) * scale` over the last dim, in fp32 at least, rounded once:
-            takes `x` `[N, *, C]`, `scale` `[C]`, `added`, `least`, whether SiLU follows, and the result's memory.
-        scale_and_shift: `x * factors + terms`: takes `x`, both `[N, C]` in fp32, whether SiLU follows, and the result's
-            memory.
         spread: takes a band of a window `[T, L, W, C]`, its rows of tiles, the scheme, fp32 memory for what is in
             between, and memory for the result `[products^2, T, tiles, C]`.
         merge: takes products `[products^2, T, tiles, O]`, the rows of tiles, the scheme, memory for what is in between,
             a bias `[O]`, the result's memory `[T, H, W, O]`, and whether to add to it.
-        takes: whether the first two can be asked for a map `[N, *, C]` and memory for its result.
+        norms: those that are one loop, if there are any.
     """
 
-    normalize: Callable[[Tensor, Tensor, float, float, bool, Tensor], None]
-    scale_and_shift: Callable[[Tensor, Tensor, Tensor, bool, Tensor], None]
     spread: Callable[[Tensor, int, Scheme, Tensor, Tensor], None]
     merge: Callable[[Tensor, int, Scheme, Tensor, Tensor, Tensor, bool], None]
-    takes: Callable[[Tensor, Tensor], bool]
-
-
-def _normalize(x: Tensor, scale: Tensor, added: float, least: float, silu: bool, out: Tensor) -> None:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    total = wide.square().sum(-1, keepdim=True).add_(added)
-    result = wide * total.clamp_min_(least).rsqrt_() * scale
-    out.copy_(F.silu(result) if silu else result)
-
-
-def _scale_and_shift(x: Tensor, factors: Tensor, terms: Tensor, silu: bool, out: Tensor) -> None:
-    shape = (len(x), *[1] * (x.ndim - 2), -1)
-    result = torch.addcmul(terms.view(shape), x, factors.view(shape))
-    out.copy_(F.silu(result) if silu else result)
+    norms: Norms | None
 
 
 def _spread(band: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
@@ -118,7 +117,7 @@ def carved(memory: Tensor, shape: Sequence[int]) -> Tensor:
     return memory[: math.prod(shape)].view(*shape)
 
 
-EAGER = Kernels(_normalize, _scale_and_shift, _spread, _merge, lambda *_: False)
+EAGER = Kernels(_spread, _merge, None)
 
 
 @cache
@@ -156,12 +155,10 @@ class _Library:
         self._functions = ctypes.CDLL(str(path))
 
     def kernels(self) -> Kernels:
-        return Kernels(self.normalize, self.scale_and_shift, self.spread, self.merge, self.takes)
+        norms = Norms(self.takes, self.normalize, self.scale_and_shift, self.moments)
+        return Kernels(self.spread, self.merge, norms)
 
-    def takes(self, x: Tensor, out: Tensor) -> bool:
-        return x.dtype == out.dtype and self._takes(x) and self._takes(out)
-
-    def _takes(self, x: Tensor) -> bool:
+    def takes(self, x: Tensor) -> bool:
         """Whether channels lie side by side, cells of a row one after the other, and it can compute with them."""
         channels = x.shape[-1]
         plain = x.device.type == "cpu" and x.dtype in _DTYPES and channels % _LANES == 0 and 3 <= x.ndim <= 5
@@ -179,8 +176,14 @@ class _Library:
             given = factors[at].contiguous(), terms[at].contiguous()
             self._call(f"scale_and_shift_{_named(x)}", *_map(item), *given, silu, result, *result.stride()[:2])
 
+    def moments(self, x: Tensor) -> Tensor:
+        found = torch.empty((2, len(x), x.shape[-1]))
+        for item, variance, mean in zip(x.flatten(1, -2), *found, strict=True):
+            self._call(f"moments_{_named(x)}", item, *item.shape, variance, mean)
+        return found
+
     def spread(self, band: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
-        if not self._takes(band):
+        if not self.takes(band):
             EAGER.spread(band, rows, how, memory, out)
             return
         frames, _, width, channels = band.shape

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
+from halovae.kernels import Norms, compiled
 from halovae.plane import backends
 from halovae.plane.tensor import is_channels_last
 
@@ -16,17 +17,21 @@ from halovae.plane.tensor import is_channels_last
 _VALUES_ON_CPU, _VALUES = 2**18, 2**24
 
 
-def moments(x: Tensor, groups: int, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+def moments(
+    x: Tensor, groups: int, dtype: torch.dtype, shift: Tensor | None = None, norms: Norms | None = None
+) -> Tensor:  # fmt: skip
     """Variance and mean `[2, N, groups]`. Some groups at once, so that there is no wide copy of all of them.
 
-    A `shift` `[C]` is added before where there are kernels of our own.
+    A `shift` `[C]` is added before where there are kernels of our own. Norms that are one loop are used on the CPU.
     """
     fused = backends.kernels(x.device.type)
     if fused is not None and (shift is not None or is_channels_last(x)):
         found: Tensor = fused.moments(x, shift, groups)
         return found
     if x.device.type == "cpu" and is_channels_last(x):
-        whole: Tensor = torch.ops.halovae.moments(x, groups, dtype)
+        cells = x.movedim(1, -1)
+        is_loop = norms is not None and cells.is_contiguous() and norms.takes(cells)
+        whole: Tensor = torch.ops.halovae.moments(x, groups, dtype, is_loop)
         return whole
     grouped = x.unflatten(1, (groups, -1)).flatten(2)
     limit = _VALUES_ON_CPU if x.device.type == "cpu" else _VALUES
@@ -46,8 +51,11 @@ def _variance_and_mean(x: Tensor) -> Tensor:
     return torch.stack(((x - mean.unsqueeze(-1)).square_().mean(-1), mean))
 
 
-def _of_channels_last(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+def _of_channels_last(x: Tensor, groups: int, dtype: torch.dtype, is_loop: bool) -> Tensor:
     """The same where the channels of a cell lie together: of each channel, over some cells at once, then together."""
+    norms = compiled().norms if is_loop else None
+    if norms is not None:
+        return _of_groups(norms.moments(x.movedim(1, -1)), groups)
     cells = x.movedim(1, -1).flatten(1, -2)
     parts = cells.split(max(1, _VALUES_ON_CPU // (x.shape[0] * x.shape[1])), 1)
     found = torch.empty((len(parts), 2, x.shape[0], x.shape[1]), dtype=dtype, device=x.device)
@@ -59,9 +67,13 @@ def _of_channels_last(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
         torch.mean(wide, 1, out=mean)
         torch.sub(wide, mean.unsqueeze(1), out=apart)
         torch.mean(apart.square_(), 1, out=square)
-    found = together(found, tuple(part.shape[1] for part in parts))
-    found = found.unflatten(2, (groups, -1)).movedim(-1, 0)
-    return together(found, (1,) * len(found))
+    return _of_groups(together(found, tuple(part.shape[1] for part in parts)), groups)
+
+
+def _of_groups(found: Tensor, groups: int) -> Tensor:
+    """Of groups of channels, what is known of each channel, `[2, N, C]`."""
+    apart = found.unflatten(2, (groups, -1)).movedim(-1, 0)
+    return together(apart, (1,) * len(apart))
 
 
 def together(parts: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -93,5 +105,5 @@ def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 # An operator, so that dispatch modes, such as the memory meter, see one call and not its many small ones.
 _library = torch.library.Library("halovae", "FRAGMENT")
-_library.define("moments(Tensor x, int groups, ScalarType dtype) -> Tensor")
+_library.define("moments(Tensor x, int groups, ScalarType dtype, bool is_loop) -> Tensor")
 _library.impl("moments", _of_channels_last, "CPU")

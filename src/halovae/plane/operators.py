@@ -365,7 +365,8 @@ def statistics(x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...], sh
         counts: values of one group that each of these ranks has; empty if this rank has all of them.
         shift: `[C]`, added to the map before, on devices with kernels of our own.
     """
-    own = moments(x, groups, torch.promote_types(x.dtype, torch.float32), shift)
+    norms = current_kernels(x)[0].norms
+    own = moments(x, groups, torch.promote_types(x.dtype, torch.float32), shift, norms)
     return together(gather(own, scope, len(counts)), counts) if counts else own
 
 

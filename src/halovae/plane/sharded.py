@@ -61,7 +61,7 @@ class Sharded:
         self.kernels = EAGER
 
     def compile(self) -> None:
-        """Compile, on the CPU, what later calls are made of, as each part first runs; kept on disk between processes.
+        """Compile, on the CPU, what later calls are made of, unless it is on disk from an earlier process.
 
         Warns:
             RuntimeWarning: nothing can be compiled here (no C++ compiler?); calls run in eager PyTorch.

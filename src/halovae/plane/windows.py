@@ -195,7 +195,7 @@ def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Cells
         gamma: the norm's weight, of any shape with C values.
         beta: its bias, of any shape with as many.
         norm: as `Cells` has it.
-        spare: whether `x` is written over by the result. That saves its memory, where the compiled loop saves time.
+        spare: whether `x` is written over by the result.
     """
     out = x if spare else empty_like(x)
     write(x, None, gamma, beta, norm, False, out)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from halovae.kernels import EAGER, Kernels
+from halovae.kernels import EAGER, Kernels, Norms
 from halovae.memory import LiveBytes
 
 CPU = torch.device("cpu")
@@ -132,7 +132,10 @@ class Recorder(LiveBytes):
         def normalize(x: Tensor, scale: Tensor, added: float, least: float, silu: bool, out: Tensor) -> None:
             self.note("norm_silu", norm_work(x, out))
 
-        return replace(EAGER, normalize=normalize, takes=lambda x, out: x.dtype != torch.float64)
+        def nothing(*_: Any) -> Any:
+            raise AssertionError("of GroupNorm, its operators are noted")
+
+        return replace(EAGER, norms=Norms(lambda x: x.dtype != torch.float64, normalize, nothing, nothing))
 
     def taken(self) -> dict[str, Work]:
         """What was noted since this was last asked, by kind."""

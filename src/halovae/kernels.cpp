@@ -211,7 +211,9 @@ INLINE Vector exponential(Vector x) {
   return y * Vector(power);
 }
 
-INLINE Vector activated(Vector x, bool silu) { return silu ? x / (1.f + exponential(-x)) : x; }
+INLINE Vector activated(Vector x, bool silu) {
+  return !silu ? x : x < -88.f ? x * 0.f : x / (1.f + exponential(-x));
+}
 
 template <class T>
 static void scale_and_shift(const T* x, Index frame, Index row, Index frames, Index rows, Index cols, Index channels,

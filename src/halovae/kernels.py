@@ -6,10 +6,12 @@ to the operators: numbers of channels that 16 does not divide, fp64, maps whose 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -26,10 +28,12 @@ from torch import Tensor
 from halovae.platform import cache_folder
 from halovae.schemes import SCHEMES, Matrix, Scheme
 
-_LANES = 16  # channels that `kernels.cpp` takes at once
+LANES = 16  # channels that `kernels.cpp` takes at once
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILERS = "g++", "clang++", "c++"
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+_NATIVE = ("-march=native",), ("-mcpu=native",), ()  # what a compiler may call this machine's instructions
+_SECONDS = 300  # that a compiler may take
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def compiled() -> Kernels:
     Raises:
         OSError: there is no compiler, or it failed.
     """
-    return _Library(_built()).kernels()
+    return _Library(_loaded()).kernels()
 
 
 def works(device: torch.device) -> bool:
@@ -151,8 +155,8 @@ def works(device: torch.device) -> bool:
 class _Library:
     """`kernels.cpp` with tensors for arguments."""
 
-    def __init__(self, path: Path) -> None:
-        self._functions = ctypes.CDLL(str(path))
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._functions = functions
 
     def kernels(self) -> Kernels:
         norms = Norms(self.takes, self.normalize, self.scale_and_shift, self.moments)
@@ -161,19 +165,19 @@ class _Library:
     def takes(self, x: Tensor) -> bool:
         """Whether channels lie side by side, cells of a row one after the other, and it can compute with them."""
         channels = x.shape[-1]
-        plain = x.device.type == "cpu" and x.dtype in _DTYPES and channels % _LANES == 0 and 3 <= x.ndim <= 5
+        plain = x.device.type == "cpu" and x.dtype in _DTYPES and channels % LANES == 0 and 3 <= x.ndim <= 5
         plain = plain and x.stride(-1) == 1 and (x.shape[-2] == 1 or x.stride(-2) == channels)
         return plain and hasattr(self._functions, f"normalize_{_named(x)}")
 
     def normalize(self, x: Tensor, scale: Tensor, added: float, least: float, silu: bool, out: Tensor) -> None:
-        scale = scale.contiguous()
+        scale = scale.float().contiguous()
         limits = ctypes.c_float(added), ctypes.c_float(least)
         for item, result in zip(_frames(x), _frames(out), strict=True):
             self._call(f"normalize_{_named(x)}", *_map(item), scale, *limits, silu, result, *result.stride()[:2])
 
     def scale_and_shift(self, x: Tensor, factors: Tensor, terms: Tensor, silu: bool, out: Tensor) -> None:
         for at, (item, result) in enumerate(zip(_frames(x), _frames(out), strict=True)):
-            given = factors[at].contiguous(), terms[at].contiguous()
+            given = factors[at].float().contiguous(), terms[at].float().contiguous()
             self._call(f"scale_and_shift_{_named(x)}", *_map(item), *given, silu, result, *result.stride()[:2])
 
     def moments(self, x: Tensor) -> Tensor:
@@ -183,7 +187,7 @@ class _Library:
         return found
 
     def spread(self, band: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
-        if not self.takes(band):
+        if not (self.takes(band) and _is_plain(out)):
             EAGER.spread(band, rows, how, memory, out)
             return
         frames, _, width, channels = band.shape
@@ -195,7 +199,7 @@ class _Library:
         self, products: Tensor, rows: int, how: Scheme, memory: Tensor, bias: Tensor, out: Tensor, add: bool
     ) -> None:
         frames, _, width, channels = out.shape
-        known = out.dtype in _DTYPES and channels % _LANES == 0 and out.stride(3) == 1
+        known = out.dtype in _DTYPES and channels % LANES == 0 and out.stride(3) == 1 and _is_plain(products)
         if not known or not hasattr(self._functions, f"normalize_{_named(out)}"):
             EAGER.merge(products, rows, how, memory, bias, out, add)
             return
@@ -218,6 +222,10 @@ class _Library:
         getattr(self._functions, name)(*given, ctypes.c_int(torch.get_num_threads()))
 
 
+def _is_plain(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+
+
 def _named(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
@@ -232,44 +240,56 @@ def _map(x: Tensor) -> tuple[Tensor | int, ...]:
     return x, *x.stride()[:2], *x.shape
 
 
-def _built() -> Path:
-    """The library, compiled unless it is in the cache folder."""
-    found = [one for one in (os.environ.get("CXX", ""), *_COMPILERS) if one and shutil.which(one.split()[0])]
-    if not found:
-        raise OSError(f"no C++ compiler: CXX names none, and there is none of {', '.join(_COMPILERS)}")
-    command = [*found[0].split(), *_FLAGS]
-    source = _matrices() + files("halovae").joinpath("kernels.cpp").read_text()
+def _loaded() -> ctypes.CDLL:
+    """The library from the cache folder, made anew if there is none that can be loaded."""
+    commands = _commands()
+    source = _matrices() + files("halovae").joinpath("kernels.cpp").read_text(encoding="utf-8")
     # What this machine's instructions and the compiler's version are, as far as the compiler knows.
-    about = _run([*command, "-x", "c++", "-dM", "-E", "-"], "")
-    digest = hashlib.sha256("\0".join((about, source, *command)).encode()).hexdigest()
-    name = f"kernels-{digest[:16]}.so"
-    path = cache_folder() / name
-    if path.exists():
-        return path
+    about = _first([[*command, "-x", "c++", "-dM", "-E", "-"] for command in commands], "")
+    digest = hashlib.sha256("\0".join((about, source, *commands[0])).encode()).hexdigest()
+    path = cache_folder() / f"kernels-{digest[:16]}.so"
+    with contextlib.suppress(OSError):  # there is none, or it is broken, or for another C library
+        return ctypes.CDLL(str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=path.parent)
+        folder = tempfile.TemporaryDirectory(dir=path.parent)
     except OSError:  # one that cannot be written to
-        folder = tempfile.mkdtemp()
-        path = Path(folder) / name
-    made = Path(folder) / "made.so"
-    try:
+        folder = tempfile.TemporaryDirectory()
+    with folder:
+        made = Path(folder.name) / path.name
+        end = ["-x", "c++", "-", "-o", str(made)]
+        _first([[*command, *openmp, *end] for openmp in (["-fopenmp"], []) for command in commands], source)
+        functions = ctypes.CDLL(str(made))  # what is loaded stays so when the folder goes
+        with contextlib.suppress(OSError), made.open("rb") as file:
+            os.fsync(file.fileno())  # to load a part of a library ends the process
+            made.replace(path)  # other processes may be at it, too
+    return functions
+
+
+def _commands() -> list[list[str]]:
+    """How a compiler may be asked for this machine's code, the best first."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    found = [one for one in (asked, *([name] for name in _COMPILERS)) if one and shutil.which(one[0])]
+    if not found:
+        raise OSError(f"no C++ compiler: CXX names none, and there is none of {', '.join(_COMPILERS)}")
+    return [[*found[0], *_FLAGS, *native] for native in _NATIVE]
+
+
+def _first(commands: list[list[str]], source: str) -> str:
+    """What the first command that succeeds says of a source."""
+    said = ""
+    for command in commands:
         try:
-            _run([*command, "-fopenmp", "-x", "c++", "-", "-o", str(made)], source)
-        except OSError:  # some have no OpenMP
-            _run([*command, "-x", "c++", "-", "-o", str(made)], source)
-        made.replace(path)  # other processes may be at it, too
-    finally:
-        if path.parent != Path(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-    return path
-
-
-def _run(command: list[str], source: str) -> str:
-    done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
-    return done.stdout
+            done = subprocess.run(
+                command, input=source, capture_output=True, encoding="utf-8", errors="replace", timeout=_SECONDS,
+                check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise OSError(f"{command[0]} took more than {_SECONDS} s") from None
+        if not done.returncode:
+            return done.stdout
+        said = said or done.stderr.strip()[-500:]
+    raise OSError(f"{commands[0][0]} failed: {said}")
 
 
 def _matrices() -> str:

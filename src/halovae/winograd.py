@@ -16,11 +16,10 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.utils._mode_utils import no_dispatch
 from torch.utils.flop_counter import register_flop_formula
 
 from halovae.halves import has_units
-from halovae.kernels import EAGER, Kernels, compiled
+from halovae.kernels import EAGER, LANES, Kernels, carved, compiled
 from halovae.pool import Pool
 from halovae.schemes import PLAIN, SCHEMES, Matrix, Scheme
 
@@ -43,7 +42,8 @@ def pays(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: s
     """
     if device != "cpu" or weight.dtype == torch.float64:
         return False
-    if kernels is EAGER and math.prod(weight.shape[2:]) == 9:
+    eager = kernels is EAGER or any(extent % LANES for extent in weight.shape[:2])
+    if eager and math.prod(weight.shape[2:]) == 9:
         return False
     if weight.dtype == torch.float32 or not has_units(weight.dtype):  # without units, both ways multiply in fp32
         least = CHANNELS
@@ -51,7 +51,7 @@ def pays(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: s
         return False
     else:
         least = HALF_CHANNELS
-    return min(weight.shape[:2]) >= least and cells >= (EAGER_CELLS if kernels is EAGER else scheme.cells)
+    return min(weight.shape[:2]) >= least and cells >= (EAGER_CELLS if eager else scheme.cells)
 
 
 def convolved(
@@ -144,11 +144,7 @@ def convolve(
         if out.is_meta:  # not within the operator, where dispatch modes do not see what it does
             if ready is not None:
                 ready()
-            if write is not None:
-                with no_dispatch():  # nor what counts memory: there is never a whole one
-                    made = torch.empty(plan.window, dtype=out.dtype, device="meta")
-                write(0, slice(0, plan.window[1]), made.movedim(-1, 0))
-            ready = write = None
+            ready = write = None  # what writes bands is a part of the operator, in what it takes, too
         _under_way.ready, _under_way.write = ready, write
         try:
             torch.ops.halovae.convolve(*maps, scheme.name, add, kernels is not EAGER, known)
@@ -210,7 +206,8 @@ class _Plan:
         """Of the rows that are made for a band: `[T + taps - 1, rows, W, C]`."""
         frames, _, width, channels = self.window
         shape = frames, self.rows, width, channels
-        return _carved(scratch[self.weights + self.cells + self.products :].view(dtype), shape, at)
+        size = math.prod(shape)
+        return carved(scratch[self.weights + self.cells + self.products :].view(dtype)[at * size :], shape)
 
 
 def _convolve(
@@ -227,12 +224,12 @@ def _convolve(
     for first in range(0, len(weight), plan.block):
         block = slice(first, min(first + plan.block, len(weight)))
         part = weight[block]
-        transformed = _carved(weights, (how.products**2, part.shape[2], *part.shape[:2]))
+        transformed = carved(weights, (how.products**2, part.shape[2], *part.shape[:2]))
         if not known:
             _transform(part, how, cells, transformed)
         for row, rows, band in _bands(window, how, plan, out, scratch):
             tiles = rows * (out.shape[2] // how.results)
-            spread = _carved(cells, (how.products**2, band.shape[0], tiles, band.shape[3]))
+            spread = carved(cells, (how.products**2, band.shape[0], tiles, band.shape[3]))
             kernels.spread(band, rows, how, products, spread)
             multiplied = _multiplied(spread, transformed, products)
             result = out[:, row * how.results : (row + rows) * how.results, :, block]
@@ -281,7 +278,7 @@ def _transform(weight: Tensor, how: Scheme, memory: Tensor, out: Tensor) -> None
     after the other took 49 (one thread).
     """
     if weight.dtype != torch.float32 or not weight.is_contiguous():
-        weight = _carved(memory, weight.shape).copy_(weight)
+        weight = carved(memory, weight.shape).copy_(weight)
     for columns, result in zip(weight.flatten(3).unbind(2), out.flatten(2).unbind(1), strict=True):
         torch.mm(_both_dims(how.taps, weight.device), columns.flatten(0, 1).T, out=result)
 
@@ -303,16 +300,11 @@ def _multiplied(cells: Tensor, weights: Tensor, memory: Tensor) -> Tensor:
     count, inputs, tiles, _ = cells.shape
     taps, outputs = weights.shape[1:3]
     frames = inputs - taps + 1
-    out = _carved(memory, (count, frames * tiles, outputs))
+    out = carved(memory, (count, frames * tiles, outputs))
     for tap in range(taps):
         past = cells[:, tap : tap + frames].flatten(1, 2)
         torch.baddbmm(out, past, weights[:, tap].transpose(1, 2), beta=int(tap > 0), out=out)
     return out.view(count, frames, tiles, outputs)
-
-
-def _carved(memory: Tensor, shape: Sequence[int], at: int = 0) -> Tensor:
-    size = math.prod(shape)
-    return memory[at * size : (at + 1) * size].view(*shape)
 
 
 class _UnderWay(threading.local):

@@ -63,7 +63,7 @@ class Taken:
     memory: Memory
 
 
-def _hold_halovae(model: Model, compiled: bool, options: dict[str, Any]) -> None:
+def _hold_halovae(model: Model, options: dict[str, Any]) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
     device = Platform.default(model.device).device
     decoder = load(model.path, dtype=model.dtype, device=device, encoder=model.call == "encode")
@@ -235,7 +235,7 @@ class Contestant:
             # diffusers runs as its users run it
             self._group = Ranks(self.ranks, self.threads, RANK_ENVIRONMENT if own else {})
             if own:
-                self._group.run(_hold_halovae, self.model, self.compiled, self.options)
+                self._group.run(_hold_halovae, self.model, self.options)
             else:
                 self._group.run(_hold_diffusers, self.model, self.kind == "tiled", self.channels_last, self.compiled)
         return self._group

@@ -12,7 +12,7 @@ from torch import Tensor
 from halovae import winograd
 from halovae.plane import operators
 from halovae.plane.operators import Cut
-from halovae.plane.rings import Edges, exchange
+from halovae.plane.rings import Edges, exchange, outermost
 
 # Writes a part of a window's frames within the ring, `[n, C, T, rows, cols]`: of which items, rows and cols of the map.
 Interior = Callable[[slice, slice, slice, Tensor], None]
@@ -76,8 +76,7 @@ class Bands:
             line = line if self._x.ndim == 5 else line.squeeze(2)
             if dim == _COLS and _ROWS not in self._lines:
                 line = line[..., 1:-1, :]
-            before, first, last, after = line.split(1, dim)
-            later.append(exchange((first, last), (before, after), cut))
+            later.append(exchange(*outermost(line, dim), cut))
         if _COLS in self._lines:
             finish()
         return finish
@@ -92,7 +91,8 @@ class Bands:
             if self._repeated[_ROWS][at]:
                 cols[..., target, 1:3].copy_(cols[..., source, 1:3])
             else:
-                cols[..., target, 1:3].copy_(rows[..., 3 * at, :: width - 1])
+                cols[..., target, 1].copy_(rows[..., 3 * at, 0])
+                cols[..., target, 2].copy_(rows[..., 3 * at, width - 1])
 
     def write(self, item: int, start: int, rows: slice, band: Tensor) -> None:
         """Write rows of a band, `[C, T, L, W + 2]`, which begins at the row `start` of an item's window.

@@ -158,7 +158,8 @@ def _loops(x: Tensor, out: Tensor) -> tuple[Norms | None, Tensor, Tensor]:
     """The norms that are one loop, if they can read a map and write to `out`; and both with the channels last."""
     norms = operators.current_kernels(x)[0].norms
     source, result = x.movedim(1, -1), out.movedim(1, -1)
-    known = norms is not None and x.dtype == out.dtype and norms.takes(source) and norms.takes(result)
+    alike = x.dtype == out.dtype and x.shape == out.shape
+    known = norms is not None and alike and norms.takes(source) and norms.takes(result)
     return norms if known else None, source, result
 
 

@@ -65,8 +65,11 @@ def start(maps: Tensor, cuts: Sequence[Cut], edges: Edges | None) -> Callable[[]
 
     for cut in cuts:
         finish()
-        before, first, *_, last, after = ring(cut[0]).split(1, cut[0])
-        later += [exchange((first, last), (before, after), cut), partial(repeat, cut[0]), partial(known.append, cut[0])]
+        later += [
+            exchange(*outermost(ring(cut[0]), cut[0]), cut),
+            partial(repeat, cut[0]),
+            partial(known.append, cut[0]),
+        ]
     if any(dim == cols for dim, *_ in cuts):
         finish()
     for dim in {rows, cols} - {one for one, *_ in cuts}:
@@ -75,6 +78,16 @@ def start(maps: Tensor, cuts: Sequence[Cut], edges: Edges | None) -> Callable[[]
             later.append(partial(repeat, dim))  # the corners, once the other dim's halos are there
         known.append(dim)
     return finish
+
+
+def outermost(ring: Tensor, dim: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A part's first and last cells along a dim, which may be the same ones, and the places before and after them."""
+    last = ring.shape[dim] - 1
+    own, halos = (
+        (ring.narrow(dim, 1, 1), ring.narrow(dim, last - 1, 1)),
+        (ring.narrow(dim, 0, 1), ring.narrow(dim, last, 1)),
+    )
+    return own, halos
 
 
 def exchange(own: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor], cut: Cut) -> Callable[[], None]:

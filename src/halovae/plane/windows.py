@@ -90,8 +90,10 @@ def convolution(
             keep[part].copy_(inner[:, :, depth - keep.shape[2] :])
 
     merged = folded and onto is not None and is_dense(onto)
+    over = spare and not merged and maps.shape == shape and is_dense(maps)
     ring = depth + 2 * before, before + zeros, before
     banded = folded and not (shape[3] % PLAIN.results or shape[4] % PLAIN.results)
+    banded = banded and (not over or winograd.reads_once(PLAIN, whole))
     if banded:
         bands = Bands(interior, x, *ring, slice(before, before + depth), cuts, edges)
         finish = bands.start()
@@ -105,9 +107,7 @@ def convolution(
     def memory() -> Tensor:
         if onto is not None and merged:
             return onto if x.ndim == 5 else onto.unsqueeze(2)
-        reused = spare and maps.shape == shape and is_dense(maps)
-        reused = reused and (not banded or winograd.reads_once(PLAIN, whole))
-        return maps if reused else pool.empty(shape, x.dtype)
+        return maps if over else pool.empty(shape, x.dtype)
 
     try:
         if banded:

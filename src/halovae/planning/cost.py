@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from halovae.kernels import EAGER, Kernels, Norms
+from halovae.kernels import EAGER, LANES, Kernels, Norms
 from halovae.memory import LiveBytes
 
 CPU = torch.device("cpu")
@@ -135,7 +135,10 @@ class Recorder(LiveBytes):
         def nothing(*_: Any) -> Any:
             raise AssertionError("of GroupNorm, its operators are noted")
 
-        return replace(EAGER, norms=Norms(lambda x: x.dtype != torch.float64, normalize, nothing, nothing))
+        def takes(x: Tensor) -> bool:
+            return x.dtype != torch.float64 and x.stride(-1) == 1 and x.shape[-1] % LANES == 0
+
+        return replace(EAGER, norms=Norms(takes, normalize, nothing, nothing))
 
     def taken(self) -> dict[str, Work]:
         """What was noted since this was last asked, by kind."""

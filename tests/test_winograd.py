@@ -64,6 +64,13 @@ def test_it_is_the_same_convolution(
     assert (out - 2 * wanted).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("scheme", [PLAIN, UPSAMPLING])
+def test_blocks_of_channels_are_such_as_compiled_kernels_take(scheme: Scheme) -> None:
+    for channels, taps in ((512, 3), (640, 3), (1024, 3), (1024, 1), (2048, 3)):
+        weight = torch.empty(channels, channels, taps, 3, 3, device="meta")
+        assert winograd._Plan.block_of(scheme, weight) % kernels.LANES == 0
+
+
 @torch.inference_mode()
 def test_rounding_errors_are_within_a_few_times_those_of_the_direct_way() -> None:
     window, (weight, bias) = maps(1, 96, 6, 34, 34), weights(96, 96, 3)

@@ -196,7 +196,8 @@ class _Plan:
 
     @staticmethod
     def block_of(scheme: Scheme, weight: Tensor) -> int:
-        return min(len(weight), max(32, WEIGHTS // (scheme.products**2 * math.prod(weight.shape[1:3]))))
+        most = WEIGHTS // (scheme.products**2 * math.prod(weight.shape[1:3]))
+        return min(len(weight), max(2 * LANES, most // LANES * LANES))
 
     @property
     def scratch(self) -> int:

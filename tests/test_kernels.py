@@ -111,6 +111,18 @@ def test_moments(dtype: torch.dtype, cells: tuple[int, int], far: float) -> None
     torch.testing.assert_close(variance.double(), expected[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@torch.inference_mode()
+def test_moments_do_not_depend_on_the_default_dtype(default: torch.dtype, request: pytest.FixtureRequest) -> None:
+    x = torch.randn(2, 9, 9, 64)
+    expected = norms().moments(x)
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(default)
+    with torch.device("meta"):
+        found = norms().moments(x)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
@@ -197,12 +209,18 @@ def test_without_a_compiler_it_is_said(built: Path, compiler: str, said: str, mo
     assert not built.exists() or not list(built.iterdir())
 
 
+def test_the_next_compiler_is_asked_where_one_fails(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    assert kernels._Library(kernels._loaded()).takes(torch.zeros(1, 2, 2, 16))
+    assert len(list(built.iterdir())) == 1
+
+
 def test_what_a_compiler_does_not_know_is_left_out(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenMP, and the name of this machine's instructions."""
     compiler = built.parent / "compiler"
     compiler.write_text('#!/bin/sh\ncase "$*" in *native*|*openmp*) echo no >&2; exit 1; esac\nexec g++ "$@"\n')
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(kernels, "_COMPILERS", (str(compiler),))
     assert kernels._Library(kernels._loaded()).takes(torch.zeros(1, 2, 2, 16))
     (path,) = built.iterdir()
     assert b"GOMP_parallel" not in path.read_bytes()

@@ -13,6 +13,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import warnings
@@ -131,7 +132,19 @@ def compiled() -> Kernels:
     Raises:
         OSError: there is no compiler, or it failed.
     """
-    return _Library(_loaded()).kernels()
+    found = _attempted()
+    if isinstance(found, OSError):
+        raise found
+    return found
+
+
+@cache
+def _attempted() -> Kernels | OSError:
+    """The kernels, or why there are none: one attempt a process is enough."""
+    try:
+        return _Library(_loaded()).kernels()
+    except OSError as error:
+        return error
 
 
 def works(device: torch.device) -> bool:
@@ -181,7 +194,7 @@ class _Library:
             self._call(f"scale_and_shift_{_named(x)}", *_map(item), *given, silu, result, *result.stride()[:2])
 
     def moments(self, x: Tensor) -> Tensor:
-        found = torch.empty((2, len(x), x.shape[-1]))
+        found = torch.empty((2, len(x), x.shape[-1]), dtype=torch.float32, device=x.device)
         for item, variance, mean in zip(x.flatten(1, -2), *found, strict=True):
             self._call(f"moments_{_named(x)}", item, *item.shape, variance, mean)
         return found
@@ -247,7 +260,7 @@ def _loaded() -> ctypes.CDLL:
     # What this machine's instructions and the compiler's version are, as far as the compiler knows.
     about = _first([[*command, "-x", "c++", "-dM", "-E", "-"] for command in commands], "")
     digest = hashlib.sha256("\0".join((about, source, *commands[0])).encode()).hexdigest()
-    path = cache_folder() / f"kernels-{digest[:16]}.so"
+    path = cache_folder().resolve() / f"kernels-{digest[:16]}.so"
     with contextlib.suppress(OSError):  # there is none, or it is broken, or for another C library
         return ctypes.CDLL(str(path))
     try:
@@ -268,27 +281,34 @@ def _loaded() -> ctypes.CDLL:
 
 def _commands() -> list[list[str]]:
     """How a compiler may be asked for this machine's code, the best first."""
-    asked = shlex.split(os.environ.get("CXX", ""))
+    try:
+        asked = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise OSError(f"CXX={os.environ['CXX']}: {error}") from None
     found = [one for one in (asked, *([name] for name in _COMPILERS)) if one and shutil.which(one[0])]
     if not found:
         raise OSError(f"no C++ compiler: CXX names none, and there is none of {', '.join(_COMPILERS)}")
-    return [[*found[0], *_FLAGS, *native] for native in _NATIVE]
+    return [[*one, *_FLAGS, *native] for one in found for native in _NATIVE]
 
 
 def _first(commands: list[list[str]], source: str) -> str:
     """What the first command that succeeds says of a source."""
     said = ""
     for command in commands:
-        try:
-            done = subprocess.run(
-                command, input=source, capture_output=True, encoding="utf-8", errors="replace", timeout=_SECONDS,
-                check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise OSError(f"{command[0]} took more than {_SECONDS} s") from None
-        if not done.returncode:
-            return done.stdout
-        said = said or done.stderr.strip()[-500:]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            errors="replace", start_new_session=True,
+        ) as running:  # fmt: skip
+            try:
+                output, errors = running.communicate(source, timeout=_SECONDS)
+            except BaseException as error:  # Ctrl-C, too: a compiler is several processes
+                os.killpg(running.pid, signal.SIGKILL)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                raise OSError(f"{command[0]} took more than {_SECONDS} s") from None
+        if not running.returncode:
+            return output
+        said = said or errors.strip()[-500:]
     raise OSError(f"{commands[0][0]} failed: {said}")
 
 

@@ -30,7 +30,8 @@ WEIGHTS = 16 * 2**20
 # Fewer channels than this do not pay for transforming the cells. Where a CPU has units for half precision, the
 # direct way is faster (bf16 at twice the speed of fp32), so that more are needed.
 CHANNELS, HALF_CHANNELS = 16, 128
-# Fewer cells do not pay for transforming the weights by eager kernels; by compiled ones, see `Scheme`.
+# Fewer cells do not pay for transforming the weights by eager kernels, which also take channels that LANES does not
+# divide; by compiled ones, see `Scheme`.
 EAGER_CELLS = 2560
 
 

@@ -78,7 +78,7 @@ class _Timing(TorchDispatchMode):
         return result
 
     def kernels(self, real: Kernels) -> Kernels:
-        """Compiled kernels, which no mode sees, timed where they are not a part of an operator."""
+        """Compiled norms of cells, which no mode sees, timed where they are not a part of an operator."""
 
         norms = real.norms
         if norms is None:
@@ -266,7 +266,7 @@ def key_of(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> _Key:
         ranks=mesh.lines.world,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        kernels="eager" if kernels is EAGER else "C++",  # "compiled" were Inductor's
+        kernels="eager, bands" if kernels is EAGER else "C++, bands",  # convolutions hold their norms
     )
 
 

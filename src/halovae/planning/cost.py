@@ -147,7 +147,7 @@ class Recorder(LiveBytes):
 
 
 def norm_work(x: Tensor, out: Tensor) -> Work:
-    """What a compiled norm and SiLU does."""
+    """What a compiled norm over channels and SiLU does."""
     return Work(calls=1, bytes=_bytes(x) + _bytes(out))
 
 

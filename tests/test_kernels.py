@@ -166,7 +166,7 @@ def test_the_library_is_kept(built: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(list(built.iterdir())) == 2  # made in another way
 
 
-def test_a_broken_library_is_made_anew(built: Path) -> None:
+def test_a_broken_library_is_replaced(built: Path) -> None:
     script = "from halovae.kernels import _loaded; _loaded()"  # a process that has loaded it must not see it broken
     subprocess.run([sys.executable, "-c", script], check=True)
     (path,) = built.iterdir()

@@ -186,9 +186,9 @@ def test_auto_decides_alike_on_all_ranks_and_tells(ranks: Callable[[int], Ranks]
 
 
 def test_a_budget_holds_in_a_real_decode(ranks: Callable[[int], Ranks]) -> None:
-    z = latents("wan2.1", 9, 16, 16)
+    z = latents("wan2.1", 5, 24, 24)  # maps that take more than Winograd's scratch memory, which is no less on a half
     alone = ranks(2).run(decoded, z, {"mode": "single"}, 16)[0][1]
-    budget = int(0.9 * alone.ranks[0].memory.peak_allocated)  # so narrow a model's scratch memory is no less on a half
+    budget = int(0.8 * alone.ranks[0].memory.peak_allocated)
     out, report = ranks(2).run(decoded, z, {"memory_budget": budget}, 16)[0]
     assert report.grid in ("2x1", "1x2")
     assert max(rank.memory.peak_allocated for rank in report.ranks) <= budget

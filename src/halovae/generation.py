@@ -58,7 +58,7 @@ class Generator:
         folder: where it is.
         dtype: of the transformer and the text encoder.
         vae_dtype: of the VAE.
-        ulysses: over how many ranks attention is shared by heads; likewise `ring`, in turns. Their product is the
+        ulysses, ring: over how many ranks attention is shared by heads, and in turns. Their product is the
             world's size, or 1: every rank then denoises all by itself, as it does where diffusers cannot share the
             transformer.
         offload: keep all but the VAE in the host's memory, each part but for the time it is used.

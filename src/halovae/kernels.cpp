@@ -215,42 +215,46 @@ INLINE Vector activated(Vector x, bool silu) {
   return !silu ? x : x < -88.f ? x * 0.f : x / (1.f + exponential(-x));
 }
 
+// Calls `step` with where each cell is read and where it is written.
+template <class T, class Step>
+static void each_cell(const T* x, Index frame, Index row, Index frames, Index rows, Index cols, Index channels, T* out,
+                      Index to_frame, Index to_row, int threads, Step step) {
+#pragma omp parallel for num_threads(threads)
+  for (Index line = 0; line < frames * rows; ++line) {
+    const T* from = x + line / rows * frame + line % rows * row;
+    T* to = out + line / rows * to_frame + line % rows * to_row;
+    for (Index cell = 0; cell < cols; ++cell) step(from + cell * channels, to + cell * channels);
+  }
+}
+
 template <class T>
 static void scale_and_shift(const T* x, Index frame, Index row, Index frames, Index rows, Index cols, Index channels,
                             const float* factors, const float* terms, bool silu, T* out, Index to_frame, Index to_row,
                             int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (Index line = 0; line < frames * rows; ++line)
-    for (Index cell = 0; cell < cols; ++cell) {
-      const T* from = x + line / rows * frame + line % rows * row + cell * channels;
-      T* to = out + line / rows * to_frame + line % rows * to_row + cell * channels;
-      for (Index k = 0; k < channels; k += LANES) {
-        store(to + k, activated(load(from + k) * load(factors + k) + load(terms + k), silu));
-      }
-    }
+  const auto step = [=](const T* from, T* to) {
+    for (Index k = 0; k < channels; k += LANES)
+      store(to + k, activated(load(from + k) * load(factors + k) + load(terms + k), silu));
+  };
+  each_cell(x, frame, row, frames, rows, cols, channels, out, to_frame, to_row, threads, step);
 }
 
 template <class T>
 static void normalize(const T* x, Index frame, Index row, Index frames, Index rows, Index cols, Index channels,
                       const float* factors, float added, float least, bool silu, T* out, Index to_frame, Index to_row,
                       int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (Index line = 0; line < frames * rows; ++line)
-    for (Index cell = 0; cell < cols; ++cell) {
-      const T* from = x + line / rows * frame + line % rows * row + cell * channels;
-      T* to = out + line / rows * to_frame + line % rows * to_row + cell * channels;
-      Vector many{};
-      for (Index k = 0; k < channels; k += LANES) {
-        const Vector value = load(from + k);
-        many += value * value;
-      }
-      float total = added;
-      for (int lane = 0; lane < LANES; ++lane) total += many[lane];
-      const float inverse = 1 / __builtin_sqrtf(total > least ? total : total != total ? total : least);
-      for (Index k = 0; k < channels; k += LANES) {
-        store(to + k, activated(load(from + k) * inverse * load(factors + k), silu));
-      }
+  const auto step = [=](const T* from, T* to) {
+    Vector squares{};
+    for (Index k = 0; k < channels; k += LANES) {
+      const Vector value = load(from + k);
+      squares += value * value;
     }
+    float total = added;
+    for (int lane = 0; lane < LANES; ++lane) total += squares[lane];
+    const float inverse = 1 / __builtin_sqrtf(total > least ? total : total != total ? total : least);
+    for (Index k = 0; k < channels; k += LANES)
+      store(to + k, activated(load(from + k) * inverse * load(factors + k), silu));
+  };
+  each_cell(x, frame, row, frames, rows, cols, channels, out, to_frame, to_row, threads, step);
 }
 
 #define EXPORTED(NAME, T)                                                                                              \

@@ -34,7 +34,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILERS = "g++", "clang++", "c++"
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 _NATIVE = ("-march=native",), ("-mcpu=native",), ()  # what a compiler may call this machine's instructions
-_SECONDS = 300  # that a compiler may take
+_SECONDS = 120  # that a compiler may take
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,6 @@ def carved(memory: Tensor, shape: Sequence[int]) -> Tensor:
 EAGER = Kernels(_spread, _merge, None)
 
 
-@cache
 def compiled() -> Kernels:
     """The kernels as a C++ compiler makes them, in 3 s; the library is kept in the cache folder.
 
@@ -222,17 +221,18 @@ class _Library:
 
     def _call(self, name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
         """Call a function with pointers to tensors, numbers, and the number of threads."""
-        given = [
-            ctypes.c_void_p(one.data_ptr())
-            if isinstance(one, Tensor)
-            else ctypes.c_int(one)
-            if isinstance(one, bool)
-            else ctypes.c_ssize_t(one)
-            if isinstance(one, int)
-            else one
-            for one in arguments
-        ]
-        getattr(self._functions, name)(*given, ctypes.c_int(torch.get_num_threads()))
+        threads = ctypes.c_int(torch.get_num_threads())
+        getattr(self._functions, name)(*map(_for_c, arguments), threads)
+
+
+def _for_c(
+    argument: Tensor | int | ctypes.c_float,
+) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_ssize_t | ctypes.c_float:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, int):
+        return ctypes.c_int(argument) if isinstance(argument, bool) else ctypes.c_ssize_t(argument)
+    return argument
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -254,7 +254,7 @@ def _map(x: Tensor) -> tuple[Tensor | int, ...]:
 
 
 def _loaded() -> ctypes.CDLL:
-    """The library from the cache folder, made anew if there is none that can be loaded."""
+    """The library from the cache folder, compiled if there is none that can be loaded."""
     commands = _commands()
     source = _matrices() + files("halovae").joinpath("kernels.cpp").read_text(encoding="utf-8")
     # What this machine's instructions and the compiler's version are, as far as the compiler knows.

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -94,18 +95,17 @@ def convolved(
     return result
 
 
-@dataclass(frozen=True)
-class Bands:
+class Bands(Protocol):
     """A window of which only some rows are there at a time.
 
     Attributes:
-        x: the map that it is made of, `[B, C, *]`.
-        write: writes rows of a band: of which item, at which of its rows the band begins, which rows of the band, and
-            the band's memory, `[C, T, rows, W]`.
+        x: the map that it is made of, `[B, C, T, H, W]`.
     """
 
     x: Tensor
-    write: Callable[[int, int, slice, Tensor], None]
+
+    def write(self, item: int, start: int, rows: slice, band: Tensor) -> None:
+        """Write rows of a band, `[C, T, L, W]`, which begins at the row `start` of an item's window."""
 
 
 def reads_once(scheme: Scheme, weight: Tensor) -> bool:
@@ -134,8 +134,7 @@ def convolve(
         add: add to what `out` holds.
         ready: as for `convolved`.
     """
-    bands = window if isinstance(window, Bands) else None
-    whole = window.x if isinstance(window, Bands) else window
+    bands, whole = (None, window) if isinstance(window, Tensor) else (window, window.x)
     plan = _Plan.of(scheme, weight, out, 0 if bands is None else 1 + (ready is not None))
     scratch, known = pool.scratch(plan.scratch), False
     bias = weight.new_zeros(len(weight)) if bias is None else bias
@@ -160,8 +159,7 @@ class _Plan:
 
     block: int
     band: int
-    window: tuple[int, int, int, int]  # `[T + taps - 1, H, W, C]`, the whole one
-    rows: int  # of the window that a band is made of
+    band_window: tuple[int, int, int, int]  # what a band is made of, `[T + taps - 1, rows, W, C]`
     weights: int  # elements of a block's transformed weights
     cells: int  # of what is spread over a band, or merged from it, and of a block's weights before
     products: int  # of the products of a band
@@ -175,13 +173,12 @@ class _Plan:
         channels, taps = weight.shape[1:3]
         block = cls.block_of(scheme, weight)
         band = min(tile_rows, max(1, math.ceil(ROWS * torch.get_num_threads() / (frames * tile_cols))))
-        height, width = ((tiles - 1) * scheme.step + inputs for tiles in (tile_rows, tile_cols))
-        rows, tiles, inputs = (band - 1) * scheme.step + inputs, band * tile_cols, frames + taps - 1
+        rows, width = ((tiles - 1) * scheme.step + inputs for tiles in (band, tile_cols))
+        tiles, inputs = band * tile_cols, frames + taps - 1
         return cls(
             block=block,
             band=band,
-            window=(inputs, height, width, channels),
-            rows=rows,
+            band_window=(inputs, rows, width, channels),
             made=math.ceil(bands * inputs * rows * width * channels * out.element_size() / 4),
             weights=count * taps * block * channels,
             cells=max(
@@ -205,11 +202,10 @@ class _Plan:
         return self.weights + self.cells + self.products + self.made
 
     def memory(self, scratch: Tensor, dtype: torch.dtype, at: int = 0) -> Tensor:
-        """Of the rows that are made for a band: `[T + taps - 1, rows, W, C]`."""
-        frames, _, width, channels = self.window
-        shape = frames, self.rows, width, channels
-        size = math.prod(shape)
-        return carved(scratch[self.weights + self.cells + self.products :].view(dtype)[at * size :], shape)
+        """Of the rows that are made for a band, `[T + taps - 1, rows, W, C]`: the first such memory, or the second."""
+        size = math.prod(self.band_window)
+        made = scratch[self.weights + self.cells + self.products :].view(dtype)
+        return carved(made[at * size :], self.band_window)
 
 
 def _convolve(
@@ -250,7 +246,7 @@ def _bands(window: Tensor, how: Scheme, plan: _Plan, out: Tensor, scratch: Tenso
     first = before = None
     if write is not None and delayed:
         first = before = plan.memory(scratch, out.dtype, 1)
-        write(0, slice(1, plan.rows), first.movedim(-1, 0))
+        write(0, slice(1, first.shape[1]), first.movedim(-1, 0))
     for row in (*starts[len(delayed) :], *delayed):
         if ready is not None and row in (starts[0], starts[-1]):
             ready()

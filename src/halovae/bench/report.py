@@ -32,7 +32,7 @@ class Row:
         frames: of the clip.
         batch: how many clips at once.
         seconds: median over the decodes; None if memory ran out.
-        fastest: seconds of the fastest decode; likewise `slowest`.
+        fastest, slowest: seconds of the fastest and of the slowest decode.
         decodes: how many were measured.
         peak_reserved: and the other memory figures: medians over the decodes; None where they were not measured.
         out_of_memory: bytes reserved when memory ran out (0 if the system ended the process); None if it sufficed.

@@ -47,7 +47,7 @@ def _measure(dtype: torch.dtype, compiled: bool) -> tuple[str, Calibration]:
     join_world(platform.device)
     mesh = mesh_for(Grid(rows=world_size()), platform.device)
     made = kernels.compiled() if compiled and kernels.works(platform.device) else kernels.EAGER
-    return str(key_of(mesh, dtype, made).path), calibrated(mesh, dtype, made, anew=True)
+    return str(key_of(mesh, dtype, made).path), calibrated(mesh, dtype, made, remeasure=True)
 
 
 def _table(measured: Calibration) -> Table:

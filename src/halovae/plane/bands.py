@@ -19,7 +19,7 @@ Interior = Callable[[slice, slice, slice, Tensor], None]
 _ALL, _ROWS, _COLS = slice(None), -2, -1
 
 
-class Bands:
+class Bands(winograd.Bands):
     """A window as `rings.window` has it, made of a map some rows at a time.
 
     Args:
@@ -37,7 +37,8 @@ class Bands:
         self, interior: Interior, x: Tensor, frames: int, before: int, after: int, exchanged: slice,
         cuts: Sequence[Cut], edges: Edges | None,
     ) -> None:  # fmt: skip
-        self._interior, self._x, self._exchanged, self._cuts = interior, x, exchanged, cuts
+        self.x = x if x.ndim == 5 else x.unsqueeze(2)
+        self._interior, self._exchanged, self._cuts, self._ndim = interior, exchanged, cuts, x.ndim
         self._zeros = slice(before), slice(frames - after, frames)
         self._extents = {_ROWS: x.shape[_ROWS], _COLS: x.shape[_COLS]}
         self._inwards = 1 if edges is None or edges[0] == "replicate" else 2
@@ -50,8 +51,8 @@ class Bands:
     def _line(self, dim: int, frames: int) -> Tensor:
         height, width = self._extents.values()
         plane = (4, width) if dim == _ROWS else (height + 2, 4)
-        _, pool = operators.current_kernels(self._x)
-        line = pool.empty((*self._x.shape[:2], frames, *plane), self._x.dtype).zero_()
+        _, pool = operators.current_kernels(self.x)
+        line = pool.empty((*self.x.shape[:2], frames, *plane), self.x.dtype).zero_()
         inner = line if dim == _ROWS else line[..., 1:-1, :]
         for at, cell in ((1, 0), (2, self._extents[dim] - 1)):
             part = slice(cell, cell + 1)
@@ -69,11 +70,11 @@ class Bands:
 
         for cut in self._cuts:
             finish()
-            dim = cut[0] - self._x.ndim
+            dim = cut[0] - self._ndim
             if dim == _COLS:
                 self._add_corners()
             line = self._lines[dim][:, :, self._exchanged]
-            line = line if self._x.ndim == 5 else line.squeeze(2)
+            line = line if self._ndim == 5 else line.squeeze(2)
             if dim == _COLS and _ROWS not in self._lines:
                 line = line[..., 1:-1, :]
             later.append(exchange(*outermost(line, dim), cut))
@@ -129,6 +130,3 @@ class Bands:
                 side.zero_()
         for line, inner in repeated:
             line.copy_(inner)
-
-    def window(self) -> winograd.Bands:
-        return winograd.Bands(self._x if self._x.ndim == 5 else self._x.unsqueeze(2), self.write)

@@ -112,7 +112,7 @@ def convolution(
     try:
         if banded:
             result = memory()
-            winograd.convolve(PLAIN, bands.window(), whole, bias, result, kernels, pool, add=merged, ready=ready)
+            winograd.convolve(PLAIN, bands, whole, bias, result, kernels, pool, add=merged, ready=ready)
         elif folded:
             result = winograd.convolved(
                 window, whole, bias, memory, lambda part: _plain(part, whole, bias), kernels, pool, add=merged,
@@ -164,7 +164,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     try:
         out = pool.empty((items, weight.shape[0], 1, 2 * height, 2 * width), x.dtype)
         ready = finish if cuts else None
-        winograd.convolve(UPSAMPLING, bands.window(), weight.unsqueeze(2), bias, out, kernels, pool, ready=ready)
+        winograd.convolve(UPSAMPLING, bands, weight.unsqueeze(2), bias, out, kernels, pool, ready=ready)
     finally:
         finish()
     return out[:, :, 0]

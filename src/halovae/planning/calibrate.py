@@ -271,7 +271,7 @@ def key_of(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> _Key:
 
 
 def calibrated(
-    mesh: Mesh, dtype: torch.dtype, kernels: Kernels, *, anew: bool = False,
+    mesh: Mesh, dtype: torch.dtype, kernels: Kernels, *, remeasure: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Calibration:  # fmt: skip
     """This machine's calibration: what rank 0 has on file, else what all ranks measure now.
@@ -280,11 +280,11 @@ def calibrated(
         mesh: of all ranks of the world, along its rows.
         dtype: what is computed in.
         kernels: which ones.
-        anew: measure even if there is a file.
+        remeasure: measure even if there is a file.
         say: told, on rank 0, what takes so long.
     """
     path = key_of(mesh, dtype, kernels).path
-    kept = stored(path) if mesh.rank == 0 and not anew else None
+    kept = stored(path) if mesh.rank == 0 and not remeasure else None
     kept = mesh.lines.all_values(kept)[0]
     if kept is not None:
         return kept
@@ -300,7 +300,7 @@ def stored(path: Path) -> Calibration | None:
     """The calibration in a file, if there is one as this version writes it."""
     try:
         return Calibration.from_json(path.read_text())
-    except (OSError, ValueError):  # missing, broken, or of another version: measured anew
+    except (OSError, ValueError):  # missing, broken, or of another version: measured again
         return None
 
 
@@ -310,5 +310,5 @@ def _keep(path: Path, measured: Calibration) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(measured.as_json() + "\n")
         partial.replace(path)
-    except OSError:  # a read-only home: measured anew next time
+    except OSError:  # a read-only home: measured again next time
         partial.unlink(missing_ok=True)

@@ -139,6 +139,9 @@ def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
     assert out.view(-1)[2].isnan()  # as PyTorch's SiLU
     norms().normalize(x, one[0], 0.0, 0.0, False, out)
     assert out.isnan().all()
+    last = torch.full((1, 16), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounded up it would be -0
+    norms().scale_and_shift(torch.ones_like(x), last, zero, False, out)
+    assert out.isnan().all()
     assert norms().moments(x)[:, 0, :1].isnan().all()
 
 

@@ -1,5 +1,6 @@
 """Convolutions by Winograd whose windows are made band by band, or at once: what they are in double precision."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from halovae.plane import operators, rings, windows
 from halovae.plane.layout import Bounds, MeshDim, ranges
 from halovae.plane.operators import Cut
 from halovae.pool import Pool
+from halovae.schemes import PLAIN
 from halovae.simulate import on_threads
 
 QUICK = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 LONG = settings(QUICK, max_examples=600, derandomize=False, print_blob=True)
 GRIDS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (2, 3)]
@@ -32,6 +34,12 @@ def winograd_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd for any map, a row of tiles at a time."""
     monkeypatch.setattr(winograd, "pays", lambda *_: True)
     monkeypatch.setattr(winograd, "ROWS", 1)
+    for name in ("empty", "scratch"):  # what is read and was not written shows
+        monkeypatch.setattr(Pool, name, filled(getattr(Pool, name)))
+
+
+def filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *given, **named: allocate(*given, **named).fill_(torch.nan)
 
 
 def drawn_bounds(data: st.DataObject, ranks: int) -> Bounds:
@@ -70,12 +78,12 @@ def drawn(data: st.DataObject) -> None:
     some = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
     rows, cols = some(*GRIDS)
     vertical, horizontal = drawn_bounds(data, rows), drawn_bounds(data, cols)
-    frames, items = some(0, 0, 1, 3), some(1, 2)  # of a picture there are none
+    frames, items = some(0, 1, 3), some(1, 2)  # of a picture there are none
     plane = vertical[-1], horizontal[-1]
     x = torch.randn(items, 4, *([frames] if frames else []), *plane)
     x = x.contiguous(memory_format=torch.channels_last_3d if frames else torch.channels_last) if some(0, 1) else x
-    taps = some(1, 3) if frames else 1
-    before, zeros, repeats, past = (1 if taps == 3 and some(0, 1) else 0), 0, (0, 0), None
+    taps = some(1, 3, 3) if frames else 1
+    before, zeros, repeats, past = (1 if taps == 3 and some(0, 0, 1) else 0), 0, (0, 0), None
     mode = some(None, "replicate", "reflect" if min(plane) > 1 else None)
     if taps == 3 and not before:
         zeros, repeats, past = some(
@@ -214,3 +222,21 @@ def test_results_lie_over_the_map_by_bands_unless_rows_are_read_again(
         assert (found.data_ptr() == x.data_ptr()) is spare
         assert len(made) == int(spare and blocks == 2)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_all_but_the_outermost_bands_are_made_and_convolved_before_what_is_waited_for() -> None:
+    events = list[Any]()
+
+    class Noted:
+        x = torch.zeros(1, 4, 1, 20, 8)
+
+        def write(self, item: int, start: int, rows: slice, band: Tensor) -> None:
+            events.append((start + rows.start, start + rows.stop))
+            band[:, :, rows].zero_()
+
+    out = torch.empty(1, 4, 1, 20, 8)
+    weight, ready = torch.zeros(4, 4, 1, 3, 3), lambda: events.append("ready")
+    with torch.inference_mode():
+        winograd.convolve(PLAIN, Noted(), weight, None, out, EAGER, Pool(CPU), ready=ready)
+    assert events == [(1, 6), (6, 10), (10, 14), (14, 18), "ready", (18, 22), (0, 1)]
+    assert not out.any()

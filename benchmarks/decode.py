@@ -150,7 +150,7 @@ def measure(case: Case, repeat: int, peer: Peer | None, console: Console) -> dic
         for ranks in case.ranks:
             name = f"halovae, {ranks} rank{'s' * (ranks > 1)}"
             options = {"mode": "parallel", "gather": "rank0"}
-            contestants.append(Contestant(name, model, ranks, case.threads, compiled=True, options=options))
+            contestants.append(Contestant(name, model, ranks, case.threads, options=options))
         found: dict[str, Figures] = {}
         try:
             for one in list(tried):

@@ -21,6 +21,7 @@ from rich.console import Console
 from halovae.bench.models import random_vae
 from halovae.bench.ranks import Ranks
 from halovae.integrations.autoencoder import Autoencoder
+from halovae.kernels import ready
 
 # Family, width, height, frames.
 CASES = (
@@ -36,7 +37,7 @@ def hold(family: str) -> None:
     """On each rank."""
     _held["vae"] = random_vae(family)
     _held["encoder"] = Autoencoder(random_vae(family))
-    _held["encoder"].calls["encode"].compile()
+    ready(torch.device("cpu"), wait=True)
 
 
 @torch.inference_mode()

@@ -36,18 +36,17 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="wan2.1")
     parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW, of an even H")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--eager", action="store_true", help="leave kernels uncompiled")
     args = parser.parse_args()
     whole = torch.randn(*map(int, args.latent.split("x")), generator=torch.Generator().manual_seed(0))
     half = whole[..., : whole.shape[-2] // 2, :].contiguous()
     table = Table(title=f"{args.model}, {args.latent}, fp32, 1 thread a rank", title_justify="left")
     for column in ("decode", "median (s)", "all (s)", "waiting for halos (s)"):
         table.add_column(column)
-    _measure(args.model, whole, half, args.repeat, not args.eager, table)
+    _measure(args.model, whole, half, args.repeat, table)
     Console().print(table)
 
 
-def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, compiled: bool, table: Table) -> None:
+def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, table: Table) -> None:
     groups = {ranks: Ranks(ranks, 1) for ranks in (1, 2)}
     both = torch.cat([half] * 2)
     cases: dict[str, tuple[int, torch.Tensor, Grid | None, bool]] = {
@@ -62,7 +61,7 @@ def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, c
     try:
         for turn in range(repeat + 1):
             for name, (ranks, latents, grid, meeting) in cases.items():
-                outcomes = groups[ranks].run(_decoded, model, latents, grid, compiled, meeting)
+                outcomes = groups[ranks].run(_decoded, model, latents, grid, meeting)
                 if turn:  # the first records and warms up
                     taken[name].append((max(one for one, _ in outcomes), max(one for _, one in outcomes)))
     finally:
@@ -94,14 +93,11 @@ def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, c
 _models: dict[str, Autoencoder] = {}
 
 
-def _decoded(
-    model: str, latents: torch.Tensor, grid: Grid | None, compiled: bool, meeting: bool
-) -> tuple[float, float]:
+def _decoded(model: str, latents: torch.Tensor, grid: Grid | None, meeting: bool) -> tuple[float, float]:
     """Seconds of this rank's decode, frames left where they are, and of its waiting, but for what `meeting` adds."""
     if model not in _models:
         _models[model] = Autoencoder(random_vae(model))
-        if compiled:
-            _models[model].warmup((1, *latents.shape[1:]), grid=grid or Grid(), gather="none")
+        _models[model].warmup((1, *latents.shape[1:]), grid=grid or Grid(), gather="none")
     decoder = _models[model]
     if grid is None:
         begin = time.perf_counter()

@@ -24,7 +24,8 @@ from halovae import Grid, load, winograd
 from halovae.bench.measure import Contestant, Model
 from halovae.bench.models import FAMILIES, random_vae
 from halovae.bench.ranks import Ranks
-from halovae.kernels import EAGER, Kernels, compiled
+from halovae.kernels import Kernels, compiled, ready
+from halovae.plane import sharded
 from halovae.schemes import PLAIN, Scheme
 
 CASES = (("wan2.1", "1x16x2x32x32"), ("qwen-image", "1x16x1x32x32"))
@@ -63,12 +64,8 @@ STEPS: dict[str, tuple[Callable[..., bool], bool]] = {
 def decode(latents: torch.Tensor, step: str) -> float:
     """Seconds of one decode with this step and those before it."""
     winograd.pays, use_compiled = STEPS[step]
-    decoder = _held["decoder"]
-    if use_compiled and "warm" not in _held:
-        decoder.warmup(latents.shape, grid=Grid())
-        _held["warm"] = True
-    decoder.calls["decode"].kernels = compiled() if use_compiled else EAGER
-    stream = decoder.stream(latents, grid=Grid())
+    vars(sharded)["ready"] = lambda device: use_compiled and ready(device, wait=True)
+    stream = _held["decoder"].stream(latents, grid=Grid())
     stream.join()
     return float(stream.report.seconds)
 

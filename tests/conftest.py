@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 from typer.testing import CliRunner
 
+from halovae import kernels
 from halovae.bench.ranks import Ranks
 from halovae.cli.main import app
 
@@ -22,6 +23,11 @@ from halovae.cli.main import app
 os.environ["HALOVAE_CALIBRATION"] = "cpu-epyc-2-cores"
 # Tests trace their own graphs, and leave the user's cache as it is.
 os.environ["HALOVAE_GRAPHS"] = "0"
+
+
+def pytest_sessionstart() -> None:
+    """Have compiled kernels in the cache folder, so that no test meets a process that is still at it."""
+    kernels.ready(torch.device("cpu"), wait=True)
 
 
 @pytest.fixture(scope="module")

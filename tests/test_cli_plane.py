@@ -199,7 +199,7 @@ def test_simulated_ranks_share_weights_and_no_caches(monkeypatch: pytest.MonkeyP
 
 def test_bench_simulates_ranks_and_profiles_submodules(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     bench = ["bench", "--model", folders["AutoencoderKL"][0], "--size", "64x48", "--modes", "single", "--num-gpus", "1"]
-    options = ["--repeat", "1", "--simulate-ranks", "2", "--profile", "--compile"]
+    options = ["--repeat", "1", "--simulate-ranks", "2", "--profile"]
     result = halovae(*bench, *options, "-o", tmp_path)
     assert result.exit_code == 0, result.output
     row = json.loads((tmp_path / "results.json").read_text())["rows"][1]

@@ -154,7 +154,7 @@ def within_a_pipeline(mode: Any) -> tuple[float, float]:
     clip = pictures("qwen-image", 1, rows=24, cols=24)
     wanted = reference("qwen-image", clip)
     mesh, busy = Mesh(Grid(rows=3), CPU), [mesh_for(grid, CPU) for grid in (Grid(), Grid(rows=3))]
-    share_encode(family, Sharing(mode, gather="all"), mesh, lambda: False)
+    share_encode(family, Sharing(mode, gather="all"), mesh)
     try:
         with ExitStack() as stack:
             for one in busy:

@@ -1,18 +1,27 @@
 """Compiled passes over memory: what PyTorch's operators compute; and where they come from."""
 
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import latents, reference, vae
 from torch import Tensor
 
-from halovae import kernels
-from halovae.kernels import EAGER, Norms, compiled, works
+import halovae
+from halovae import Grid, kernels
+from halovae.bench.ranks import Ranks
+from halovae.integrations import plane_call
+from halovae.kernels import EAGER, Norms, compiled, ready
+from halovae.plane import sharded
 from halovae.schemes import SCHEMES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -154,8 +163,16 @@ def test_what_they_take() -> None:
 
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and a process that has attempted nothing."""
     monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernels, "_attempted", cache(kernels._Attempt))
     return tmp_path / "cache"
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 def test_the_library_is_kept(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,12 +187,12 @@ def test_the_library_is_kept(built: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_broken_library_is_replaced(built: Path) -> None:
-    script = "from halovae.kernels import _loaded; _loaded()"  # a process that has loaded it must not see it broken
-    subprocess.run([sys.executable, "-c", script], check=True)
+    load = "from halovae.kernels import _loaded; _loaded()"  # a process that has loaded it must not see it broken
+    subprocess.run([sys.executable, "-c", load], check=True)
     (path,) = built.iterdir()
     size = path.stat().st_size
     path.write_text("no library")
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", load], check=True)
     assert path.stat().st_size == size
 
 
@@ -202,14 +219,41 @@ def test_without_a_compiler_it_is_said(built: Path, compiler: str, said: str, mo
     monkeypatch.setattr(kernels, "_FLAGS", ())
     monkeypatch.setattr(kernels, "_NATIVE", ((),))
     monkeypatch.setattr(kernels, "_SECONDS", 0.5)
-    monkeypatch.setattr(kernels, "compiled", kernels._loaded)
     if compiler == "sleep 9":
-        (built.parent / "slow").write_text("#!/bin/sh\nsleep 9\n")
-        (built.parent / "slow").chmod(0o755)
-        monkeypatch.setenv("CXX", str(built.parent / "slow"))
+        monkeypatch.setenv("CXX", script(built.parent / "slow", "sleep 9"))
     with pytest.warns(RuntimeWarning, match=said):
-        assert not works(CPU)
+        assert not ready(CPU, wait=True)
+    with pytest.raises(OSError, match=said):
+        compiled()
     assert not built.exists() or not list(built.iterdir())
+
+
+def test_nobody_waits_for_the_compiler(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What says how it calls things answers at once; what compiles waits for a file."""
+    go, log = built.parent / "go", built.parent / "log"
+    wait = f'case "$*" in *-dM*) ;; *) echo >>{log}; while [ ! -e {go} ]; do sleep 0.02; done ;; esac; exec g++ "$@"'
+    monkeypatch.setenv("CXX", script(built.parent / "compiler", wait))
+    assert not ready(CPU)
+    assert not ready(CPU)
+    go.touch()
+    assert ready(CPU, wait=True)
+    assert ready(CPU)
+    monkeypatch.setattr(kernels, "_attempted", cache(kernels._Attempt))  # as another process
+    assert ready(CPU)
+    assert log.read_text() == "\n"
+
+
+def test_a_process_that_ends_early_leaves_the_library_to_later_ones(built: Path) -> None:
+    start = "import torch; from halovae.kernels import ready; print(ready(torch.device('cpu')))"
+    for said in ("False", "True"):
+        done = subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == said
+    assert [one.suffix for one in built.iterdir()] == [".so"]
+
+
+def test_other_devices_need_no_kernels(built: Path) -> None:
+    assert not ready(torch.device("meta"), wait=True)
+    assert not built.exists()
 
 
 def test_the_next_compiler_is_asked_where_one_fails(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +264,30 @@ def test_the_next_compiler_is_asked_where_one_fails(built: Path, monkeypatch: py
 
 def test_what_a_compiler_does_not_know_is_left_out(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenMP, and the name of this machine's instructions."""
-    compiler = built.parent / "compiler"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *native*|*openmp*) echo no >&2; exit 1; esac\nexec g++ "$@"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setattr(kernels, "_COMPILERS", (str(compiler),))
+    text = 'case "$*" in *native*|*openmp*) echo no >&2; exit 1; esac; exec g++ "$@"'
+    monkeypatch.setattr(kernels, "_COMPILERS", (script(built.parent / "compiler", text),))
     assert kernels._Library(kernels._loaded()).takes(torch.zeros(1, 2, 2, 16))
     (path,) = built.iterdir()
     assert b"GOMP_parallel" not in path.read_bytes()
+
+
+def decoded(options: dict[str, Any], having: tuple[int, ...]) -> tuple[bool, float]:
+    """Whether a decode used compiled kernels where so many ranks have them, and how far off it is."""
+    z, has = latents("wan2.1", 2, 8, 8), int(os.environ["RANK"]) in having
+    decoder = halovae.load(vae("wan2.1"))
+    ready = lambda device, wait=False: has  # noqa: E731
+    with patch.object(sharded, "ready", ready), patch.object(plane_call, "ready", ready):
+        frames = decoder.decode(z, gather="all", **options)
+    assert frames is not None
+    (program,) = decoder.calls["decode"]._sharded._programs.values()
+    return program.kernels is not EAGER, float((frames - reference("wan2.1", z)).abs().max())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("having", [(1,), (0, 1)])
+@pytest.mark.parametrize("options", [{}, {"grid": Grid(rows=2)}, {"grid": Grid()}], ids=str)
+def test_ranks_use_compiled_kernels_where_all_have_them(
+    options: dict[str, Any], having: tuple[int, ...], ranks: Callable[[int], Ranks]
+) -> None:
+    for used, error in ranks(2).run(decoded, options, having):
+        assert used is (len(having) == 2)
+        assert error < 1e-4

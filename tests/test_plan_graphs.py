@@ -197,26 +197,6 @@ def test_the_command_plans_clips() -> None:
     assert "latents 1x16x2x16x16, up to 2 ranks" in said
 
 
-@pytest.mark.parametrize("model", ["flux", "wan2.1"])
-def test_the_command_plans_with_the_kernels_that_there_will_be(model: str) -> None:
-    options = [
-        "--size",
-        "64x64",
-        "--frames",
-        1,
-        "--num-gpus",
-        2,
-        "--calibration",
-        "cpu-epyc-2-cores",
-        "--dtype",
-        "fp32",
-    ]
-    eager, compiled = (shell("--model", model, *options, kernels) for kernels in ("--eager", "--compile"))
-    assert eager.startswith("0")
-    assert compiled.startswith("0")
-    assert eager != compiled
-
-
 def test_the_command_says_where_nothing_fits() -> None:
     options = ["--model", "flux", "--size", "256x256", "--memory-budget", "60MiB"]
     said = shell(*options, "--num-gpus", "1,4")

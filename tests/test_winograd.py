@@ -1,6 +1,7 @@
 """Fewer multiplications, the same convolution: against PyTorch's own in double precision."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -140,16 +141,16 @@ def test_compiled_kernels_do_what_eager_ones_do(channels: int, outputs: int) -> 
 def test_warming_up_refuses_what_cannot_be_decoded(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], mode: str, said: str
 ) -> None:
-    monkeypatch.setattr("halovae.plane.sharded.works", lambda _: False)
     with pytest.raises(ValueError, match=said):
         halovae.load(vae("wan2.1")).warmup(shape, mode=mode)
 
 
 def test_without_a_compiler_warming_up_says_so_and_decodes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+    def broken(_: object) -> None:
         raise OSError("no C++ compiler")
 
-    monkeypatch.setattr(kernels, "compiled", broken)
+    monkeypatch.setattr(kernels, "_loaded", broken)
+    monkeypatch.setattr(kernels, "_attempted", cache(kernels._Attempt))
     decoder, z = halovae.load(vae("wan2.1")), latents("wan2.1", frames=2)
     with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler"):
         assert decoder.warmup(z.shape) > 0

@@ -24,7 +24,6 @@ from halovae.integrations.autoencoder import Autoencoder
 from halovae.integrations.diffusers import do_without_torchvision, gather_uneven_parts
 from halovae.integrations.sharing import Mode, Sharing
 from halovae.integrations.within import SharedDecode, share_encode
-from halovae.kernels import EAGER
 from halovae.lines import join_world, world_size
 from halovae.mesh import Mesh
 from halovae.pipelines import Pipeline, Prompt
@@ -106,7 +105,7 @@ class Generator:
             # Of its own: the decode of what was generated before may be under way in another thread.
             mesh = Mesh(Grid(rows=world_size()), platform.device)
             sharing = Sharing(encode, gather="all")
-            share_encode(self.pipeline.vae, sharing, mesh, lambda: self.decoder.kernels is not EAGER)
+            share_encode(self.pipeline.vae, sharing, mesh)
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
         if ulysses * ring > 1 and self.kind.family.shared:
             for name in ("transformer", "transformer_2"):

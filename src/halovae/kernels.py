@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _COMPILERS = "g++", "clang++", "c++"
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 _NATIVE = ("-march=native",), ("-mcpu=native",), ()  # what a compiler may call this machine's instructions
 _SECONDS = 120  # that a compiler may take
+_LOOKING = 2  # seconds that a call may wait to hear whether there is a library from an earlier process
 
 
 @dataclass(frozen=True)
@@ -131,37 +133,71 @@ def compiled() -> Kernels:
     Raises:
         OSError: there is no compiler, or it failed.
     """
-    found = _attempted()
-    if isinstance(found, OSError):
-        raise found
-    return found
+    attempt = _attempt()
+    attempt.join()
+    if isinstance(attempt.outcome, OSError):
+        raise attempt.outcome
+    assert attempt.outcome is not None
+    return attempt.outcome
 
 
-@cache
-def _attempted() -> Kernels | OSError:
-    """The kernels, or why there are none: one attempt a process is enough."""
-    try:
-        return _Library(_loaded()).kernels()
-    except OSError as error:
-        return error
+def ready(device: torch.device, wait: bool = False) -> bool:
+    """Whether there are compiled kernels for a device. If there are none yet, they are compiled in the background.
 
-
-def works(device: torch.device) -> bool:
-    """Whether kernels can be compiled for `device` here.
+    Args:
+        device: the kind of device counts.
+        wait: for the compiler.
 
     Warns:
-        RuntimeWarning: they cannot, and why.
+        RuntimeWarning: they cannot be compiled, and why.
     """
     if device.type != "cpu":
         return False
-    try:
-        compiled()
-    except OSError as error:
+    attempt = _attempt()
+    attempt.looked.wait(_LOOKING)
+    if wait:
+        attempt.join()
+    outcome = attempt.outcome
+    if isinstance(outcome, OSError):
         warnings.warn(
-            f"kernels run uncompiled, since they could not be compiled: {error}", RuntimeWarning, stacklevel=3
+            f"kernels run uncompiled, since they could not be compiled: {outcome}", RuntimeWarning, stacklevel=3
         )
-        return False
-    return True
+    return isinstance(outcome, Kernels)
+
+
+class _Attempt(threading.Thread):
+    """Loads the library, or compiles it.
+
+    Attributes:
+        looked: is set once it is known whether there is one from an earlier process.
+        outcome: the kernels, or why there are none; None before that is known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="halovae kernels")  # no daemon: a process that ends earlier leaves it to later ones
+        self.looked = threading.Event()
+        self.outcome: Kernels | OSError | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome = _Library(_loaded(self.looked)).kernels()
+        except Exception as error:
+            self.outcome = error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
+        finally:
+            self.looked.set()
+
+
+_starting = threading.Lock()
+
+
+def _attempt() -> _Attempt:
+    """The only attempt of this process."""
+    with _starting:
+        return _attempted()
+
+
+_attempted = cache(_Attempt)
 
 
 class _Library:
@@ -253,8 +289,8 @@ def _map(x: Tensor) -> tuple[Tensor | int, ...]:
     return x, *x.stride()[:2], *x.shape
 
 
-def _loaded() -> ctypes.CDLL:
-    """The library from the cache folder, compiled if there is none that can be loaded."""
+def _loaded(looked: threading.Event | None = None) -> ctypes.CDLL:
+    """The library from the cache folder; if there is none that can be loaded, `looked` is set, and it is compiled."""
     commands = _commands()
     source = _matrices() + files("halovae").joinpath("kernels.cpp").read_text(encoding="utf-8")
     # What this machine's instructions and the compiler's version are, as far as the compiler knows.
@@ -263,6 +299,8 @@ def _loaded() -> ctypes.CDLL:
     path = cache_folder().resolve() / f"kernels-{digest[:16]}.so"
     with contextlib.suppress(OSError):  # there is none, or it is broken, or for another C library
         return ctypes.CDLL(str(path))
+    if looked is not None:
+        looked.set()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=path.parent)

@@ -22,6 +22,7 @@ from halovae.geometry import Grid
 from halovae.integrations.autoencoder import Autoencoder, load
 from halovae.integrations.classes import decode_options
 from halovae.integrations.sharing import Call
+from halovae.kernels import ready
 from halovae.launch import RankError
 from halovae.memory import Memory, MemoryMeter
 from halovae.models.load import diffusers_module
@@ -81,6 +82,7 @@ def _hold_halovae(model: Model, options: dict[str, Any]) -> None:
         return moments, memory.read()
 
     _hold(decoder.device, decode if model.call == "decode" else encode, decoder)
+    ready(decoder.device, wait=True)
     _held["options"] = options
 
 
@@ -159,11 +161,6 @@ def _warm_up(shape: Sequence[int]) -> float:
         return float(_held["owner"].warmup(shape, **_held["options"], **own))
 
 
-def _compile() -> None:
-    for call in _held["owner"].calls.values():
-        call.compile()
-
-
 def _profiled(latents: Tensor, label: str, trace: Path) -> Profile | None:
     """On rank 0, what its decode is made of."""
     platform: Platform = _held["platform"]
@@ -202,7 +199,7 @@ class Contestant:
         ranks: how many ranks do.
         threads: CPU threads of each.
         kind: "halovae", "diffusers", or "tiled" for diffusers' tiling.
-        compiled: whether halovae compiles its kernels before it decodes, or diffusers' module is compiled.
+        compiled: whether diffusers' module is compiled.
         channels_last: whether channels lie side by side in diffusers' weights and latents.
         options: of its decodes; see `Autoencoder.stream`.
         report: halovae's of the last decode, by rank 0.
@@ -245,11 +242,7 @@ class Contestant:
         own, is_decode = self.kind == "halovae", self.model.call == "decode"
         if own and is_decode:
             self._attempted(_plan, latents)
-        if own and is_decode and self.compiled:
             seconds = self._attempted(_warm_up, latents.shape)
-        elif own and self.compiled:
-            self._attempted(_compile)
-            seconds = [taken[0] for taken in self._attempted(_decode, latents, False)]
         else:
             # On an accelerator kernels are chosen by shape, as by a compiler; the CPU just loads.
             crop = latents[:, :, :2] if latents.ndim == 5 else latents

@@ -45,7 +45,6 @@ class Benchmark:
         dtype: what to compute in.
         device: its kind.
         link: what simulated ranks are connected by.
-        compiled: whether halovae compiles its kernels first.
     """
 
     model: str
@@ -60,7 +59,6 @@ class Benchmark:
     dtype: torch.dtype
     device: str
     link: Link
-    compiled: bool = False
 
     @property
     def steps(self) -> int:
@@ -73,16 +71,16 @@ class Benchmark:
         """Those who decode, in the order of the table."""
         found = []
         if "single" in self.modes:
-            found.append(Contestant("single", model, 1, self.threads, compiled=self.compiled))
+            found.append(Contestant("single", model, 1, self.threads))
         if "parallel" in self.modes:
             several = [ranks for ranks in self.ranks if ranks > 1]
-            found += [Contestant("parallel", model, ranks, self.threads, compiled=self.compiled) for ranks in several]
+            found += [Contestant("parallel", model, ranks, self.threads) for ranks in several]
         if "tiled" in self.modes:
             found.append(Contestant("tiled", model, 1, self.threads, kind="tiled"))
         if "auto" in self.modes:
             options = {"mode": "auto"}
             most = max(self.ranks)
-            found.append(Contestant("auto", model, most, self.threads, compiled=self.compiled, options=options))
+            found.append(Contestant("auto", model, most, self.threads, options=options))
         return found
 
 
@@ -211,7 +209,6 @@ def run(
         "model": benchmark.model,
         "random_weights": benchmark.model in MODELS,
         "dtype": str(benchmark.dtype).removeprefix("torch."),
-        "compiled": benchmark.compiled,
         "warmup_seconds": {f"{one.name}, {one.ranks}": round(one.warmup_seconds, 2) for one in contestants},
         "threads_per_rank": benchmark.threads if benchmark.device == "cpu" else None,
         **platform.describe(),

@@ -39,10 +39,6 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, help="Decodes per mode; they take turns.")] = 5,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, npu or xpu. [default: what is here]")] = None,
-    compile_kernels: Annotated[
-        bool,
-        typer.Option("--compile/--eager", help="Compile kernels on the CPU first."),
-    ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Write where the time goes as well: a table and Chrome traces.")
     ] = False,
@@ -85,7 +81,6 @@ def bench(
             dtype=dtype.torch,
             device=platform.kind,
             link=Link(latency_us * 1e-6, bandwidth_gbps * 1e9 / 8),
-            compiled=compile_kernels,
         )
         paths = free_names(output, "results.json", "results.md", "results-time.png", "results-memory.png")
         traces = free_names(output, "results-profile")[0] if profile else None

@@ -24,7 +24,6 @@ from halovae.platform import Platform
 def calibrate(
     num_gpus: Annotated[int, typer.Option(min=1, help="How many ranks decodes will have.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="What they will compute in.")] = Dtype.fp32,
-    compile_kernels: Annotated[bool, typer.Option("--compile/--eager", help="Whether they will be warmed up.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A copy, for `halovae plan` elsewhere.")] = None,
 ) -> None:
     """Measure operators and messages on this machine, within a minute or so, in place of what was measured before.
@@ -35,18 +34,18 @@ def calibrate(
         ranks = world_size() if under_torchrun() else num_gpus
         check_ranks("--num-gpus", ranks, None)
         with console.status(f"measuring {ranks} rank(s)"):
-            path, measured = launch(ranks, _measure, dtype.torch, compile_kernels)[0]
+            path, measured = launch(ranks, _measure, dtype.torch)[0]
         if output is not None:
             output.write_text(measured.as_json() + "\n")
         results_console().print(_table(measured))
         console.print(f"kept in {path}", soft_wrap=True, highlight=False)
 
 
-def _measure(dtype: torch.dtype, compiled: bool) -> tuple[str, Calibration]:
+def _measure(dtype: torch.dtype) -> tuple[str, Calibration]:
     platform = Platform.default()
     join_world(platform.device)
     mesh = mesh_for(Grid(rows=world_size()), platform.device)
-    made = kernels.compiled() if compiled and kernels.works(platform.device) else kernels.EAGER
+    made = kernels.compiled() if kernels.ready(platform.device, wait=True) else kernels.EAGER
     return str(key_of(mesh, dtype, made).path), calibrated(mesh, dtype, made, remeasure=True)
 
 

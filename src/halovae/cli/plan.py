@@ -62,7 +62,6 @@ class Options:
     frames: int | None
     batch: int
     budget: int | None
-    compiled: bool
     rates: Calibration
 
 
@@ -82,7 +81,6 @@ def plan(
         str, typer.Option(help=f"A file of `halovae calibrate`, or one of {', '.join(shipped())}.")
     ] = "cuda-h200",
     memory_budget: Annotated[str | None, typer.Option(help="What each may take to decode, such as 8GiB.")] = None,
-    compile_kernels: Annotated[bool, typer.Option("--compile/--eager", help="Whether decodes are warmed up.")] = False,
     show: Annotated[
         int | None, typer.Option(min=1, help="How many grids to list for each number of devices.  [default: 12, or 4]")
     ] = None,
@@ -101,7 +99,7 @@ def plan(
         worlds = parsed("--num-gpus", num_gpus, _numbers)
         budget = parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None
         sizes = [parsed("--size", one, parse_size) for one in size.split(",")]
-        options = Options(dtype.torch, frames, batch, budget, compile_kernels, read(calibration))
+        options = Options(dtype.torch, frames, batch, budget, read(calibration))
         if explore:
             check_installed("halovae plan --explore", "matplotlib")
         cases = _cases(model, sizes if explore else sizes[:1], options)
@@ -188,7 +186,7 @@ def _case(module: nn.Module, name: str, size: tuple[int, int], options: Options)
     shape = latent_shape(module, name, size, frames)
     search = Search(
         lambda latents: decode(module, latents), module, shape, options.dtype, options.rates, options.batch,
-        options.budget, compiled=options.compiled,
+        options.budget,
     )  # fmt: skip
     made = search.traced(Grid()).pictures
     if made[-2:] != (size[1], size[0]) or (len(made) == 5 and frames not in made[1:3]):

@@ -76,7 +76,7 @@ def serve(
     decode_batch: Annotated[int, typer.Option(min=1, help="How many results of one size to decode together.")] = 4,
     warmup: Annotated[
         str | None,
-        typer.Option(help="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES to generate before the first request, and to compile."),
+        typer.Option(help="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES to generate before the first request."),
     ] = None,
     api_key: Annotated[
         str | None,

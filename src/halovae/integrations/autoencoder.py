@@ -18,7 +18,7 @@ from halovae.integrations.classes import denormalized, moved
 from halovae.integrations.pictures import PictureStream
 from halovae.integrations.plane_call import PlaneCall
 from halovae.integrations.sharing import Call, Sharing
-from halovae.kernels import EAGER, Kernels
+from halovae.kernels import ready
 from halovae.models import load as checkpoints
 from halovae.models.weights import CheckpointError
 from halovae.plane import ShardReport
@@ -66,20 +66,15 @@ class Autoencoder:
         return next(self.module.parameters()).device
 
     @property
-    def kernels(self) -> Kernels:
-        """What it computes with, on the CPU: eager, or compiled once it is warmed up."""
-        return next(iter(self.calls.values())).kernels
-
-    @property
     def report(self) -> ShardReport | None:
         """What the last decode took; None before the first."""
         return self.calls["decode"].report if "decode" in self.calls else None
 
     def warmup(self, shape: Sequence[int], **options: Any) -> float:
-        """Compile what later calls are made of, on the CPU, and decode zeros once. Collective: all ranks call it.
+        """Do what only the first decode of a shape does, and decode zeros once. Collective: all ranks call it.
 
-        Until it is called, the CPU computes in eager PyTorch. Compiled kernels serve other shapes as well, and are kept
-        on disk: later processes load them. Accelerators choose their kernels for the shape.
+        On the CPU it waits for the compiler: the first process on a machine compiles for some seconds, in the
+        background, and until then computes in eager PyTorch. Accelerators choose their kernels for the shape.
 
         Args:
             shape: of the latents, `[B, C, H, W]` or `[B, C, T, H, W]`.
@@ -95,12 +90,7 @@ class Autoencoder:
             RuntimeWarning: nothing can be compiled here (no C++ compiler?); calls run in eager PyTorch.
         """
         begin = time.perf_counter()
-        for call in self.calls.values():
-            call.compile()
-        everyone = options.get("mesh") or next(iter(self.calls.values())).everyone()
-        if everyone.lines.anyone(self.kernels is EAGER):  # a rank without a compiler: all go the same way
-            for call in self.calls.values():
-                call.kernels = EAGER
+        ready(self.device, wait=True)
         stream = self.stream(torch.zeros(*shape, dtype=self.dtype, device=self.device), **options)
         for _ in islice(stream, 2):  # the first chunk, and one like all others
             pass

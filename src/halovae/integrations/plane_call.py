@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from halovae.geometry import Grid
 from halovae.integrations.classes import BATCHED, FIELDS, sizes_of, spatial_ratio, whole
 from halovae.integrations.sharing import Call, Choice, Sharing
-from halovae.kernels import EAGER, Kernels
+from halovae.kernels import EAGER, compiled, ready
 from halovae.lines import world_size
 from halovae.mesh import Mesh, mesh_for
 from halovae.out_of_memory import RankOutOfMemoryError
@@ -54,7 +54,8 @@ class PlaneCall:
         self._multiple = (spatial_ratio(vae) or 1) if name == "encode" else 1
         self.sizes = sizes_of(vae)
         self._sharded = Sharded(self._run, [vae], self._multiple, identity)
-        self._choices: dict[str, Choice] = {}
+        ready(next(vae.parameters()).device)  # compiled while there is something else to do
+        self._choices: dict[tuple[str, bool], Choice] = {}  # by what is asked, and whether kernels are eager
         self.fell_back = ""  # what the last call gave up when memory ran out
         # Of the result: its class, the field that counts, and the class of a distribution in there.
         self.kind: tuple[type, str, type | None] = (Tensor, "", None)
@@ -63,19 +64,6 @@ class PlaneCall:
     def report(self) -> ShardReport | None:
         """What the last call took."""
         return self._sharded.report
-
-    @property
-    def kernels(self) -> Kernels:
-        """What it computes with, on the CPU: eager, or compiled."""
-        return self._sharded.kernels
-
-    @kernels.setter
-    def kernels(self, kernels: Kernels) -> None:
-        self._sharded.kernels = kernels
-
-    def compile(self) -> None:
-        """Compile what later calls are made of, on the CPU."""
-        self._sharded.compile()
 
     def choose(self, x: Tensor, sharing: Sharing, options: Mapping[str, Any]) -> Choice:
         """How ranks share a call. Collective.
@@ -147,15 +135,16 @@ class PlaneCall:
         if key is None or next(hooked(self.vae), None) is not None:
             raise UnplannableError("an option is no plain value, or hooks move weights: it runs eagerly")
         batch, names = x.shape[0], ",".join(tensors)
-        asked = (
-            f"{list(x.shape)}, {x.dtype}, {key}, {[list(one.shape) for one in tensors.values()]}, {sharing}, "
-            f"{'eager' if self.kernels is EAGER else 'compiled'}"
-        )
+        asked = f"{list(x.shape)}, {x.dtype}, {key}, {[list(one.shape) for one in tensors.values()]}, {sharing}"
         everyone, world = self.everyone(), world_size()
-        free = everyone.platform.memory()[0], socket.gethostname()
-        offers = everyone.agree(f"{self.name} {asked}", None, free)
-        budget = sharing.memory_budget or usable(offers, everyone.platform.kind)
-        known = self._choices.get(asked)
+        # Several ranks measure the machine the first time, which takes longer than the compiler.
+        is_ready = ready(everyone.platform.device, wait=world > 1)
+        offers = everyone.agree(
+            f"{self.name} {asked}", None, (everyone.platform.memory()[0], socket.gethostname(), is_ready)
+        )
+        kernels = compiled() if all(one for *_, one in offers) else EAGER
+        budget = sharing.memory_budget or usable([(free, host) for free, host, _ in offers], everyone.platform.kind)
+        known = self._choices.get((asked, kernels is EAGER))
         # Encodes are small beside decodes: without a budget of their own none is refused for what is free just now.
         limited = self.name == "decode" or sharing.memory_budget is not None
         decided = None if known is None else known.decision
@@ -171,9 +160,9 @@ class PlaneCall:
 
             return Search(
                 lambda z: self._run(z, *tensors.values(), _names=names, **static), self.vae, (items, *x.shape[1:]),
-                x.dtype, calibration_of(everyone, x.dtype, self.kernels), rounds, budget,
-                len({host for _, host in offers}) > 1, allowed, self._multiple,
-                1 if sharing.gather == "rank0" else world, self.kernels is not EAGER,
+                x.dtype, calibration_of(everyone, x.dtype, kernels), rounds, budget,
+                len({host for _, host, _ in offers}) > 1, allowed, self._multiple,
+                1 if sharing.gather == "rank0" else world, kernels is not EAGER,
             )  # fmt: skip
 
         # Noise is drawn for all items at once, and other tensors may belong to all of them.
@@ -194,14 +183,15 @@ class PlaneCall:
         decision = found.decide(world)
 
         def choice_of(grid: Grid, leaner: Choice | None = None) -> Choice:
-            return Choice(grid, batch if whole or sharing.gather == "none" else grid.batch, decision, kept, leaner)
+            items = batch if whole or sharing.gather == "none" else grid.batch
+            return Choice(grid, items, decision, kept, leaner, kernels)
 
         # Parts that ranks keep are parts of one grid: there is no other halfway. Ranks that compute alone on a mesh of
         # their own do not learn where memory runs out.
         falls_back = sharing.gather != "none" and world > 1 and self._mesh is None
         other = decision.leaner() if falls_back else None
         leaner = None if other is None else choice_of(other)
-        choice = self._choices[asked] = choice_of(decision.chosen.grid, leaner)
+        choice = self._choices[asked, kernels is EAGER] = choice_of(decision.chosen.grid, leaner)
         return choice
 
     def arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], bool]:
@@ -235,6 +225,7 @@ class PlaneCall:
             return self._sharded.stream(
                 x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh or self._used(choice.grid),
                 gather=sharing.gather, options=static, convert=sharing.convert, leaner=choice.leaner is not None,
+                kernels=choice.kernels,
             )  # fmt: skip
 
         chunks = started(choice)
@@ -274,7 +265,7 @@ class PlaneCall:
             try:
                 part = self._sharded(
                     some, grid=choice.grid, mesh=self._used(choice.grid), gather=sharing.gather, options=options,
-                    convert=sharing.convert, leaner=choice.leaner is not None,
+                    convert=sharing.convert, leaner=choice.leaner is not None, kernels=choice.kernels,
                 )  # fmt: skip
             except RankOutOfMemoryError as error:
                 assert choice.leaner is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halovae.geometry import Grid
+from halovae.kernels import Kernels
 from halovae.mesh import Mesh
 from halovae.parts import part
 from halovae.plane.results import Gather
@@ -74,6 +75,7 @@ class Choice:
         decision: why, if that was predicted.
         kept: bytes of the pictures, which a rank that receives them holds besides.
         leaner: how they share it if memory runs out; None if there is no leaner way.
+        kernels: what it was planned for; None where it was not.
     """
 
     grid: Grid
@@ -81,3 +83,4 @@ class Choice:
     decision: Decision | None = None
     kept: int = 0
     leaner: Choice | None = None
+    kernels: Kernels | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,21 +50,18 @@ class SharedDecode:
         vars(vae)["decode"] = types.MethodType(decode, vae)
 
 
-def share_encode(vae: Any, sharing: Sharing, mesh: Mesh, is_compiled: Callable[[], bool]) -> None:
+def share_encode(vae: Any, sharing: Sharing, mesh: Mesh) -> None:
     """Let all ranks share the `encode` of a pipeline's VAE, beside decodes of another thread. All receive the result.
 
     Args:
         vae: a diffusers autoencoder; its instance's `encode` is replaced.
         sharing: how.
         mesh: of all ranks, and nobody else's.
-        is_compiled: whether to compute with compiled kernels, from now on.
     """
     call = PlaneCall(vae, "encode", mesh)
 
     @functools.wraps(type(vae).encode)
     def encode(_: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if is_compiled():
-            call.compile()
         options, as_tuple = call.arguments(x, *args, **kwargs)
         x = x.to(next(vae.parameters()).dtype)  # pipelines hand over what the text encoder's is
         value = call.stream(x, call.choose(x, sharing, options), sharing, options).join()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halovae.geometry import Grid, Span, split
-from halovae.kernels import EAGER, compiled, works
+from halovae.kernels import EAGER, Kernels, compiled, ready
 from halovae.lines import world_size
 from halovae.mesh import Mesh, Traffic, mesh_for
 from halovae.out_of_memory import RankOutOfMemoryError, is_out_of_memory
@@ -45,7 +45,6 @@ class Sharded:
 
     Attributes:
         report: what the last call took; None before the first.
-        kernels: what passes over memory are made with, on the CPU: eager, or compiled once it is warmed up.
     """
 
     def __init__(
@@ -58,16 +57,6 @@ class Sharded:
         self._digest = WeightsDigest(self._modules)
         self._agreed: set[Any] = set()
         self.report: ShardReport | None = None
-        self.kernels = EAGER
-
-    def compile(self) -> None:
-        """Compile, on the CPU, what later calls are made of, unless it is on disk from an earlier process.
-
-        Warns:
-            RuntimeWarning: nothing can be compiled here (no C++ compiler?); calls run in eager PyTorch.
-        """
-        device = _device(self._modules, None)
-        self.kernels = compiled() if device.type == "cpu" and works(device) else EAGER
 
     def __call__(self, x: Tensor, *extras: Tensor, **how: Any) -> Tensor | None:
         """Call the function on all ranks, and join the chunks of its result. Collective.
@@ -75,7 +64,7 @@ class Sharded:
         Args:
             x: as for `stream`, which takes the same arguments and raises the same errors.
             extras: further tensors.
-            how: `grid`, `mesh`, `gather`, `options`, `convert`, `leaner`.
+            how: `grid`, `mesh`, `gather`, `options`, `convert`, `leaner`, `kernels`.
 
         Returns:
             The result, None on the ranks that receive nothing. With gather="none", this rank's part.
@@ -92,6 +81,7 @@ class Sharded:
         options: Mapping[str, Any] | None = None,
         convert: Callable[[Tensor], Tensor] | None = None,
         leaner: bool = False,
+        kernels: Kernels | None = None,
     ) -> Chunks:
         """Call the function on all ranks, and yield its result in chunks. Collective: all ranks take all chunks.
 
@@ -109,6 +99,8 @@ class Sharded:
             convert: what is done to each rank's part of the result before it is sent; pointwise.
             leaner: whether the caller has a leaner way. Then all ranks end together where memory runs out on one, if
                 the function was recorded and draws no random numbers.
+            kernels: what passes over memory are made with on the CPU; None for compiled ones, where all ranks have them
+                by now, else eager ones.
 
         Yields:
             Chunks along the dim in which the function concatenates them, frames mostly; None on the ranks that receive
@@ -121,6 +113,9 @@ class Sharded:
             TypeError: the input is not a floating tensor `[..., H, W]`, or the result is no tensor.
             RuntimeError: another rank refused, or has other arguments or weights.
             RankOutOfMemoryError: memory ran out on a rank, and there is a leaner way.
+
+        Warns:
+            RuntimeWarning: kernels cannot be compiled here (no C++ compiler?); calls run in eager PyTorch.
         """
         options = dict(options or {})
         everyone = mesh or mesh_for(Grid(rows=world_size()), _device(self._modules, x))
@@ -137,7 +132,9 @@ class Sharded:
             )
         except (ValueError, TypeError) as refused:
             error = refused
-        everyone.agree(asked, error, None)
+        offers = everyone.agree(asked, error, kernels is None and ready(everyone.platform.device))
+        if kernels is None:
+            kernels = compiled() if all(offers) else EAGER
         with _without_gradients():
             # Tensors of inference mode cannot be written to outside of it, and modules may write to their input.
             x, *rest = (one.clone() if one.is_inference() else one.detach() for one in (x, *extras))
@@ -158,7 +155,7 @@ class Sharded:
             program = settled
         recorded = 0.0 if known else time.perf_counter() - begin
         if isinstance(program, Program):
-            program.kernels = self.kernels
+            program.kernels = kernels
         if isinstance(program, Program) and program.random and used.grid.batch > 1:
             raise ValueError(
                 f"grid {used.grid}: the function draws random numbers, and ranks that share a batch would draw other "

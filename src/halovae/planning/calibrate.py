@@ -113,10 +113,9 @@ class _Sample:
         self, mesh: Mesh, shape: tuple[int, int, int], kernels: Kernels, timing: _Timing | None = None
     ) -> tuple[float, ShardReport]:
         """Decode latents of so many frames, rows and cols; returns what it took, but for the recording."""
-        self._sharded.kernels = kernels
         latents = torch.randn(1, CHANNELS, *shape, generator=torch.Generator().manual_seed(0))
         latents = latents.to(self._platform.device, self._dtype)
-        chunks = self._sharded.stream(latents, mesh=mesh, gather="none")
+        chunks = self._sharded.stream(latents, mesh=mesh, gather="none", kernels=kernels)
         with nullcontext() if timing is None else timing:
             begin = time.perf_counter()
             chunks.join()

@@ -100,7 +100,7 @@ def busiest(grid: Grid, height: int, width: int) -> int:
 
 def traced(
     function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype, grid: Grid,
-    rank: int | None = None, multiple: int = 1, compiled: bool = False, kind: str = "meta",
+    rank: int | None = None, multiple: int = 1, compiled: bool = True, kind: str = "meta",
 ) -> Traced:  # fmt: skip
     """What a rank of a grid takes, by its graph.
 
@@ -112,7 +112,7 @@ def traced(
         grid: rows and cols of ranks.
         rank: which one; None for the one with the most to do.
         multiple: of which bounds are to be multiples, as `trace` has it.
-        compiled: whether its passes over memory are compiled.
+        compiled: whether a CPU's passes over memory are compiled.
         kind: of device whose algorithms are priced, "cpu" or "meta": see `operators.on`.
 
     Raises:
@@ -161,7 +161,8 @@ class _Pricer:
     """Adds up the work of nodes, in the kinds that calibrations know."""
 
     def __init__(self, mesh: Mesh, bodies: Mapping[str, fx.Graph], compiled: bool, kind: str) -> None:
-        self._mesh, self._bodies, self._compiled, self._kind = mesh, bodies, compiled, kind
+        self._mesh, self._bodies, self._kind = mesh, bodies, kind
+        self._compiled = compiled and kind == "cpu"
         self._known: dict[Any, tuple[dict[str, Work], int]] = {}  # of operators between ranks: also bytes at the peak
         self._called: dict[str, tuple[WorkByKind, int, int]] = {}
         self._results: dict[Any, Any] = {}

@@ -38,14 +38,14 @@ class Search:
         allowed: whether a grid is a candidate; None for all.
         multiple: of which bounds are to be multiples, as `trace` has it.
         computing: how many ranks compute at once on a grid of one rank: all of them if each needs the result.
-        compiled: whether passes over memory are compiled.
+        compiled: whether a CPU's passes over memory are compiled.
     """
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype,
         calibration: Calibration, batch: int = 1, budget: int | None = None, hosts: bool = False,
         allowed: Callable[[Grid], bool] | None = None, multiple: int = 1, computing: int = 1,
-        compiled: bool = False,
+        compiled: bool = True,
     ) -> None:  # fmt: skip
         self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
         self._plane, self._multiple = cells(shape, multiple), multiple

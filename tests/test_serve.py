@@ -111,7 +111,11 @@ def test_previews_are_drawn_while_steps_run(server: Server) -> None:
 def test_what_is_served_is_what_one_rank_generates(
     server: Server, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Several results, decoded together, each with its seed: the frames of equal mp4 files."""
+    """Several results, decoded together, each with its seed. Their mp4 files are as close to it as one made of it.
+
+    The frames of two such files may differ by more: where one value in a thousand differs by 1, x264 takes other ways,
+    and the mean difference is 1.3.
+    """
     shown = server.ended(server.submit(n=2, seed=11))
     generator = Generator(models("wan2.1"), torch.float32, torch.float32)
     for index in range(2):
@@ -122,8 +126,10 @@ def test_what_is_served_is_what_one_rank_generates(
         sink.write(made[0])
         sink.close(whole=True)
         served = httpx.get(f"{server.url}/v1/videos/{shown['id']}/content?index={index}", timeout=30).content
-        for found, expected in zip(frames_of(served), frames_of((tmp_path / "one.mp4").read_bytes()), strict=True):
-            assert abs(found.astype(int) - expected).mean() < 1
+        own = frames_of((tmp_path / "one.mp4").read_bytes())
+        for found, expected, frame in zip(frames_of(served), own, made[0].unbind(1), strict=True):
+            exact = frame.permute(1, 2, 0).int().numpy()
+            assert abs(found - exact).mean() < abs(expected - exact).mean() + 0.1
 
 
 def test_the_page_shows_what_was_made(server: Server, browser: Browser, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranks for tests: real gloo processes, started once per module and shared by its tests."""
+"""Ranks for tests: real gloo processes, started once and shared by all tests."""
 
 import os
 import shutil
@@ -30,13 +30,13 @@ def pytest_sessionstart() -> None:
     kernels.ready(torch.device("cpu"), wait=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(2)` is a group of two, kept for the module's later tests."""
+    """`ranks(2)` is a group of two, kept for later tests until something fails on a rank."""
     groups: dict[int, Ranks] = {}
 
     def of(size: int) -> Ranks:
-        if size not in groups:
+        if size not in groups or not groups[size].alive:
             groups[size] = Ranks(size)
         return groups[size]
 

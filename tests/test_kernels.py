@@ -223,6 +223,7 @@ def test_without_a_compiler_it_is_said(built: Path, compiler: str, said: str, mo
         monkeypatch.setenv("CXX", script(built.parent / "slow", "sleep 9"))
     with pytest.warns(RuntimeWarning, match=said):
         assert not ready(CPU, wait=True)
+    assert not ready(CPU)  # and is not said again
     with pytest.raises(OSError, match=said):
         compiled()
     assert not built.exists() or not list(built.iterdir())

@@ -141,6 +141,12 @@ def compiled() -> Kernels:
     return attempt.outcome
 
 
+def prepare(device: torch.device) -> None:
+    """Compile kernels for a device in the background, unless there are some."""
+    if device.type == "cpu":
+        _attempt()
+
+
 def ready(device: torch.device, wait: bool = False) -> bool:
     """Whether there are compiled kernels for a device. If there are none yet, they are compiled in the background.
 
@@ -149,7 +155,7 @@ def ready(device: torch.device, wait: bool = False) -> bool:
         wait: for the compiler.
 
     Warns:
-        RuntimeWarning: they cannot be compiled, and why.
+        RuntimeWarning: they cannot be compiled, and why. Once.
     """
     if device.type != "cpu":
         return False
@@ -158,7 +164,8 @@ def ready(device: torch.device, wait: bool = False) -> bool:
     if wait:
         attempt.join()
     outcome = attempt.outcome
-    if isinstance(outcome, OSError):
+    if isinstance(outcome, OSError) and not attempt.told:
+        attempt.told = True
         warnings.warn(
             f"kernels run uncompiled, since they could not be compiled: {outcome}", RuntimeWarning, stacklevel=3
         )
@@ -171,12 +178,14 @@ class _Attempt(threading.Thread):
     Attributes:
         looked: is set once it is known whether there is one from an earlier process.
         outcome: the kernels, or why there are none; None before that is known.
+        told: whether somebody was told why.
     """
 
     def __init__(self) -> None:
         super().__init__(name="halovae kernels")  # no daemon: a process that ends earlier leaves it to later ones
         self.looked = threading.Event()
         self.outcome: Kernels | OSError | None = None
+        self.told = False
         self.start()
 
     def run(self) -> None:

@@ -82,6 +82,11 @@ class Ranks:
                 results[rank] = answer
         return [results[rank] for rank in range(len(self._lines))]
 
+    @property
+    def alive(self) -> bool:
+        """Whether none of its processes has ended."""
+        return all(process.is_alive() for process in self._processes)
+
     def _was_killed(self) -> bool:
         """Whether the system killed a rank. What another one says of its lost connection can arrive first."""
         ended = wait([process.sentinel for process in self._processes], timeout=1)

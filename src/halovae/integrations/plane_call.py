@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from halovae.geometry import Grid
 from halovae.integrations.classes import BATCHED, FIELDS, sizes_of, spatial_ratio, whole
 from halovae.integrations.sharing import Call, Choice, Sharing
-from halovae.kernels import EAGER, compiled, ready
+from halovae.kernels import EAGER, compiled, prepare, ready
 from halovae.lines import world_size
 from halovae.mesh import Mesh, mesh_for
 from halovae.out_of_memory import RankOutOfMemoryError
@@ -54,7 +54,7 @@ class PlaneCall:
         self._multiple = (spatial_ratio(vae) or 1) if name == "encode" else 1
         self.sizes = sizes_of(vae)
         self._sharded = Sharded(self._run, [vae], self._multiple, identity)
-        ready(next(vae.parameters()).device)  # compiled while there is something else to do
+        prepare(next(vae.parameters()).device)  # while there is something else to do
         self._choices: dict[tuple[str, bool], Choice] = {}  # by what is asked, and whether kernels are eager
         self.fell_back = ""  # what the last call gave up when memory ran out
         # Of the result: its class, the field that counts, and the class of a distribution in there.

@@ -110,7 +110,7 @@ def test_the_flops_of_the_operator_are_those_of_its_matrix_multiplications() -> 
 
 
 def test_half_precision_computes_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "HALF_CHANNELS", 16)
+    monkeypatch.setattr(winograd, "EAGER_HALF_CHANNELS", 16)
     monkeypatch.setattr(winograd, "EAGER_CELLS", 64)
     z = latents("wan2.1", height=12, width=8)
     exact = reference("wan2.1", z)

@@ -29,8 +29,8 @@ ROWS = 512
 # Transformed weights at a time, in elements.
 WEIGHTS = 16 * 2**20
 # Fewer channels than this do not pay for transforming the cells. Where a CPU has units for half precision, the
-# direct way is faster (bf16 at twice the speed of fp32), so that more are needed.
-CHANNELS, HALF_CHANNELS = 16, 128
+# direct way multiplies bf16 at twice the speed of fp32, so that eager kernels need more.
+CHANNELS, EAGER_HALF_CHANNELS = 16, 128
 # Fewer cells do not pay for transforming the weights by eager kernels, which also take channels that LANES does not
 # divide; by compiled ones, see `Scheme`.
 EAGER_CELLS = 2560
@@ -47,12 +47,10 @@ def pays(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: s
     eager = kernels is EAGER or any(extent % LANES for extent in weight.shape[:2])
     if eager and math.prod(weight.shape[2:]) == 9:
         return False
-    if weight.dtype == torch.float32 or not has_units(weight.dtype):  # without units, both ways multiply in fp32
-        least = CHANNELS
-    elif torch.cpu._is_amx_tile_supported():
+    half = weight.dtype != torch.float32 and has_units(weight.dtype)  # without units, both ways multiply in fp32
+    if half and torch.cpu._is_amx_tile_supported():
         return False
-    else:
-        least = HALF_CHANNELS
+    least = EAGER_HALF_CHANNELS if half and eager else CHANNELS
     return min(weight.shape[:2]) >= least and cells >= (EAGER_CELLS if eager else scheme.cells)
 
 

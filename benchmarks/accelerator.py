@@ -26,15 +26,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from halovae import Grid, shard
-from halovae.bench import zoo
-from halovae.bench.models import MODELS, latent_shape, random_vae
-from halovae.memory import MemoryMeter
-from halovae.mesh import Mesh
+from halovae.device.memory import MemoryMeter
+from halovae.device.platform import Platform
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.threads import on_threads
+from halovae.models import zoo
+from halovae.models.architectures import MODELS, latent_shape, random_vae
 from halovae.plane import Plane
 from halovae.plane.trace import trace
 from halovae.planning.graphs import TracedLines, busiest
-from halovae.platform import Platform
-from halovae.simulate import on_threads
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

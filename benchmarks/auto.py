@@ -24,8 +24,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from halovae import Grid, load
-from halovae.bench.models import random_vae
-from halovae.bench.ranks import Ranks
+from halovae.distributed.ranks import Ranks
+from halovae.models.architectures import random_vae
 from halovae.report import DecodeReport
 
 CONSTANT = 4096

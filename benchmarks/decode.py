@@ -29,9 +29,9 @@ from rich.table import Table
 from torch import Tensor
 
 from halovae.bench.measure import Contestant, Model
-from halovae.bench.models import MODELS, random_vae
-from halovae.integrations.sharing import Call
-from halovae.launch import RankError
+from halovae.distributed.launch import RankError
+from halovae.models.architectures import MODELS, random_vae
+from halovae.runtime.sharing import Call
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ONE, TWO = "halovae, 1 rank", "halovae, 2 ranks"

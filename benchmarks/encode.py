@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from halovae.bench.models import random_vae
-from halovae.bench.ranks import Ranks
-from halovae.integrations.autoencoder import Autoencoder
-from halovae.kernels import ready
+from halovae.distributed.ranks import Ranks
+from halovae.kernels.native import ready
+from halovae.models.architectures import random_vae
+from halovae.runtime.autoencoder import Autoencoder
 
 # Family, width, height, frames.
 CASES = (

@@ -23,9 +23,9 @@ from rich.progress import track
 from rich.table import Table
 
 from halovae import Grid, load
-from halovae.bench import zoo
-from halovae.bench.models import FAMILIES, random_vae
-from halovae.bench.ranks import Ranks
+from halovae.distributed.ranks import Ranks
+from halovae.models import zoo
+from halovae.models.architectures import FAMILIES, random_vae
 
 GRIDS = ("1x1", "2x1", "1x2", "3x1", "2x2")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}

@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.progress import track
 
 from halovae import Grid
-from halovae.bench import zoo
-from halovae.bench.zoo import Direction
+from halovae.distributed.threads import on_threads
+from halovae.models import zoo
+from halovae.models.zoo import Direction
 from halovae.plane.program import Program
 from halovae.plane.trace import TraceError, trace
-from halovae.simulate import on_threads
 
 GRIDS = ["2x1", "1x2", "2x2", "3x1"]
 FP32_BOUND = 1e-4

@@ -21,11 +21,11 @@ from rich.table import Table
 from torch import Tensor
 
 from halovae import Grid
-from halovae.bench import zoo
-from halovae.bench.models import MODELS, random_vae
-from halovae.bench.ranks import Ranks
-from halovae.kernels import compiled
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.ranks import Ranks
+from halovae.kernels.native import compiled
+from halovae.models import zoo
+from halovae.models.architectures import MODELS, random_vae
 from halovae.plane.passes import PASSES
 from halovae.plane.program import Program
 from halovae.plane.trace import trace

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from halovae import Grid
-from halovae.bench.models import MODELS, random_vae
-from halovae.bench.ranks import Ranks
-from halovae.integrations.autoencoder import Autoencoder
-from halovae.mesh import mesh_for
+from halovae.distributed.mesh import mesh_for
+from halovae.distributed.ranks import Ranks
+from halovae.models.architectures import MODELS, random_vae
 from halovae.plane import operators
+from halovae.runtime.autoencoder import Autoencoder
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ import psutil
 from rich.console import Console
 from rich.progress import track
 
-from halovae import tiny
+from halovae.pipelines import tiny
 
 FRAMES = 5
 RANKS = 2

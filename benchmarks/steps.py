@@ -20,13 +20,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from halovae import Grid, load, winograd
+from halovae import Grid, load
 from halovae.bench.measure import Contestant, Model
-from halovae.bench.models import FAMILIES, random_vae
-from halovae.bench.ranks import Ranks
-from halovae.kernels import Kernels, compiled, ready
+from halovae.distributed.ranks import Ranks
+from halovae.kernels import winograd
+from halovae.kernels.native import Kernels, compiled, ready
+from halovae.kernels.schemes import PLAIN, Scheme
+from halovae.models.architectures import FAMILIES, random_vae
 from halovae.plane import sharded
-from halovae.schemes import PLAIN, Scheme
 
 CASES = (("wan2.1", "1x16x2x32x32"), ("qwen-image", "1x16x1x32x32"))
 _held: dict[str, Any] = {}

@@ -16,16 +16,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from halovae import load, media
-from halovae.bench.ranks import Ranks
-from halovae.demo.run import MODEL
-from halovae.memory import MemoryMeter
-from halovae.platform import Platform
+from halovae import load
+from halovae.device.memory import MemoryMeter
+from halovae.device.platform import Platform
+from halovae.distributed.ranks import Ranks
+from halovae.io import media
+from halovae.models.architectures import DEMO
 
 
 def peak(frames: int, stream: bool) -> int:
     """Bytes above the resting process."""
-    decoder = load(MODEL, device="cpu")
+    decoder = load(DEMO, device="cpu")
     latents = torch.randn(1, 16, frames, 24, 32, generator=torch.Generator().manual_seed(0))
     decoder.decode(latents[:, :, :2, :4, :4])  # what is only loaded or made the first time
     with tempfile.TemporaryDirectory() as folder:

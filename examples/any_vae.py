@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 import halovae
-from halovae import lines
-from halovae.memory import LiveBytes
-from halovae.platform import Platform
+from halovae.device.memory import LiveBytes
+from halovae.device.platform import Platform
+from halovae.distributed import transport
 
 FLUX = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -40,7 +40,7 @@ def main() -> None:
     height, width = map(int, args.latent.split("x"))
 
     device = Platform.default().device
-    lines.join_world(device)
+    transport.join_world(device)
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(0)
     vae = _vae(args.model, getattr(torch, args.dtype)).to(device).eval().requires_grad_(False)

@@ -16,8 +16,9 @@ from diffusers import QwenImagePipeline
 from PIL import Image
 
 import halovae
-from halovae import lines, media
-from halovae.platform import Platform
+from halovae.device.platform import Platform
+from halovae.distributed import transport
+from halovae.io import media
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     width, height = map(int, args.size.split("x"))
 
     device = Platform.default().device
-    lines.join_world(device)
+    transport.join_world(device)
     pipe = QwenImagePipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(device)
 
     def generate() -> Any:
@@ -46,7 +47,7 @@ def main() -> None:
     wanted = generate() if args.compare else None
     halovae.parallelize(pipe, gather="rank0")
     picture = generate()
-    if lines.world_size() == 1 or dist.get_rank() == 0:
+    if transport.world_size() == 1 or dist.get_rank() == 0:
         Image.fromarray((picture * 255).round().astype(np.uint8)).save(args.output)
         print(f"wrote {args.output}")
         if wanted is not None:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from diffusers import WanPipeline
 
 import halovae
-from halovae import lines, media
-from halovae.platform import Platform
+from halovae.device.platform import Platform
+from halovae.distributed import transport
+from halovae.io import media
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     width, height = map(int, args.size.split("x"))
 
     device = Platform.default().device
-    lines.join_world(device)
+    transport.join_world(device)
     pipe = WanPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(device)
     pipe.vae.to(torch.float32)
 
@@ -48,7 +49,7 @@ def main() -> None:
     wanted = generate() if args.compare else None
     halovae.parallelize(pipe, gather="rank0")
     frames = generate()
-    if lines.world_size() == 1 or dist.get_rank() == 0:
+    if transport.world_size() == 1 or dist.get_rank() == 0:
         sink = media.Sink(args.output, fps=16)
         sink.write(torch.from_numpy(frames * 255).round().to(torch.uint8).permute(3, 0, 1, 2))
         sink.close(whole=True)

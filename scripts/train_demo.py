@@ -1,6 +1,6 @@
 """Train the demo model: a small Wan-architecture VAE, on clips that `halovae.demo.clips` makes.
 
-    python scripts/train_demo.py --out src/halovae/demo/vae
+    python scripts/train_demo.py --out src/halovae/models/demo
 
 Two cores take about 45 minutes, the first stage 36 of them. The last line printed is the PSNR on held-out clips, over
 photographs never trained on.

@@ -15,9 +15,9 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 from typer.testing import CliRunner
 
-from halovae import kernels
-from halovae.bench.ranks import Ranks
 from halovae.cli.main import app
+from halovae.distributed.ranks import Ranks
+from halovae.kernels import native
 
 # Plans by figures that do not change, and no measurement in each group of ranks.
 os.environ["HALOVAE_CALIBRATION"] = "cpu-epyc-2-cores"
@@ -27,7 +27,7 @@ os.environ["HALOVAE_GRAPHS"] = "0"
 
 def pytest_sessionstart() -> None:
     """Have compiled kernels in the cache folder, so that no test meets a process that is still at it."""
-    kernels.ready(torch.device("cpu"), wait=True)
+    native.ready(torch.device("cpu"), wait=True)
 
 
 @pytest.fixture(scope="session")

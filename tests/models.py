@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.bench.models import random_vae
+from halovae.models.architectures import random_vae
 
 FAMILIES = ("wan2.1", "wan2.2-5b", "qwen-image")
 WIDTH = 8

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halovae.bench import zoo
+from halovae.models import zoo
 
 Pairs = Iterator[tuple[str, str]]
 State = dict[str, Tensor]

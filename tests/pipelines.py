@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from models import vae
 
-from halovae.tiny import TEXT_DIM, transformer
+from halovae.pipelines.tiny import TEXT_DIM, transformer
 
 
 def wan_image_to_video() -> Any:

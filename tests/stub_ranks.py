@@ -15,8 +15,8 @@ import torch
 import uvicorn
 from PIL import Image
 
-from halovae import media
-from halovae.pipelines import Pipeline
+from halovae.io import media
+from halovae.pipelines.specs import Pipeline
 from halovae.serving.app import make_app
 from halovae.serving.line import RankLine
 from halovae.serving.settings import FrontSettings, RankSettings

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import halovae
 from halovae import Grid
-from halovae.bench.ranks import Ranks
+from halovae.distributed.ranks import Ranks
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_more_ranks_than_rows_is_refused_by_all(ranks: Callable[[int], Ranks]) -
 def one_bad_rank(z: Tensor) -> str:
     import torch.distributed as dist
 
-    from halovae.lines import join_world
+    from halovae.distributed.transport import join_world
 
     join_world(torch.device("cpu"))
     return message_of(z[:, :5] if dist.get_rank() == 1 else z)
@@ -108,7 +108,7 @@ def test_one_ranks_bad_latents_are_an_error_on_all(ranks: Callable[[int], Ranks]
 def different_requests(z: Tensor) -> str:
     import torch.distributed as dist
 
-    from halovae.lines import join_world
+    from halovae.distributed.transport import join_world
 
     join_world(torch.device("cpu"))
     return message_of(z, memory_budget=10**9 + dist.get_rank())

@@ -20,15 +20,15 @@ from halovae import Grid
 from halovae.bench import validate as validation
 from halovae.bench.compare import compare, seam_band
 from halovae.bench.measure import Contestant, Model
-from halovae.bench.ranks import Ranks
 from halovae.bench.report import Row, conclusions
 from halovae.bench.run import subject_of
 from halovae.cli.main import app
 from halovae.cli.measuring import check_ranks
-from halovae.launch import RankError
+from halovae.device.platform import Platform
+from halovae.distributed.launch import RankError
+from halovae.distributed.ranks import Ranks
 from halovae.models.load import read_class
-from halovae.platform import Platform
-from halovae.tiny import make_model
+from halovae.pipelines.tiny import make_model
 
 
 @pytest.fixture(scope="module")

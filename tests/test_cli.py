@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from halovae import latents as latents_file
-from halovae import media
 from halovae.cli import common
 from halovae.cli.main import app
+from halovae.io import latents as latents_file
+from halovae.io import media
 from halovae.models.load import WEIGHTS
 
 

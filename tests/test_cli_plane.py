@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from halovae import latents as latents_file
-from halovae.bench import zoo
 from halovae.cli.main import app
-from halovae.geometry import Grid
-from halovae.integrations.autoencoder import Autoencoder, load
+from halovae.grid import Grid
+from halovae.io import latents as latents_file
+from halovae.models import zoo
 from halovae.plane import sharded
-from halovae.simulate import simulate
+from halovae.runtime.autoencoder import Autoencoder, load
+from halovae.runtime.simulate import simulate
 
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
 SHAPES = {"AutoencoderKL": (1, 4, 12, 10), "AutoencoderKLCogVideoX": (1, 4, 5, 6, 5)}

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import halovae
 from halovae import Grid, Mesh
-from halovae.bench import zoo
-from halovae.memory import LiveBytes
+from halovae.device.memory import LiveBytes
+from halovae.models import zoo
 from halovae.plane import norms, operators
 from halovae.plane.moments import moments
 from halovae.planning.cost import Cost, described

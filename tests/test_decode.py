@@ -11,9 +11,9 @@ from torch import Tensor
 
 import halovae
 from halovae import Grid, Mesh
-from halovae.bench import zoo
-from halovae.bench.models import random_vae
-from halovae.bench.ranks import Ranks
+from halovae.distributed.ranks import Ranks
+from halovae.models import zoo
+from halovae.models.architectures import random_vae
 
 BOUND = 1e-4
 

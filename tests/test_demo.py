@@ -8,31 +8,32 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from halovae import media
 from halovae.cli.main import app
 from halovae.demo import run as demo_run
 from halovae.demo.clips import HELD_OUT, TRAINING, make_clip, photographs
+from halovae.io import media
+from halovae.models.architectures import DEMO
 from halovae.models.load import WEIGHTS, read_config
 
 
 def test_the_model_is_a_small_wan_of_all_levels() -> None:
-    config = read_config(demo_run.MODEL)
+    config = read_config(DEMO)
     assert config.family == "wan2.1"
     assert len(config.dim_mult) == 4
     assert config.temporal_factor == 4
     assert config.spatial_factor == 8
-    assert (demo_run.MODEL / WEIGHTS).stat().st_size <= 4_000_000
+    assert (DEMO / WEIGHTS).stat().st_size <= 4_000_000
 
 
 def test_the_model_was_trained_to_the_quality_that_it_reports() -> None:
     from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan.from_pretrained(demo_run.MODEL, torch_dtype=torch.float32)
+    vae = AutoencoderKLWan.from_pretrained(DEMO, torch_dtype=torch.float32)
     clip = make_clip(photographs(HELD_OUT), 17, 128, 160, 10_000_000)[None]
     with torch.inference_mode():
         decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample
     psnr = 10 * torch.log10(4 / (decoded - clip).square().mean()).item()
-    report = json.loads((demo_run.MODEL / "training.json").read_text())
+    report = json.loads((DEMO / "training.json").read_text())
     assert psnr == pytest.approx(report["held_out_psnr_db"][0], abs=0.02)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import halovae
 from halovae import Grid
-from halovae.bench.models import random_vae
-from halovae.bench.ranks import Ranks
-from halovae.integrations.sharing import Choice, Sharing
-from halovae.tiny import TEXT_DIM, make_model, transformer
+from halovae.distributed.ranks import Ranks
+from halovae.models.architectures import random_vae
+from halovae.pipelines.tiny import TEXT_DIM, make_model, transformer
+from halovae.runtime.sharing import Choice, Sharing
 
 BOUND = 1e-4
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -10,14 +10,14 @@ from models import FAMILIES, vae
 from torch import Tensor
 
 from halovae import Grid, Mesh
-from halovae.bench.ranks import Ranks
-from halovae.integrations.autoencoder import Autoencoder
-from halovae.integrations.plane_call import PlaneCall
-from halovae.integrations.sharing import Sharing
-from halovae.integrations.within import share_encode
-from halovae.mesh import mesh_for
+from halovae.distributed.mesh import mesh_for
+from halovae.distributed.ranks import Ranks
+from halovae.pipelines.within import share_encode
 from halovae.planning.decision import TooLittleMemory
 from halovae.planning.graphs import traced
+from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.plane_call import PlaneCall
+from halovae.runtime.sharing import Sharing
 
 BOUND = 1e-4  # of the largest moment
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from models import latents, vae
 
 import halovae
 from halovae import Grid
-from halovae import latents as latents_file
-from halovae.launch import RankError, launch
+from halovae.distributed.launch import RankError, launch
+from halovae.io import latents as latents_file
 
 LIMIT_S = 10
 LONG = {"frames": 300, "height": 24, "width": 24}  # recorded within seconds, decoded within minutes
@@ -134,7 +134,7 @@ def test_ctrl_c_on_one_rank(endless: list[str], tmp_path: Path) -> None:
 
 RANKS_THAT_DECODE_ON = """
 import os, sys, time
-from halovae.bench.ranks import Ranks
+from halovae.distributed.ranks import Ranks
 from test_failures import decode_for_long
 if __name__ == "__main__":
     Ranks(2).run(decode_for_long, sys.argv[1])

@@ -18,15 +18,15 @@ from server import Server
 from torch import Tensor
 from typer.testing import CliRunner
 
-from halovae import tiny
-from halovae.bench.ranks import Ranks
 from halovae.cli.main import app
 from halovae.cli.make_model import NAMES
-from halovae.families import FAMILIES
-from halovae.generation import Generator
-from halovae.integrations.classes import tiles_only
-from halovae.integrations.diffusers import do_without_torchvision
-from halovae.pipelines import Pipeline, Prompt, PromptError
+from halovae.distributed.ranks import Ranks
+from halovae.models.classes import tiles_only
+from halovae.pipelines import tiny
+from halovae.pipelines.diffusers import do_without_torchvision
+from halovae.pipelines.families import FAMILIES
+from halovae.pipelines.generator import Generator
+from halovae.pipelines.specs import Pipeline, Prompt, PromptError
 
 SLOW = ("hunyuan-video-1.5", "allegro", "kandinsky-6", "flux.2", "ltx-2")
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in tiny.FAMILIES]
@@ -52,7 +52,7 @@ def by_diffusers(folder: Path, prompt: Prompt) -> Tensor:
     """What diffusers' own pipeline makes, `[B, 3, T, H, W]` in [0, 1], on white."""
     from diffusers import DiffusionPipeline
 
-    import halovae.tiny.safety  # noqa: F401 Cosmos' tiny pipeline names a class in it
+    import halovae.pipelines.tiny.safety  # noqa: F401 Cosmos' tiny pipeline names a class in it
 
     do_without_torchvision()
     pipeline = DiffusionPipeline.from_pretrained(folder)

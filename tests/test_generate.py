@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from halovae import tiny
-from halovae.bench.ranks import Ranks
 from halovae.cli.main import app
-from halovae.generation import Generator
-from halovae.integrations.diffusers import do_without_torchvision
-from halovae.pipelines import Prompt
+from halovae.distributed.ranks import Ranks
+from halovae.pipelines import tiny
+from halovae.pipelines.diffusers import do_without_torchvision
+from halovae.pipelines.generator import Generator
+from halovae.pipelines.specs import Prompt
 
 SIZE = (80, 48)  # 15 tokens a frame, which no two ranks divide
 

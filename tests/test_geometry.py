@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from halovae.geometry import Grid, Span, split
+from halovae.grid import Grid, Span, split
 
 
 @st.composite

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halovae import halves
+from halovae.kernels import halves
 
 HALF = (torch.bfloat16, torch.float16)
 SIZES = ((1, 4, 3, 6, 7), (6, 4, 3, 3, 3), (6, 2))

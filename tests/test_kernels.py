@@ -17,12 +17,13 @@ from models import latents, reference, vae
 from torch import Tensor
 
 import halovae
-from halovae import Grid, kernels
-from halovae.bench.ranks import Ranks
-from halovae.integrations import plane_call
-from halovae.kernels import EAGER, Norms, compiled, ready
+from halovae import Grid
+from halovae.distributed.ranks import Ranks
+from halovae.kernels import native
+from halovae.kernels.native import EAGER, Norms, compiled, ready
+from halovae.kernels.schemes import SCHEMES
 from halovae.plane import sharded
-from halovae.schemes import SCHEMES
+from halovae.runtime import plane_call
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
@@ -165,7 +166,7 @@ def test_what_they_take() -> None:
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and a process that has attempted nothing."""
     monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kernels, "_attempted", cache(kernels._Attempt))
+    monkeypatch.setattr(native, "_attempted", cache(native._Attempt))
     return tmp_path / "cache"
 
 
@@ -176,18 +177,20 @@ def script(path: Path, text: str) -> str:
 
 
 def test_the_library_is_kept(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels._loaded()
+    native._loaded()
     (path,) = built.iterdir()
     before = path.stat().st_mtime_ns
-    kernels._loaded()
+    native._loaded()
     assert path.stat().st_mtime_ns == before
-    monkeypatch.setattr(kernels, "_FLAGS", tuple(flag for flag in kernels._FLAGS if flag != "-O3"))
-    kernels._loaded()
+    monkeypatch.setattr(native, "_FLAGS", tuple(flag for flag in native._FLAGS if flag != "-O3"))
+    native._loaded()
     assert len(list(built.iterdir())) == 2  # made in another way
 
 
 def test_a_broken_library_is_replaced(built: Path) -> None:
-    load = "from halovae.kernels import _loaded; _loaded()"  # a process that has loaded it must not see it broken
+    load = (
+        "from halovae.kernels.native import _loaded; _loaded()"  # a process that has loaded it must not see it broken
+    )
     subprocess.run([sys.executable, "-c", load], check=True)
     (path,) = built.iterdir()
     size = path.stat().st_size
@@ -200,7 +203,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
     (tmp_path / "file").touch()
     monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert kernels._Library(kernels._loaded()).takes(torch.zeros(1, 2, 2, 16))
+    assert native._Library(native._loaded()).takes(torch.zeros(1, 2, 2, 16))
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
@@ -215,10 +218,10 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
 )
 def test_without_a_compiler_it_is_said(built: Path, compiler: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(kernels, "_COMPILERS", ())
-    monkeypatch.setattr(kernels, "_FLAGS", ())
-    monkeypatch.setattr(kernels, "_NATIVE", ((),))
-    monkeypatch.setattr(kernels, "_SECONDS", 0.5)
+    monkeypatch.setattr(native, "_COMPILERS", ())
+    monkeypatch.setattr(native, "_FLAGS", ())
+    monkeypatch.setattr(native, "_NATIVE", ((),))
+    monkeypatch.setattr(native, "_SECONDS", 0.5)
     if compiler == "sleep 9":
         monkeypatch.setenv("CXX", script(built.parent / "slow", "sleep 9"))
     with pytest.warns(RuntimeWarning, match=said):
@@ -239,13 +242,13 @@ def test_nobody_waits_for_the_compiler(built: Path, monkeypatch: pytest.MonkeyPa
     go.touch()
     assert ready(CPU, wait=True)
     assert ready(CPU)
-    monkeypatch.setattr(kernels, "_attempted", cache(kernels._Attempt))  # as another process
+    monkeypatch.setattr(native, "_attempted", cache(native._Attempt))  # as another process
     assert ready(CPU)
     assert log.read_text() == "\n"
 
 
 def test_a_process_that_ends_early_leaves_the_library_to_later_ones(built: Path) -> None:
-    start = "import torch; from halovae.kernels import ready; print(ready(torch.device('cpu')))"
+    start = "import torch; from halovae.kernels.native import ready; print(ready(torch.device('cpu')))"
     for said in ("False", "True"):
         done = subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True)
         assert done.stdout.strip() == said
@@ -259,15 +262,15 @@ def test_other_devices_need_no_kernels(built: Path) -> None:
 
 def test_the_next_compiler_is_asked_where_one_fails(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
-    assert kernels._Library(kernels._loaded()).takes(torch.zeros(1, 2, 2, 16))
+    assert native._Library(native._loaded()).takes(torch.zeros(1, 2, 2, 16))
     assert len(list(built.iterdir())) == 1
 
 
 def test_what_a_compiler_does_not_know_is_left_out(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenMP, and the name of this machine's instructions."""
     text = 'case "$*" in *native*|*openmp*) echo no >&2; exit 1; esac; exec g++ "$@"'
-    monkeypatch.setattr(kernels, "_COMPILERS", (script(built.parent / "compiler", text),))
-    assert kernels._Library(kernels._loaded()).takes(torch.zeros(1, 2, 2, 16))
+    monkeypatch.setattr(native, "_COMPILERS", (script(built.parent / "compiler", text),))
+    assert native._Library(native._loaded()).takes(torch.zeros(1, 2, 2, 16))
     (path,) = built.iterdir()
     assert b"GOMP_parallel" not in path.read_bytes()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halovae import latents as latents_file
+from halovae.io import latents as latents_file
 
 Z = torch.randn(1, 16, 2, 3, 4)
 

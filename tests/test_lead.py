@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from halovae.bench.ranks import Ranks
-from halovae.lines import join_world
+from halovae.distributed.ranks import Ranks
+from halovae.distributed.transport import join_world
 from halovae.serving import lead
 
 BUSY = 3.0  # seconds

@@ -63,7 +63,7 @@ def test_a_live_modules_weights_are_shared() -> None:
 
 
 def test_weights_follow_a_module_that_is_converted_later() -> None:
-    from halovae.bench.models import random_vae
+    from halovae.models.architectures import random_vae
 
     module = random_vae("wan2.1", 8)
     decoder = halovae.load(module)

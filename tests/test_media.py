@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halovae import media
+from halovae.io import media
 
 
 def ramp(frames: int) -> torch.Tensor:

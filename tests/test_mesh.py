@@ -10,9 +10,9 @@ from models import latents, vae
 from torch import Tensor
 
 import halovae
-from halovae.bench.ranks import Ranks
-from halovae.geometry import Grid
-from halovae.mesh import Mesh, mesh_for
+from halovae.distributed.mesh import Mesh, mesh_for
+from halovae.distributed.ranks import Ranks
+from halovae.grid import Grid
 
 CPU = torch.device("cpu")
 FULL = torch.arange(2 * 3 * 2 * 9 * 11, dtype=torch.float32).view(2, 3, 2, 9, 11)

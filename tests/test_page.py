@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, expect
 from stub_ranks import PREVIEW, StubRanks, served
 
-from halovae import tiny
+from halovae.pipelines import tiny
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 

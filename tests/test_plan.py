@@ -15,13 +15,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import halovae
-from halovae import Grid, kernels
-from halovae.bench import zoo
-from halovae.bench.models import random_vae
-from halovae.bench.ranks import Ranks
+from halovae import Grid
 from halovae.cli.main import app
-from halovae.lines import join_world, world_size
-from halovae.mesh import mesh_for
+from halovae.device.platform import RANK_ENVIRONMENT
+from halovae.distributed.mesh import mesh_for
+from halovae.distributed.ranks import Ranks
+from halovae.distributed.transport import join_world, world_size
+from halovae.kernels import native
+from halovae.models import zoo
+from halovae.models.architectures import random_vae
 from halovae.plane.drain import drain_peers
 from halovae.plane.results import Gather
 from halovae.planning import calibrate
@@ -30,7 +32,6 @@ from halovae.planning.cost import Work
 from halovae.planning.decision import Decision, TooLittleMemory
 from halovae.planning.graphs import traced
 from halovae.planning.search import Search
-from halovae.platform import RANK_ENVIRONMENT
 from halovae.report import DecodeReport
 
 CPU = torch.device("cpu")
@@ -121,8 +122,8 @@ def calibrated(folder: str) -> tuple[Calibration, Calibration, list[str]]:
     mesh = mesh_for(Grid(rows=world_size()), CPU)
     meeting = calibrate._meeting
     calibrate._meeting = lambda *given: 100 + meeting(*given)  # beyond what anything else takes
-    first = calibrate.calibrated(mesh, torch.float32, kernels.EAGER)
-    return first, calibrate.calibrated(mesh, torch.float32, kernels.EAGER), os.listdir(folder)
+    first = calibrate.calibrated(mesh, torch.float32, native.EAGER)
+    return first, calibrate.calibrated(mesh, torch.float32, native.EAGER), os.listdir(folder)
 
 
 def test_ranks_measure_once_and_agree(tmp_path: Path, ranks: Callable[[int], Ranks]) -> None:

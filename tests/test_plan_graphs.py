@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from halovae.bench import zoo
-from halovae.bench.models import latent_shape, meta_vae, random_vae
 from halovae.cli import plan as plan_command
 from halovae.cli.main import app
-from halovae.geometry import Grid
-from halovae.memory import LiveBytes
-from halovae.mesh import Mesh
+from halovae.device.memory import LiveBytes
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.threads import on_threads
+from halovae.grid import Grid
+from halovae.models import zoo
+from halovae.models.architectures import latent_shape, meta_vae, random_vae
 from halovae.plane import Plane
 from halovae.plane.trace import trace
 from halovae.planning.calibration import OTHER, Line, Rates, read
 from halovae.planning.decision import MARGIN, WORTH, TooLittleMemory
 from halovae.planning.graphs import UnplannableError, traced
 from halovae.planning.search import Search
-from halovae.simulate import on_threads
 
 CPU = torch.device("cpu")
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}

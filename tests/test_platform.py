@@ -12,10 +12,11 @@ import torch
 from models import latents, reference, vae
 
 import halovae
-from halovae import Grid, halves
-from halovae.platform import Platform, Stopwatch
-from halovae.pool import Pool
-from halovae.simulate import simulate
+from halovae import Grid
+from halovae.device.platform import Platform, Stopwatch
+from halovae.kernels import halves
+from halovae.kernels.pool import Pool
+from halovae.runtime.simulate import simulate
 
 CPU = Platform(torch.device("cpu"))
 
@@ -104,7 +105,7 @@ def with_stand_in(script: str, **environment: str) -> str:
 
 def test_the_npu_is_chosen_where_torch_npu_is_there_one_for_each_local_rank() -> None:
     script = """
-        from halovae.platform import Platform
+        from halovae.device.platform import Platform
         platform = Platform.default()
         platform.enter()
         print(platform.device, platform.backend, platform.count, calls, Platform.default("cpu").device)
@@ -126,8 +127,8 @@ def test_more_ranks_than_devices_are_refused() -> None:
 
 def test_the_npus_memory_and_time_come_from_torch_npu() -> None:
     script = """
-        from halovae.memory import MemoryMeter
-        from halovae.platform import Platform, Stopwatch
+        from halovae.device.memory import MemoryMeter
+        from halovae.device.platform import Platform, Stopwatch
         platform = Platform.default()
         meter, watch = MemoryMeter(platform), Stopwatch(platform)
         with meter.counting(), watch.running():
@@ -144,7 +145,7 @@ def test_the_npus_memory_and_time_come_from_torch_npu() -> None:
 
 def test_the_npus_rules() -> None:
     script = """
-        from halovae.platform import Platform
+        from halovae.device.platform import Platform
         platform = Platform.default()
         print(platform.layout(5), platform.layout(4), platform.convolution_cells, platform.supports(torch.bfloat16))
         print(platform.describe())
@@ -197,16 +198,16 @@ def test_rows_that_a_device_cannot_convolve_at_once_are_cut(
 
 
 def test_what_is_sent_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
-    from halovae import simulate as simulation
+    from halovae.distributed.threads import ThreadLines
 
     sent: list[bool] = []
-    original = simulation._ThreadLines.start
+    original = ThreadLines.start
 
     def recorded(self: Any, scope: Any, sends: Any, receives: Any) -> Any:
         sent.extend(tensor.is_contiguous() for _, tensor in [*sends, *receives])
         return original(self, scope, sends, receives)
 
-    monkeypatch.setattr(simulation._ThreadLines, "start", recorded)
+    monkeypatch.setattr(ThreadLines, "start", recorded)
     simulate(halovae.load(vae("wan2.1")), latents("wan2.1"), Grid(rows=2, cols=2))
     assert sent
     assert all(sent)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halovae.memory import LiveBytes
-from halovae.pool import Pool
+from halovae.device.memory import LiveBytes
+from halovae.kernels.pool import Pool
 
 CPU = torch.device("cpu")
 SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))

@@ -24,13 +24,14 @@ from PIL import Image
 from server import Server
 from typer.testing import CliRunner
 
-from halovae import Grid, Mesh, tiny
-from halovae import latents as latents_file
-from halovae.bench.ranks import Ranks
+from halovae import Grid, Mesh
 from halovae.cli.main import app
-from halovae.integrations.autoencoder import Autoencoder
-from halovae.launch import launch
-from halovae.platform import Platform
+from halovae.device.platform import Platform
+from halovae.distributed.launch import launch
+from halovae.distributed.ranks import Ranks
+from halovae.io import latents as latents_file
+from halovae.pipelines import tiny
+from halovae.runtime.autoencoder import Autoencoder
 from halovae.serving.lead import Lead
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp6").exists(), reason="reads Linux's tables of sockets")

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import halovae
 from halovae import Preview
-from halovae.bench.ranks import Ranks
-from halovae.families import FAMILIES
-from halovae.integrations.diffusers import do_without_torchvision
-from halovae.integrations.previews import Previews, _sigma
+from halovae.distributed.ranks import Ranks
+from halovae.pipelines.diffusers import do_without_torchvision
+from halovae.pipelines.families import FAMILIES
+from halovae.pipelines.previews import Previews, _sigma
 
 SIZE = (96, 64)
 

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import halovae
 from halovae import Grid
-from halovae import latents as latents_file
-from halovae.bench.ranks import Ranks
 from halovae.cli.main import app
-from halovae.memory import LiveBytes, Memory, MemoryMeter
-from halovae.platform import Platform
+from halovae.device.memory import LiveBytes, Memory, MemoryMeter
+from halovae.device.platform import Platform
+from halovae.distributed.ranks import Ranks
+from halovae.io import latents as latents_file
 from halovae.report import DecodeReport
 
 

@@ -22,9 +22,10 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 from server import Server
 
-from halovae import media, tiny
-from halovae.generation import Generator
-from halovae.pipelines import Prompt
+from halovae.io import media
+from halovae.pipelines import tiny
+from halovae.pipelines.generator import Generator
+from halovae.pipelines.specs import Prompt
 
 LONG = {"num_inference_steps": 1000}
 

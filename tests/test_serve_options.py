@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from halovae import tiny
 from halovae.cli import serve
 from halovae.cli.main import app
+from halovae.pipelines import tiny
 from halovae.serving.settings import FrontSettings
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from serving import SMALL, finished
 from stub_ranks import PREVIEW, StubRanks, served
 
-from halovae import tiny
+from halovae.pipelines import tiny
 from halovae.serving.jobs import Job, Jobs, Wish
 
 Server = tuple[str, StubRanks]

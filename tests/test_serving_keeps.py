@@ -25,8 +25,9 @@ from PIL import Image
 from serving import SMALL, finished, submitted
 from stub_ranks import DECODE, front_settings, rank_settings, served
 
-from halovae import media, tiny
 from halovae.cli import serve
+from halovae.io import media
+from halovae.pipelines import tiny
 from halovae.serving import app
 from halovae.serving.dispatch import Dispatcher
 from halovae.serving.jobs import Job, Jobs, Wish

@@ -8,8 +8,9 @@ from models import latents, reference, vae
 
 import halovae
 from halovae import Grid
-from halovae.bench.ranks import Ranks
-from halovae.simulate import Link, simulate
+from halovae.distributed.ranks import Ranks
+from halovae.distributed.threads import Link
+from halovae.runtime.simulate import simulate
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import halovae
-from halovae.bench.models import random_vae
-from halovae.integrations.pictures import PictureStream
-from halovae.memory import LiveBytes
+from halovae.device.memory import LiveBytes
+from halovae.models.architectures import random_vae
+from halovae.runtime.pictures import PictureStream
 
 # What is smaller: latents, the tokens of the attention, weights. torch has its own way with those.
 MAP = 2**16

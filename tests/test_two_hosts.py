@@ -14,7 +14,7 @@ import av
 import psutil
 import pytest
 
-from halovae import tiny
+from halovae.pipelines import tiny
 
 FIRST = "10.77.0.1"
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import halovae
-from halovae import kernels, winograd
-from halovae.pool import Pool
-from halovae.schemes import PLAIN, UPSAMPLING, Scheme
+from halovae.kernels import native, winograd
+from halovae.kernels.pool import Pool
+from halovae.kernels.schemes import PLAIN, UPSAMPLING, Scheme
 
 LAST = torch.channels_last_3d
 
@@ -22,7 +22,7 @@ def convolve(
     scheme: Scheme, window: Tensor, weight: Tensor, bias: Tensor, out: Tensor, compiled: bool = False,
     add: bool = False,
 ) -> None:  # fmt: skip
-    made = kernels.compiled() if compiled else kernels.EAGER
+    made = native.compiled() if compiled else native.EAGER
     winograd.convolve(scheme, window, weight, bias, out, made, Pool(torch.device("cpu")), add=add)
 
 
@@ -69,7 +69,7 @@ def test_it_is_the_same_convolution(
 def test_blocks_of_channels_are_such_as_compiled_kernels_take(scheme: Scheme) -> None:
     for channels, taps in ((512, 3), (640, 3), (1024, 3), (1024, 1), (2048, 3)):
         weight = torch.empty(channels, channels, taps, 3, 3, device="meta")
-        assert winograd._Plan.block_of(scheme, weight) % kernels.LANES == 0
+        assert winograd._Plan.block_of(scheme, weight) % native.LANES == 0
 
 
 @torch.inference_mode()
@@ -149,8 +149,8 @@ def test_without_a_compiler_warming_up_says_so_and_decodes_go_on(monkeypatch: py
     def broken(_: object) -> None:
         raise OSError("no C++ compiler")
 
-    monkeypatch.setattr(kernels, "_loaded", broken)
-    monkeypatch.setattr(kernels, "_attempted", cache(kernels._Attempt))
+    monkeypatch.setattr(native, "_loaded", broken)
+    monkeypatch.setattr(native, "_attempted", cache(native._Attempt))
     decoder, z = halovae.load(vae("wan2.1")), latents("wan2.1", frames=2)
     with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler"):
         assert decoder.warmup(z.shape) > 0  # it says so once

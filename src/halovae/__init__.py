@@ -5,13 +5,13 @@ vae = halovae.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
 frames = vae.decode(latents, grid=halovae.Grid(rows=2))  # under torchrun, on every rank
 """
 
-from halovae.geometry import Grid, Shard
-from halovae.integrations.autoencoder import Autoencoder, load
-from halovae.integrations.diffusers import parallelize, restore
-from halovae.integrations.previews import Preview, previews
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.grid import Grid, Shard
 from halovae.models.weights import CheckpointError
+from halovae.pipelines.diffusers import parallelize, restore
+from halovae.pipelines.previews import Preview, previews
 from halovae.plane import shard
+from halovae.runtime.autoencoder import Autoencoder, load
 
 __version__ = "0.1.0"
 __all__ = [

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from halovae.memory import Memory
+from halovae.device.memory import Memory
 
 if TYPE_CHECKING:
     from rich.table import Table

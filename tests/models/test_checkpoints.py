@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import halovae
-from halovae import latents as latents_file
-from halovae.bench import zoo
-from halovae.bench.models import MODELS, meta_vae
 from halovae.bench.run import subject_of
 from halovae.cli.main import app
-from halovae.integrations.autoencoder import Autoencoder
+from halovae.io import latents as latents_file
 from halovae.models import load as checkpoints
+from halovae.models import zoo
+from halovae.models.architectures import MODELS, meta_vae
 from halovae.models.checkpoint import recognize
 from halovae.models.layouts import LAYOUTS
 from halovae.models.wan import WanConfig
 from halovae.models.weights import Weights
+from halovae.runtime.autoencoder import Autoencoder
 
 diffusers = pytest.importorskip("diffusers")
 

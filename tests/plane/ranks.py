@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from halovae import Grid
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.threads import on_threads
 from halovae.plane import Plane, PlaneTensor
 from halovae.plane.layout import Layout, local_shape
-from halovae.simulate import on_threads
 
 Function = Callable[[Tensor], Any]
 GRIDS = tuple(map(Grid.parse, ("2x1", "1x2", "2x2", "3x1")))

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import halovae
-from halovae.bench import zoo
-from halovae.bench.ranks import Ranks
-from halovae.geometry import Grid
+from halovae.distributed.ranks import Ranks
+from halovae.grid import Grid
+from halovae.models import zoo
 from halovae.planning.decision import TooLittleMemory
 
 Group = Callable[[int], Ranks]

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from plane.ranks import CPU
 from torch import Tensor
 
-from halovae import Grid, winograd
-from halovae.kernels import EAGER
-from halovae.mesh import Mesh
+from halovae import Grid
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.threads import on_threads
+from halovae.kernels import winograd
+from halovae.kernels.native import EAGER
+from halovae.kernels.pool import Pool
+from halovae.kernels.schemes import PLAIN
 from halovae.plane import operators, rings, windows
 from halovae.plane.layout import Bounds, MeshDim, ranges
 from halovae.plane.operators import Cut
-from halovae.pool import Pool
-from halovae.schemes import PLAIN
-from halovae.simulate import on_threads
 
 QUICK = settings(
     max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

@@ -11,7 +11,7 @@ from plane.test_trace import recorded
 from torch import Tensor, nn
 
 from halovae import Grid
-from halovae.bench import zoo
+from halovae.models import zoo
 from halovae.plane import constants, cuts
 from halovae.plane.program import Program
 

@@ -12,7 +12,7 @@ from plane.test_trace import recorded
 from torch import Tensor, nn
 
 from halovae import Grid
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane import Plane, operators
 from halovae.plane.layout import Bounds, Factor
 from halovae.plane.rules import convolution

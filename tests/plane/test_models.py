@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from halovae import Grid
-from halovae.bench import zoo
-from halovae.bench.zoo import Direction, Entry
+from halovae.models import zoo
+from halovae.models.zoo import Direction, Entry
 from halovae.plane import operators
 from halovae.plane.trace import TraceError
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from halovae import Grid, Mesh
-from halovae.kernels import EAGER, compiled
+from halovae.kernels.native import EAGER, compiled
 from halovae.plane import moments, norms, operators
 
 MESH = Mesh(Grid(), torch.device("cpu"))

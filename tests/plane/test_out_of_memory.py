@@ -12,11 +12,11 @@ import torch
 from plane.test_autoencoder import Group, made
 from torch import Tensor
 
-from halovae.geometry import Grid
-from halovae.integrations.pictures import PictureStream
-from halovae.integrations.sharing import Choice, Sharing
+from halovae.grid import Grid
 from halovae.plane import operators, sharded, windows
 from halovae.plane.results import Gather
+from halovae.runtime.pictures import PictureStream
+from halovae.runtime.sharing import Choice, Sharing
 
 PLACES = {
     "exchange": (operators, "fetching"), "convolution": (windows, "_plain"), "result": (sharded, "gathered"),

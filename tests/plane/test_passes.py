@@ -17,18 +17,19 @@ from hypothesis import strategies as st
 from plane.test_trace import picture, recorded
 from torch import Tensor, fx, nn
 
-from halovae import Grid, halves, winograd
-from halovae.halves import multiplied
-from halovae.kernels import EAGER, compiled
-from halovae.mesh import Mesh
+from halovae import Grid
+from halovae.device.platform import Platform
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.threads import on_threads
+from halovae.kernels import halves, winograd
+from halovae.kernels.halves import multiplied
+from halovae.kernels.native import EAGER, compiled
 from halovae.plane import Sharded, operators, passes, windows
 from halovae.plane import program as lowering
 from halovae.plane.agreement import conversations
 from halovae.plane.live import root
 from halovae.plane.passes import residuals
 from halovae.plane.program import Program
-from halovae.platform import Platform
-from halovae.simulate import on_threads
 
 aten = torch.ops.aten
 # A block has nothing for them.

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from halovae.bench import zoo
-from halovae.geometry import Grid
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.threads import on_threads
+from halovae.grid import Grid
+from halovae.kernels.pool import Pool
+from halovae.models import zoo
 from halovae.plane import Plane, operators, shard
 from halovae.plane import program as lowering
 from halovae.plane.program import Program
 from halovae.plane.trace import trace
-from halovae.pool import Pool
-from halovae.simulate import on_threads
 
 CPU = torch.device("cpu")
 ROWS = Grid(rows=2)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import halovae
-from halovae.bench import zoo
-from halovae.bench.ranks import Ranks
-from halovae.geometry import Grid
-from halovae.launch import RankError
+from halovae.distributed.launch import RankError
+from halovae.distributed.ranks import Ranks
+from halovae.grid import Grid
+from halovae.models import zoo
 from halovae.plane import keys
 
 Group = Callable[[int], Ranks]
@@ -130,7 +130,7 @@ def test_a_parallelized_vae_keeps_its_calls(ranks: Group) -> None:
 def other_weights(rank_seed: bool) -> None:
     import torch.distributed as dist
 
-    from halovae.lines import join_world
+    from halovae.distributed.transport import join_world
 
     join_world(torch.device("cpu"))
     module = small(dist.get_rank() if rank_seed else 0)
@@ -147,7 +147,7 @@ def weights_digested() -> list[int]:
     """How often the weights had been digested after each of some calls."""
     import torch.distributed as dist
 
-    from halovae.lines import join_world
+    from halovae.distributed.transport import join_world
 
     join_world(torch.device("cpu"))
     counts, module = [], small()
@@ -174,7 +174,7 @@ def test_weights_are_digested_once_until_they_change(ranks: Group) -> None:
 
 
 def digested_alone_and_together() -> tuple[str, str]:
-    from halovae.lines import join_world
+    from halovae.distributed.transport import join_world
 
     join_world(torch.device("cpu"))
     digest = keys.WeightsDigest([small()])

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import halovae
-from halovae.bench import zoo
-from halovae.geometry import Grid
-from halovae.integrations.plane_call import PlaneCall
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.threads import on_threads
+from halovae.grid import Grid
+from halovae.models import zoo
 from halovae.plane import Plane, Sharded, fingerprint, sharded, stored
 from halovae.plane.program import Program
-from halovae.simulate import on_threads
+from halovae.runtime.plane_call import PlaneCall
 
 CPU = torch.device("cpu")
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halovae.bench import zoo
-from halovae.geometry import Grid
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.threads import on_threads
+from halovae.grid import Grid
+from halovae.models import zoo
 from halovae.plane import Plane, operators, windows
 from halovae.plane.program import Program
 from halovae.plane.trace import TraceError, trace
-from halovae.simulate import on_threads
 
 CPU = torch.device("cpu")
 GRIDS = (Grid(), Grid(rows=2), Grid(rows=2, cols=2))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halovae.geometry import Grid, Span
+from halovae.grid import Grid, Span
 
 # Pixels on each side of a seam that count as its band: one latent cell.
 BAND_CELLS = 1

@@ -15,21 +15,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from halovae.bench import zoo
 from halovae.bench.profile import Profile, peaks, profiled
-from halovae.bench.ranks import Ranks
-from halovae.geometry import Grid
-from halovae.integrations.autoencoder import Autoencoder, load
-from halovae.integrations.classes import decode_options
-from halovae.integrations.sharing import Call
-from halovae.kernels import ready
-from halovae.launch import RankError
-from halovae.memory import Memory, MemoryMeter
+from halovae.device.memory import Memory, MemoryMeter
+from halovae.device.platform import RANK_ENVIRONMENT, Platform, Stopwatch
+from halovae.distributed.launch import RankError
+from halovae.distributed.out_of_memory import is_out_of_memory
+from halovae.distributed.ranks import Ranks
+from halovae.distributed.threads import Link
+from halovae.grid import Grid
+from halovae.kernels.native import ready
+from halovae.models import zoo
+from halovae.models.classes import decode_options
 from halovae.models.load import diffusers_module
-from halovae.out_of_memory import is_out_of_memory
-from halovae.platform import RANK_ENVIRONMENT, Platform, Stopwatch
 from halovae.report import DecodeReport
-from halovae.simulate import Link, Simulation, simulate
+from halovae.runtime.autoencoder import Autoencoder, load
+from halovae.runtime.sharing import Call
+from halovae.runtime.simulate import Simulation, simulate
 
 # What a contestant's processes hold between calls.
 _held: dict[str, Any] = {}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import halovae
-from halovae.lines import join_world, world_size
-from halovae.platform import Platform
+from halovae.device.platform import Platform
+from halovae.distributed.transport import join_world, world_size
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from halovae.parts import PREFIX
-from halovae.platform import Platform
+from halovae.device.platform import Platform
+from halovae.device.regions import PREFIX
 
 COLUMNS = ("part", "seconds", "share")
 LONGEST = 20  # submodules in a table

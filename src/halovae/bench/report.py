@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from halovae.simulate import SimulatedRank
+    from halovae.runtime.simulate import SimulatedRank
 
 COLUMNS = (
     "mode", "decoding time (s)", "peak memory (GB)", "peak allocated (GB)", "pool overhead (GB)",

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from halovae.bench.measure import Contestant, Model
-from halovae.bench.models import MODELS, latent_shape, meta_vae_of, random_vae
 from halovae.bench.profile import Profile
 from halovae.bench.report import Row
-from halovae.demo.run import MODEL as DEMO
-from halovae.geometry import Grid
-from halovae.integrations.classes import makes_clips
+from halovae.device.platform import Platform
+from halovae.distributed.threads import Link
+from halovae.grid import Grid
+from halovae.models.architectures import DEMO, MODELS, latent_shape, meta_vae_of, random_vae
+from halovae.models.classes import makes_clips
 from halovae.models.load import CLASSES, find_model, open_checkpoint, read_class, read_config, read_diffusers_config
-from halovae.platform import Platform
-from halovae.simulate import Link
 
 MODES = ("single", "parallel", "tiled", "auto")
 # Latent frames of a profiled decode: the first one and one like all others. Traces grow with each.

@@ -15,13 +15,13 @@ from torch import Tensor
 from halovae.bench.compare import Difference, compare, draw_heatmap
 from halovae.bench.measure import Contestant, Model, Taken
 from halovae.bench.pipeline import PipelineRun, run_both
-from halovae.bench.ranks import Ranks
 from halovae.bench.report import GB, markdown_table
 from halovae.bench.run import check_fits, model_path, subject_of
-from halovae.geometry import Grid
+from halovae.device.platform import Platform
+from halovae.distributed.ranks import Ranks
+from halovae.distributed.threads import Link
+from halovae.grid import Grid
 from halovae.models.load import read_class
-from halovae.platform import Platform
-from halovae.simulate import Link
 
 # The target models: how they are called, the family of their VAE, and whether they make clips.
 TARGETS = {

@@ -9,7 +9,7 @@ import typer
 
 from halovae.cli.common import Dtype, check_installed, errors_shown, parse_size, parsed, results_console
 from halovae.cli.measuring import check_ranks, free_names, parse_numbers, progress
-from halovae.platform import threads_per_rank
+from halovae.device.platform import threads_per_rank
 
 
 def bench(
@@ -56,7 +56,7 @@ def bench(
         from halovae.bench import report
         from halovae.bench.profile import markdown
         from halovae.bench.run import MODES, Benchmark, run
-        from halovae.simulate import Link
+        from halovae.distributed.threads import Link
 
         chosen = tuple(modes.split(","))
         if not set(chosen) <= set(MODES):

@@ -9,16 +9,16 @@ import torch
 import typer
 from rich.table import Table
 
-from halovae import kernels
 from halovae.cli.common import Dtype, console, errors_shown, results_console
 from halovae.cli.measuring import check_ranks
-from halovae.geometry import Grid
-from halovae.launch import launch, under_torchrun
-from halovae.lines import join_world, world_size
-from halovae.mesh import mesh_for
+from halovae.device.platform import Platform
+from halovae.distributed.launch import launch, under_torchrun
+from halovae.distributed.mesh import mesh_for
+from halovae.distributed.transport import join_world, world_size
+from halovae.grid import Grid
+from halovae.kernels import native
 from halovae.planning.calibrate import calibrated, key_of
 from halovae.planning.calibration import Calibration
-from halovae.platform import Platform
 
 
 def calibrate(
@@ -45,7 +45,7 @@ def _measure(dtype: torch.dtype) -> tuple[str, Calibration]:
     platform = Platform.default()
     join_world(platform.device)
     mesh = mesh_for(Grid(rows=world_size()), platform.device)
-    made = kernels.compiled() if kernels.ready(platform.device, wait=True) else kernels.EAGER
+    made = native.compiled() if native.ready(platform.device, wait=True) else native.EAGER
     return str(key_of(mesh, dtype, made).path), calibrated(mesh, dtype, made, remeasure=True)
 
 

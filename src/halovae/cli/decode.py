@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 import typer
 
-from halovae import latents as latents_file
-from halovae import media
 from halovae.cli.common import MODEL_HELP, Dtype, Mode, check_installed, errors_shown, parse_bytes, parsed
 from halovae.cli.planes import PlaneModel
 from halovae.cli.writing import outputs, tell, write
-from halovae.geometry import Grid
-from halovae.integrations.autoencoder import load
-from halovae.integrations.classes import decode_options
-from halovae.launch import launch, under_torchrun
-from halovae.lines import world_size
+from halovae.distributed.launch import launch, under_torchrun
+from halovae.distributed.transport import world_size
+from halovae.grid import Grid
+from halovae.io import latents as latents_file
+from halovae.io import media
+from halovae.models.classes import decode_options
 from halovae.models.load import CLASSES, find_model, read_alike, read_class, read_config
+from halovae.runtime.autoencoder import load
 
 
 @dataclass(frozen=True)

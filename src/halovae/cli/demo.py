@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from halovae import media
 from halovae.cli.common import check_installed, console, errors_shown
+from halovae.io import media
 
 
 def demo(

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from halovae import latents as latents_file
-from halovae import media
 from halovae.cli.common import MODEL_HELP, Dtype, check_installed, console, errors_shown, parse_size, parsed
 from halovae.cli.planes import PlaneModel
-from halovae.integrations.classes import FIELDS
+from halovae.device.platform import Platform
+from halovae.io import latents as latents_file
+from halovae.io import media
+from halovae.models.classes import FIELDS
 from halovae.models.load import CLASSES, NoEncoder, diffusers_module, find_model, read_class, read_config
-from halovae.platform import Platform
 
 
 def encode(
@@ -72,8 +72,8 @@ def _sizes(path: Path) -> _Sizes:
         config = read_config(path)
         return _Sizes(config.family, config.spatial_factor, config.temporal_factor, 1, True)
     model = PlaneModel.read(path, torch.float32)
-    from halovae.bench.models import temporal_ratio
-    from halovae.integrations.classes import makes_clips, spatial_ratio
+    from halovae.models.architectures import temporal_ratio
+    from halovae.models.classes import makes_clips, spatial_ratio
 
     ratio = spatial_ratio(model.module)
     if ratio is None:

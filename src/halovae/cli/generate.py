@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 import typer
 
-from halovae import media
 from halovae.cli.common import Dtype, check_installed, console, degrees, errors_shown, parse_bytes, parse_size, parsed
 from halovae.cli.writing import bar, outputs, tell, write
-from halovae.generation import Generator
-from halovae.launch import launch, under_torchrun
-from halovae.lines import world_size
-from halovae.pipelines import Pipeline, Prompt, find_pipeline
+from halovae.distributed.launch import launch, under_torchrun
+from halovae.distributed.transport import world_size
+from halovae.io import media
+from halovae.pipelines.generator import Generator
+from halovae.pipelines.specs import Pipeline, Prompt, find_pipeline
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from halovae.cli.common import MODEL_HELP, Dtype, errors_shown, parse_size, parsed
 from halovae.cli.planes import PlaneModel
-from halovae.geometry import Grid
-from halovae.integrations.classes import sizes_of
+from halovae.grid import Grid
 from halovae.models.checkpoint import recognize
+from halovae.models.classes import sizes_of
 from halovae.models.load import find_model
 
 # What is mostly asked for: width, height, frames.
@@ -51,8 +51,8 @@ def _described(
     path: Path, size: tuple[int, int] | None, frames: int | None, batch: int, ranks: Grid, dtype: Dtype
 ) -> Iterator[tuple[str, str]]:
     model = PlaneModel.read(path, dtype.torch)
-    from halovae.bench.models import latent_shape, temporal_ratio
-    from halovae.integrations.classes import latent_channels, makes_clips, spatial_ratio
+    from halovae.models.architectures import latent_shape, temporal_ratio
+    from halovae.models.classes import latent_channels, makes_clips, spatial_ratio
 
     clips, sizes = makes_clips(model.module), sizes_of(model.module)
     width, height, count = USUAL[sizes.family] if sizes is not None else CLIP if clips else PICTURE

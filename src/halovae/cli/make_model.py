@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from halovae import media
 from halovae.cli.common import check_installed, console, errors_shown
-from halovae.families import FAMILIES
+from halovae.io import media
+from halovae.pipelines.families import FAMILIES
 
 # Wan's and Qwen-Image's, and all others.
 NAMES = (
@@ -43,7 +43,7 @@ def make_model(
         if output.exists() and not (output / "model_index.json").exists():
             raise FileExistsError(f"output {output} is there and holds no pipeline; name another folder")
         media.check_writable(output)
-        from halovae import tiny
+        from halovae.pipelines import tiny
 
         partial = media.partial_of(output)
         media.discard(partial)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from halovae.cli.common import console
-from halovae.platform import Platform
+from halovae.device.platform import Platform
 
 
 def check_ranks(option: str, ranks: int, device: str | None) -> Platform:

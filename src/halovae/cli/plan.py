@@ -27,7 +27,7 @@ from halovae.cli.common import (
     results_console,
 )  # fmt: skip
 from halovae.cli.measuring import free_names, progress
-from halovae.geometry import Grid
+from halovae.grid import Grid
 from halovae.models.load import find_model, read_class, read_diffusers_config
 from halovae.planning.calibration import Calibration, read, shipped
 from halovae.planning.decision import Decision, TooLittleMemory
@@ -122,7 +122,7 @@ def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> li
     Raises:
         ValueError: no such model, or one that cannot be planned or does not make these pictures.
     """
-    from halovae.bench.models import MODELS, meta_vae, meta_vae_of
+    from halovae.models.architectures import MODELS, meta_vae, meta_vae_of
 
     if model in MODELS:
         check_installed(f"--model {model}", "diffusers")
@@ -179,8 +179,8 @@ class _Compiler(ModuleType):
 
 
 def _case(module: nn.Module, name: str, size: tuple[int, int], options: Options) -> Case:
-    from halovae.bench.models import MODELS, latent_shape, usual_frames
-    from halovae.bench.zoo import decode
+    from halovae.models.architectures import MODELS, latent_shape, usual_frames
+    from halovae.models.zoo import decode
 
     frames = options.frames or usual_frames(module, FRAMES)
     shape = latent_shape(module, name, size, frames)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from halovae.cli.common import check_installed
-from halovae.geometry import Grid
+from halovae.grid import Grid
 from halovae.models.load import read_diffusers_config
 from halovae.planning.graphs import Traced, traced
 
@@ -37,7 +37,7 @@ class PlaneModel:
         config = read_diffusers_config(path)
         name = str(config.get("_class_name"))
         check_installed(f"a VAE of class {name}", "diffusers")
-        from halovae.bench.models import meta_vae_of
+        from halovae.models.architectures import meta_vae_of
 
         return cls(name, meta_vae_of(config, str(path), dtype))
 
@@ -47,8 +47,8 @@ class PlaneModel:
         Raises:
             ValueError: the model decodes no such latents.
         """
-        from halovae.bench import zoo
-        from halovae.integrations.classes import BATCHED, latent_channels, takes_frames
+        from halovae.models import zoo
+        from halovae.models.classes import BATCHED, latent_channels, takes_frames
 
         if self.name in BATCHED:
             raise ValueError(f"{self.name} takes the frames of a clip as a batch: decode it in Python, by halovae.load")

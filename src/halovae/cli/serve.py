@@ -30,11 +30,11 @@ from halovae.cli.common import (
     parse_size,
     parsed,
 )  # fmt: skip
-from halovae.geometry import Grid
-from halovae.integrations.sharing import Mode
-from halovae.launch import under_torchrun
-from halovae.lines import world_size
-from halovae.pipelines import Pipeline, find_pipeline
+from halovae.distributed.launch import under_torchrun
+from halovae.distributed.transport import world_size
+from halovae.grid import Grid
+from halovae.pipelines.specs import Pipeline, find_pipeline
+from halovae.runtime.sharing import Mode
 
 if TYPE_CHECKING:
     from halovae.serving.settings import FrontSettings, RankSettings

@@ -11,7 +11,7 @@ from rich.table import Table
 from halovae import __version__
 from halovae.cli.common import Dtype, check_installed, errors_shown, parse_size, parsed, results_console
 from halovae.cli.measuring import check_ranks, free_names, progress
-from halovae.platform import threads_per_rank
+from halovae.device.platform import threads_per_rank
 
 
 def validate(
@@ -51,7 +51,7 @@ def validate(
         from halovae.bench import validate as validation
 
         wanted = tuple(models.split(",")) if models else tuple(validation.TARGETS)
-        from halovae.bench.models import FAMILIES, MODELS
+        from halovae.models.architectures import FAMILIES, MODELS
 
         known = [*validation.TARGETS, *(name for name in MODELS if name not in FAMILIES)]
         unknown = [name for name in wanted if name not in known]

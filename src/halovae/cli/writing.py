@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from halovae import media
 from halovae.cli.common import console
+from halovae.io import media
 from halovae.report import DecodeReport
 
 

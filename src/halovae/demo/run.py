@@ -6,23 +6,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halovae import latents as latents_file
-from halovae import media
-from halovae.bench.ranks import Ranks
 from halovae.demo.clips import HELD_OUT, make_clip, photographs
-from halovae.integrations.autoencoder import load
-from halovae.memory import MemoryMeter
+from halovae.device.memory import MemoryMeter
+from halovae.device.platform import Platform, threads_per_rank
+from halovae.distributed.ranks import Ranks
+from halovae.io import latents as latents_file
+from halovae.io import media
+from halovae.models.architectures import DEMO
 from halovae.models.load import read_config
-from halovae.platform import Platform, threads_per_rank
+from halovae.runtime.autoencoder import load
 
-MODEL = Path(str(files("halovae.demo"))) / "vae"
 FRAMES, HEIGHT, WIDTH, FPS, SEED = 33, 192, 256, 12.0, 10_000_008
 # diffusers' tiles of 96 pixels that overlap by 24: several tiles each way at this size, as 256 would be at 720p.
 TILE, STRIDE = 96, 72
@@ -88,17 +87,17 @@ def run(output: Path, ranks: int, say: Callable[[str], Any]) -> tuple[Tensor, li
 def _encode(clip: Tensor, path: Path) -> None:
     with torch.inference_mode():
         latents = _vae().encode(clip[None]).latent_dist.mode()
-    latents_file.save(path, latents, read_config(MODEL).family, scaled=False, fps=FPS)
+    latents_file.save(path, latents, read_config(DEMO).family, scaled=False, fps=FPS)
 
 
 def _vae() -> Any:
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan.from_pretrained(MODEL, torch_dtype=torch.float32)
+    return AutoencoderKLWan.from_pretrained(DEMO, torch_dtype=torch.float32)
 
 
 def _with_halovae(path: Path) -> tuple[Tensor | None, float, int]:
-    decoder = load(MODEL, device="cpu")
+    decoder = load(DEMO, device="cpu")
     return _measured(partial(decoder.decode, mode="parallel"), path)
 
 

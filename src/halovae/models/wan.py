@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from halovae.geometry import Grid
+from halovae.grid import Grid
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halovae.lines import Lines, Scope
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.transport import Lines, Scope
 from halovae.plane import operators, windows
 from halovae.plane.program import Program
 

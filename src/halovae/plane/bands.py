@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from halovae import winograd
+from halovae.kernels import winograd
 from halovae.plane import operators
 from halovae.plane.operators import Cut
 from halovae.plane.rings import Edges, exchange, outermost

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halovae.mesh import Mesh
-from halovae.out_of_memory import Calls, DrainingLines
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.out_of_memory import Calls, DrainingLines
 from halovae.plane import operators
 from halovae.plane.agreement import may_exchange, meta_tensor, run_without_data
 from halovae.plane.layout import Layout, local_shape

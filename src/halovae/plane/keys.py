@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from halovae.lines import world_size
+from halovae.distributed.transport import world_size
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 

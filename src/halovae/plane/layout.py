@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from halovae.geometry import split
+from halovae.grid import split
 
 MeshDim = Literal["rows", "cols"]
 Bounds = tuple[int, ...]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
-from halovae.kernels import Norms, compiled
+from halovae.kernels.native import Norms, compiled
 from halovae.plane import backends
 from halovae.plane.tensor import is_channels_last
 

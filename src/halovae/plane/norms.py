@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae.kernels import Norms
-from halovae.lines import Scope
+from halovae.distributed.transport import Scope
+from halovae.kernels.native import Norms
 from halovae.plane import backends, operators
 from halovae.plane.tensor import is_channels_last
 

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae import halves
-from halovae.kernels import EAGER, Kernels
-from halovae.lines import Scope
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.transport import Scope
+from halovae.kernels import halves
+from halovae.kernels.native import EAGER, Kernels
+from halovae.kernels.pool import Pool
 from halovae.plane import backends
 from halovae.plane.layout import Bounds, MeshDim
 from halovae.plane.moments import moments, together
 from halovae.plane.tensor import is_channels_last
-from halovae.pool import Pool
 
 Interval = tuple[int, int]
 Place = Callable[[int, int], Tensor]

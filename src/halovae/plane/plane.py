@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halovae.lines import Scope
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.transport import Scope
 from halovae.plane import cuts, operators
 from halovae.plane.layout import (
     Bounds,

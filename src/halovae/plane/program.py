@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from halovae.halves import convolution, has_units, multiplied
-from halovae.kernels import EAGER
-from halovae.mesh import Mesh
-from halovae.parts import part
+from halovae.device.regions import part
+from halovae.distributed.mesh import Mesh
+from halovae.kernels.halves import convolution, has_units, multiplied
+from halovae.kernels.native import EAGER
+from halovae.kernels.pool import Pool
 from halovae.plane import operators, windows
 from halovae.plane.flops import CONVOLUTIONS, PRODUCTS, flops
 from halovae.plane.layout import Factor, Layout, local_extent
 from halovae.plane.live import is_operator, peak
-from halovae.pool import Pool
 
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane

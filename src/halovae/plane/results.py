@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from halovae.geometry import Grid, Shard, Span
-from halovae.parts import part
+from halovae.device.regions import part
+from halovae.grid import Grid, Shard, Span
 from halovae.plane.layout import Layout, extent, sole
 from halovae.plane.plane import Plane
 

@@ -12,11 +12,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from halovae.geometry import Grid, Span, split
-from halovae.kernels import EAGER, Kernels, compiled, ready
-from halovae.lines import world_size
-from halovae.mesh import Mesh, Traffic, mesh_for
-from halovae.out_of_memory import RankOutOfMemoryError, is_out_of_memory
+from halovae.distributed.mesh import Mesh, Traffic, mesh_for
+from halovae.distributed.out_of_memory import RankOutOfMemoryError, is_out_of_memory
+from halovae.distributed.transport import world_size
+from halovae.grid import Grid, Span, split
+from halovae.kernels.native import EAGER, Kernels, compiled, ready
 from halovae.plane.agreement import agree, conversations
 from halovae.plane.drain import drain_peers
 from halovae.plane.keys import WeightsDigest, hooked, module_key, value_key

@@ -28,14 +28,14 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
-from halovae.mesh import Mesh
+from halovae.device.platform import cache_folder
+from halovae.distributed.mesh import Mesh
 from halovae.plane import backends, operators, windows
 from halovae.plane.fingerprint import Unstable, fingerprint
 from halovae.plane.layout import Factor
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.trace import RECORDING
-from halovae.platform import cache_folder
 
 LIMIT = 256 * 2**20  # bytes of all files
 LARGEST = 64 * 2**20  # bytes of one graph's constants

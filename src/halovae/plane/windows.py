@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halovae import halves, winograd
+from halovae.kernels import halves, winograd
+from halovae.kernels.schemes import PLAIN, UPSAMPLING
 from halovae.plane import backends, operators, rings
 from halovae.plane.bands import Bands
 from halovae.plane.norms import Cells, Norm, activated, empty_like, is_dense, sum_of, write, writer
 from halovae.plane.operators import Cut
 from halovae.plane.rings import Edges
-from halovae.schemes import PLAIN, UPSAMPLING
 
 aten = torch.ops.aten
 

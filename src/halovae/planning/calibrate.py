@@ -25,16 +25,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halovae.geometry import Grid
-from halovae.halves import has_units
-from halovae.kernels import EAGER, Kernels
-from halovae.mesh import Mesh
+from halovae.device.platform import Platform, cache_folder
+from halovae.distributed.mesh import Mesh
+from halovae.grid import Grid
+from halovae.kernels.halves import has_units
+from halovae.kernels.native import EAGER, Kernels
 from halovae.models.load import NoEncoder
 from halovae.plane.results import ShardReport
 from halovae.plane.sharded import Sharded
 from halovae.planning.calibration import OTHER, Calibration, Line, Rates
 from halovae.planning.cost import Work, described, norm_work
-from halovae.platform import Platform, cache_folder
 
 # Latent frames, rows and cols of the decodes that are timed; accelerators need more to be busy.
 SAMPLES: tuple[tuple[int, int, int], ...] = ((3, 4, 4), (3, 8, 8), (2, 16, 16), (1, 32, 32))

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from halovae.kernels import EAGER, LANES, Kernels, Norms
-from halovae.memory import LiveBytes
+from halovae.device.memory import LiveBytes
+from halovae.kernels.native import EAGER, LANES, Kernels, Norms
 
 CPU = torch.device("cpu")
 # Kinds of work that are no operators: swapping borders, or sending frames; and collecting what all ranks have. Their

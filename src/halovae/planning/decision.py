@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from halovae.geometry import Grid
+from halovae.grid import Grid
 
 # What a decode may take beyond its tensors (scratch of libraries, an allocator's unused parts), as a share of them.
 MARGIN = 0.15

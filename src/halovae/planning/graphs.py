@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halovae.geometry import Grid
-from halovae.kernels import EAGER
-from halovae.lines import Lines, Scope
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.transport import Lines, Scope
+from halovae.grid import Grid
+from halovae.kernels.native import EAGER
 from halovae.plane import operators, windows
 from halovae.plane.agreement import likeness, meta_arguments
 from halovae.plane.flops import flops

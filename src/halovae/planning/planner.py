@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from halovae.kernels import Kernels
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
+from halovae.kernels.native import Kernels
 from halovae.planning.calibrate import calibrated, key_of, stored
 from halovae.planning.calibration import Calibration, read, shipped
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from halovae.geometry import Grid
+from halovae.grid import Grid
 from halovae.planning.calibration import Calibration
 from halovae.planning.cost import EXCHANGE, GATHER, Cost
 from halovae.planning.decision import MARGIN, WORTH, Candidate, Decision, TooLittleMemory

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.integrations.autoencoder import Autoencoder
-from halovae.out_of_memory import is_out_of_memory
+from halovae.device.platform import Platform
+from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.planning.decision import TooLittleMemory
-from halovae.platform import Platform
 from halovae.report import DecodeReport
+from halovae.runtime.autoencoder import Autoencoder
 from halovae.serving.files import Batch, Order, Writer
 from halovae.serving.lead import IDLE, Lead
 from halovae.serving.line import RankLine

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import zmq
 import zmq.asyncio
 
-from halovae.media import discard
+from halovae.io.media import discard
 from halovae.serving.jobs import ATTEMPTS, Job, Jobs, Wish, adopt, tidy
 from halovae.serving.line import BEAT
 from halovae.serving.metrics import Metrics

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from halovae.generation import Generator, Made, StepEnd
-from halovae.integrations.autoencoder import Autoencoder
-from halovae.integrations.previews import Preview, previews
-from halovae.memory import MemoryMeter
-from halovae.pipelines import Prompt
+from halovae.device.memory import MemoryMeter
+from halovae.device.platform import Platform
+from halovae.pipelines.generator import Generator, Made, StepEnd
+from halovae.pipelines.previews import Preview, previews
+from halovae.pipelines.specs import Prompt
 from halovae.planning.planner import USABLE
-from halovae.platform import Platform
+from halovae.runtime.autoencoder import Autoencoder
 from halovae.serving.decoding import Decoding, summary, survived
 from halovae.serving.files import Batch, Order, Writer
 from halovae.serving.lead import IDLE, Lead

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from halovae import media
-from halovae.pipelines import Prompt
+from halovae.io import media
+from halovae.pipelines.specs import Prompt
 from halovae.serving.line import RankLine
 
 _WAITING = 2  # pieces of frames: more of them would only take memory

@@ -12,7 +12,7 @@ import traceback
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 
-from halovae.launch import end_with_parent, launch
+from halovae.distributed.launch import end_with_parent, launch
 from halovae.serving.engine import serve_as_rank
 from halovae.serving.settings import RankSettings
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from halovae.geometry import Grid
-from halovae.integrations.sharing import Mode
-from halovae.pipelines import Pipeline
+from halovae.grid import Grid
+from halovae.pipelines.specs import Pipeline
+from halovae.runtime.sharing import Mode
 
 
 @dataclass(frozen=True)

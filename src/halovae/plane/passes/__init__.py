@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import fx
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane.passes import (
     biases,
     channels_last,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane import operators, windows
 from halovae.plane.layout import ranges
 from halovae.plane.operators import Cut

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane import windows
 from halovae.plane.passes.graphs import recounted
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane import operators, windows
 from halovae.plane.operators import emit
 from halovae.plane.passes.graphs import only_user

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane import operators, windows
 from halovae.plane.live import root
 

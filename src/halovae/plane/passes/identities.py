@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane import operators, windows
 from halovae.plane.live import root, same
 from halovae.plane.passes.graphs import shared

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane import operators, windows
 from halovae.plane.live import root, same, shares, size_of
 from halovae.plane.passes.graphs import shared, uses

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane import backends, operators, windows
 from halovae.plane.live import same
 from halovae.plane.norms import Cells

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane.passes.graphs import inserted
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from halovae.mesh import Mesh
+from halovae.distributed.mesh import Mesh
 from halovae.plane import windows
 from halovae.plane.live import root, same
 from halovae.plane.passes.graphs import only_user, replaced, shared

@@ -1,0 +1,177 @@
+"""Start ranks on this host with torch's elastic launcher, or join those that torchrun has started."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from halovae.device.platform import RANK_ENVIRONMENT, threads_per_rank
+from halovae.distributed.mesh import leave_world
+from halovae.distributed.transport import meet_in_file, world_size
+
+
+class RankError(RuntimeError):
+    """A rank failed, and the others were ended. The message holds the failing rank's traceback or signal.
+
+    Attributes:
+        cause: the exception that ended the rank, where it is known.
+        killed: whether the system ended it (SIGKILL), as it does when the host's memory runs out.
+    """
+
+    def __init__(self, message: str, cause: Exception | None = None, killed: bool = False) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.killed = killed
+
+
+def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run `function(*args)` on `ranks` ranks.
+
+    One rank runs in this process. Several are new processes; `function` and `args` must be picklable. Under torchrun
+    this process is a rank already: the function runs here, and `ranks` must be the world's size.
+
+    New processes meet in a file that only this user can open, and listen on the loopback interface only. They join
+    their process group by `halovae.distributed.transport.join_world`: there is no `MASTER_ADDR`.
+
+    Returns:
+        What the function returned, by rank; under torchrun, for this rank alone.
+
+    Raises:
+        ValueError: `ranks` is not the size of the world that torchrun started.
+        RankError: a rank failed; the others have been ended.
+        KeyboardInterrupt: the user interrupted; all ranks have been ended.
+    """
+    if under_torchrun():
+        if ranks != world_size():
+            raise ValueError(f"{ranks} ranks asked for, but torchrun has started {world_size()}: leave the number out")
+        return [_in_world(function, *args)]
+    if ranks == 1:
+        return [function(*args)]
+    for name, value in {"OMP_NUM_THREADS": str(threads_per_rank(ranks)), **RANK_ENVIRONMENT}.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are shown once, by us
+    try:
+        with tempfile.TemporaryDirectory(prefix="halovae-ranks-", ignore_cleanup_errors=True) as folder:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=ranks,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend=_OneAgent.NAME,
+                local_addr="127.0.0.1",
+                max_restarts=0,
+                monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
+            )
+            results = elastic_launch(config, _rank_main)(Path(folder, "store"), function, *args)
+    except SignalException as stopped:
+        raise KeyboardInterrupt from stopped
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode == -signal.SIGINT:
+            raise KeyboardInterrupt from failed
+        reason = failure.message
+        if isinstance(reason, dict):
+            reason = reason.get("extraInfo", {}).get("py_callstack") or reason.get("message", str(reason))
+        raise RankError(f"rank {rank} failed, and all ranks were ended:\n{str(reason).rstrip()}") from failed
+    return [results[rank] for rank in range(ranks)]
+
+
+class _OneAgent(RendezvousHandler):
+    """Rendezvous of the only agent. Its store is its own memory.
+
+    torch's handlers open a TCP store on all interfaces, and unpickle what anybody writes there.
+    """
+
+    NAME = "halovae"
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        self._run_id = parameters.run_id
+
+    def get_backend(self) -> str:
+        return self.NAME
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        # torch takes an empty MASTER_ADDR for a missing one, so no rank can open a TCP store by accident.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo("", 0))
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        pass
+
+    def shutdown(self) -> bool:
+        return True
+
+
+rendezvous_handler_registry.register(_OneAgent.NAME, _OneAgent)
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or another launcher that sets its environment, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def end_with_parent(folder: Path | None = None) -> None:
+    """Wait for the end of the process that started this one, and end it too; for a thread.
+
+    A parent that is killed cannot end its ranks, and one that computes does not look at its lines.
+
+    Args:
+        folder: a temporary one that the parent made, and cannot remove once it is killed.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+@record
+def _rank_main(store: Path, function: Callable[..., Any], *args: Any) -> Any:
+    meet_in_file(store)
+    threading.Thread(target=end_with_parent, args=(store.parent,), daemon=True).start()
+    # torch has the system interrupt a rank whose launcher ended, which would leave no time to remove the folder.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(0)  # type: ignore[attr-defined]
+    # Ctrl-C reaches every process of the terminal; the launcher is the one to report it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return _in_world(function, *args)
+
+
+def _in_world(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    finally:
+        leave_world()

@@ -1,0 +1,185 @@
+"""This process's place among the ranks: gathers, and errors that end every rank."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from halovae.device.platform import Platform, Stopwatch
+from halovae.distributed.transport import Lines, ProcessLines, Scope, Value, world_size
+from halovae.grid import Grid, Shard
+
+
+class Traffic:
+    """What a rank sends, and how long it waits for what others send.
+
+    Attributes:
+        messages: how many it sent; a gather counts as one to each other rank.
+        bytes: their size.
+        calls: how often it exchanged or collected something.
+        waiting: the time for halos, and for other ranks' keys and values.
+    """
+
+    def __init__(self, platform: Platform) -> None:
+        self.messages = self.bytes = self.calls = 0
+        self.waiting = Stopwatch(platform)
+
+    def sent(self, tensor: Tensor, times: int = 1) -> None:
+        self.messages += times
+        self.bytes += times * tensor.numel() * tensor.element_size()
+
+
+class Mesh:
+    """This process's place on a grid of ranks, and its lines to the others.
+
+    Making a mesh of several ranks is a collective call: all ranks make it, in the same order. A mesh serves one decode
+    at a time in each thread; threads that decode at once each need a mesh of their own, made in one order on all ranks.
+
+    Args:
+        grid: the extents of the mesh; without `lines`, `grid.size` must equal the world's size, or be 1: each rank
+            then stands alone.
+        device: where the exchanged tensors live.
+        lines: how the ranks reach each other, which may be more than the grid has; None for the processes of this
+            world, or for none at all where the grid has one rank.
+
+    Raises:
+        ValueError: the grid does not match the world.
+    """
+
+    def __init__(self, grid: Grid, device: torch.device, lines: Lines | None = None) -> None:
+        world = world_size()
+        if lines is None and grid.size not in (1, world):
+            raise ValueError(
+                f"grid {grid} needs {grid.size} ranks, but the world has {world}: choose a grid of {world}, "
+                f"such as {world}x1, or start {grid.size} ranks (torchrun --nproc-per-node {grid.size})"
+            )
+        self.grid = grid
+        self.platform = Platform(device)
+        self.traffic = Traffic(self.platform)
+        self.lines = lines or (ProcessLines(grid, device) if grid.size > 1 else Lines())
+        self.rank = self.lines.rank
+        self.alone = self.lines.world == 1
+        self.item, self.row, self.col = grid.coordinates(self.rank)
+        self._user: int | None = None
+
+    def _exchange(self, scope: Scope, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
+        if not (sends or receives):
+            return
+        for _, tensor in sends:
+            self.traffic.sent(tensor)
+        self.lines.exchange(scope, sends, receives)
+        self.traffic.calls += 1
+
+    def _collect(self, own: Tensor, sizes: Sequence[int], scope: Scope) -> list[Tensor]:
+        """Every rank's flat `own`, whose lengths may differ, in the order of the scope's ranks."""
+        padded = own.new_empty(max(sizes))
+        padded[: own.numel()] = own.flatten()
+        self.traffic.sent(padded, len(sizes) - 1)
+        everyone = self.lines.all_gather(scope, padded, len(sizes))
+        self.traffic.calls += 1
+        return [flat[:size] for flat, size in zip(everyone, sizes, strict=True)]
+
+    def gather_frames(self, own: Tensor, shards: Sequence[Shard], out: Tensor | None, everyone: bool) -> None:
+        """Lay the frames of several ranks into the full picture.
+
+        Args:
+            own: this rank's frames `[B, C, T, H, W]`, contiguous.
+            shards: the shards of the grid's ranks at the scale of the frames.
+            out: the full frames to fill; None on a rank that receives nothing.
+            everyone: True fills `out` on every rank, False on rank 0 only.
+        """
+        channels, frames = own.shape[1:3]
+        shapes = [shard.shape(channels, frames) for shard in shards]
+        if everyone:
+            sizes = [math.prod(shape) for shape in shapes]
+            parts = self._collect(own, sizes + [0] * (self.lines.world - len(sizes)), "world")
+            pictures = [one.view(shape) for one, shape in zip(parts, shapes, strict=False)]
+        elif self.rank == 0:
+            pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
+            receives = [(peer, picture.flatten()) for peer, picture in enumerate(pictures[1:], start=1)]
+            self._exchange("world", [], receives)
+        else:
+            self._exchange("world", [(0, own.flatten())], [])
+        if out is not None:
+            for shard, picture in zip(shards, pictures, strict=True):
+                out[shard.index] = picture
+
+    def agree(self, request: str, error: Exception | None, offer: Value) -> list[Value]:
+        """Make sure that all ranks are about to do the same, and that none of them has refused.
+
+        Args:
+            request: what this rank is about to do.
+            error: why this rank cannot; it is raised here, and named on the other ranks.
+            offer: what this rank has to say besides.
+
+        Returns:
+            What every rank offers.
+
+        Raises:
+            RuntimeError: another rank refused, or means to do something else.
+        """
+        reason = "" if error is None else f"{type(error).__name__}: {error}"
+        everyone = self.lines.all_values((request, reason, offer))
+        if error is not None:
+            raise error
+        refusals = [f"rank {rank}: {reason}" for rank, (_, reason, _) in enumerate(everyone) if reason]
+        if refusals:
+            raise RuntimeError("this rank could go on, but others cannot; " + "; ".join(refusals))
+        if len({wish for wish, _, _ in everyone}) > 1:
+            wishes = "; ".join(f"rank {rank}: {wish}" for rank, (wish, _, _) in enumerate(everyone))
+            raise RuntimeError(f"all ranks must ask for the same, but they differ: {wishes}")
+        return [offered for _, _, offered in everyone]
+
+    @contextmanager
+    def in_use(self, traffic: Traffic) -> Iterator[None]:
+        """Hold the mesh for one chunk, and count what it sends in `traffic`.
+
+        Raises:
+            RuntimeError: another thread holds it; their messages would mix.
+        """
+        me = threading.get_ident()
+        if self.grid.size > 1 and self._user not in (None, me):
+            raise RuntimeError(
+                "two threads decode over one mesh at once, and their messages would mix: "
+                "make a Mesh for each, in the same order on all ranks, and pass it as mesh="
+            )
+        self._user, self.traffic = me, traffic
+        try:
+            yield
+        finally:
+            self._user = None
+
+
+_meshes: dict[tuple[Grid, torch.device, object], Mesh] = {}
+
+
+def mesh_for(grid: Grid, device: torch.device) -> Mesh:
+    """The mesh that decodes share when they name only a grid: made once per process, grid, device and process group.
+
+    Args:
+        grid: its extents.
+        device: where the exchanged tensors live.
+
+    Raises:
+        ValueError: the grid does not match the world.
+    """
+    key = (grid, device, dist.group.WORLD if dist.is_initialized() else None)
+    if key not in _meshes:
+        _meshes[key] = Mesh(grid, device)
+    return _meshes[key]
+
+
+def leave_world() -> None:
+    """Leave the process group, if this process is in one, and let go of the meshes over it.
+
+    While they hold its parts, those would only end with the interpreter, whose threads may be gone by then.
+    """
+    _meshes.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()

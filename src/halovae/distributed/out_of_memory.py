@@ -1,0 +1,68 @@
+"""A rank runs out of memory during a decode: it drains its peers, and all ranks turn to a leaner grid together.
+
+A rank that just stopped would leave its neighbors waiting for halos that never come. So it repeats the chunk on meta
+tensors, and exchanges zeros in place of what is still due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from halovae.distributed.transport import Lines, Scope
+
+# What a CPU says: torch's allocator, C++, and oneDNN, which does not say why (a leaner grid, tried once, tells).
+_SHORTAGES = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")
+
+
+class RankOutOfMemoryError(RuntimeError):
+    """A rank ran out of memory, and all ranks stopped after the same chunk."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had; the CPU's libraries have no class of their own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _SHORTAGES)
+
+
+class Calls:
+    """Counts exchanges, to skip those that were done before; shared by the lines of several meshes."""
+
+    def __init__(self, done: int) -> None:
+        self._left = done
+
+    def is_due(self) -> bool:
+        """Whether the next exchange was not done before."""
+        self._left -= 1
+        return self._left < 0
+
+
+class DrainingLines(Lines):
+    """Lines that skip the exchanges that were done before, and exchange zeros in the others.
+
+    Args:
+        lines: those of the decode.
+        calls: says which exchanges were done.
+        device: where messages lie.
+    """
+
+    def __init__(self, lines: Lines, calls: Calls, device: torch.device) -> None:
+        self.rank, self.world = lines.rank, lines.world
+        self._lines, self._calls, self._device = lines, calls, device
+
+    def _void(self, tensor: Tensor) -> Tensor:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
+
+    def start(
+        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], None]:
+        if not self._calls.is_due():
+            return lambda: None
+        sent, received = ([(peer, self._void(one)) for peer, one in side] for side in (sends, receives))
+        return self._lines.start(scope, sent, received)
+
+    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
+        if self._calls.is_due():
+            self._lines.all_gather(scope, self._void(own), ranks)
+        return [torch.empty_like(own) for _ in range(ranks)]

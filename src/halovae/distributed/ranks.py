@@ -1,0 +1,143 @@
+"""Rank processes that stay: started once, then given one function after the other.
+
+For measurements and tests, which call many functions on the same ranks. One decode is started by `launch`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from halovae.device.platform import RANK_ENVIRONMENT
+from halovae.distributed.launch import RankError, end_with_parent
+from halovae.distributed.transport import meet_in_file
+
+Result = TypeVar("Result")
+
+
+class Ranks:
+    """A group of processes on this host, which meet at the first collective call.
+
+    Args:
+        size: how many ranks.
+        threads: CPU threads of each.
+        environment: what they are started with besides this process's environment.
+    """
+
+    def __init__(self, size: int, threads: int = 1, environment: Mapping[str, str] = RANK_ENVIRONMENT) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="halovae-ranks-", ignore_cleanup_errors=True)
+        store = Path(self._folder.name, "store")
+        context = multiprocessing.get_context("spawn")
+        self._lines: list[Connection] = []
+        self._processes = []
+        with _environment(environment):
+            for rank in range(size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, size, store, threads, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self._lines.append(ours)
+                self._processes.append(process)
+
+    def run(self, function: Callable[..., Result], *args: Any) -> list[Result]:
+        """Call `function(*args)` on all ranks at once; both must be picklable.
+
+        Returns:
+            What it returned, by rank.
+
+        Raises:
+            RankError: it failed on a rank, whose traceback is the message; the group has been ended.
+        """
+        for line in self._lines:
+            line.send((function, args))
+        results: dict[int, Result] = {}
+        while len(results) < len(self._lines):
+            waiting = [line for rank, line in enumerate(self._lines) if rank not in results]
+            ready = wait(waiting)
+            for rank in [rank for rank, line in enumerate(self._lines) if line in ready]:
+                try:
+                    failed, answer, cause = self._lines[rank].recv()
+                except EOFError:
+                    self._processes[rank].join(5)
+                    code = self._processes[rank].exitcode
+                    failed, answer, cause = True, f"the process ended with exit code {code}", None
+                if failed:
+                    killed = self._was_killed()
+                    self.close()
+                    message = f"rank {rank} failed, and all ranks were ended:\n{answer}"
+                    raise RankError(message, cause, killed)
+                results[rank] = answer
+        return [results[rank] for rank in range(len(self._lines))]
+
+    @property
+    def alive(self) -> bool:
+        """Whether none of its processes has ended."""
+        return all(process.is_alive() for process in self._processes)
+
+    def _was_killed(self) -> bool:
+        """Whether the system killed a rank. What another one says of its lost connection can arrive first."""
+        ended = wait([process.sentinel for process in self._processes], timeout=1)
+        for process in self._processes:
+            if process.sentinel in ended:
+                process.join(1)  # its files are closed before it can be waited for
+        return any(process.exitcode == -signal.SIGKILL for process in self._processes)
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def _environment(added: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _serve(rank: int, size: int, store: Path, threads: int, line: Connection) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    meet_in_file(store)
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, args=(store.parent,), daemon=True).start()
+    while True:
+        try:
+            function, args = line.recv()
+        except (EOFError, KeyboardInterrupt):
+            break
+        try:
+            line.send((False, function(*args), None))
+        except Exception as error:
+            try:
+                line.send((True, traceback.format_exc(), error))
+            except (TypeError, AttributeError, pickle.PicklingError):
+                line.send((True, traceback.format_exc(), None))
+    if dist.is_initialized():
+        dist.destroy_process_group()

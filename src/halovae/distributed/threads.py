@@ -1,0 +1,197 @@
+"""Ranks that are threads of one process and share a device: they meet where they exchange halos.
+
+They take turns, one computing at a time, so that what each takes can be told apart: its time, and the memory of its
+tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from halovae.device.platform import Platform
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.transport import Lines, Scope, Value
+from halovae.grid import Grid
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Link:
+    """What lies between two ranks.
+
+    The defaults are of the order of NVLink and HCCS within one host: messages over NCCL or HCCL take tens of
+    microseconds to begin with, whatever their size.
+
+    Attributes:
+        latency: seconds from a message's start to its first byte's arrival.
+        bandwidth: bytes per second, each way.
+    """
+
+    latency: float = 20e-6
+    bandwidth: float = 100e9
+
+    def seconds(self, tensor: Tensor) -> float:
+        """How long a message takes."""
+        return self.latency + tensor.numel() * tensor.element_size() / self.bandwidth
+
+
+def on_threads(grid: Grid, device: torch.device, function: Callable[[Mesh], Result]) -> list[Result]:
+    """Call a function on each rank of a grid, every rank a thread of this process. One computes at a time.
+
+    Args:
+        grid: of the ranks.
+        device: which all of them use.
+        function: takes the rank's mesh.
+
+    Returns:
+        What it returned, by rank.
+
+    Raises:
+        BaseException: what the first rank that failed raised.
+    """
+    return on_clocks(grid, device, lambda mesh, _: function(mesh), Link())
+
+
+def on_clocks(
+    grid: Grid, device: torch.device, function: Callable[[Mesh, ThreadLines], Result], link: Link
+) -> list[Result]:
+    """The same, where the function takes the rank's lines as well, whose clock goes as if each had its own device."""
+    meeting, platform = _Meeting(grid, link), Platform(device)
+    results: dict[int, Result] = {}
+
+    random = torch.get_rng_state()
+
+    def work(rank: int) -> None:
+        try:
+            with meeting.turn:
+                torch.set_rng_state(random)
+                lines = ThreadLines(meeting, rank, platform)
+                results[rank] = function(Mesh(grid, device, lines), lines)
+        except BaseException as error:
+            meeting.fail(error)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(grid.size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if meeting.failure is not None:
+        raise meeting.failure
+    return [results[rank] for rank in range(grid.size)]
+
+
+class _Meeting:
+    """Where simulated ranks leave what they send. Who computes holds `turn`; waiting for others lets go of it."""
+
+    def __init__(self, grid: Grid, link: Link) -> None:
+        self.grid, self.link = grid, link
+        self.turn = threading.Condition()
+        self.failure: BaseException | None = None
+        self._letters: defaultdict[tuple[int, int], deque[tuple[Any, float]]] = defaultdict(deque)
+
+    def members(self, scope: Scope, rank: int) -> list[int]:
+        """The ranks that meet in a scope, this one among them."""
+        item, row, col = self.grid.coordinates(rank)
+        same = {
+            "rows": lambda i, r, c: (i, c) == (item, col),
+            "cols": lambda i, r, c: (i, r) == (item, row),
+            "plane": lambda i, r, c: i == item,
+            "world": lambda i, r, c: True,
+        }[scope]
+        return [other for other in range(self.grid.size) if same(*self.grid.coordinates(other))]
+
+    def post(self, sender: int, receiver: int, content: Any, sent: float) -> None:
+        self._letters[sender, receiver].append((content, sent))
+        self.turn.notify_all()
+
+    def collect(self, sender: int, receiver: int) -> tuple[Any, float]:
+        """Wait for the next letter: its content, and when it was sent.
+
+        Raises:
+            RuntimeError: another rank has failed.
+        """
+        letters = self._letters[sender, receiver]
+        self.turn.wait_for(lambda: letters or self.failure)
+        if self.failure is not None:
+            raise RuntimeError("another simulated rank failed") from self.failure
+        return letters.popleft()
+
+    def fail(self, error: BaseException) -> None:
+        with self.turn:
+            self.failure = self.failure or error
+            self.turn.notify_all()
+
+
+class ThreadLines(Lines):
+    """A simulated rank's lines, and its clock: where a rank of its own device would be in time."""
+
+    shared_device = True
+
+    def __init__(self, meeting: _Meeting, rank: int, platform: Platform) -> None:
+        self.rank, self.world = rank, meeting.grid.size
+        self.clock = self.computing = self.waiting = 0.0
+        self._meeting, self._platform = meeting, platform
+        self._resumed = time.perf_counter()
+
+    def pause(self) -> None:
+        """Put what was computed since the last turn on the clock."""
+        self._platform.synchronize()
+        self._random = torch.get_rng_state()  # each rank draws the numbers that a process of its own would
+        took = time.perf_counter() - self._resumed
+        self.clock += took
+        self.computing += took
+
+    def _resume(self, arrivals: Sequence[float]) -> None:
+        later = max([self.clock, *arrivals])
+        self.waiting += later - self.clock
+        self.clock = later
+        torch.set_rng_state(self._random)
+        self._resumed = time.perf_counter()
+
+    def start(
+        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], None]:
+        self.pause()
+        for peer, tensor in sends:
+            self._meeting.post(self.rank, peer, tensor, self.clock)
+        self._resume([])
+
+        def wait() -> None:
+            self.pause()
+            arrivals = []
+            for peer, tensor in receives:
+                content, sent = self._meeting.collect(peer, self.rank)
+                tensor.copy_(content)
+                arrivals.append(sent + self._meeting.link.seconds(content))
+            self._resume(arrivals)
+
+        return wait
+
+    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
+        contents, last = self._all(scope, own)
+        # Around a ring: each rank passes on one part after the other.
+        self._resume([last + (ranks - 1) * self._meeting.link.seconds(own)])
+        return contents
+
+    def all_values(self, value: Value) -> list[Value]:
+        values, last = self._all("world", value)
+        self._resume([last])
+        return values
+
+    def _all(self, scope: Scope, own: Any) -> tuple[list[Any], float]:
+        """What everybody in the scope gives, and when the last of them gave it."""
+        self.pause()
+        members = self._meeting.members(scope, self.rank)
+        for peer in members:
+            self._meeting.post(self.rank, peer, own, self.clock)
+        letters = [self._meeting.collect(peer, self.rank) for peer in members]
+        return [content for content, _ in letters], max(sent for _, sent in letters)

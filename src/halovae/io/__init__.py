@@ -1,0 +1,1 @@
+"""Latents and media, to and from files."""

@@ -1,0 +1,1 @@
+"""What graph passes lower convolutions and norms to."""

@@ -1,0 +1,371 @@
+"""Passes over memory of Winograd's convolution and of the norms before it: by PyTorch's operators, or compiled.
+
+`native.cpp` reads and writes each value once, as the C++ compiler of this machine makes it. What it cannot do is left
+to the operators: numbers of channels that 16 does not divide, fp64, maps whose cells have gaps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halovae.device.platform import cache_folder
+from halovae.kernels.schemes import SCHEMES, Matrix, Scheme
+
+LANES = 16  # channels that `native.cpp` takes at once
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_COMPILERS = "g++", "clang++", "c++"
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+_NATIVE = ("-march=native",), ("-mcpu=native",), ()  # what a compiler may call this machine's instructions
+_SECONDS = 120  # that a compiler may take
+_LOOKING = 2  # seconds that a call may wait to hear whether there is a library from an earlier process
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Norms of maps `[N, *, C]`, each in one loop; computed in fp32 and rounded once.
+
+    Attributes:
+        takes: whether they can read, or write to, a map.
+        normalize: `x / sqrt(max(|x|^2 + added, least)) * scale` over the last dim: takes `x`, `scale` `[C]`, `added`,
+            `least`, whether SiLU follows, and memory for the result, which may be `x`.
+        scale_and_shift: `x * factors + terms`: takes `x`, both of them `[N, C]`, whether SiLU follows, and memory for
+            the result, which may be `x`.
+        moments: the variance and the mean of each channel, `[2, N, C]`. Takes `x`, which is contiguous.
+    """
+
+    takes: Callable[[Tensor], bool]
+    normalize: Callable[[Tensor, Tensor, float, float, bool, Tensor], None]
+    scale_and_shift: Callable[[Tensor, Tensor, Tensor, bool, Tensor], None]
+    moments: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What passes over memory are made with. Maps are seen with the channels last, whatever their layout in memory.
+
+    Attributes:
+        spread: takes a band of a window `[T, L, W, C]`, its rows of tiles, the scheme, fp32 memory for what is in
+            between, and memory for the result `[products^2, T, tiles, C]`.
+        merge: takes products `[products^2, T, tiles, O]`, the rows of tiles, the scheme, memory for what is in between,
+            a bias `[O]`, the result's memory `[T, H, W, O]`, and whether to add to it.
+        norms: those that are one loop, if there are any.
+    """
+
+    spread: Callable[[Tensor, int, Scheme, Tensor, Tensor], None]
+    merge: Callable[[Tensor, int, Scheme, Tensor, Tensor, Tensor, bool], None]
+    norms: Norms | None
+
+
+def _spread(band: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
+    frames, _, width, channels = band.shape
+    cols = (width - len(how.spread[0])) // how.step + 1
+    halfway = carved(memory, (how.products, frames, rows, width, channels))
+    _combine(how.spread, _strided(band, 1, how.step, rows, len(how.spread[0])), halfway.unbind())
+    final = out.view(how.products, how.products, frames, rows, cols, channels)
+    inputs = _strided(halfway, 3, how.step, cols, len(how.spread[0]))
+    _combine(how.spread, inputs, final.unbind())
+
+
+def _merge(products: Tensor, rows: int, how: Scheme, memory: Tensor, bias: Tensor, out: Tensor, add: bool) -> None:
+    frames, width, channels = out.shape[0], out.shape[2], out.shape[3]
+    halfway = carved(memory, (how.products, frames, rows, width, channels))
+    cols = halfway.unflatten(3, (-1, how.results)).unbind(4)
+    parts = products.view(how.products, how.products, frames, rows, -1, channels)
+    _combine(how.merge, parts.unbind(), cols)
+    lines = out.unflatten(1, (rows, how.results)).unbind(2)
+    for line, total in zip(lines, _combined(how.merge, halfway.unbind()), strict=True):
+        line.copy_(total + bias + line if add else total + bias)
+
+
+def _strided(x: Tensor, dim: int, step: int, count: int, inputs: int) -> list[Tensor]:
+    """The cells of tiles along a dim: the first of each, the second, and so on."""
+    return [x.narrow(dim, at, step * (count - 1) + 1)[(slice(None),) * dim + (slice(None, None, step),)]
+            for at in range(inputs)]  # fmt: skip
+
+
+def _combine(matrix: Matrix, parts: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    for out, total in zip(outs, _combined(matrix, parts), strict=True):
+        out.copy_(total)
+
+
+def _combined(matrix: Matrix, parts: Sequence[Tensor]) -> list[Tensor]:
+    """The product of a matrix and parts, in fp32."""
+    sums = []
+    for row in matrix:
+        terms = [part.float() * factor for factor, part in zip(row, parts, strict=True) if factor]
+        total = terms[0]
+        for term in terms[1:]:
+            total += term
+        sums.append(total)
+    return sums
+
+
+def carved(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    """The beginning of flat memory as a tensor."""
+    return memory[: math.prod(shape)].view(*shape)
+
+
+EAGER = Kernels(_spread, _merge, None)
+
+
+def compiled() -> Kernels:
+    """The kernels as a C++ compiler makes them, in 3 s; the library is kept in the cache folder.
+
+    Raises:
+        OSError: there is no compiler, or it failed.
+    """
+    attempt = _attempt()
+    attempt.join()
+    if isinstance(attempt.outcome, OSError):
+        raise attempt.outcome
+    assert attempt.outcome is not None
+    return attempt.outcome
+
+
+def prepare(device: torch.device) -> None:
+    """Compile kernels for a device in the background, unless there are some."""
+    if device.type == "cpu":
+        _attempt()
+
+
+def ready(device: torch.device, wait: bool = False) -> bool:
+    """Whether there are compiled kernels for a device. If there are none yet, they are compiled in the background.
+
+    Args:
+        device: the kind of device counts.
+        wait: for the compiler.
+
+    Warns:
+        RuntimeWarning: they cannot be compiled, and why. Once.
+    """
+    if device.type != "cpu":
+        return False
+    attempt = _attempt()
+    attempt.looked.wait(_LOOKING)
+    if wait:
+        attempt.join()
+    outcome = attempt.outcome
+    if isinstance(outcome, OSError) and not attempt.told:
+        attempt.told = True
+        warnings.warn(
+            f"kernels run uncompiled, since they could not be compiled: {outcome}", RuntimeWarning, stacklevel=3
+        )
+    return isinstance(outcome, Kernels)
+
+
+class _Attempt(threading.Thread):
+    """Loads the library, or compiles it.
+
+    Attributes:
+        looked: is set once it is known whether there is one from an earlier process.
+        outcome: the kernels, or why there are none; None before that is known.
+        told: whether somebody was told why.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="halovae kernels")  # no daemon: a process that ends earlier leaves it to later ones
+        self.looked = threading.Event()
+        self.outcome: Kernels | OSError | None = None
+        self.told = False
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome = _Library(_loaded(self.looked)).kernels()
+        except Exception as error:
+            self.outcome = error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
+        finally:
+            self.looked.set()
+
+
+_starting = threading.Lock()
+
+
+def _attempt() -> _Attempt:
+    """The only attempt of this process."""
+    with _starting:
+        return _attempted()
+
+
+_attempted = cache(_Attempt)
+
+
+class _Library:
+    """`native.cpp` with tensors for arguments."""
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._functions = functions
+
+    def kernels(self) -> Kernels:
+        norms = Norms(self.takes, self.normalize, self.scale_and_shift, self.moments)
+        return Kernels(self.spread, self.merge, norms)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether channels lie side by side, cells of a row one after the other, and it can compute with them."""
+        channels = x.shape[-1]
+        plain = x.device.type == "cpu" and x.dtype in _DTYPES and channels % LANES == 0 and 3 <= x.ndim <= 5
+        plain = plain and x.stride(-1) == 1 and (x.shape[-2] == 1 or x.stride(-2) == channels)
+        return plain and hasattr(self._functions, f"normalize_{_named(x)}")
+
+    def normalize(self, x: Tensor, scale: Tensor, added: float, least: float, silu: bool, out: Tensor) -> None:
+        scale = scale.float().contiguous()
+        limits = ctypes.c_float(added), ctypes.c_float(least)
+        for item, result in zip(_frames(x), _frames(out), strict=True):
+            self._call(f"normalize_{_named(x)}", *_map(item), scale, *limits, silu, result, *result.stride()[:2])
+
+    def scale_and_shift(self, x: Tensor, factors: Tensor, terms: Tensor, silu: bool, out: Tensor) -> None:
+        for at, (item, result) in enumerate(zip(_frames(x), _frames(out), strict=True)):
+            given = factors[at].float().contiguous(), terms[at].float().contiguous()
+            self._call(f"scale_and_shift_{_named(x)}", *_map(item), *given, silu, result, *result.stride()[:2])
+
+    def moments(self, x: Tensor) -> Tensor:
+        found = torch.empty((2, len(x), x.shape[-1]), dtype=torch.float32, device=x.device)
+        for item, variance, mean in zip(x.flatten(1, -2), *found, strict=True):
+            self._call(f"moments_{_named(x)}", item, *item.shape, variance, mean)
+        return found
+
+    def spread(self, band: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
+        if not (self.takes(band) and _is_plain(out)):
+            EAGER.spread(band, rows, how, memory, out)
+            return
+        frames, _, width, channels = band.shape
+        cols = (width - len(how.spread[0])) // how.step + 1
+        sizes = *band.stride()[:2], frames, rows, cols, channels
+        self._call(f"spread_{how.name}_{_named(band)}", band, *sizes, out)
+
+    def merge(
+        self, products: Tensor, rows: int, how: Scheme, memory: Tensor, bias: Tensor, out: Tensor, add: bool
+    ) -> None:
+        frames, _, width, channels = out.shape
+        known = out.dtype in _DTYPES and channels % LANES == 0 and out.stride(3) == 1 and _is_plain(products)
+        if not known or not hasattr(self._functions, f"normalize_{_named(out)}"):
+            EAGER.merge(products, rows, how, memory, bias, out, add)
+            return
+        sizes = frames, rows, width // how.results, channels
+        bias = bias.float().contiguous()
+        self._call(f"merge_{how.name}_{_named(out)}", products, *sizes, bias, out, *out.stride()[:3], add)
+
+    def _call(self, name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
+        """Call a function with pointers to tensors, numbers, and the number of threads."""
+        threads = ctypes.c_int(torch.get_num_threads())
+        getattr(self._functions, name)(*map(_for_c, arguments), threads)
+
+
+def _for_c(
+    argument: Tensor | int | ctypes.c_float,
+) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_ssize_t | ctypes.c_float:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, int):
+        return ctypes.c_int(argument) if isinstance(argument, bool) else ctypes.c_ssize_t(argument)
+    return argument
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+
+
+def _named(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _frames(x: Tensor) -> list[Tensor]:
+    """The items of a map `[N, *, C]` as `[T, H, W, C]`."""
+    return [item[(None,) * (4 - item.ndim)] for item in x]
+
+
+def _map(x: Tensor) -> tuple[Tensor | int, ...]:
+    """A map `[T, H, W, C]`: where it lies, how far frames and rows are apart, and its extents."""
+    return x, *x.stride()[:2], *x.shape
+
+
+def _loaded(looked: threading.Event | None = None) -> ctypes.CDLL:
+    """The library from the cache folder; if there is none that can be loaded, `looked` is set, and it is compiled."""
+    commands = _commands()
+    source = _matrices() + files("halovae.kernels").joinpath("native.cpp").read_text(encoding="utf-8")
+    # What this machine's instructions and the compiler's version are, as far as the compiler knows.
+    about = _first([[*command, "-x", "c++", "-dM", "-E", "-"] for command in commands], "")
+    digest = hashlib.sha256("\0".join((about, source, *commands[0])).encode()).hexdigest()
+    path = cache_folder().resolve() / f"kernels-{digest[:16]}.so"
+    with contextlib.suppress(OSError):  # there is none, or it is broken, or for another C library
+        return ctypes.CDLL(str(path))
+    if looked is not None:
+        looked.set()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=path.parent)
+    except OSError:  # one that cannot be written to
+        folder = tempfile.TemporaryDirectory()
+    with folder:
+        made = Path(folder.name) / path.name
+        end = ["-x", "c++", "-", "-o", str(made)]
+        _first([[*command, *openmp, *end] for openmp in (["-fopenmp"], []) for command in commands], source)
+        functions = ctypes.CDLL(str(made))  # what is loaded stays so when the folder goes
+        with contextlib.suppress(OSError), made.open("rb") as file:
+            os.fsync(file.fileno())  # to load a part of a library ends the process
+            made.replace(path)  # other processes may be at it, too
+    return functions
+
+
+def _commands() -> list[list[str]]:
+    """How a compiler may be asked for this machine's code, the best first."""
+    try:
+        asked = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise OSError(f"CXX={os.environ['CXX']}: {error}") from None
+    found = [one for one in (asked, *([name] for name in _COMPILERS)) if one and shutil.which(one[0])]
+    if not found:
+        raise OSError(f"no C++ compiler: CXX names none, and there is none of {', '.join(_COMPILERS)}")
+    return [[*one, *_FLAGS, *native] for one in found for native in _NATIVE]
+
+
+def _first(commands: list[list[str]], source: str) -> str:
+    """What the first command that succeeds says of a source."""
+    said = ""
+    for command in commands:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            errors="replace", start_new_session=True,
+        ) as running:  # fmt: skip
+            try:
+                output, errors = running.communicate(source, timeout=_SECONDS)
+            except BaseException as error:  # Ctrl-C, too: a compiler is several processes
+                os.killpg(running.pid, signal.SIGKILL)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                raise OSError(f"{command[0]} took more than {_SECONDS} s") from None
+        if not running.returncode:
+            return output
+        said = said or errors.strip()[-500:]
+    raise OSError(f"{commands[0][0]} failed: {said}")
+
+
+def _matrices() -> str:
+    """The schemes as C++ has them."""
+    text = []
+    for name, how in SCHEMES.items():
+        members = [f"static constexpr int step = {how.step};"]
+        for of, matrix in (("spread", how.spread), ("merge", how.merge)):
+            rows = ", ".join("{" + ", ".join(f"{float(value)!r}f" for value in row) + "}" for row in matrix)
+            members.append(f"static constexpr float {of}[{len(matrix)}][{len(matrix[0])}] = {{{rows}}};")
+        text.append(f"struct {name.capitalize()} {{ {' '.join(members)} }};\n")
+    return "".join(text)

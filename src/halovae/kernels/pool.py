@@ -1,0 +1,156 @@
+"""The buffer pool: memory for a decode's feature maps on the CPU, reused as soon as nobody holds a map.
+
+Fresh memory is slow: the system hands it over page by page, cleared, when it is first written (a fifth of the time of a
+bf16 decode). Maps of other sizes can only reuse memory if all maps lie in one range of addresses. Accelerators need no
+pool: torch's allocator has one.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import resource
+import sys
+import weakref
+from bisect import bisect
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from halovae.device.platform import Platform
+
+_ALIGNMENT = 64  # bytes of a cache line
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+_NO_RESERVE = 0x4000  # MAP_NORESERVE of linux/mman.h, which Python knows since 3.13: else no process could fork
+# Bytes of scratch memory that go back to the system once a convolution needs less than half of them. Wan2.1 in bf16 on
+# two ranks had 137 MiB at its last level, and has 87 (1x16x3x16x16).
+_LARGE = 2**25
+
+
+class Pool:
+    """The memory of one decode.
+
+    Args:
+        device: the CPU, or "meta" for maps without data. On other devices torch's own allocator is asked for each map.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # Feature caches have an arena of their own: between maps that come and go they would leave small gaps.
+        self._maps, self._caches = _Arena(), _Arena()
+        self._scratch = 0  # bytes of the last scratch memory
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, kept: bool = False) -> Tensor:
+        """An uninitialized map, channels last where the device knows that.
+
+        Args:
+            shape: `[B, C, T, H, W]`.
+            dtype: of its values.
+            kept: whether it is a feature cache, for the next chunk of a clip.
+        """
+        batch, channels, *rest = shape
+        if self.device.type != "cpu":
+            layout = Platform(self.device).layout(len(shape))
+            return torch.empty(list(shape), dtype=dtype, device=self.device, memory_format=layout)
+        memory = (self._caches if kept else self._maps).allocate(math.prod(shape) * dtype.itemsize)
+        return memory.view(dtype).view(batch, *rest, channels).movedim(-1, 1)
+
+    def scratch(self, count: int) -> Tensor:
+        """`count` uninitialized fp32 elements."""
+        if self.device.type != "cpu":
+            return torch.empty(count, device=self.device)
+        size, before = count * torch.float32.itemsize, self._scratch
+        if before >= _LARGE and size < before // 2:
+            self._maps.clear()  # later levels have larger maps in its place
+        self._scratch = size
+        return self._maps.allocate(size).view(torch.float32)
+
+    def clear(self) -> None:
+        """Return free memory to the system. The pool can still allocate it again."""
+        self._maps.clear()
+        self._caches.clear()
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether a tensor lies in the pool. As long as it lives, so do the pool's pages."""
+        return any(one.holds(x) for one in (self._maps, self._caches))
+
+
+class _Arena:
+    """Reserved addresses: the system gives memory only for what is written. A map takes the first gap that fits it."""
+
+    def __init__(self) -> None:
+        self._reserved: mmap.mmap | None = None
+        self._bytes: Tensor | None = None  # all of it; None before the first allocation
+        self._gaps: list[tuple[int, int]] = []  # where each begins and ends, in order
+        self._freed: deque[tuple[int, int]] = deque()  # by any thread, since the last allocation
+
+    def holds(self, x: Tensor) -> bool:
+        return self._bytes is not None and 0 <= x.data_ptr() - self._bytes.data_ptr() < len(self._bytes)
+
+    def allocate(self, size: int) -> Tensor:
+        """So many bytes; from torch's allocator if they do not fit."""
+        if self._bytes is None:
+            self._reserved = _reserved()
+            memory = self._reserved
+            self._bytes = torch.empty(0) if memory is None else torch.frombuffer(memory, dtype=torch.uint8)
+            self._gaps = [(0, len(self._bytes))]
+        self._reclaim()
+        taken = -(-size // _ALIGNMENT) * _ALIGNMENT
+        for at, (start, stop) in enumerate(self._gaps):
+            if 0 < taken <= stop - start:
+                self._gaps[at : at + 1] = [(start + taken, stop)] if start + taken < stop else []
+                buffer: Tensor = torch.ops.halovae.buffer(self._bytes, start, size)
+                weakref.finalize(buffer.untyped_storage(), self._freed.append, (start, start + taken)).atexit = False
+                return buffer
+        return torch.empty(size, dtype=torch.uint8)
+
+    def clear(self) -> None:
+        """Return the pages of gaps to the system."""
+        if self._reserved is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._reclaim()
+            for start, stop in self._gaps:
+                first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+                if first < last:
+                    self._reserved.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _reclaim(self) -> None:
+        while self._freed:
+            self._add_gap(*self._freed.popleft())
+
+    def _add_gap(self, start: int, stop: int) -> None:
+        """Add a gap, merged with its neighbors."""
+        at = bisect(self._gaps, (start, stop))
+        if at < len(self._gaps) and self._gaps[at][0] == stop:
+            _, stop = self._gaps.pop(at)
+        if at and self._gaps[at - 1][1] == start:
+            at -= 1
+            start, _ = self._gaps.pop(at)
+        self._gaps.insert(at, (start, stop))
+
+
+def _reserved() -> mmap.mmap | None:
+    """Addresses for as many bytes as the host has; None where they are scarce."""
+    limits = (resource.getrlimit(one)[0] for one in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    promised = _OVERCOMMIT.exists() and _OVERCOMMIT.read_text().strip() == "2"  # proc(5): what is reserved counts
+    if promised or any(limit != resource.RLIM_INFINITY for limit in limits) or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return None
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_NO_RESERVE if sys.platform == "linux" else 0)
+    try:
+        return mmap.mmap(-1, psutil.virtual_memory().total, flags)
+    except OSError:
+        return None
+
+
+def _buffer(memory: Tensor, start: int, size: int) -> Tensor:
+    """Some bytes as a tensor with a storage of its own, which keeps the whole memory."""
+    return torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=size, offset=start)
+
+
+# An operator, so that dispatch modes that count memory see each map.
+_library = torch.library.Library("halovae", "FRAGMENT")
+_library.define("buffer(Tensor memory, int start, int size) -> Tensor")
+_library.impl("buffer", _buffer, "CPU")

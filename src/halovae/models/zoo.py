@@ -1,0 +1,638 @@
+"""Every autoencoder class of diffusers in a tiny configuration, to try what must hold for all of them.
+
+The architectures are the true ones (attention, temporal layers, every kind of block), the sizes those of diffusers' own
+tests or near them, the weights random.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.threads import on_threads
+from halovae.grid import Grid
+from halovae.plane import Plane
+from halovae.plane.program import Program
+from halovae.plane.trace import trace
+
+Direction = Literal["decode", "encode"]
+
+LEFT_OUT: dict[str, str] = {
+    "AutoencoderKLKVAEAudio": "audio",
+    "AutoencoderKLLTX2Audio": "audio",
+    "AutoencoderKLMiniMaxH3Audio": "audio",
+    "AutoencoderOobleck": "audio",
+    "AutoencoderSAME": "audio",
+    "Cosmos3AVAEAudioTokenizer": "audio",
+    "LongCatAudioDiTVae": "audio",
+    "MMAudioVAE": "audio",
+    "MMAudioVocoder": "audio",
+    "MiniMaxMusic3Vocoder": "audio",
+    "LTX2VideoDiffusionDecoderModel": "built on flex_attention, which a tensor subclass cannot intercept",
+    "RFD4ProteinaAutoencoder": "proteins: no plane",
+}
+"""Classes in diffusers' folder of autoencoders that have no entry, and why."""
+
+FALLBACKS: dict[tuple[str, Direction], dict[str, str]] = {
+    ("AutoencoderRAE (mae)", "encode"): {"aten.gather.default": "tokens are shuffled by an index"},
+}
+"""Operators that no rule covers, by name of the entry and direction, and why they are called."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tiny autoencoder, with the shapes of an example latent and an example picture or clip.
+
+    Args:
+        name: unique; the class, and the variant in parentheses where there are several.
+        make: makes the module in eval mode and fp32, its weights random and unseeded. It needs diffusers.
+        latents: shape of a latent, its plane last; None where there is nothing to decode that another entry doesn't.
+        pictures: shape of a picture or clip for `encode`, its plane last; None where there is nothing to encode.
+        ratio: a picture has this many times the rows and columns of its latent.
+        factor_fp32: sums, norms, or products are computed in fp32 inside, so fp64 is only exact to 1e-6.
+        random: `decode` draws random numbers, from the same seed each time.
+        quantized: `encode` or `decode` rounds to codes, so a value near the border of two may jump to the other.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    latents: tuple[int, ...] | None
+    pictures: tuple[int, ...] | None
+    ratio: int
+    factor_fp32: bool = False
+    random: bool = False
+    quantized: bool = False
+
+    @property
+    def class_name(self) -> str:
+        """The class, without the variant."""
+        return self.name.split(" ")[0]
+
+    @property
+    def bound(self) -> float:
+        """The largest error in fp64, as `error` measures it, that rounding explains."""
+        return 1e-6 if self.factor_fp32 else 1e-12
+
+    def shape(self, direction: Direction) -> tuple[int, ...] | None:
+        """Of what goes in; None where that direction is not tried."""
+        return self.latents if direction == "decode" else self.pictures
+
+    def multiple(self, direction: Direction) -> int:
+        """Of which the bounds of what goes in are multiples."""
+        return 1 if direction == "decode" else self.ratio
+
+
+def _class(name: str, **config: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import diffusers
+
+        return getattr(diffusers, name)(**config).eval()
+
+    return make
+
+
+def _allegro(kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Callable[[], nn.Module]:
+    """The class only runs in tiles: of `kernel` frames, rows, and columns of the clip, one each `stride`."""
+
+    def make() -> nn.Module:
+        import diffusers
+
+        vae = diffusers.AutoencoderKLAllegro(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+        vae.use_tiling, vae.kernel, vae.stride = True, kernel, stride
+        return vae.eval()
+
+    return make
+
+
+def _paella() -> nn.Module:
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+
+    return PaellaVQModel(bottleneck_blocks=2, embed_dim=16, num_vq_embeddings=64).eval()
+
+
+def _vidtok_chunks() -> nn.Module:
+    """Runs frames in chunks, so its causal caches carry over; a tile is larger than the plane."""
+    import diffusers
+
+    vae = diffusers.AutoencoderVidTok(ch=8, ch_mult=[1, 2, 2], num_res_blocks=1)
+    vae.enable_tiling()
+    vae.num_sample_frames_batch_size, vae.num_latent_frames_batch_size = 4, 1
+    return vae.eval()
+
+
+_BLOCKS_2D = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "block_out_channels": (8, 16, 16),
+    "norm_num_groups": 4,
+}
+_ATTENTION_2D = {
+    **_BLOCKS_2D,
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+}
+_SPATIAL = {**_ATTENTION_2D, "block_out_channels": (32, 32, 32), "norm_num_groups": 8}  # 32 groups in the decoder
+_ASYMMETRIC = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "down_block_out_channels": (8, 16, 16),
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "up_block_out_channels": (8, 16, 24),
+    "layers_per_up_block": 2,
+    "norm_num_groups": 4,
+}
+_DC = {
+    "latent_channels": 4,
+    "attention_head_dim": 8,  # linear attention, as in the true sizes: a plane has more cells than a head has channels
+    "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+    "encoder_block_out_channels": (8, 16, 16),
+    "decoder_block_out_channels": (8, 16, 16),
+    "encoder_layers_per_block": (1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1),
+    "encoder_qkv_multiscales": ((), (), (5,)),
+    "decoder_qkv_multiscales": ((), (), (5,)),
+}
+_DC_CONV = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
+_DC_SHUFFLE = {
+    "decoder_norm_types": ("batch_norm", "batch_norm", "rms_norm"),
+    "decoder_act_fns": ("relu", "relu", "silu"),
+}
+_HUNYUAN_IMAGE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 8,
+    "block_out_channels": (32, 64, 64),
+    "layers_per_block": 1,
+    "spatial_compression_ratio": 4,
+    "sample_size": 64,
+}
+_HUNYUAN_DCAE = {
+    "latent_channels": 4,
+    "block_out_channels": (16, 16, 32),
+    "layers_per_block": 1,
+    "spatial_compression_ratio": 4,
+    "temporal_compression_ratio": 2,
+}
+_HUNYUAN_VIDEO = {
+    "latent_channels": 4,
+    "block_out_channels": (8, 8, 16, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+_WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+_WAN22 = {
+    **_WAN,
+    "decoder_base_dim": 12,
+    "dim_mult": [1, 1, 2, 2],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+_QWEN21 = {
+    "base_dim": 8,
+    "decoder_base_dim": 12,
+    "z_dim": 8,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True],
+    "scale_factor_spatial": 4,
+}
+_LTX = {
+    "latent_channels": 8,
+    "block_out_channels": (8, 8, 8, 8),
+    "decoder_block_out_channels": (8, 8, 8, 8),
+    "layers_per_block": (1, 1, 1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1, 1, 1),
+    "spatio_temporal_scaling": (True, True, False, False),
+    "decoder_spatio_temporal_scaling": (True, True, False, False),
+    "patch_size": 2,
+}
+_LTX091 = {
+    "latent_channels": 8,
+    "block_out_channels": (8, 8, 8, 8),
+    "decoder_block_out_channels": (8, 16, 32),
+    "layers_per_block": (1, 1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1, 1),
+    "spatio_temporal_scaling": (True, True, True, False),
+    "decoder_spatio_temporal_scaling": (True, True, True),
+    "decoder_inject_noise": (False, False, False, False),
+    "upsample_residual": (True, True, True),
+    "upsample_factor": (2, 2, 2),
+    "timestep_conditioning": True,
+    "patch_size": 1,
+}
+_LTX095 = {
+    **_LTX091,
+    "block_out_channels": (8, 8, 8, 8, 8),
+    "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+    "layers_per_block": (1, 1, 1, 1, 1),
+    "spatio_temporal_scaling": (True, True, True, True),
+    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 8,
+}
+_LTX2 = {
+    "latent_channels": 8,
+    "block_out_channels": (8, 8, 8, 8),
+    "decoder_block_out_channels": (8, 16, 32),
+    "layers_per_block": (1, 1, 1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1, 1),
+    "patch_size": 1,
+    "decoder_causal": False,
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 8,
+}
+_MOCHI = {
+    "latent_channels": 4,
+    "encoder_block_out_channels": (32, 32, 32, 32),
+    "decoder_block_out_channels": (32, 32, 32, 32),
+    "layers_per_block": (1, 1, 1, 1, 1),
+    "spatial_expansions": (1, 2, 2),  # one less than the true sizes: channels come in 32 groups, so this one is slow
+}
+_COSMOS = {
+    "latent_channels": 4,
+    "encoder_block_out_channels": (8, 8, 16, 16),
+    "decode_block_out_channels": (8, 8, 16, 16),
+    "attention_resolutions": (8,),
+    "resolution": 64,
+    "num_layers": 1,
+}
+_KANDINSKY = {
+    "latent_channels": 4,
+    "encoder_block_out_channels": (4, 8, 16, 16),
+    "decoder_block_out_channels": (4, 8, 16, 16),
+    "layers_per_block": 1,
+}
+_CONSISTENCY = {
+    "scaling_factor": 1,
+    "encoder_block_out_channels": (8, 16, 16),
+    "encoder_down_block_types": ("DownEncoderBlock2D",) * 3,
+    "encoder_norm_num_groups": 4,
+    "decoder_block_out_channels": (8, 16, 16),
+    "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 3,
+    "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 3,
+    "decoder_layers_per_block": 1,
+    "decoder_norm_num_groups": 4,
+}
+# A plane of this class is square. Its encoder takes 14 pixels a cell, its decoder gives 16, so pictures are resized.
+# Its third encoder, siglip2, cannot be made with transformers 5.
+_RAE = {
+    "encoder_hidden_size": 64,
+    "encoder_num_hidden_layers": 1,
+    "encoder_input_size": 70,
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 4,
+    "decoder_intermediate_size": 64,
+}
+_MINIMAX = {
+    "latent_channels": 4,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "spatial_downsample_factors": (2, 2),
+    "temporal_downsample_factors": (2, 2),
+    "norm_num_groups": 4,
+    "decoder_num_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "decoder_attention_head_dim": 8,
+    "decoder_num_register_tokens": 2,
+    "decoder_ffn_mult": 2,
+    "latents_mean": (0.0,) * 4,
+    "latents_std": (1.0,) * 4,
+}
+_VIDTOK_FSQ = {
+    "is_causal": False,
+    "ch": 8,
+    "ch_mult": [1, 2, 2],
+    "z_channels": 6,
+    "double_z": False,
+    "num_res_blocks": 1,
+    "regularizer": "fsq",
+}
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry("AutoencoderKL", _class("AutoencoderKL", **_BLOCKS_2D), (1, 4, 5, 7), (1, 3, 20, 28), 4),
+    Entry(
+        "AutoencoderKL (no quant_conv)",  # as in SD3 and FLUX.1
+        _class("AutoencoderKL", **_BLOCKS_2D, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
+        (1, 16, 5, 7), (1, 3, 20, 28), 4,
+    ),
+    Entry(
+        "AutoencoderKL (attention blocks)",
+        _class("AutoencoderKL", **_ATTENTION_2D),
+        (1, 4, 5, 7), (1, 3, 20, 28), 4,
+    ),
+    Entry(
+        "AutoencoderKLFlux2",
+        _class("AutoencoderKLFlux2", **_BLOCKS_2D, decoder_block_out_channels=(8, 12, 16), latent_channels=8),
+        (1, 8, 5, 7), (1, 3, 20, 28), 4,
+    ),
+    Entry(
+        "AsymmetricAutoencoderKL", _class("AsymmetricAutoencoderKL", **_ASYMMETRIC), (1, 4, 5, 7), (1, 3, 20, 28), 4
+    ),
+    Entry(
+        "AutoencoderKLTemporalDecoder",  # the batch is the frames of one clip
+        _class(
+            "AutoencoderKLTemporalDecoder", down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 64),
+            layers_per_block=2,  # with one, the attention of the decoder is never called
+        ),
+        (3, 4, 5, 7), (3, 3, 10, 14), 2,
+    ),
+    Entry(
+        "AutoencoderTiny",
+        _class(
+            "AutoencoderTiny", encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 2, 2), num_decoder_blocks=(2, 2, 1),
+        ),
+        (1, 4, 5, 7), (1, 3, 20, 28), 4,
+    ),
+    Entry(
+        "VQModel",
+        _class("VQModel", **_BLOCKS_2D, num_vq_embeddings=64),
+        (1, 3, 5, 7), (1, 3, 20, 28), 4, quantized=True,
+    ),
+    Entry(
+        "VQModel (spatial norm)",  # as in Kandinsky 2, whose pipelines don't quantize
+        _class("VQModel", **_SPATIAL, latent_channels=4, num_vq_embeddings=64, norm_type="spatial"),
+        (1, 4, 5, 7), (1, 3, 20, 28), 4,
+    ),
+    Entry("PaellaVQModel", _paella, (1, 4, 5, 7), (1, 3, 20, 28), 4),
+    Entry(
+        "AutoencoderDC (conv)", _class("AutoencoderDC", **_DC, **_DC_CONV), (1, 4, 5, 7), (1, 3, 20, 28), 4,
+        factor_fp32=True,
+    ),
+    Entry(
+        "AutoencoderDC (pixel shuffle)",
+        _class("AutoencoderDC", **_DC, **_DC_SHUFFLE),
+        (1, 4, 5, 7), (1, 3, 20, 28), 4, factor_fp32=True,
+    ),
+    Entry(
+        "AutoencoderKLKVAE",
+        _class("AutoencoderKLKVAE", channels=32, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 1, 2)),
+        (1, 4, 5, 7), (1, 3, 20, 28), 4,
+    ),
+    Entry(
+        "AutoencoderKLHunyuanImage",
+        _class("AutoencoderKLHunyuanImage", **_HUNYUAN_IMAGE),
+        (1, 8, 5, 7), (1, 3, 20, 28), 4,
+    ),
+    Entry(
+        "AutoencoderKLHunyuanImageRefiner",  # keeps the number of frames
+        _class("AutoencoderKLHunyuanImageRefiner", **_HUNYUAN_DCAE),
+        (1, 4, 3, 5, 7), (1, 3, 3, 20, 28), 4,
+    ),
+    Entry(
+        "AutoencoderKLHunyuanVideo",
+        _class("AutoencoderKLHunyuanVideo", **_HUNYUAN_VIDEO),
+        (1, 4, 3, 5, 7), (1, 3, 9, 40, 56), 8,
+    ),
+    Entry(
+        "AutoencoderKLHunyuanVideo15",
+        _class("AutoencoderKLHunyuanVideo15", **_HUNYUAN_DCAE),
+        (1, 4, 3, 5, 7), (1, 3, 5, 20, 28), 4,
+    ),
+    Entry(
+        "AutoencoderKLQwenImage", _class("AutoencoderKLQwenImage", **_WAN), (1, 4, 3, 5, 7), (1, 3, 9, 40, 56), 8
+    ),
+    Entry(
+        "AutoencoderKLQwenImage21",  # one frame, and four channels
+        _class("AutoencoderKLQwenImage21", **_QWEN21),
+        (1, 8, 1, 5, 7), (1, 4, 1, 20, 28), 4,
+    ),
+    Entry(
+        "AutoencoderKLWan (2.1)", _class("AutoencoderKLWan", **_WAN), (1, 4, 3, 5, 7), (1, 3, 9, 40, 56), 8
+    ),
+    Entry(
+        "AutoencoderKLWan (2.2)", _class("AutoencoderKLWan", **_WAN22), (1, 4, 3, 5, 7), (1, 3, 9, 80, 112), 16
+    ),
+    Entry(
+        "AutoencoderKLLTXVideo (0.9.0)",
+        _class("AutoencoderKLLTXVideo", **_LTX),
+        (1, 8, 3, 5, 7), (1, 3, 9, 40, 56), 8, factor_fp32=True,
+    ),
+    Entry(
+        "AutoencoderKLLTXVideo (timestep)",
+        _class("AutoencoderKLLTXVideo", **_LTX091),
+        (1, 8, 2, 5, 7), (1, 3, 9, 40, 56), 8, factor_fp32=True,
+    ),
+    Entry(
+        "AutoencoderKLLTXVideo (0.9.1, noise)",
+        _class("AutoencoderKLLTXVideo", **{**_LTX091, "decoder_inject_noise": (True, True, True, False)}),
+        (1, 8, 2, 5, 7), (1, 3, 9, 40, 56), 8, factor_fp32=True, random=True,
+    ),
+    Entry(
+        "AutoencoderKLLTXVideo (0.9.5)",
+        _class("AutoencoderKLLTXVideo", **_LTX095),
+        (1, 8, 2, 5, 7), (1, 3, 9, 40, 56), 8, factor_fp32=True,
+    ),
+    Entry(
+        "AutoencoderKLLTX2Video",
+        _class("AutoencoderKLLTX2Video", **_LTX2),
+        (1, 8, 2, 5, 7), (1, 3, 9, 40, 56), 8,
+    ),
+    Entry(
+        "AutoencoderKLCogVideoX",  # chunks of three and two latent frames, so caches carry over
+        _class(
+            "AutoencoderKLCogVideoX", block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1,
+            norm_num_groups=2,
+        ),
+        (1, 4, 5, 5, 7), (1, 3, 17, 40, 56), 8,
+    ),
+    Entry("AutoencoderKLMochi", _class("AutoencoderKLMochi", **_MOCHI), (1, 4, 2, 5, 7), (1, 3, 7, 20, 28), 4),
+    Entry(
+        "AutoencoderKLCosmos (haar)", _class("AutoencoderKLCosmos", **_COSMOS), (1, 4, 2, 5, 7), (1, 3, 9, 40, 56), 8
+    ),
+    Entry(
+        "AutoencoderKLCosmos (rearrange)",
+        _class("AutoencoderKLCosmos", **_COSMOS, patch_type="rearrange"),
+        (1, 4, 2, 5, 7), (1, 3, 9, 40, 56), 8,
+    ),
+    Entry(
+        "AutoencoderKLMagvit",
+        _class(
+            "AutoencoderKLMagvit", block_out_channels=[8, 8, 8, 8], latent_channels=4, layers_per_block=1,
+            norm_num_groups=4,
+        ),
+        (1, 4, 3, 5, 7), (1, 3, 9, 40, 56), 8,
+    ),
+    Entry(
+        "AutoencoderKLAllegro (one tile)",  # gives frames before channels, takes channels before frames
+        _allegro((8, 40, 56), (8, 40, 56)),
+        (1, 4, 2, 5, 7), (1, 3, 8, 40, 56), 8,
+    ),
+    Entry(
+        "AutoencoderKLAllegro (tiles)",
+        _allegro((8, 24, 40), (4, 16, 16)),
+        (1, 4, 3, 5, 7), (1, 3, 12, 40, 56), 8,
+    ),
+    Entry(
+        "AutoencoderVidTok (causal)",  # `encode` takes the 9 frames of the decoded clip after 3 copies of the first
+        _class("AutoencoderVidTok", ch=8, ch_mult=[1, 2, 2], num_res_blocks=1),
+        (1, 4, 3, 5, 7), (1, 3, 12, 20, 28), 4,
+    ),
+    Entry("AutoencoderVidTok (causal, chunks)", _vidtok_chunks, (1, 4, 3, 5, 7), (1, 3, 12, 20, 28), 4),
+    Entry(
+        "AutoencoderVidTok (fsq)",  # not causal: whole chunks of four latent frames
+        _class("AutoencoderVidTok", **_VIDTOK_FSQ),
+        (1, 6, 4, 5, 7), (1, 3, 16, 20, 28), 4, quantized=True,
+    ),
+    Entry(
+        "AutoencoderKLKVAEVideo",  # segments of five and two latent frames, so caches carry over
+        _class("AutoencoderKLKVAEVideo", ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=4),
+        (1, 4, 7, 5, 7), (1, 3, 25, 20, 28), 4,
+    ),
+    Entry(
+        "Kandinsky6SRVAE",  # segments of five and one latent frames, so caches carry over
+        _class("Kandinsky6SRVAE", **_KANDINSKY),
+        (1, 4, 6, 5, 7), (1, 3, 21, 40, 56), 8, factor_fp32=True,
+    ),
+    Entry(
+        "ConsistencyDecoderVAE", _class("ConsistencyDecoderVAE", **_CONSISTENCY), (1, 4, 5, 7), (1, 3, 20, 28), 4,
+        random=True,
+    ),
+    Entry("AutoencoderRAE (dinov2)", _class("AutoencoderRAE", **_RAE), (1, 64, 5, 5), (1, 3, 80, 80), 16),
+    Entry("AutoencoderRAE (mae)", _class("AutoencoderRAE", **_RAE, encoder_type="mae"), None, (1, 3, 80, 80), 16),
+    Entry(
+        "AutoencoderKLMiniMaxH3",  # the fewest latent frames that it takes; tiling is on, and a tile exceeds the plane
+        _class("AutoencoderKLMiniMaxH3", **_MINIMAX),
+        (1, 4, 7, 5, 7), (1, 3, 22, 20, 28), 4, factor_fp32=True,
+    ),
+)  # fmt: skip
+
+
+def _perturb(module: nn.Module) -> None:
+    """Adds noise to every weight, in place: a gain that is one, or a projection that is zero, would hide errors."""
+    for name, weight in module.named_parameters():
+        inputs = weight[0].numel() if weight.dim() > 1 else 1
+        scale = 0.5 * inputs**-0.5 if inputs > 1 else 0.1
+        if "quantize" in name:  # a codebook as wide as the latents
+            scale = 1.0
+        weight.add_(scale * torch.randn(weight.shape))
+    for name, buffer in module.named_buffers():  # those that a checkpoint would hold; the others are constants
+        if name.endswith(("mean", "means")):
+            buffer.add_(0.1 * torch.randn(buffer.shape))
+        elif name.endswith(("var", "std", "stds")):
+            buffer.mul_(torch.rand(buffer.shape) + 0.5)
+
+
+def build(entry: Entry, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """The autoencoder of `entry` in eval mode, without gradients, every weight away from its initial value.
+
+    Args:
+        entry: one of `ENTRIES`.
+        dtype: the weights are drawn in fp32, then cast, so equal seeds make equal weights but for rounding.
+        seed: equal seeds make equal weights.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = entry.make().eval().requires_grad_(False)
+        _perturb(module)
+    return nn.Module.to(module, dtype)  # not the model's own `to`, which warns of weights that are meant to stay fp32
+
+
+def decode(module: nn.Module, latents: Tensor) -> Tensor:
+    """Pictures or a clip from latents, by the module's own `decode`; its noise, if it draws any, is seeded."""
+    vae: Any = module
+    name = type(module).__name__
+    if name == "AutoencoderKLTemporalDecoder":
+        return vae.decode(latents, num_frames=latents.shape[0]).sample
+    if name == "VQModel":
+        return vae.decode(latents, force_not_quantize=vae.config.norm_type == "spatial").sample
+    if name == "ConsistencyDecoderVAE":
+        return vae.decode(latents, generator=torch.Generator().manual_seed(0)).sample
+    if name == "AutoencoderKLLTXVideo" and vae.config.timestep_conditioning:
+        timestep = torch.full((latents.shape[0],), 0.05, dtype=latents.dtype, device=latents.device)
+        with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):  # it takes no generator
+            torch.manual_seed(0)
+            return vae.decode(latents, temb=timestep).sample
+    pictures = vae.decode(latents)
+    return pictures if isinstance(pictures, Tensor) else pictures.sample
+
+
+def encode(module: nn.Module, pictures: Tensor) -> Tensor:
+    """The latents of pictures or a clip by the module's own `encode`, or the moments where those are a distribution."""
+    vae: Any = module
+    out = vae.encode(pictures)
+    if isinstance(out, tuple):  # quantized latents, and indices
+        return out[0]
+    for name in ("latents", "latent"):
+        if hasattr(out, name):
+            return getattr(out, name)
+    return out.latent_dist.parameters
+
+
+CALLS: dict[Direction, Callable[[nn.Module, Tensor], Tensor]] = {"decode": decode, "encode": encode}
+
+
+def example(entry: Entry, direction: Direction, dtype: torch.dtype) -> Tensor:
+    """What goes in: seeded noise, the same in every dtype but for rounding."""
+    shape = entry.shape(direction)
+    assert shape is not None
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+
+
+def plain(entry: Entry, direction: Direction, dtype: torch.dtype) -> Tensor:
+    """What the unmodified module gives on its own."""
+    with torch.no_grad():
+        return CALLS[direction](build(entry, dtype), example(entry, direction, dtype))
+
+
+def eager(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[tuple[Tensor, Plane]]:
+    """What each rank of a grid gives, operator by operator. Ranks are threads of this process."""
+    x, device = example(entry, direction, dtype), torch.device("cpu")
+    module = build(entry, dtype)
+
+    def rank(mesh: Mesh) -> tuple[Tensor, Plane]:
+        own, plane = copy.deepcopy(module), Plane(mesh)  # some classes keep caches on themselves
+        with plane.active():
+            return plane.full(CALLS[direction](own, plane.scatter(x, entry.multiple(direction)))), plane
+
+    return on_threads(grid, device, rank)
+
+
+def record(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[Program]:
+    """Each rank's program.
+
+    Raises:
+        TraceError: the call cannot be recorded.
+    """
+    module, device, shape = build(entry, dtype), torch.device("cpu"), entry.shape(direction)
+    assert shape is not None
+
+    def rank(mesh: Mesh) -> Program:
+        call = CALLS[direction]
+        return trace(lambda x: call(module, x), [module], mesh, shape, dtype, device, entry.multiple(direction))
+
+    return on_threads(grid, device, rank)
+
+
+def replay(programs: list[Program], entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[Tensor]:
+    """What each rank's program gives, the global generator seeded as `decode` seeds it."""
+    x = example(entry, direction, dtype)
+
+    def rank(mesh: Mesh) -> Tensor:
+        program, plane = programs[mesh.rank], Plane(mesh)
+        local = plane.scatter(x, entry.multiple(direction)).local
+        torch.manual_seed(0)
+        result = program(local, mesh)
+        with plane.active():
+            return plane.full(plane.wrap(result, program.returns))
+
+    with torch.random.fork_rng(devices=[]):
+        return on_threads(grid, torch.device("cpu"), rank)
+
+
+def error(results: list[Tensor], reference: Tensor) -> float:
+    """The largest difference of any rank's result, relative to the largest value of the reference, or to 1."""
+    if any(result.shape != reference.shape or not result.isfinite().all() for result in results):
+        return float("inf")
+    largest = max((result - reference).abs().max().item() for result in results)
+    return largest / max(1.0, reference.abs().max().item())

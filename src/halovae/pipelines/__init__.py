@@ -1,0 +1,1 @@
+"""diffusers pipelines: drop-in, generator, and tiny ones for tests."""

@@ -1,0 +1,213 @@
+"""What a pipeline in diffusers layout makes, read from its files: sizes, frames, whether it starts from pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from halovae.models.load import read_config, read_json
+from halovae.models.weights import CheckpointError
+from halovae.pipelines.families import FAMILIES, Family
+
+# Pipelines whose latents are decoded apart from their call: whether they make videos, and how many pictures they start
+# from at least and at most.
+PIPELINES = {
+    "WanPipeline": (True, 0, 0),
+    "WanImageToVideoPipeline": (True, 1, 1),
+    "QwenImagePipeline": (False, 0, 0),
+    "QwenImageEditPipeline": (False, 1, 1),
+    "QwenImageEditPlusPipeline": (False, 1, 3),
+}
+# What they were trained for, where a request does not say: width, height, frames, frames per second.
+USUAL = {
+    "wan2.1": (832, 480, 81, 16.0),
+    "wan2.2-5b": (1280, 704, 121, 24.0),
+    "qwen-image": (1328, 1328, 1, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be generated; None leaves it to the pipeline.
+
+    Attributes:
+        text: the prompt.
+        size: width and height in pixels.
+        frames: of a video; 1 for a picture.
+        steps: of denoising.
+        seed: equal seeds give equal noise, on any number of ranks.
+        negative: what to avoid; with it, or with a guidance above 1, each step runs the transformer twice.
+        guidance: how strongly the prompt leads: mostly `guidance_scale`, Qwen-Image's `true_cfg_scale`.
+        guidance_2: likewise for the second transformer of Wan2.2-A14B.
+        images: pictures, as a file holds them, to start from (the first frame of a video) or to edit.
+    """
+
+    text: str
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    steps: int = 50
+    seed: int = 0
+    negative: str | None = None
+    guidance: float | None = None
+    guidance_2: float | None = None
+    images: tuple[bytes, ...] = ()
+
+
+class PromptError(ValueError):
+    """Something that a pipeline cannot be asked for.
+
+    Attributes:
+        field: which of the prompt's attributes is wrong.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Extents:
+    """What a width, a height or a number of frames may be: `least`, and every `step` more."""
+
+    least: int
+    step: int
+
+    def fit(self, extent: int) -> int:
+        """The largest one up to `extent`, or the least."""
+        return self.least + max(0, extent - self.least) // self.step * self.step
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline makes.
+
+    Attributes:
+        name: its class in diffusers.
+        family: what is known of it.
+        widths: in pixels; likewise `heights`.
+        lengths: numbers of frames.
+        pictures: how many pictures it may start from.
+        two: whether it has a second transformer.
+        whole: whether latents are decoded within the pipeline's own call, and not apart from it.
+    """
+
+    name: str
+    family: Family
+    widths: Extents
+    heights: Extents
+    lengths: Extents
+    pictures: range
+    two: bool
+    whole: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> Pipeline:
+        """Read it from a pipeline's folder.
+
+        Raises:
+            CheckpointError: the files are missing or damaged, or the pipeline is none of `PIPELINES` and `FAMILIES`.
+        """
+        index = read_json(folder / "model_index.json")
+        name = str(index.get("_class_name"))
+        if name not in {**PIPELINES, **FAMILIES}:
+            names = ", ".join([*PIPELINES, *FAMILIES])
+            raise CheckpointError(f"{folder}: pipeline {name!r} is not supported; supported are {names}")
+        family = _by_vae(name, folder) if name in PIPELINES else FAMILIES[name]
+        widths = heights = Extents(family.multiple, family.multiple)
+        lengths = Extents(1, family.frame_step)
+        if name == "AllegroPipeline":  # decodes tiles of one size, and nothing beside them
+            tile = int(read_json(folder / "vae" / "config.json").get("sample_size", 320))
+            widths, heights, lengths = Extents(tile, tile - 80), Extents(tile, tile - 120), Extents(24, 16)
+        _, least, most = PIPELINES.get(name, (None, 0, 0))
+        return cls(
+            name=name,
+            family=family,
+            widths=widths,
+            heights=heights,
+            lengths=lengths,
+            pictures=range(least, most + 1),
+            two=any(index.get("transformer_2") or ()),
+            whole=name in FAMILIES,
+        )
+
+    @property
+    def makes_video(self) -> bool:
+        """Whether a result may have more than one frame."""
+        return self.family.frames > 1
+
+    @property
+    def step(self) -> int:
+        """Sizes are multiples of this many pixels."""
+        return self.family.multiple
+
+    @property
+    def fps(self) -> float:
+        """Frames per second that it was trained for."""
+        return self.family.fps
+
+    def fitted(self, prompt: Prompt) -> Prompt:
+        """The prompt with the size and number of frames that will be made: the pipelines round both down.
+
+        Raises:
+            PromptError: pictures are missing, or not taken, or a number is out of range.
+        """
+        if len(prompt.images) not in self.pictures:
+            takes = {range(1): "no pictures", range(1, 2): "one picture"}.get(self.pictures, "1 to 3 pictures")
+            raise PromptError("images", f"{len(prompt.images)} pictures: {self.name} takes {takes} to start from")
+        width, height = prompt.size or self.family.size
+        frames = prompt.frames or self.family.frames
+        if not self.makes_video and frames > 1:
+            raise PromptError("frames", f"{frames} frames: {self.name} makes pictures, expected 1")
+        if prompt.steps < 1:
+            raise PromptError("steps", f"{prompt.steps} steps: expected 1 or more")
+        if prompt.guidance_2 is not None and not self.two:
+            raise PromptError("guidance_2", f"guidance_2 {prompt.guidance_2}: this model has no second transformer")
+        if prompt.guidance is not None and not self.family.guidance:
+            raise PromptError("guidance", f"guidance {prompt.guidance}: {self.name} takes none, expected nothing")
+        if prompt.negative is not None and not self.family.negative:
+            raise PromptError("negative", f"negative prompt {prompt.negative!r}: {self.name} takes none")
+        if width < self.widths.least or height < self.heights.least:
+            least = f"{self.widths.least}x{self.heights.least}"
+            makes = f"multiples of {self.step}, from {least} on"
+            if self.widths.least % self.widths.step:
+                makes = f"{least} pixels, and {self.widths.step} more cols or {self.heights.step} more rows at a time"
+            raise PromptError("size", f"size {width}x{height}: {self.name} makes {makes}")
+        step, least_frames = self.lengths.step, self.lengths.least
+        return replace(
+            prompt,
+            size=(self.widths.fit(width), self.heights.fit(height)),
+            frames=max(least_frames, frames // step * step + least_frames % step),
+        )
+
+
+def _by_vae(name: str, folder: Path) -> Family:
+    """Facts about a pipeline of Wan or Qwen-Image, which its VAE and its transformer tell."""
+    vae = read_config(folder / "vae")
+    patch = read_json(folder / "transformer" / "config.json").get("patch_size", 2)
+    video, _, _ = PIPELINES[name]
+    width, height, frames, fps = USUAL[vae.family]
+    # Qwen-Image packs two by two cells in a token.
+    rows = int(patch[-1] if isinstance(patch, list) else patch) if video else 2
+    return Family(
+        vae.family, (width, height), vae.spatial_factor * rows, frames if video else 1, vae.temporal_factor, fps,
+        "guidance_scale" if video else "true_cfg_scale", shared=True,
+    )  # fmt: skip
+
+
+def find_pipeline(source: str | Path) -> Path:
+    """The folder of a pipeline: the given one, or that of a hub id, downloaded if it is not here yet.
+
+    Raises:
+        CheckpointError: there is no such thing, or the folder holds no pipeline.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from diffusers import DiffusionPipeline
+
+        try:
+            folder = Path(DiffusionPipeline.download(str(source)))
+        except Exception as error:  # of many kinds: no such name, no network, no right to it
+            raise CheckpointError(f"{source}: neither a folder nor a pipeline on the hub ({error})") from error
+    if not (folder / "model_index.json").exists():
+        raise CheckpointError(f"{folder}: expected a pipeline's folder, with a model_index.json")
+    return folder

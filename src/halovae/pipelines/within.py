@@ -1,0 +1,76 @@
+"""A VAE's `decode` and `encode` shared by all ranks wherever a pipeline calls them."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from torch import Tensor, nn
+
+from halovae.distributed.mesh import Mesh
+from halovae.models.classes import tiles_only
+from halovae.report import DecodeReport
+from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.plane_call import PlaneCall
+from halovae.runtime.sharing import Sharing
+
+
+class SharedDecode:
+    """Lets all ranks share the `decode` of a pipeline's VAE. Rank 0 receives the pictures, the others black ones.
+
+    Args:
+        vae: a diffusers autoencoder; its instance's `decode` is replaced.
+
+    Attributes:
+        options: of `Autoencoder.stream`, for the calls to come.
+        report: of the last call, with all ranks; None before the first.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.options: dict[str, Any] = {}
+        self.report: DecodeReport | None = None
+        autoencoder = Autoencoder(vae)
+        call = autoencoder.calls["decode"]
+        if tiles_only(vae):
+            vae.enable_tiling()
+
+        @functools.wraps(type(vae).decode)
+        def decode(_: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+            given, as_tuple = call.arguments(z, *args, **kwargs)
+            # Pipelines hand over what the transformer's dtype is; the VAE's may be another.
+            dtype = autoencoder.dtype
+            given = {name: value.to(dtype) if _is_floating(value) else value for name, value in given.items()}
+            stream = autoencoder.stream(z, gather="rank0", **self.options, **given)
+            sample = stream.join()
+            self.report = stream.shared_report()
+            return call.result(call.blank(stream.latents) if sample is None else sample, as_tuple)
+
+        vars(decode)["halovae_method"] = True  # as in `replace_call`
+        vars(vae)["decode"] = types.MethodType(decode, vae)
+
+
+def share_encode(vae: Any, sharing: Sharing, mesh: Mesh) -> None:
+    """Let all ranks share the `encode` of a pipeline's VAE, beside decodes of another thread. All receive the result.
+
+    Args:
+        vae: a diffusers autoencoder; its instance's `encode` is replaced.
+        sharing: how.
+        mesh: of all ranks, and nobody else's.
+    """
+    call = PlaneCall(vae, "encode", mesh)
+
+    @functools.wraps(type(vae).encode)
+    def encode(_: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        options, as_tuple = call.arguments(x, *args, **kwargs)
+        x = x.to(next(vae.parameters()).dtype)  # pipelines hand over what the text encoder's is
+        value = call.stream(x, call.choose(x, sharing, options), sharing, options).join()
+        assert value is not None  # all ranks receive it
+        return call.result(value, as_tuple)
+
+    vars(encode)["halovae_method"] = True  # as in `replace_call`
+    vars(vae)["encode"] = types.MethodType(encode, vae)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

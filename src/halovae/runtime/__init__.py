@@ -1,0 +1,1 @@
+"""The public class: an autoencoder whose calls ranks share."""

@@ -1,0 +1,99 @@
+"""Pictures of any autoencoder as they get finished, and what the decode took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from halovae.device.memory import MemoryMeter
+from halovae.distributed.mesh import Mesh, mesh_for
+from halovae.distributed.transport import world_size
+from halovae.grid import Grid
+from halovae.plane.results import Chunks, ShardReport
+from halovae.report import DecodeReport, RankReport
+
+if TYPE_CHECKING:
+    from halovae.runtime.plane_call import PlaneCall
+    from halovae.runtime.sharing import Choice
+
+
+class PictureStream(Iterator["Tensor | None"]):
+    """Finished frames of a decode, as `Autoencoder.stream` describes them.
+
+    A chunk is decoded when the next item is asked for. After the last one `report` says what the decode took.
+
+    Args:
+        latents: what it decodes.
+        choice: how ranks share them.
+        chunks: its result.
+        call: what makes them.
+        mesh: the ranks; None for all of the world.
+
+    Attributes:
+        latents: what is decoded.
+    """
+
+    def __init__(
+        self, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall, mesh: Mesh | None = None
+    ) -> None:
+        self.latents, self._choice, self._call = latents, choice, call
+        self._chunks = chunks
+        self._mesh = mesh or mesh_for(Grid(rows=world_size()), latents.device)
+        self._memory = MemoryMeter(self._mesh.platform, by_thread=self._mesh.lines.shared_device)
+        self._own: RankReport | None = None
+        self._taken: ShardReport | None = None
+        self._fell_back = ""
+
+    def __next__(self) -> Tensor | None:
+        try:
+            with self._memory.counting():
+                return next(self._chunks)
+        except StopIteration:
+            taken = self._call.report
+            if self._own is None and taken is not None:
+                self._taken, self._fell_back = taken, self._call.fell_back
+                self._own = RankReport(
+                    self._mesh.lines.rank, taken.seconds, taken.waiting, taken.messages, taken.bytes_sent,
+                    self._memory.read(),
+                )  # fmt: skip
+            raise
+
+    def close(self) -> None:
+        """Decode no further."""
+        self._chunks.close()
+
+    def join(self) -> Tensor | None:
+        """All frames at once, on the ranks that receive any; None on the others."""
+        return Chunks(self, self._chunks.dim, self._chunks.extent).join()
+
+    @property
+    def report(self) -> DecodeReport:
+        """What this rank took.
+
+        Raises:
+            RuntimeError: frames are still to come.
+        """
+        taken = self._taken
+        if self._own is None or taken is None:
+            raise RuntimeError("the report of a decode is there once its last frames have been taken")
+        shape = taken.shape if len(taken.shape) == 5 else (*taken.shape[:2], 1, *taken.shape[2:])
+        decision, sizes = self._choice.decision, self._call.sizes
+        return DecodeReport(
+            family=type(self._call.vae).__name__ if sizes is None else sizes.family,
+            latents=tuple(self.latents.shape),
+            frames=(self.latents.shape[0], *shape[1:]),
+            dtype=str(self.latents.dtype).removeprefix("torch."),
+            device=self._mesh.platform.kind,
+            grid=str(taken.grid),
+            first_use=taken.recorded > 0,
+            decision=None if decision is None else decision.as_dict(),
+            fell_back=self._fell_back,
+            ranks=(self._own,),
+        )
+
+    def shared_report(self) -> DecodeReport:
+        """What every rank took; all ranks ask for it, and all get it."""
+        return replace(self.report, ranks=tuple(self._mesh.lines.all_values(self.report.ranks[0])))

@@ -1,0 +1,86 @@
+"""How ranks share a call of an autoencoder: what a caller asks for, and what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from halovae.device.regions import part
+from halovae.distributed.mesh import Mesh
+from halovae.grid import Grid
+from halovae.kernels.native import Kernels
+from halovae.plane.results import Gather
+from halovae.planning.decision import Decision
+
+Call = Literal["decode", "encode"]
+Mode = Literal["auto", "single", "parallel"]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a caller asks for; see `Autoencoder.stream`."""
+
+    mode: Mode = "auto"
+    grid: Grid | None = None
+    gather: Gather = "rank0"
+    dtype: torch.dtype | None = None
+    memory_budget: int | None = None
+    mesh: Mesh | None = None
+
+    def check(self) -> None:
+        """Check all but the grid, which the mesh checks.
+
+        Raises:
+            ValueError: an unknown mode or gather, a budget below 1, or a grid that is not the mesh's.
+            TypeError: a dtype that pictures cannot have.
+        """
+        for name, value, known in (("mode", self.mode, get_args(Mode)), ("gather", self.gather, get_args(Gather))):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        if self.mesh is not None and self.grid not in (None, self.mesh.grid):
+            raise ValueError(f"grid {self.grid} is not the grid of the given mesh, {self.mesh.grid}: leave one out")
+        if self.memory_budget is not None and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
+            raise ValueError(f"memory_budget={self.memory_budget!r}: expected a number of bytes > 0")
+        if self.dtype is not None and not self.dtype.is_floating_point and self.dtype != torch.uint8:
+            raise TypeError(f"dtype={self.dtype}: expected a floating dtype or torch.uint8")
+
+    @property
+    def convert(self) -> Callable[[Tensor], Tensor] | None:
+        """What each rank does to its pictures before it sends them: uint8 is a quarter of fp32."""
+        dtype = self.dtype
+        if dtype is None:
+            return None
+        return lambda own: _converted(own, dtype)
+
+
+def _converted(own: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pictures in [-1, 1] as contiguous `dtype`."""
+    with part("conversion"):
+        if dtype == torch.uint8:
+            own = own.float().clamp(-1, 1).add_(1).mul_(127.5).round_()
+        return own.to(dtype, memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How ranks share a call.
+
+    Attributes:
+        grid: of ranks.
+        items: how many of the batch go at once; one round after the other.
+        decision: why, if that was predicted.
+        kept: bytes of the pictures, which a rank that receives them holds besides.
+        leaner: how they share it if memory runs out; None if there is no leaner way.
+        kernels: what it was planned for; None where it was not.
+    """
+
+    grid: Grid
+    items: int
+    decision: Decision | None = None
+    kept: int = 0
+    leaner: Choice | None = None
+    kernels: Kernels | None = None

@@ -21,11 +21,12 @@ from halovae.kernels import native
 
 # Plans by figures that do not change, and no measurement in each group of ranks.
 os.environ["HALOVAE_CALIBRATION"] = "cpu-epyc-2-cores"
-# Tests trace their own graphs, and leave the user's cache as it is.
+# Tests trace their own graphs. The user's cache gets no more than compiled kernels.
 os.environ["HALOVAE_GRAPHS"] = "0"
 
 
-def pytest_sessionstart() -> None:
+@pytest.fixture(scope="session", autouse=True)
+def kernels() -> None:
     """Have compiled kernels in the cache folder, so that no test meets a process that is still at it."""
     native.ready(torch.device("cpu"), wait=True)
 

@@ -41,9 +41,11 @@ def generate(pipe: Any, **options: Any) -> np.ndarray:
 
 def both_ways(pipe: Any, **options: Any) -> tuple[float, list[int], np.ndarray]:
     """On each rank: the largest difference that halovae makes, the shape, and the frames."""
-    halovae.restore(pipe)
     wanted = generate(pipe, **options)
-    frames = generate(halovae.parallelize(pipe, grid=Grid(rows=2)), **options)
+    try:
+        frames = generate(halovae.parallelize(pipe, grid=Grid(rows=2)), **options)
+    finally:
+        halovae.restore(pipe)
     assert np.isfinite(wanted).all()
     assert wanted.std() > 1e-3
     return float(np.abs(frames - wanted).max()), list(frames.shape), frames

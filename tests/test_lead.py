@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from halovae.serving import lead
 BUSY = 3.0  # seconds
 
 
+@patch.object(lead, "_AGREEMENT", timedelta(seconds=1))
 def failed_together(alone: int | None) -> bool | None:
     """What a rank that failed is told, while ranks that did not are busy."""
-    lead._AGREEMENT = timedelta(seconds=1)
     join_world(torch.device("cpu"))
     mine, begin = lead.Lead(), time.monotonic()
     if alone not in (None, dist.get_rank()):

@@ -116,14 +116,15 @@ def test_the_fit_finds_the_rates_it_is_given() -> None:
 
 
 def calibrated(folder: str) -> tuple[Calibration, Calibration, list[str]]:
-    os.environ["HALOVAE_CACHE"] = folder
-    calibrate.SAMPLES = calibrate.SAMPLES[:1]
     join_world(CPU)
-    mesh = mesh_for(Grid(rows=world_size()), CPU)
-    meeting = calibrate._meeting
-    calibrate._meeting = lambda *given: 100 + meeting(*given)  # beyond what anything else takes
-    first = calibrate.calibrated(mesh, torch.float32, native.EAGER)
-    return first, calibrate.calibrated(mesh, torch.float32, native.EAGER), os.listdir(folder)
+    mesh, meeting = mesh_for(Grid(rows=world_size()), CPU), calibrate._meeting
+    with (
+        patch.dict(os.environ, HALOVAE_CACHE=folder),
+        patch.object(calibrate, "SAMPLES", calibrate.SAMPLES[:1]),
+        patch.object(calibrate, "_meeting", lambda *given: 100 + meeting(*given)),  # beyond what anything else takes
+    ):
+        first = calibrate.calibrated(mesh, torch.float32, native.EAGER)
+        return first, calibrate.calibrated(mesh, torch.float32, native.EAGER), os.listdir(folder)
 
 
 def test_ranks_measure_once_and_agree(tmp_path: Path, ranks: Callable[[int], Ranks]) -> None:

@@ -44,6 +44,7 @@ class DecodeReport:
         device: its kind.
         grid: ranks along the rows x cols, or batch x rows x cols.
         first_use: whether this shape had not been decoded this way before, so that its graph was recorded first.
+        compiled: whether passes over memory were compiled, on the CPU.
         decision: why it was decoded that way, as `Decision` has it; None if the caller said how.
         fell_back: which grid was given up when memory ran out; empty if none was.
         ranks: one for each rank, in order; a single one for a rank that has not asked the others.
@@ -56,6 +57,7 @@ class DecodeReport:
     device: str
     grid: str
     first_use: bool
+    compiled: bool
     decision: dict[str, Any] | None
     fell_back: str
     ranks: tuple[RankReport, ...]

@@ -82,8 +82,8 @@ def _hold_halovae(model: Model, options: dict[str, Any]) -> None:
             moments = decoder.encode(pictures, **options)
         return moments, memory.read()
 
-    _hold(decoder.device, decode if model.call == "decode" else encode, decoder)
     ready(decoder.device, wait=True)
+    _hold(decoder.device, decode if model.call == "decode" else encode, decoder)
     _held["options"] = options
 
 

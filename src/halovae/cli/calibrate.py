@@ -45,8 +45,9 @@ def _measure(dtype: torch.dtype) -> tuple[str, Calibration]:
     platform = Platform.default()
     join_world(platform.device)
     mesh = mesh_for(Grid(rows=world_size()), platform.device)
-    made = native.compiled() if native.ready(platform.device, wait=True) else native.EAGER
-    return str(key_of(mesh, dtype, made).path), calibrated(mesh, dtype, made, remeasure=True)
+    some_have_none = mesh.lines.anyone(not native.ready(platform.device, wait=True))
+    made = native.EAGER if some_have_none else native.compiled()
+    return str(key_of(mesh, dtype, some_have_none).path), calibrated(mesh, dtype, made, remeasure=True)
 
 
 def _table(measured: Calibration) -> Table:

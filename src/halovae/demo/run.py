@@ -18,6 +18,7 @@ from halovae.device.platform import Platform, threads_per_rank
 from halovae.distributed.ranks import Ranks
 from halovae.io import latents as latents_file
 from halovae.io import media
+from halovae.kernels.native import ready
 from halovae.models.architectures import DEMO
 from halovae.models.load import read_config
 from halovae.runtime.autoencoder import load
@@ -98,6 +99,7 @@ def _vae() -> Any:
 
 def _with_halovae(path: Path) -> tuple[Tensor | None, float, int]:
     decoder = load(DEMO, device="cpu")
+    ready(decoder.device, wait=True)
     return _measured(partial(decoder.decode, mode="parallel"), path)
 
 

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -61,6 +61,13 @@ class Ranks:
         Raises:
             RankError: it failed on a rank, whose traceback is the message; the group has been ended.
         """
+        try:
+            return self._run(function, args)
+        except BaseException:  # answers that nobody takes would be taken for those of the next call
+            self.close()
+            raise
+
+    def _run(self, function: Callable[..., Result], args: Sequence[Any]) -> list[Result]:
         for line in self._lines:
             line.send((function, args))
         results: dict[int, Result] = {}
@@ -76,7 +83,6 @@ class Ranks:
                     failed, answer, cause = True, f"the process ended with exit code {code}", None
                 if failed:
                     killed = self._was_killed()
-                    self.close()
                     message = f"rank {rank} failed, and all ranks were ended:\n{answer}"
                     raise RankError(message, cause, killed)
                 results[rank] = answer

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from halovae.device.platform import cache_folder
@@ -142,7 +144,7 @@ def compiled() -> Kernels:
 
 
 def prepare(device: torch.device) -> None:
-    """Compile kernels for a device in the background, unless there are some."""
+    """Begin to compile kernels for a device in the background."""
     if device.type == "cpu":
         _attempt()
 
@@ -153,23 +155,28 @@ def ready(device: torch.device, wait: bool = False) -> bool:
     Args:
         device: the kind of device counts.
         wait: for the compiler.
-
-    Warns:
-        RuntimeWarning: they cannot be compiled, and why. Once.
     """
     if device.type != "cpu":
         return False
     attempt = _attempt()
-    attempt.looked.wait(_LOOKING)
+    attempt.looked.wait(max(0.0, attempt.begin + _LOOKING - time.monotonic()))
     if wait:
         attempt.join()
-    outcome = attempt.outcome
-    if isinstance(outcome, OSError) and not attempt.told:
+    return isinstance(attempt.outcome, Kernels)
+
+
+def explain() -> None:
+    """Say why kernels cannot be compiled, if that is so.
+
+    Warns:
+        RuntimeWarning: once in a process.
+    """
+    attempt = _attempt()
+    if isinstance(attempt.outcome, OSError) and not attempt.told:
         attempt.told = True
         warnings.warn(
-            f"kernels run uncompiled, since they could not be compiled: {outcome}", RuntimeWarning, stacklevel=3
+            f"kernels run uncompiled, since they could not be compiled: {attempt.outcome}", RuntimeWarning, stacklevel=3
         )
-    return isinstance(outcome, Kernels)
 
 
 class _Attempt(threading.Thread):
@@ -178,14 +185,16 @@ class _Attempt(threading.Thread):
     Attributes:
         looked: is set once it is known whether there is one from an earlier process.
         outcome: the kernels, or why there are none; None before that is known.
-        told: whether somebody was told why.
+        begin: when it began, by the monotonic clock.
+        told: whether somebody was told why there are none.
     """
 
     def __init__(self) -> None:
-        super().__init__(name="halovae kernels")  # no daemon: a process that ends earlier leaves it to later ones
+        # No daemon: a process that is done earlier waits for the compiler, and leaves the library to later ones.
+        super().__init__(name="halovae kernels")
         self.looked = threading.Event()
         self.outcome: Kernels | OSError | None = None
-        self.told = False
+        self.begin, self.told = time.monotonic(), False
         self.start()
 
     def run(self) -> None:
@@ -207,6 +216,18 @@ def _attempt() -> _Attempt:
 
 
 _attempted = cache(_Attempt)
+
+
+def _in_child() -> None:
+    """Forget an attempt that a fork cut off: threads do not come along."""
+    global _starting
+    _starting = threading.Lock()
+    if _attempted.cache_info().currsize and _attempted().outcome is None:
+        _attempted.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 class _Library:
@@ -310,13 +331,19 @@ def _loaded(looked: threading.Event | None = None) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     if looked is not None:
         looked.set()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=path.parent)
-    except OSError:  # one that cannot be written to
-        folder = tempfile.TemporaryDirectory()
-    with folder:
-        made = Path(folder.name) / path.name
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.parent / "kernels.lock", timeout=2 * _SECONDS))
+        except (OSError, NotImplementedError):  # it cannot be written to, or not be locked
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        else:
+            with contextlib.suppress(OSError):  # another process was faster
+                return ctypes.CDLL(str(path))
+            for left in path.parent.glob("kernels-*.tmp"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kernels-", suffix=".tmp", dir=path.parent))
+        made = Path(folder) / path.name
         end = ["-x", "c++", "-", "-o", str(made)]
         _first([[*command, *openmp, *end] for openmp in (["-fopenmp"], []) for command in commands], source)
         functions = ctypes.CDLL(str(made))  # what is loaded stays so when the folder goes
@@ -348,8 +375,8 @@ def _first(commands: list[list[str]], source: str) -> str:
         ) as running:  # fmt: skip
             try:
                 output, errors = running.communicate(source, timeout=_SECONDS)
-            except BaseException as error:  # Ctrl-C, too: a compiler is several processes
-                os.killpg(running.pid, signal.SIGKILL)
+            except BaseException as error:
+                os.killpg(running.pid, signal.SIGKILL)  # a compiler is several processes
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
                 raise OSError(f"{command[0]} took more than {_SECONDS} s") from None

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from halovae.device.regions import part
 from halovae.distributed.mesh import Mesh
 from halovae.kernels.halves import convolution, has_units, multiplied
-from halovae.kernels.native import EAGER
+from halovae.kernels.native import EAGER, Kernels
 from halovae.kernels.pool import Pool
 from halovae.plane import operators, windows
 from halovae.plane.flops import CONVOLUTIONS, PRODUCTS, flops
@@ -43,7 +43,6 @@ class Program:
         random: whether it draws random numbers.
         writes: whether it writes to its input.
         changes: how many changes each pass made, by its name.
-        kernels: what passes over memory are made with, on the CPU: eager or compiled.
         fallbacks: calls of operators that no rule covers, which run replicated.
         gathered: bytes that these receive.
         received: bytes that all operators receive.
@@ -59,7 +58,6 @@ class Program:
         self.streams = chunked is not None
         self.takes, self.returns, self.dtype = takes, returns, dtype
         self.random, self.writes, self.changes = random, writes, changes
-        self.kernels = EAGER
         self.coordinates = plane.coordinates
         self.fallbacks, self.gathered = plane.fallbacks, plane.gathered
         self.received, self.computed = plane.received, plane.computed
@@ -71,42 +69,46 @@ class Program:
         bodies = {name: fx.GraphModule(self._attributes, _lowered(body)) for name, body in self.bodies.items()}
         return fx.GraphModule({**self._attributes, **bodies}, _lowered(self.graph))
 
-    def __call__(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Tensor:
+    def __call__(self, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER) -> Tensor:
         """Run it.
 
         Args:
             local: this rank's part of the input, as `takes` says.
             mesh: the ranks. All of them run their programs.
             extras: the further arguments that it was recorded with.
+            kernels: what passes over memory are made with, on the CPU.
 
         Returns:
             This rank's part of the result, as `returns` says.
         """
         if self.chunked is None:
             pool = Pool(local.device)
-            with self._running(mesh, pool):
+            with self._running(mesh, pool, kernels):
                 whole: Tensor = (self._interpreter().run if _profiling() else self._module)(local, *extras)
             return _own(whole, pool)
         whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
-        for start, chunk in self._emitted(local, mesh, extras):
+        for start, chunk in self._emitted(local, mesh, extras, kernels):
             whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
         return whole
 
-    def chunks(self, local: Tensor, mesh: Mesh, *extras: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def chunks(
+        self, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER
+    ) -> Iterator[tuple[int, Tensor]]:
         """Run it chunk by chunk: nothing is computed before it is asked for.
 
         Args:
             local: this rank's part of the input.
             mesh: the ranks.
             *extras: the further arguments.
+            kernels: as for `__call__`.
 
         Yields:
             Where along `chunked` a chunk begins, and this rank's part of it. One chunk, if the result comes whole.
         """
         if not self.streams:
-            yield 0, self(local, mesh, *extras)
+            yield 0, self(local, mesh, *extras, kernels=kernels)
         else:
-            yield from self._emitted(local, mesh, extras)
+            yield from self._emitted(local, mesh, extras, kernels)
 
     def layout_of(self, chunk: Tensor) -> Layout:
         """Which part of a chunk of the result this rank's part of it is."""
@@ -118,13 +120,15 @@ class Program:
     def _interpreter(self) -> fx.Interpreter:
         return (_Regions if _profiling() else fx.Interpreter)(self._module)
 
-    def _emitted(self, local: Tensor, mesh: Mesh, extras: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def _emitted(
+        self, local: Tensor, mesh: Mesh, extras: Sequence[Tensor], kernels: Kernels
+    ) -> Iterator[tuple[int, Tensor]]:
         run = self._interpreter()
         run.args_iter = iter((local, *extras))
         nodes = iter(self._module.graph.nodes)
         pool = Pool(local.device)
         while True:
-            with self._running(mesh, pool):
+            with self._running(mesh, pool, kernels):
                 chunk = _until_chunk(run, nodes)
             if chunk is None:
                 return
@@ -135,9 +139,9 @@ class Program:
             del own  # else it would be held while the next one is computed
 
     @contextmanager
-    def _running(self, mesh: Mesh, pool: Pool) -> Iterator[None]:
+    def _running(self, mesh: Mesh, pool: Pool, kernels: Kernels) -> Iterator[None]:
         casting = torch._C._DisableAutocast()  # casts are operators of the graph
-        with operators.on(mesh, self.kernels, pool), torch.no_grad(), torch._C.DisableTorchFunction(), casting:
+        with operators.on(mesh, kernels, pool), torch.no_grad(), torch._C.DisableTorchFunction(), casting:
             yield
 
     def nodes(self) -> Iterator[fx.Node]:

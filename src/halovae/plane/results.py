@@ -38,6 +38,7 @@ class ShardReport:
         peak: bytes of live tensors at the highest point, weights and finished chunks apart, by the recorded graph; 0
             without one.
         passes: how many changes each pass made to the graph, by its name.
+        compiled: whether passes over memory were compiled, on the CPU.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +55,7 @@ class ShardReport:
     gathered: float
     peak: int
     passes: Mapping[str, int] = field(default_factory=dict)
+    compiled: bool = False
 
 
 class Chunks(Iterator["Tensor | None"]):

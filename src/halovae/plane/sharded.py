@@ -16,7 +16,7 @@ from halovae.distributed.mesh import Mesh, Traffic, mesh_for
 from halovae.distributed.out_of_memory import RankOutOfMemoryError, is_out_of_memory
 from halovae.distributed.transport import world_size
 from halovae.grid import Grid, Span, split
-from halovae.kernels.native import EAGER, Kernels, compiled, ready
+from halovae.kernels.native import EAGER, Kernels, compiled, explain, ready
 from halovae.plane.agreement import agree, conversations
 from halovae.plane.drain import drain_peers
 from halovae.plane.keys import WeightsDigest, hooked, module_key, value_key
@@ -134,6 +134,7 @@ class Sharded:
             error = refused
         offers = everyone.agree(asked, error, kernels is None and ready(everyone.platform.device))
         if kernels is None:
+            explain()
             kernels = compiled() if all(offers) else EAGER
         with _without_gradients():
             # Tensors of inference mode cannot be written to outside of it, and modules may write to their input.
@@ -154,8 +155,6 @@ class Sharded:
             assert settled is not None
             program = settled
         recorded = 0.0 if known else time.perf_counter() - begin
-        if isinstance(program, Program):
-            program.kernels = kernels
         if isinstance(program, Program) and program.random and used.grid.batch > 1:
             raise ValueError(
                 f"grid {used.grid}: the function draws random numbers, and ranks that share a batch would draw other "
@@ -167,14 +166,15 @@ class Sharded:
         if idle and isinstance(program, Program) and not program.random:
             steps: Iterator[tuple[Tensor, Layout] | None] = iter([None] * max(1, len(program.starts)))
         else:
-            steps = self._steps(program, plane, mine, rest, options)
+            steps = self._steps(program, plane, mine, rest, options, kernels)
         send = (
             None
             if idle
             else lambda own, layout, at: gathered(own if convert is None else convert(own), layout, at, items, gather)
         )
         leaner = leaner and isinstance(program, Program) and not program.random
-        chunks = self._chunks(program, steps, plane, x, items, send, recorded, everyone if leaner else None)
+        how = kernels is not EAGER and isinstance(program, Program)
+        chunks = self._chunks(program, steps, plane, x, items, send, recorded, everyone if leaner else None, how)
         if not isinstance(program, Program) or not program.streams:
             return Chunks(chunks)
         assert program.chunked is not None
@@ -206,7 +206,7 @@ class Sharded:
     def _chunks(
         self, program: Program | TraceError, steps: Iterator[tuple[Tensor, Layout] | None], plane: Plane, x: Tensor,
         items: Sequence[Span], send: Callable[[Tensor, Layout, Plane], Tensor | None] | None, recorded: float,
-        everyone: Mesh | None,
+        everyone: Mesh | None, is_compiled: bool,
     ) -> Iterator[Tensor | None]:  # fmt: skip
         mesh = plane.mesh
         traffic, seconds = Traffic(mesh.platform), 0.0
@@ -265,11 +265,18 @@ class Sharded:
             sum(source.gathered.values()) / max(1, source.computed),
             peak,
             passes,
+            is_compiled,
         )
         warn_of_fallbacks(source.fallbacks, source.gathered, source.computed)
 
     def _steps(
-        self, program: Program | TraceError, plane: Plane, x: Tensor, extras: Sequence[Tensor], options: dict[str, Any]
+        self,
+        program: Program | TraceError,
+        plane: Plane,
+        x: Tensor,
+        extras: Sequence[Tensor],
+        options: dict[str, Any],
+        kernels: Kernels,
     ) -> Iterator[tuple[Tensor, Layout]]:
         """This rank's part of each chunk of the result, and its layout."""
         if not isinstance(program, Program):
@@ -280,7 +287,7 @@ class Sharded:
         local = plane.scatter(x, self._multiple).local
         local = local.clone() if program.writes else local  # the caller's tensor stays
         begin = 0
-        for start, chunk in program.chunks(local, plane.mesh, *extras):
+        for start, chunk in program.chunks(local, plane.mesh, *extras, kernels=kernels):
             if program.streams and program.chunked is not None:
                 assert start == begin
                 begin += chunk.shape[program.chunked]

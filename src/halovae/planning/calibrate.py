@@ -255,7 +255,8 @@ class _Key:
         return cache_folder() / (re.sub(r"[^\w.+]+", "-", name) + ".json")
 
 
-def key_of(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> _Key:
+def key_of(mesh: Mesh, dtype: torch.dtype, eager: bool) -> _Key:
+    """What a calibration of these ranks is kept by; `eager` are the kernels."""
     platform = mesh.platform
     native = platform.kind != "cpu" or has_units(dtype)
     return _Key(
@@ -265,7 +266,7 @@ def key_of(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> _Key:
         ranks=mesh.lines.world,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        kernels="eager, bands" if kernels is EAGER else "C++, bands",  # convolutions hold their norms
+        kernels="eager, bands" if eager else "C++, bands",  # convolutions hold their norms
     )
 
 
@@ -282,7 +283,7 @@ def calibrated(
         remeasure: measure even if there is a file.
         say: told, on rank 0, what takes so long.
     """
-    path = key_of(mesh, dtype, kernels).path
+    path = key_of(mesh, dtype, kernels is EAGER).path
     kept = stored(path) if mesh.rank == 0 and not remeasure else None
     kept = mesh.lines.all_values(kept)[0]
     if kept is not None:

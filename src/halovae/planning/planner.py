@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from halovae.distributed.mesh import Mesh
-from halovae.kernels.native import Kernels
+from halovae.kernels.native import EAGER, Kernels
 from halovae.planning.calibrate import calibrated, key_of, stored
 from halovae.planning.calibration import Calibration, read, shipped
 
@@ -45,8 +45,16 @@ def calibration_of(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Cali
     return _calibrations[name]
 
 
+def is_unmeasured(everyone: Mesh, dtype: torch.dtype) -> bool:
+    """Whether `calibration_of` would measure this machine with compiled kernels, as far as this rank knows."""
+    if everyone.alone or os.environ.get("HALOVAE_CALIBRATION"):
+        return False
+    path = key_of(everyone, dtype, eager=False).path
+    return str(path) not in _calibrations and stored(path) is None
+
+
 def _name(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> str:
-    return os.environ.get("HALOVAE_CALIBRATION") or str(key_of(everyone, dtype, kernels).path)
+    return os.environ.get("HALOVAE_CALIBRATION") or str(key_of(everyone, dtype, kernels is EAGER).path)
 
 
 def _calibration(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
@@ -54,7 +62,7 @@ def _calibration(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibr
         return read(given)
     if everyone.alone:
         # Alone there is little to decide, which a stranger's figures do: nobody should wait for a measurement.
-        return stored(key_of(everyone, dtype, kernels).path) or read(_similar(everyone.platform.kind))
+        return stored(key_of(everyone, dtype, kernels is EAGER).path) or read(_similar(everyone.platform.kind))
     return calibrated(everyone, dtype, kernels, say=_say)
 
 

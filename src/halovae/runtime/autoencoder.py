@@ -87,7 +87,8 @@ class Autoencoder:
             ValueError: as `stream`.
 
         Warns:
-            RuntimeWarning: nothing can be compiled here (no C++ compiler?); calls run in eager PyTorch.
+            RuntimeWarning: once a process, where nothing can be compiled (no C++ compiler?): calls run in eager
+                PyTorch.
         """
         begin = time.perf_counter()
         ready(self.device, wait=True)

@@ -89,6 +89,7 @@ class PictureStream(Iterator["Tensor | None"]):
             device=self._mesh.platform.kind,
             grid=str(taken.grid),
             first_use=taken.recorded > 0,
+            compiled=taken.compiled,
             decision=None if decision is None else decision.as_dict(),
             fell_back=self._fell_back,
             ranks=(self._own,),

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halovae.device.platform import Platform
 from halovae.distributed.mesh import Mesh, mesh_for
 from halovae.distributed.out_of_memory import RankOutOfMemoryError
 from halovae.distributed.transport import world_size
 from halovae.grid import Grid
-from halovae.kernels.native import EAGER, compiled, prepare, ready
+from halovae.kernels.native import EAGER, Kernels, compiled, explain, prepare, ready
 from halovae.models.classes import BATCHED, FIELDS, sizes_of, spatial_ratio, whole
 from halovae.plane import Sharded, ShardReport
 from halovae.plane.fingerprint import Unstable
@@ -27,7 +28,7 @@ from halovae.plane.results import Chunks
 from halovae.plane.stored import Identity
 from halovae.planning.decision import TooLittleMemory
 from halovae.planning.graphs import UnplannableError
-from halovae.planning.planner import calibration_of, usable
+from halovae.planning.planner import calibration_of, is_unmeasured, usable
 from halovae.planning.search import Search
 from halovae.runtime.sharing import Call, Choice, Sharing
 
@@ -54,7 +55,8 @@ class PlaneCall:
         self._multiple = (spatial_ratio(vae) or 1) if name == "encode" else 1
         self.sizes = sizes_of(vae)
         self._sharded = Sharded(self._run, [vae], self._multiple, identity)
-        prepare(next(vae.parameters()).device)  # while there is something else to do
+        if Platform.default().kind == "cpu" and (weight := next(vae.parameters(), None)) is not None:
+            prepare(weight.device)  # while there is something else to do
         self._choices: dict[tuple[str, bool], Choice] = {}  # by what is asked, and whether kernels are eager
         self.fell_back = ""  # what the last call gave up when memory ran out
         # Of the result: its class, the field that counts, and the class of a distribution in there.
@@ -94,10 +96,11 @@ class PlaneCall:
         if sharing.mesh is not None:
             return Choice(sharing.mesh.grid, x.shape[0])
         world, (height, width) = world_size(), x.shape[-2:]
+        kernels = None
         if self._mesh is not None and sharing.mode == "single":
-            self._mesh.agree(f"{self.name} {list(x.shape)}, {x.dtype}, {sharing}", None, None)
+            _, kernels = self._agreed(self._mesh, f"{list(x.shape)}, {x.dtype}, {sharing}")
         if sharing.grid is not None or sharing.mode == "single" or (world == 1 and sharing.memory_budget is None):
-            return Choice(sharing.grid or Grid(), x.shape[0])
+            return Choice(sharing.grid or Grid(), x.shape[0], kernels=kernels)
         if sharing.mode == "auto" and x.numel() > 0:
             try:
                 return self._planned(x, sharing, options)
@@ -106,6 +109,19 @@ class PlaneCall:
         if height >= world or sharing.mode == "parallel":
             return Choice(Grid(rows=world), x.shape[0])
         return Choice(Grid(cols=world) if width >= world else Grid(), x.shape[0])
+
+    def _agreed(self, everyone: Mesh, asked: str, wait: bool = False) -> tuple[list[tuple[int, str]], Kernels]:
+        """Each rank's free bytes and its host, and the kernels: compiled ones, if all ranks have them.
+
+        Args:
+            everyone: the ranks.
+            asked: what each of them is about to do.
+            wait: for the compiler.
+        """
+        offer = *everyone.platform.memory()[:1], socket.gethostname(), ready(everyone.platform.device, wait)
+        offers = everyone.agree(f"{self.name} {asked}", None, offer)
+        explain()
+        return [(free, host) for free, host, _ in offers], compiled() if all(one for *_, one in offers) else EAGER
 
     def refuse(self, sharing: Sharing, error: Exception) -> None:
         """Raise an error, of which the other ranks learn. They are about to agree."""
@@ -137,13 +153,10 @@ class PlaneCall:
         batch, names = x.shape[0], ",".join(tensors)
         asked = f"{list(x.shape)}, {x.dtype}, {key}, {[list(one.shape) for one in tensors.values()]}, {sharing}"
         everyone, world = self.everyone(), world_size()
-        # Several ranks measure the machine the first time, which takes longer than the compiler.
-        is_ready = ready(everyone.platform.device, wait=world > 1)
-        offers = everyone.agree(
-            f"{self.name} {asked}", None, (everyone.platform.memory()[0], socket.gethostname(), is_ready)
-        )
-        kernels = compiled() if all(one for *_, one in offers) else EAGER
-        budget = sharing.memory_budget or usable([(free, host) for free, host, _ in offers], everyone.platform.kind)
+        # To measure this machine takes longer than the compiler. What fits into a budget is to fit the next time, too.
+        wait = sharing.memory_budget is not None or is_unmeasured(everyone, x.dtype)
+        offers, kernels = self._agreed(everyone, asked, wait)
+        budget = sharing.memory_budget or usable(offers, everyone.platform.kind)
         known = self._choices.get((asked, kernels is EAGER))
         # Encodes are small beside decodes: without a budget of their own none is refused for what is free just now.
         limited = self.name == "decode" or sharing.memory_budget is not None
@@ -161,7 +174,7 @@ class PlaneCall:
             return Search(
                 lambda z: self._run(z, *tensors.values(), _names=names, **static), self.vae, (items, *x.shape[1:]),
                 x.dtype, calibration_of(everyone, x.dtype, kernels), rounds, budget,
-                len({host for _, host, _ in offers}) > 1, allowed, self._multiple,
+                len({host for _, host in offers}) > 1, allowed, self._multiple,
                 1 if sharing.gather == "rank0" else world, kernels is not EAGER,
             )  # fmt: skip
 

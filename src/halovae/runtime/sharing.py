@@ -75,7 +75,7 @@ class Choice:
         decision: why, if that was predicted.
         kept: bytes of the pictures, which a rank that receives them holds besides.
         leaner: how they share it if memory runs out; None if there is no leaner way.
-        kernels: what it was planned for; None where it was not.
+        kernels: what it was planned for; None where it was not planned: `Sharded` decides.
     """
 
     grid: Grid

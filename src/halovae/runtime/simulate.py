@@ -14,6 +14,7 @@ from torch import Tensor
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.threads import Link, ThreadLines, on_clocks
 from halovae.grid import Grid
+from halovae.kernels.native import ready
 from halovae.runtime.autoencoder import Autoencoder
 
 
@@ -66,6 +67,8 @@ def simulate(decoder: Autoencoder, latents: Tensor, grid: Grid, link: Link | Non
     Raises:
         ValueError: as the decoder's `stream` raises it.
     """
+
+    ready(decoder.device, wait=True)
 
     def work(mesh: Mesh, lines: ThreadLines) -> tuple[Tensor | None, SimulatedRank, float]:
         stream = _own(decoder).stream(latents, mesh=mesh, **options)

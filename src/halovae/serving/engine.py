@@ -21,6 +21,7 @@ from torch import Tensor
 
 from halovae.device.memory import MemoryMeter
 from halovae.device.platform import Platform
+from halovae.kernels.native import ready
 from halovae.pipelines.generator import Generator, Made, StepEnd
 from halovae.pipelines.previews import Preview, previews
 from halovae.pipelines.specs import Prompt
@@ -88,6 +89,7 @@ class Engine:
 
     def warm_up(self, width: int, height: int, frames: int) -> None:
         """Generate something once, so that the first request need not wait for what is done only once."""
+        ready(self._platform.device, wait=True)
         kind, picture = self._generator.kind, io.BytesIO()
         Image.new("RGB", (width, height)).save(picture, "png")
         images = (picture.getvalue(),) * kind.pictures.start

@@ -2,7 +2,7 @@
 
     python benchmarks/auto.py [--output docs/benchmarks/auto.md]
 
-True-size models on seeded random weights, one thread a rank, eager. In each case every grid decodes, and so does auto;
+True-size models on seeded random weights, one thread a rank. In each case every grid decodes, and so does auto;
 all take turns, and times are medians. "4,096" is what a constant of that many latent elements a rank would have chosen:
 the rows shared by all ranks, or one rank. Predictions are of single items: a grid that the caller names decodes a batch
 at once, and auto its items one after the other.

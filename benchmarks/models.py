@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from halovae import Grid
+from halovae.bench import on_grids
 from halovae.distributed.threads import on_threads
 from halovae.models import zoo
 from halovae.models.zoo import Direction
@@ -158,15 +159,15 @@ def measure(name: str, direction: Direction) -> Row:
     """Everything about one entry and direction."""
     entry = next(one for one in zoo.ENTRIES if one.name == name)
     row = Row(name, direction)
-    wide = zoo.plain(entry, direction, torch.float64)
-    narrow = zoo.plain(entry, direction, torch.float32)
+    wide = on_grids.plain(entry, direction, torch.float64)
+    narrow = on_grids.plain(entry, direction, torch.float32)
     alone: Program | None = None
     for text in GRIDS:
         grid = Grid.parse(text)
-        found = zoo.eager(entry, direction, torch.float32, grid)
-        row.fp32[text] = zoo.error([result for result, _ in found], narrow)
-        found = zoo.eager(entry, direction, torch.float64, grid)
-        row.fp64[text] = zoo.error([result for result, _ in found], wide)
+        found = on_grids.eager(entry, direction, torch.float32, grid)
+        row.fp32[text] = on_grids.error([result for result, _ in found], narrow)
+        found = on_grids.eager(entry, direction, torch.float64, grid)
+        row.fp64[text] = on_grids.error([result for result, _ in found], wide)
         planes = [plane for _, plane in found]
         row.fallbacks |= planes[0].fallbacks
         if text == "2x2":
@@ -176,12 +177,12 @@ def measure(name: str, direction: Direction) -> Row:
         if row.refused:
             continue
         try:
-            alone = alone or zoo.record(entry, direction, torch.float64, Grid())[0]
-            programs = zoo.record(entry, direction, torch.float64, grid)
+            alone = alone or on_grids.record(entry, direction, torch.float64, Grid())[0]
+            programs = on_grids.record(entry, direction, torch.float64, grid)
         except TraceError as error:
             row.refused = str(error).split(", at ")[0]
             continue
-        row.replayed[text] = zoo.error(zoo.replay(programs, entry, direction, torch.float64, grid), wide)
+        row.replayed[text] = on_grids.error(on_grids.replay(programs, entry, direction, torch.float64, grid), wide)
         row.fallbacks |= programs[0].fallbacks
         if text == "2x2":
             shares = shares_of(alone, programs)

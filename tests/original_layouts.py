@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halovae.models import zoo
+from halovae.models import tiny_configs, zoo
 
 Pairs = Iterator[tuple[str, str]]
 State = dict[str, Tensor]
@@ -208,7 +208,7 @@ def ltx(module: nn.Module) -> Pairs:
 
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
 WIDTHS = {"block_out_channels": (32, 32, 64), "norm_num_groups": 32}  # of true groups: files do not tell them
-KL: dict[str, Any] = {**zoo._BLOCKS_2D, **WIDTHS}
+KL: dict[str, Any] = {**tiny_configs.BLOCKS_2D, **WIDTHS}
 
 
 def tiny(name: str, **config: Any) -> nn.Module:
@@ -234,7 +234,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "ltx-video 0.9.0": lambda: tiny(
         "AutoencoderKLLTXVideo (0.9.0)",
         **{  # widths that change between blocks, as the true ones do
-            **zoo._LTX,
+            **tiny_configs.LTX,
             "block_out_channels": (4, 8, 12, 12),
             "decoder_block_out_channels": (4, 8, 12, 12),
             "layers_per_block": (2, 1, 1, 1, 2),

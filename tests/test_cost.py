@@ -12,7 +12,7 @@ import halovae
 from halovae import Grid, Mesh
 from halovae.device.memory import LiveBytes
 from halovae.models import zoo
-from halovae.plane import norms, operators
+from halovae.plane import context, norms
 from halovae.plane.moments import moments
 from halovae.planning.cost import Cost, described
 from halovae.planning.graphs import traced
@@ -78,7 +78,7 @@ class Described(TorchDispatchMode):
 
 def test_our_own_operators_have_a_cost() -> None:
     x = torch.randn(1, 8, 6, 5).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), operators.on(Mesh(Grid(), torch.device("cpu"))), Described() as seen:
+    with torch.no_grad(), context.on(Mesh(Grid(), torch.device("cpu"))), Described() as seen:
         moments(x, 4, torch.float32)
         norms.write(x, None, None, None, (4, 1e-5, "plane", ()), True, torch.empty_like(x))
     assert sum(kind.startswith("halovae") for kind in seen.kinds) == 3

@@ -18,7 +18,7 @@ from halovae.kernels import winograd
 from halovae.kernels.native import EAGER
 from halovae.kernels.pool import Pool
 from halovae.kernels.schemes import PLAIN
-from halovae.plane import operators, rings, windows
+from halovae.plane import context, rings, windows
 from halovae.plane.layout import Bounds, MeshDim, ranges
 from halovae.plane.operators import Cut
 
@@ -133,7 +133,7 @@ def drawn(data: st.DataObject) -> None:
         edges: Any = None if mode is None else (mode, sides)
         keep = torch.full((items, 4, kept, *local.shape[-2:]), torch.nan) if kept else None
         padding = (*([before] if frames else []), 1, 1)
-        with operators.on(mesh, EAGER, Pool(CPU)), torch.inference_mode():
+        with context.on(mesh, EAGER, Pool(CPU)), torch.inference_mode():
             found = windows.convolution(
                 local, weight, bias, padding, cuts, False, zeros=zeros, past=own(past), keep=keep, gamma=gamma,
                 beta=beta, norm=norm, silu=silu, spare=spare, repeats=repeats, edges=edges, onto=own(onto),
@@ -170,7 +170,7 @@ def test_an_upsampled_convolution_is_exact_on_any_grid(data: st.DataObject) -> N
 
     def work(mesh: Mesh) -> None:
         (top, bottom), (left, right) = ranges(vertical)[mesh.row], ranges(horizontal)[mesh.col]
-        with operators.on(mesh, EAGER, Pool(CPU)), torch.inference_mode():
+        with context.on(mesh, EAGER, Pool(CPU)), torch.inference_mode():
             found = windows.upsampled_convolution(
                 x[..., top:bottom, left:right].clone(), weight, bias, cuts_of(x, vertical, horizontal)
             )
@@ -193,7 +193,7 @@ def test_a_window_of_whole_tiles_is_never_there_as_a_whole(monkeypatch: pytest.M
 
     monkeypatch.setattr(rings, "window", window)
     x, weight = torch.randn(1, 4, 16, 12), torch.randn(4, 4, 3, 3)
-    with operators.on(Mesh(Grid(), CPU), EAGER, Pool(CPU)), torch.inference_mode():
+    with context.on(Mesh(Grid(), CPU), EAGER, Pool(CPU)), torch.inference_mode():
         found = windows.convolution(x, weight, None, (1, 1), (), False, silu=True)
         larger = windows.upsampled_convolution(x, weight, None, ())
     torch.testing.assert_close(found, F.conv2d(F.silu(x), weight, padding=1), rtol=0, atol=BOUND)
@@ -218,7 +218,7 @@ def test_results_lie_over_the_map_by_bands_unless_rows_are_read_again(
     expected = F.conv2d(F.silu(x), weight, padding=1)
     for spare in (False, True):
         made.clear()
-        with operators.on(Mesh(Grid(), CPU), EAGER, Pool(CPU)), torch.inference_mode():
+        with context.on(Mesh(Grid(), CPU), EAGER, Pool(CPU)), torch.inference_mode():
             found = windows.convolution(x, weight, None, (1, 1), (), False, silu=True, spare=spare)
         assert (found.data_ptr() == x.data_ptr()) is spare
         assert len(made) == int(spare and blocks == 2)

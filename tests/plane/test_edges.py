@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from halovae import Grid
 from halovae.distributed.mesh import Mesh
-from halovae.plane import Plane, operators
+from halovae.plane import Plane, context, operators
 from halovae.plane.layout import Bounds, Factor
 from halovae.plane.rules import convolution
 from halovae.planning.graphs import TracedLines
@@ -163,6 +163,6 @@ def test_messages_are_waited_for_when_a_convolution_fails() -> None:
     mesh = Mesh(Grid(rows=2), torch.device("cpu"), Counted(0, 2))
     cut = (2, "rows", (0, 4, 8), (((-1, 5),), ((3, 9),)), 1, False, True)
     weight = numbers(3, 5, 3, 3)  # for maps of 5 channels
-    with operators.on(mesh), pytest.raises(RuntimeError):
+    with context.on(mesh), pytest.raises(RuntimeError):
         operators.convolution(numbers(1, 4, 4, 6), weight, None, (1, 1), (1, 1), 1, (cut,))  # type: ignore[arg-type]
     assert waited == [True]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from halovae import Grid
+from halovae.bench import on_grids
 from halovae.models import zoo
 from halovae.models.zoo import Direction, Entry
-from halovae.plane import operators
+from halovae.plane import context, operators
 from halovae.plane.trace import TraceError
 
 diffusers = pytest.importorskip("diffusers")
@@ -75,9 +76,9 @@ def entry_of(name: str) -> Entry:
 
 def check_eager(name: str, direction: Direction, grid: str) -> None:
     entry = entry_of(name)
-    found = zoo.eager(entry, direction, torch.float64, Grid.parse(grid))
-    reference = zoo.plain(entry, direction, torch.float64)
-    assert zoo.error([result for result, _ in found], reference) <= entry.bound
+    found = on_grids.eager(entry, direction, torch.float64, Grid.parse(grid))
+    reference = on_grids.plain(entry, direction, torch.float64)
+    assert on_grids.error([result for result, _ in found], reference) <= entry.bound
     known = zoo.FALLBACKS.get((name, direction), {})
     for _, plane in found:
         assert plane.fallbacks.keys() <= known.keys()
@@ -86,9 +87,9 @@ def check_eager(name: str, direction: Direction, grid: str) -> None:
 
 def check_replay(name: str, direction: Direction, grid: str) -> None:
     entry = entry_of(name)
-    programs = zoo.record(entry, direction, torch.float64, Grid.parse(grid))
-    results = zoo.replay(programs, entry, direction, torch.float64, Grid.parse(grid))
-    assert zoo.error(results, zoo.plain(entry, direction, torch.float64)) <= entry.bound
+    programs = on_grids.record(entry, direction, torch.float64, Grid.parse(grid))
+    results = on_grids.replay(programs, entry, direction, torch.float64, Grid.parse(grid))
+    assert on_grids.error(results, on_grids.plain(entry, direction, torch.float64)) <= entry.bound
     assert programs[0].fallbacks.keys() <= zoo.FALLBACKS.get((name, direction), {}).keys()
 
 
@@ -119,7 +120,7 @@ def test_replay_on_four_grids(name: str, direction: Direction, grid: str) -> Non
 @pytest.mark.parametrize(("name", "direction"), sorted(UNRECORDED))
 def test_what_cannot_be_recorded_says_so(name: str, direction: Direction) -> None:
     with pytest.raises(TraceError, match="generator that is an argument"):
-        zoo.record(entry_of(name), direction, torch.float64, Grid(rows=2))
+        on_grids.record(entry_of(name), direction, torch.float64, Grid(rows=2))
 
 
 def test_every_class_has_an_entry_or_a_reason() -> None:
@@ -140,7 +141,7 @@ def without_halos(fetch: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def broken(x: Tensor, dim: int, mesh_dim: Any, bounds: Any, wanted: Any) -> Tensor:
         out = fetch(x, dim, mesh_dim, bounds, wanted)
-        mesh = operators.current()
+        mesh = context.current()
         position = mesh.row if mesh_dim == "rows" else mesh.col
         begin = 0
         for start, stop in wanted[position]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from halovae import Grid, Mesh
 from halovae.kernels.native import EAGER, compiled
-from halovae.plane import moments, norms, operators
+from halovae.plane import context, moments, norms
 
 MESH = Mesh(Grid(), torch.device("cpu"))
 
@@ -33,7 +33,7 @@ def test_one_loop_normalizes_as_operators_do(dtype: torch.dtype, norm: norms.Cel
     outs = [torch.zeros(2, 5, 7, 8, 16, dtype=dtype).movedim(-1, 1) for _ in range(2)]
     inner = [out[:, :, 2:, 1:-1, 1:-1] for out in outs]
     for kernels, out in zip((EAGER, compiled()), inner, strict=True):
-        with operators.on(MESH, kernels):
+        with context.on(MESH, kernels):
             norms.write(x, None, weight, None, norm, silu, out)
     torch.testing.assert_close(outs[1], outs[0], rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
@@ -42,11 +42,11 @@ def test_one_loop_normalizes_as_operators_do(dtype: torch.dtype, norm: norms.Cel
 def test_a_map_is_normalized_over_itself() -> None:
     x = torch.randn(1, 16, 4, 5).contiguous(memory_format=torch.channels_last)
     norm = 1e-12, 0.0, 4.0
-    with operators.on(MESH):
+    with context.on(MESH):
         expected = norms.activated(x.clone(), None, None, None, norm, True, False)
     for kernels in (EAGER, compiled()):
         given = x.clone()
-        with operators.on(MESH, kernels):
+        with context.on(MESH, kernels):
             found = norms.activated(given, None, None, None, norm, True, True)
         torch.testing.assert_close(found, expected)
         assert found.data_ptr() == given.data_ptr()
@@ -69,7 +69,7 @@ def test_group_norm_of_some_cells_at_once(values: int, dtype: torch.dtype, monke
     torch.testing.assert_close(found.double(), exact, rtol=64 * torch.finfo(wide).eps, atol=0)
     window = torch.full((2, 9, 7, 8), torch.nan, dtype=dtype).movedim(-1, 1)
     inner = window[:, :, 1:-1, 1:-1]
-    with operators.on(MESH):
+    with context.on(MESH):
         norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, inner)
         norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, x)  # over itself
     tolerance = 64 * torch.finfo(dtype).eps

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halovae import Grid, Mesh
-from halovae.plane import operators, windows
+from halovae.plane import context, windows
 from halovae.plane.tensor import is_channels_last
 
 MESH = Mesh(Grid(), torch.device("cpu"))
@@ -35,7 +35,7 @@ def test_padded_maps_are_pytorchs(
     after = [x.shape[-1 - at // 2] + widths[at] + widths[at + 1] for at in range(0, len(widths), 2)]
     if min(after, default=1) < 1:
         return
-    with operators.on(MESH), torch.inference_mode():
+    with context.on(MESH), torch.inference_mode():
         found = windows.padded(x, widths, value)
     assert torch.equal(found, F.pad(x, widths, value=value))
 
@@ -43,7 +43,7 @@ def test_padded_maps_are_pytorchs(
 @pytest.mark.parametrize("shape", [(1, 8, 6, 5), (1, 8, 1, 6, 5), (2, 8, 3, 6, 5)])
 def test_padded_maps_keep_their_channels_last(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    with operators.on(MESH), torch.inference_mode():
+    with context.on(MESH), torch.inference_mode():
         found = windows.padded(x, (0, 1, 0, 1, 0, 0, 0, 0))
         assert is_channels_last(found)
         # What PyTorch makes of such a picture, as modules cut it out of a clip of one frame, does not.

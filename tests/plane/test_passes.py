@@ -24,7 +24,7 @@ from halovae.distributed.threads import on_threads
 from halovae.kernels import halves, winograd
 from halovae.kernels.halves import multiplied
 from halovae.kernels.native import EAGER, compiled
-from halovae.plane import Sharded, operators, passes, windows
+from halovae.plane import Sharded, context, operators, passes, windows
 from halovae.plane import program as lowering
 from halovae.plane.agreement import conversations
 from halovae.plane.live import root
@@ -654,7 +654,7 @@ def test_a_convolution_writes_over_the_map_that_only_it_reads() -> None:
             found.append(result.data_ptr() if n.target is windows.convolution else None)
             return result
 
-    with operators.on(mesh), torch.inference_mode():
+    with context.on(mesh), torch.inference_mode():
         Watched(program._module).run(x)
     first, second = (at for at in found if at is not None)
     assert first == second
@@ -1012,7 +1012,7 @@ def test_copies_lie_channels_last(name: str) -> None:
 
     (program,) = (one for _, one, _ in recorded(module, x, Grid(), module))
     last = x.contiguous(memory_format=torch.channels_last if ndim == 2 else torch.channels_last_3d)
-    with operators.on(Mesh(Grid(), torch.device("cpu")), EAGER), torch.inference_mode():
+    with context.on(Mesh(Grid(), torch.device("cpu")), EAGER), torch.inference_mode():
         Watched(program._module).run(last)
     assert [one.stride(1) for one in terms] == [1, 1]
 

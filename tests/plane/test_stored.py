@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import halovae
+from halovae.bench import on_grids
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.threads import on_threads
 from halovae.grid import Grid
@@ -60,7 +61,7 @@ def traces(monkeypatch: Patch) -> Traces:
 
 def programs(name: str, grid: Grid) -> list[tuple[Program, Tensor]]:
     """Each rank's program of an entry's decode, and the whole result."""
-    x = zoo.example(ENTRIES[name], "decode", torch.float32)
+    x = on_grids.example(ENTRIES[name], "decode", torch.float32)
     module = zoo.build(ENTRIES[name])
 
     def rank(mesh: Mesh) -> tuple[Program, Tensor]:
@@ -104,7 +105,7 @@ def test_what_is_read_equals_what_was_traced(name: str, grid: Grid, traces: Trac
 
 def test_an_autoencoder_keeps_its_calls_and_what_they_return(traces: Traces) -> None:
     entry = ENTRIES["AutoencoderKL"]
-    z, x = zoo.example(entry, "decode", torch.float32), zoo.example(entry, "encode", torch.float32)
+    z, x = on_grids.example(entry, "decode", torch.float32), on_grids.example(entry, "encode", torch.float32)
     plain: Any = zoo.build(entry)
     with torch.no_grad():
         decoded, encoded = plain.decode(z), plain.encode(x)

@@ -86,8 +86,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self.called(func, args, kwargs or {})
         if _may_allocate(func):
-            inputs = {id(tensor.untyped_storage()) for tensor in _tensors(args)}
-            for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
+            inputs = {id(tensor.untyped_storage()) for tensor in tensors_in(args)}
+            for tensor in tensors_in(result if isinstance(result, (list, tuple)) else (result,)):
                 storage = tensor.untyped_storage()
                 if id(storage) not in inputs and (self.counts_meta or not tensor.is_meta):
                     size = storage.nbytes()
@@ -114,12 +114,13 @@ def _may_allocate(operator: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, also in lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 class MemoryMeter:

@@ -6,7 +6,6 @@ tests or near them, the weights random.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,12 +13,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import on_threads
-from halovae.grid import Grid
-from halovae.plane import Plane
-from halovae.plane.program import Program
-from halovae.plane.trace import trace
+from halovae.models.tiny_configs import (
+    ASYMMETRIC,
+    ATTENTION_2D,
+    BLOCKS_2D,
+    CONSISTENCY,
+    COSMOS,
+    DC,
+    DC_CONV,
+    DC_SHUFFLE,
+    HUNYUAN_DCAE,
+    HUNYUAN_IMAGE,
+    HUNYUAN_VIDEO,
+    KANDINSKY,
+    LTX,
+    LTX091,
+    LTX095,
+    LTX2,
+    MINIMAX,
+    MOCHI,
+    QWEN21,
+    RAE,
+    SPATIAL,
+    VIDTOK_FSQ,
+    WAN,
+    WAN22,
+)
 
 Direction = Literal["decode", "encode"]
 
@@ -126,217 +145,25 @@ def _vidtok_chunks() -> nn.Module:
     return vae.eval()
 
 
-_BLOCKS_2D = {
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "block_out_channels": (8, 16, 16),
-    "norm_num_groups": 4,
-}
-_ATTENTION_2D = {
-    **_BLOCKS_2D,
-    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
-}
-_SPATIAL = {**_ATTENTION_2D, "block_out_channels": (32, 32, 32), "norm_num_groups": 8}  # 32 groups in the decoder
-_ASYMMETRIC = {
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "down_block_out_channels": (8, 16, 16),
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "up_block_out_channels": (8, 16, 24),
-    "layers_per_up_block": 2,
-    "norm_num_groups": 4,
-}
-_DC = {
-    "latent_channels": 4,
-    "attention_head_dim": 8,  # linear attention, as in the true sizes: a plane has more cells than a head has channels
-    "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
-    "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
-    "encoder_block_out_channels": (8, 16, 16),
-    "decoder_block_out_channels": (8, 16, 16),
-    "encoder_layers_per_block": (1, 1, 1),
-    "decoder_layers_per_block": (1, 1, 1),
-    "encoder_qkv_multiscales": ((), (), (5,)),
-    "decoder_qkv_multiscales": ((), (), (5,)),
-}
-_DC_CONV = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
-_DC_SHUFFLE = {
-    "decoder_norm_types": ("batch_norm", "batch_norm", "rms_norm"),
-    "decoder_act_fns": ("relu", "relu", "silu"),
-}
-_HUNYUAN_IMAGE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 8,
-    "block_out_channels": (32, 64, 64),
-    "layers_per_block": 1,
-    "spatial_compression_ratio": 4,
-    "sample_size": 64,
-}
-_HUNYUAN_DCAE = {
-    "latent_channels": 4,
-    "block_out_channels": (16, 16, 32),
-    "layers_per_block": 1,
-    "spatial_compression_ratio": 4,
-    "temporal_compression_ratio": 2,
-}
-_HUNYUAN_VIDEO = {
-    "latent_channels": 4,
-    "block_out_channels": (8, 8, 16, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
-_WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
-_WAN22 = {
-    **_WAN,
-    "decoder_base_dim": 12,
-    "dim_mult": [1, 1, 2, 2],
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-}
-_QWEN21 = {
-    "base_dim": 8,
-    "decoder_base_dim": 12,
-    "z_dim": 8,
-    "dim_mult": [1, 2, 2],
-    "num_res_blocks": 1,
-    "temperal_downsample": [False, True],
-    "scale_factor_spatial": 4,
-}
-_LTX = {
-    "latent_channels": 8,
-    "block_out_channels": (8, 8, 8, 8),
-    "decoder_block_out_channels": (8, 8, 8, 8),
-    "layers_per_block": (1, 1, 1, 1, 1),
-    "decoder_layers_per_block": (1, 1, 1, 1, 1),
-    "spatio_temporal_scaling": (True, True, False, False),
-    "decoder_spatio_temporal_scaling": (True, True, False, False),
-    "patch_size": 2,
-}
-_LTX091 = {
-    "latent_channels": 8,
-    "block_out_channels": (8, 8, 8, 8),
-    "decoder_block_out_channels": (8, 16, 32),
-    "layers_per_block": (1, 1, 1, 1),
-    "decoder_layers_per_block": (1, 1, 1, 1),
-    "spatio_temporal_scaling": (True, True, True, False),
-    "decoder_spatio_temporal_scaling": (True, True, True),
-    "decoder_inject_noise": (False, False, False, False),
-    "upsample_residual": (True, True, True),
-    "upsample_factor": (2, 2, 2),
-    "timestep_conditioning": True,
-    "patch_size": 1,
-}
-_LTX095 = {
-    **_LTX091,
-    "block_out_channels": (8, 8, 8, 8, 8),
-    "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
-    "layers_per_block": (1, 1, 1, 1, 1),
-    "spatio_temporal_scaling": (True, True, True, True),
-    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
-    "spatial_compression_ratio": 8,
-    "temporal_compression_ratio": 8,
-}
-_LTX2 = {
-    "latent_channels": 8,
-    "block_out_channels": (8, 8, 8, 8),
-    "decoder_block_out_channels": (8, 16, 32),
-    "layers_per_block": (1, 1, 1, 1, 1),
-    "decoder_layers_per_block": (1, 1, 1, 1),
-    "patch_size": 1,
-    "decoder_causal": False,
-    "spatial_compression_ratio": 8,
-    "temporal_compression_ratio": 8,
-}
-_MOCHI = {
-    "latent_channels": 4,
-    "encoder_block_out_channels": (32, 32, 32, 32),
-    "decoder_block_out_channels": (32, 32, 32, 32),
-    "layers_per_block": (1, 1, 1, 1, 1),
-    "spatial_expansions": (1, 2, 2),  # one less than the true sizes: channels come in 32 groups, so this one is slow
-}
-_COSMOS = {
-    "latent_channels": 4,
-    "encoder_block_out_channels": (8, 8, 16, 16),
-    "decode_block_out_channels": (8, 8, 16, 16),
-    "attention_resolutions": (8,),
-    "resolution": 64,
-    "num_layers": 1,
-}
-_KANDINSKY = {
-    "latent_channels": 4,
-    "encoder_block_out_channels": (4, 8, 16, 16),
-    "decoder_block_out_channels": (4, 8, 16, 16),
-    "layers_per_block": 1,
-}
-_CONSISTENCY = {
-    "scaling_factor": 1,
-    "encoder_block_out_channels": (8, 16, 16),
-    "encoder_down_block_types": ("DownEncoderBlock2D",) * 3,
-    "encoder_norm_num_groups": 4,
-    "decoder_block_out_channels": (8, 16, 16),
-    "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 3,
-    "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 3,
-    "decoder_layers_per_block": 1,
-    "decoder_norm_num_groups": 4,
-}
-# A plane of this class is square. Its encoder takes 14 pixels a cell, its decoder gives 16, so pictures are resized.
-# Its third encoder, siglip2, cannot be made with transformers 5.
-_RAE = {
-    "encoder_hidden_size": 64,
-    "encoder_num_hidden_layers": 1,
-    "encoder_input_size": 70,
-    "decoder_hidden_size": 32,
-    "decoder_num_hidden_layers": 2,
-    "decoder_num_attention_heads": 4,
-    "decoder_intermediate_size": 64,
-}
-_MINIMAX = {
-    "latent_channels": 4,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "spatial_downsample_factors": (2, 2),
-    "temporal_downsample_factors": (2, 2),
-    "norm_num_groups": 4,
-    "decoder_num_layers": 2,
-    "decoder_num_attention_heads": 2,
-    "decoder_attention_head_dim": 8,
-    "decoder_num_register_tokens": 2,
-    "decoder_ffn_mult": 2,
-    "latents_mean": (0.0,) * 4,
-    "latents_std": (1.0,) * 4,
-}
-_VIDTOK_FSQ = {
-    "is_causal": False,
-    "ch": 8,
-    "ch_mult": [1, 2, 2],
-    "z_channels": 6,
-    "double_z": False,
-    "num_res_blocks": 1,
-    "regularizer": "fsq",
-}
-
 ENTRIES: tuple[Entry, ...] = (
-    Entry("AutoencoderKL", _class("AutoencoderKL", **_BLOCKS_2D), (1, 4, 5, 7), (1, 3, 20, 28), 4),
+    Entry("AutoencoderKL", _class("AutoencoderKL", **BLOCKS_2D), (1, 4, 5, 7), (1, 3, 20, 28), 4),
     Entry(
         "AutoencoderKL (no quant_conv)",  # as in SD3 and FLUX.1
-        _class("AutoencoderKL", **_BLOCKS_2D, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
+        _class("AutoencoderKL", **BLOCKS_2D, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
         (1, 16, 5, 7), (1, 3, 20, 28), 4,
     ),
     Entry(
         "AutoencoderKL (attention blocks)",
-        _class("AutoencoderKL", **_ATTENTION_2D),
+        _class("AutoencoderKL", **ATTENTION_2D),
         (1, 4, 5, 7), (1, 3, 20, 28), 4,
     ),
     Entry(
         "AutoencoderKLFlux2",
-        _class("AutoencoderKLFlux2", **_BLOCKS_2D, decoder_block_out_channels=(8, 12, 16), latent_channels=8),
+        _class("AutoencoderKLFlux2", **BLOCKS_2D, decoder_block_out_channels=(8, 12, 16), latent_channels=8),
         (1, 8, 5, 7), (1, 3, 20, 28), 4,
     ),
     Entry(
-        "AsymmetricAutoencoderKL", _class("AsymmetricAutoencoderKL", **_ASYMMETRIC), (1, 4, 5, 7), (1, 3, 20, 28), 4
+        "AsymmetricAutoencoderKL", _class("AsymmetricAutoencoderKL", **ASYMMETRIC), (1, 4, 5, 7), (1, 3, 20, 28), 4
     ),
     Entry(
         "AutoencoderKLTemporalDecoder",  # the batch is the frames of one clip
@@ -356,22 +183,22 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "VQModel",
-        _class("VQModel", **_BLOCKS_2D, num_vq_embeddings=64),
+        _class("VQModel", **BLOCKS_2D, num_vq_embeddings=64),
         (1, 3, 5, 7), (1, 3, 20, 28), 4, quantized=True,
     ),
     Entry(
         "VQModel (spatial norm)",  # as in Kandinsky 2, whose pipelines don't quantize
-        _class("VQModel", **_SPATIAL, latent_channels=4, num_vq_embeddings=64, norm_type="spatial"),
+        _class("VQModel", **SPATIAL, latent_channels=4, num_vq_embeddings=64, norm_type="spatial"),
         (1, 4, 5, 7), (1, 3, 20, 28), 4,
     ),
     Entry("PaellaVQModel", _paella, (1, 4, 5, 7), (1, 3, 20, 28), 4),
     Entry(
-        "AutoencoderDC (conv)", _class("AutoencoderDC", **_DC, **_DC_CONV), (1, 4, 5, 7), (1, 3, 20, 28), 4,
+        "AutoencoderDC (conv)", _class("AutoencoderDC", **DC, **DC_CONV), (1, 4, 5, 7), (1, 3, 20, 28), 4,
         factor_fp32=True,
     ),
     Entry(
         "AutoencoderDC (pixel shuffle)",
-        _class("AutoencoderDC", **_DC, **_DC_SHUFFLE),
+        _class("AutoencoderDC", **DC, **DC_SHUFFLE),
         (1, 4, 5, 7), (1, 3, 20, 28), 4, factor_fp32=True,
     ),
     Entry(
@@ -381,61 +208,61 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "AutoencoderKLHunyuanImage",
-        _class("AutoencoderKLHunyuanImage", **_HUNYUAN_IMAGE),
+        _class("AutoencoderKLHunyuanImage", **HUNYUAN_IMAGE),
         (1, 8, 5, 7), (1, 3, 20, 28), 4,
     ),
     Entry(
         "AutoencoderKLHunyuanImageRefiner",  # keeps the number of frames
-        _class("AutoencoderKLHunyuanImageRefiner", **_HUNYUAN_DCAE),
+        _class("AutoencoderKLHunyuanImageRefiner", **HUNYUAN_DCAE),
         (1, 4, 3, 5, 7), (1, 3, 3, 20, 28), 4,
     ),
     Entry(
         "AutoencoderKLHunyuanVideo",
-        _class("AutoencoderKLHunyuanVideo", **_HUNYUAN_VIDEO),
+        _class("AutoencoderKLHunyuanVideo", **HUNYUAN_VIDEO),
         (1, 4, 3, 5, 7), (1, 3, 9, 40, 56), 8,
     ),
     Entry(
         "AutoencoderKLHunyuanVideo15",
-        _class("AutoencoderKLHunyuanVideo15", **_HUNYUAN_DCAE),
+        _class("AutoencoderKLHunyuanVideo15", **HUNYUAN_DCAE),
         (1, 4, 3, 5, 7), (1, 3, 5, 20, 28), 4,
     ),
     Entry(
-        "AutoencoderKLQwenImage", _class("AutoencoderKLQwenImage", **_WAN), (1, 4, 3, 5, 7), (1, 3, 9, 40, 56), 8
+        "AutoencoderKLQwenImage", _class("AutoencoderKLQwenImage", **WAN), (1, 4, 3, 5, 7), (1, 3, 9, 40, 56), 8
     ),
     Entry(
         "AutoencoderKLQwenImage21",  # one frame, and four channels
-        _class("AutoencoderKLQwenImage21", **_QWEN21),
+        _class("AutoencoderKLQwenImage21", **QWEN21),
         (1, 8, 1, 5, 7), (1, 4, 1, 20, 28), 4,
     ),
     Entry(
-        "AutoencoderKLWan (2.1)", _class("AutoencoderKLWan", **_WAN), (1, 4, 3, 5, 7), (1, 3, 9, 40, 56), 8
+        "AutoencoderKLWan (2.1)", _class("AutoencoderKLWan", **WAN), (1, 4, 3, 5, 7), (1, 3, 9, 40, 56), 8
     ),
     Entry(
-        "AutoencoderKLWan (2.2)", _class("AutoencoderKLWan", **_WAN22), (1, 4, 3, 5, 7), (1, 3, 9, 80, 112), 16
+        "AutoencoderKLWan (2.2)", _class("AutoencoderKLWan", **WAN22), (1, 4, 3, 5, 7), (1, 3, 9, 80, 112), 16
     ),
     Entry(
         "AutoencoderKLLTXVideo (0.9.0)",
-        _class("AutoencoderKLLTXVideo", **_LTX),
+        _class("AutoencoderKLLTXVideo", **LTX),
         (1, 8, 3, 5, 7), (1, 3, 9, 40, 56), 8, factor_fp32=True,
     ),
     Entry(
         "AutoencoderKLLTXVideo (timestep)",
-        _class("AutoencoderKLLTXVideo", **_LTX091),
+        _class("AutoencoderKLLTXVideo", **LTX091),
         (1, 8, 2, 5, 7), (1, 3, 9, 40, 56), 8, factor_fp32=True,
     ),
     Entry(
         "AutoencoderKLLTXVideo (0.9.1, noise)",
-        _class("AutoencoderKLLTXVideo", **{**_LTX091, "decoder_inject_noise": (True, True, True, False)}),
+        _class("AutoencoderKLLTXVideo", **{**LTX091, "decoder_inject_noise": (True, True, True, False)}),
         (1, 8, 2, 5, 7), (1, 3, 9, 40, 56), 8, factor_fp32=True, random=True,
     ),
     Entry(
         "AutoencoderKLLTXVideo (0.9.5)",
-        _class("AutoencoderKLLTXVideo", **_LTX095),
+        _class("AutoencoderKLLTXVideo", **LTX095),
         (1, 8, 2, 5, 7), (1, 3, 9, 40, 56), 8, factor_fp32=True,
     ),
     Entry(
         "AutoencoderKLLTX2Video",
-        _class("AutoencoderKLLTX2Video", **_LTX2),
+        _class("AutoencoderKLLTX2Video", **LTX2),
         (1, 8, 2, 5, 7), (1, 3, 9, 40, 56), 8,
     ),
     Entry(
@@ -446,13 +273,13 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (1, 4, 5, 5, 7), (1, 3, 17, 40, 56), 8,
     ),
-    Entry("AutoencoderKLMochi", _class("AutoencoderKLMochi", **_MOCHI), (1, 4, 2, 5, 7), (1, 3, 7, 20, 28), 4),
+    Entry("AutoencoderKLMochi", _class("AutoencoderKLMochi", **MOCHI), (1, 4, 2, 5, 7), (1, 3, 7, 20, 28), 4),
     Entry(
-        "AutoencoderKLCosmos (haar)", _class("AutoencoderKLCosmos", **_COSMOS), (1, 4, 2, 5, 7), (1, 3, 9, 40, 56), 8
+        "AutoencoderKLCosmos (haar)", _class("AutoencoderKLCosmos", **COSMOS), (1, 4, 2, 5, 7), (1, 3, 9, 40, 56), 8
     ),
     Entry(
         "AutoencoderKLCosmos (rearrange)",
-        _class("AutoencoderKLCosmos", **_COSMOS, patch_type="rearrange"),
+        _class("AutoencoderKLCosmos", **COSMOS, patch_type="rearrange"),
         (1, 4, 2, 5, 7), (1, 3, 9, 40, 56), 8,
     ),
     Entry(
@@ -481,7 +308,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("AutoencoderVidTok (causal, chunks)", _vidtok_chunks, (1, 4, 3, 5, 7), (1, 3, 12, 20, 28), 4),
     Entry(
         "AutoencoderVidTok (fsq)",  # not causal: whole chunks of four latent frames
-        _class("AutoencoderVidTok", **_VIDTOK_FSQ),
+        _class("AutoencoderVidTok", **VIDTOK_FSQ),
         (1, 6, 4, 5, 7), (1, 3, 16, 20, 28), 4, quantized=True,
     ),
     Entry(
@@ -491,18 +318,18 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "Kandinsky6SRVAE",  # segments of five and one latent frames, so caches carry over
-        _class("Kandinsky6SRVAE", **_KANDINSKY),
+        _class("Kandinsky6SRVAE", **KANDINSKY),
         (1, 4, 6, 5, 7), (1, 3, 21, 40, 56), 8, factor_fp32=True,
     ),
     Entry(
-        "ConsistencyDecoderVAE", _class("ConsistencyDecoderVAE", **_CONSISTENCY), (1, 4, 5, 7), (1, 3, 20, 28), 4,
+        "ConsistencyDecoderVAE", _class("ConsistencyDecoderVAE", **CONSISTENCY), (1, 4, 5, 7), (1, 3, 20, 28), 4,
         random=True,
     ),
-    Entry("AutoencoderRAE (dinov2)", _class("AutoencoderRAE", **_RAE), (1, 64, 5, 5), (1, 3, 80, 80), 16),
-    Entry("AutoencoderRAE (mae)", _class("AutoencoderRAE", **_RAE, encoder_type="mae"), None, (1, 3, 80, 80), 16),
+    Entry("AutoencoderRAE (dinov2)", _class("AutoencoderRAE", **RAE), (1, 64, 5, 5), (1, 3, 80, 80), 16),
+    Entry("AutoencoderRAE (mae)", _class("AutoencoderRAE", **RAE, encoder_type="mae"), None, (1, 3, 80, 80), 16),
     Entry(
         "AutoencoderKLMiniMaxH3",  # the fewest latent frames that it takes; tiling is on, and a tile exceeds the plane
-        _class("AutoencoderKLMiniMaxH3", **_MINIMAX),
+        _class("AutoencoderKLMiniMaxH3", **MINIMAX),
         (1, 4, 7, 5, 7), (1, 3, 22, 20, 28), 4, factor_fp32=True,
     ),
 )  # fmt: skip
@@ -570,69 +397,3 @@ def encode(module: nn.Module, pictures: Tensor) -> Tensor:
 
 
 CALLS: dict[Direction, Callable[[nn.Module, Tensor], Tensor]] = {"decode": decode, "encode": encode}
-
-
-def example(entry: Entry, direction: Direction, dtype: torch.dtype) -> Tensor:
-    """What goes in: seeded noise, the same in every dtype but for rounding."""
-    shape = entry.shape(direction)
-    assert shape is not None
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
-
-
-def plain(entry: Entry, direction: Direction, dtype: torch.dtype) -> Tensor:
-    """What the unmodified module gives on its own."""
-    with torch.no_grad():
-        return CALLS[direction](build(entry, dtype), example(entry, direction, dtype))
-
-
-def eager(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[tuple[Tensor, Plane]]:
-    """What each rank of a grid gives, operator by operator. Ranks are threads of this process."""
-    x, device = example(entry, direction, dtype), torch.device("cpu")
-    module = build(entry, dtype)
-
-    def rank(mesh: Mesh) -> tuple[Tensor, Plane]:
-        own, plane = copy.deepcopy(module), Plane(mesh)  # some classes keep caches on themselves
-        with plane.active():
-            return plane.full(CALLS[direction](own, plane.scatter(x, entry.multiple(direction)))), plane
-
-    return on_threads(grid, device, rank)
-
-
-def record(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[Program]:
-    """Each rank's program.
-
-    Raises:
-        TraceError: the call cannot be recorded.
-    """
-    module, device, shape = build(entry, dtype), torch.device("cpu"), entry.shape(direction)
-    assert shape is not None
-
-    def rank(mesh: Mesh) -> Program:
-        call = CALLS[direction]
-        return trace(lambda x: call(module, x), [module], mesh, shape, dtype, device, entry.multiple(direction))
-
-    return on_threads(grid, device, rank)
-
-
-def replay(programs: list[Program], entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[Tensor]:
-    """What each rank's program gives, the global generator seeded as `decode` seeds it."""
-    x = example(entry, direction, dtype)
-
-    def rank(mesh: Mesh) -> Tensor:
-        program, plane = programs[mesh.rank], Plane(mesh)
-        local = plane.scatter(x, entry.multiple(direction)).local
-        torch.manual_seed(0)
-        result = program(local, mesh)
-        with plane.active():
-            return plane.full(plane.wrap(result, program.returns))
-
-    with torch.random.fork_rng(devices=[]):
-        return on_threads(grid, torch.device("cpu"), rank)
-
-
-def error(results: list[Tensor], reference: Tensor) -> float:
-    """The largest difference of any rank's result, relative to the largest value of the reference, or to 1."""
-    if any(result.shape != reference.shape or not result.isfinite().all() for result in results):
-        return float("inf")
-    largest = max((result - reference).abs().max().item() for result in results)
-    return largest / max(1.0, reference.abs().max().item())

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Lines, Scope
-from halovae.plane import operators, windows
+from halovae.plane import context, operators, windows
 from halovae.plane.program import Program
 
 Conversations = Mapping[int, tuple[str, str]]  # by peer: digests of what it is sent and sends, and of the reverse
@@ -55,7 +55,7 @@ def conversations(program: Program, mesh: Mesh) -> Conversations:
     place = Mesh(mesh.grid, torch.device("cpu"), noted)
     known: dict[Any, list[tuple[int, int, int]]] = {}
     digests: dict[int, tuple[Any, Any]] = defaultdict(lambda: (hashlib.sha256(), hashlib.sha256()))
-    with _disable_current_modes(), torch.inference_mode(), operators.on(place):
+    with _disable_current_modes(), torch.inference_mode(), context.on(place):
         for node in filter(may_exchange, program.nodes()):
             key = node.target, likeness(node)
             if key not in known:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from halovae.kernels import winograd
-from halovae.plane import operators
+from halovae.plane import context
 from halovae.plane.operators import Cut
 from halovae.plane.rings import Edges, exchange, outermost
 
@@ -51,7 +51,7 @@ class Bands(winograd.Bands):
     def _line(self, dim: int, frames: int) -> Tensor:
         height, width = self._extents.values()
         plane = (4, width) if dim == _ROWS else (height + 2, 4)
-        _, pool = operators.current_kernels(self.x)
+        _, pool = context.current_kernels(self.x)
         line = pool.empty((*self.x.shape[:2], frames, *plane), self.x.dtype).zero_()
         inner = line if dim == _ROWS else line[..., 1:-1, :]
         for at, cell in ((1, 0), (2, self._extents[dim] - 1)):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.out_of_memory import Calls, DrainingLines
-from halovae.plane import operators
+from halovae.plane import context, operators
 from halovae.plane.agreement import may_exchange, meta_tensor, run_without_data
 from halovae.plane.layout import Layout, local_shape
 from halovae.plane.live import is_operator
@@ -37,7 +37,7 @@ def drain_peers(
         if is_operator(node) and may_exchange(node):
             run_without_data(node)
 
-    with _disable_current_modes(), torch.inference_mode(), operators.on(place):
+    with _disable_current_modes(), torch.inference_mode(), context.on(place):
         for node in program.graph.nodes:
             if node.op == "call_module":
                 for one in program.bodies[str(node.target)].nodes:

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import world_size
+from halovae.plane.passes import chosen
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -85,3 +87,24 @@ def weights_digest(modules: Sequence[nn.Module]) -> str:
     shapes = hash(tuple(tuple(one.shape) for module in modules for one in module.parameters()))
     total = float(torch.stack(sums).mul(torch.arange(1, len(sums) + 1, device=sums[0].device)).sum()) if sums else 0.0
     return f"{shapes:x}/{total!r}"
+
+
+def settings(mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a graph depends on besides the modules, the function and the device."""
+    shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
+    kind = x.device.type
+    casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return mesh.grid, mesh.rank, shapes, value_key(options), casting, torch.get_default_dtype(), chosen()
+
+
+def device_of(modules: Sequence[nn.Module], x: Any) -> torch.device:
+    """Where modules have their weights; where `x` is, if they have none.
+
+    Raises:
+        ValueError: on several devices.
+    """
+    devices = {one.device for module in modules for one in module.parameters() if one.device.type != "meta"}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the module's weights are on several devices ({names}): expected all of them on one")
+    return devices.pop() if devices else x.device if isinstance(x, Tensor) else torch.device("cpu")

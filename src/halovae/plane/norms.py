@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halovae.distributed.transport import Scope
 from halovae.kernels.native import Norms
-from halovae.plane import backends, operators
+from halovae.plane import backends, context, operators
 from halovae.plane.tensor import is_channels_last
 
 # GroupNorm's groups, eps, and scope and counts as `operators.statistics` has them; or of a norm over each cell's
@@ -89,7 +89,7 @@ def activated(
         out = x if spare and is_dense(x) else empty_like(x)
         write(x, shift, gamma, beta, norm, silu, out)
         return out
-    if spare and operators.kind_of(x) == "cpu" and (x.is_meta or is_channels_last(x)):
+    if spare and context.kind_of(x) == "cpu" and (x.is_meta or is_channels_last(x)):
         write(x, None, gamma, beta, norm, silu, x)
         return x
     groups, eps, scope, counts = norm
@@ -155,7 +155,7 @@ def _normalize_cells(
 
 def _loops(x: Tensor, out: Tensor) -> tuple[Norms | None, Tensor, Tensor]:
     """The norms that are one loop, if they can read a map and write to `out`; and both with the channels last."""
-    norms = operators.current_kernels(x)[0].norms
+    norms = context.current_kernels(x)[0].norms
     source, result = x.movedim(1, -1), out.movedim(1, -1)
     alike = x.dtype == out.dtype and x.shape == out.shape
     known = norms is not None and alike and norms.takes(source) and norms.takes(result)
@@ -165,8 +165,8 @@ def _loops(x: Tensor, out: Tensor) -> tuple[Norms | None, Tensor, Tensor]:
 def empty_like(x: Tensor) -> Tensor:
     """Memory for a map, channels last."""
     if x.device.type not in ("cpu", "meta"):
-        return operators.empty_along(x, 1, x.shape[1], last=True)
-    return operators.empty_map(x, x.shape)
+        return context.empty_along(x, 1, x.shape[1], last=True)
+    return context.empty_map(x, x.shape)
 
 
 def _in_parts(

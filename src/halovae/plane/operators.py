@@ -7,9 +7,7 @@ through the mesh that is current in their thread.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +17,8 @@ from torch import Tensor
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Scope
 from halovae.kernels import halves
-from halovae.kernels.native import EAGER, Kernels
-from halovae.kernels.pool import Pool
 from halovae.plane import backends
+from halovae.plane.context import current, current_kernels, empty_along, position_in, stride
 from halovae.plane.layout import Bounds, MeshDim
 from halovae.plane.moments import moments, together
 from halovae.plane.tensor import is_channels_last
@@ -31,53 +28,6 @@ Place = Callable[[int, int], Tensor]
 Wanted = tuple[tuple[Interval, ...], ...]  # by rank along a mesh dim: intervals, one after the other
 
 _LARGEST_HEAD = 256  # of flash attention
-
-_current = threading.local()
-
-
-@contextmanager
-def on(mesh: Mesh, kernels: Kernels = EAGER, pool: Pool | None = None, kind: str = "meta") -> Iterator[None]:
-    """Let this thread's operators reach the ranks of `mesh`.
-
-    Args:
-        mesh: the ranks.
-        kernels: what passes over memory are made with, on the CPU.
-        pool: where maps lie that these make; None for a new one.
-        kind: of device whose way tensors without data take: "cpu", or "meta" for the way of no device.
-    """
-    before = dict(vars(_current))
-    _current.mesh, _current.kernels, _current.pool, _current.kind = mesh, kernels, pool, kind
-    try:
-        yield
-    finally:
-        vars(_current).clear()
-        vars(_current).update(before)
-
-
-def current() -> Mesh:
-    """The mesh that operators use in this thread."""
-    mesh: Mesh = _current.mesh
-    return mesh
-
-
-def kind_of(x: Tensor) -> str:
-    """The kind of device whose way a tensor takes."""
-    kind: str = _current.kind if x.is_meta else x.device.type
-    return kind
-
-
-def current_kernels(x: Tensor) -> tuple[Kernels, Pool]:
-    """The kernels and the buffer pool of this thread, for maps where `x` is; on meta they have no data."""
-    if _current.pool is None or _current.pool.device != x.device:
-        _current.pool = Pool(x.device)
-    return _current.kernels, _current.pool
-
-
-def empty_map(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Memory of this thread's buffer pool for a map of `sizes`, `[N, C, *]` with two or three dims, like `x`."""
-    items, channels, *plane = sizes
-    out = current_kernels(x)[1].empty((items, channels, *[1] * (3 - len(plane)), *plane), x.dtype)
-    return out if len(plane) == 3 else out[:, :, 0]
 
 
 def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted) -> Tensor:
@@ -108,15 +58,15 @@ def fetching(
         told to: by the first row (or col) among all of them, and a number of rows of one interval.
     """
     mesh = current()
-    position = _position(mesh, mesh_dim)
-    first = mesh.rank - position * _stride(mesh, mesh_dim)
+    position = position_in(mesh, mesh_dim)
+    first = mesh.rank - position * stride(mesh, mesh_dim)
     own, mine = (bounds[position], bounds[position + 1]), wanted[position]
     sends, receives, places = [], [], []
     sizes = list(take(0, 0).shape)
     for peer, intervals in enumerate(wanted):
         if peer == position:
             continue
-        rank = first + peer * _stride(mesh, mesh_dim)
+        rank = first + peer * stride(mesh, mesh_dim)
         pieces = [take(a - own[0], b - a) for a, b in _overlaps(intervals, own)]
         if pieces:
             sent = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
@@ -196,7 +146,7 @@ def convolution(
     def convolved(part: Tensor, padding: list[int]) -> Tensor:
         return halves.convolved(part, weight, bias, padding, dilation, groups)
 
-    position = {name: _position(current(), name) for _, name, *_ in cuts}
+    position = {name: position_in(current(), name) for _, name, *_ in cuts}
     halos: list[tuple[int, Tensor, int]] = []
     out = None
     for dim, mesh_dim, bounds, wanted, width, *_ in cuts:
@@ -259,7 +209,7 @@ def fetched_shape(
     mesh: Mesh, x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
 ) -> tuple[Tensor, int, int]:
     """What `fetch` returns, without data, and the messages and bytes that this rank sends."""
-    position = _position(mesh, mesh_dim)
+    position = position_in(mesh, mesh_dim)
     own = (bounds[position], bounds[position + 1])
     cell = x.element_size() * math.prod(extent for at, extent in enumerate(x.shape) if at != dim)
     lengths = [sum(b - a for a, b in _overlaps(intervals, own)) for intervals in wanted]
@@ -415,19 +365,6 @@ def shape_of(function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh)
     return x.new_empty(x.shape), len(counts) - 1, (len(counts) - 1) * statistics
 
 
-def _stride(mesh: Mesh, mesh_dim: MeshDim) -> int:
-    return mesh.grid.cols if mesh_dim == "rows" else 1
-
-
-def _position(mesh: Mesh, mesh_dim: MeshDim) -> int:
-    return mesh.row if mesh_dim == "rows" else mesh.col
-
-
-def position(mesh_dim: MeshDim) -> int:
-    """Where along a mesh dim this thread's rank is."""
-    return _position(current(), mesh_dim)
-
-
 def _overlaps(intervals: Sequence[Interval], owned: Interval) -> list[Interval]:
     found = [(max(a, owned[0]), min(b, owned[1])) for a, b in intervals]
     return [(a, b) for a, b in found if a < b]
@@ -436,15 +373,3 @@ def _overlaps(intervals: Sequence[Interval], owned: Interval) -> list[Interval]:
 def _offset(intervals: Sequence[Interval], owned: Interval, until: Interval) -> int:
     """Where in a message the part of the interval `until` begins."""
     return sum(b - a for a, b in _overlaps(intervals[: intervals.index(until)], owned))
-
-
-def empty_along(
-    x: Tensor, dim: int, length: int, sizes: Sequence[int] | None = None, last: bool | None = None
-) -> Tensor:
-    """An empty tensor of another extent along `dim`, channels last where `x` or `last` is; of its or other sizes."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    layout = formats.get(x.ndim, torch.contiguous_format)
-    sizes = x.shape if sizes is None else sizes
-    shape = [*sizes[:dim], length, *sizes[dim + 1 :]]
-    last = is_channels_last(x) if last is None else last
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout if last else torch.contiguous_format)

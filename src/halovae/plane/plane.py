@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Scope
-from halovae.plane import cuts, operators
+from halovae.plane import context, cuts, operators
 from halovae.plane.layout import (
     Bounds,
     Coordinates,
@@ -77,7 +77,7 @@ class Plane:
         from halovae.plane.rules.creation import Interception
 
         # Operators on inference tensors arrive undecomposed, so that mode gives way to one that differs in speed only.
-        with operators.on(self.mesh), torch.inference_mode(False), torch.no_grad(), Interception(self):
+        with context.on(self.mesh), torch.inference_mode(False), torch.no_grad(), Interception(self):
             yield
 
     @contextmanager

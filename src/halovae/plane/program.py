@@ -15,7 +15,7 @@ from halovae.distributed.mesh import Mesh
 from halovae.kernels.halves import convolution, has_units, multiplied
 from halovae.kernels.native import EAGER, Kernels
 from halovae.kernels.pool import Pool
-from halovae.plane import operators, windows
+from halovae.plane import context, operators, windows
 from halovae.plane.flops import CONVOLUTIONS, PRODUCTS, flops
 from halovae.plane.layout import Factor, Layout, local_extent
 from halovae.plane.live import is_operator, peak
@@ -141,7 +141,7 @@ class Program:
     @contextmanager
     def _running(self, mesh: Mesh, pool: Pool, kernels: Kernels) -> Iterator[None]:
         casting = torch._C._DisableAutocast()  # casts are operators of the graph
-        with operators.on(mesh, kernels, pool), torch.no_grad(), torch._C.DisableTorchFunction(), casting:
+        with context.on(mesh, kernels, pool), torch.no_grad(), torch._C.DisableTorchFunction(), casting:
             yield
 
     def nodes(self) -> Iterator[fx.Node]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from halovae.plane import operators
+from halovae.plane import context, operators
 from halovae.plane.operators import Cut
 
 # How the ring is made of the map where the picture ends, and on which sides this rank has it: left, right, top, bottom.
@@ -26,7 +26,7 @@ def window(x: Tensor, frames: int, before: int, after: int, cuts: Sequence[Cut],
         cuts: the dims of `x` along which other ranks have what this one needs.
         edges: what the others are made of; None for zeros.
     """
-    _, pool = operators.current_kernels(x)
+    _, pool = context.current_kernels(x)
     result = pool.empty((*x.shape[:2], frames, x.shape[-2] + 2, x.shape[-1] + 2), x.dtype)
     written = {dim - x.ndim for dim, *_ in cuts}
     for dim, first, last in ((-3, before, after), (-2, 1, 1), (-1, 1, 1)):
@@ -102,7 +102,7 @@ def exchange(own: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor], cut: Cut)
         What waits for them and writes them.
     """
     dim, mesh_dim, bounds, wanted, width, *_ = cut
-    position = operators.position(mesh_dim)
+    position = context.position(mesh_dim)
     begin, end = wanted[position][0]
     mine = ((begin, begin + width), (end - width, end))
     intervals = tuple(mine if at == position else one for at, one in enumerate(wanted))

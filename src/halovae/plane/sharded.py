@@ -19,7 +19,7 @@ from halovae.grid import Grid, Span, split
 from halovae.kernels.native import EAGER, Kernels, compiled, explain, ready
 from halovae.plane.agreement import agree, conversations
 from halovae.plane.drain import drain_peers
-from halovae.plane.keys import WeightsDigest, hooked, module_key, value_key
+from halovae.plane.keys import WeightsDigest, device_of, hooked, module_key, settings, value_key
 from halovae.plane.layout import Layout, extent
 from halovae.plane.passes import chosen
 from halovae.plane.plane import Plane
@@ -118,11 +118,11 @@ class Sharded:
             RuntimeWarning: kernels cannot be compiled here (no C++ compiler?); calls run in eager PyTorch.
         """
         options = dict(options or {})
-        everyone = mesh or mesh_for(Grid(rows=world_size()), _device(self._modules, x))
+        everyone = mesh or mesh_for(Grid(rows=world_size()), device_of(self._modules, x))
         used, key, asked = everyone, None, ""
         error: Exception | None = None
         try:
-            used = mesh or mesh_for(grid or Grid(rows=world_size()), _device(self._modules, x))
+            used = mesh or mesh_for(grid or Grid(rows=world_size()), device_of(self._modules, x))
             self._check(x, used.grid, gather)
             key = self._key(used, x, extras, options)
             shapes = [(list(one.shape), str(one.dtype)) for one in (x, *extras)]
@@ -327,10 +327,10 @@ class Sharded:
                     x.device, self._multiple, [(one.shape, one.dtype) for one in extras], passes,
                 )  # fmt: skip
 
-            settings = self._multiple, _settings(mesh, x, extras, options), passes
+            about = self._multiple, settings(mesh, x, extras, options), passes
             try:
                 found = stored_or_traced(
-                    record, self._function, self._modules, self._identity, mesh, x.device, settings
+                    record, self._function, self._modules, self._identity, mesh, x.device, about
                 )  # fmt: skip
             except TraceError as error:
                 found = TraceError(str(error))  # its traceback holds all that the call computed
@@ -346,7 +346,7 @@ class Sharded:
             tuple((id(one), one.dtype, one.device) for module in self._modules for one in module.parameters())
         )
         state = tuple(module_key(one) for module in self._modules for one in module.modules())
-        return _settings(mesh, x, extras, options), x.device, hash(state), weights
+        return settings(mesh, x, extras, options), x.device, hash(state), weights
 
     def _check(self, x: Tensor, grid: Grid, gather: Gather) -> None:
         if not isinstance(x, Tensor) or x.ndim < 3 or not x.is_floating_point():
@@ -391,23 +391,7 @@ def shard(
     return Sharded(function, given, multiple)
 
 
-def _settings(mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a graph depends on besides the modules, the function and the device."""
-    shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
-    kind = x.device.type
-    casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return mesh.grid, mesh.rank, shapes, value_key(options), casting, torch.get_default_dtype(), chosen()
-
-
 @contextmanager
 def _without_gradients() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _device(modules: Sequence[nn.Module], x: Any) -> torch.device:
-    devices = {one.device for module in modules for one in module.parameters() if one.device.type != "meta"}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"the module's weights are on several devices ({names}): expected all of them on one")
-    return devices.pop() if devices else x.device if isinstance(x, Tensor) else torch.device("cpu")

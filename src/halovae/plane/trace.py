@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from halovae.device.memory import tensors_in
 from halovae.distributed.mesh import Mesh
 from halovae.plane import operators
 from halovae.plane.chunks import split
@@ -104,7 +105,7 @@ class Recorder(TorchDispatchMode):
         return _mapped(lambda one: lift(one) if is_ours(one) else one, result)
 
     def _recorded(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensors = list(_tensors((*args, *kwargs.values())))
+        tensors = list(tensors_in((*args, *kwargs.values())))
         if func in (aten.lift_fresh.default, aten.detach_.default):  # what torch.tensor ends with
             return self._twin(args[0])
         random = torch.Tag.nondeterministic_seeded in func.tags
@@ -389,14 +390,6 @@ def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _mapped(function, one) for name, one in value.items()}
     return value
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def _place() -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halovae.kernels import halves, winograd
 from halovae.kernels.schemes import PLAIN, UPSAMPLING
-from halovae.plane import backends, operators, rings
+from halovae.plane import backends, context, operators, rings
 from halovae.plane.bands import Bands
 from halovae.plane.norms import Cells, Norm, activated, empty_like, is_dense, sum_of, write, writer
 from halovae.plane.operators import Cut
@@ -56,8 +56,8 @@ def convolution(
     Returns:
         This rank's part of the result, `[N, C', *]`.
     """
-    kernels, pool = operators.current_kernels(x)
-    kind = operators.kind_of(x)
+    kernels, pool = context.current_kernels(x)
+    kind = context.kind_of(x)
     maps, whole = (one if one.ndim == 5 else one.unsqueeze(2) for one in (x, weight))
     own, before = maps.shape[2], sum(padding[:-2])
     first = zeros + repeats[0] + (0 if past is None else past.shape[2])
@@ -143,9 +143,9 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     Returns:
         This rank's part of the result, `[N, C', 2H, 2W]`.
     """
-    kernels, pool = operators.current_kernels(x)
+    kernels, pool = context.current_kernels(x)
     items, _, height, width = x.shape
-    folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, operators.kind_of(x))
+    folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, context.kind_of(x))
     if not folded and not cuts:
         return _plain(upsampled(x, (2, 2)), weight, bias, (1, 1))
     if not folded:
@@ -181,7 +181,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: `[C', C, 1, ...]`.
         bias: `[C']`.
     """
-    known = operators.kind_of(x) == "cpu" or backends.kernels(x.device.type) is not None
+    known = context.kind_of(x) == "cpu" or backends.kernels(x.device.type) is not None
     if known and x.stride(1) == 1 and x.shape[1] > 1:
         return halves.linear(x, weight.flatten(1), bias)
     return _plain(x, weight, bias)
@@ -220,7 +220,7 @@ def padded(x: Tensor, widths: Sequence[int], value: float = 0.0) -> Tensor:
     sizes = list(x.shape)
     for at in range(dims):
         sizes[-1 - at] += widths[2 * at] + widths[2 * at + 1]
-    result = inner = operators.empty_map(x, sizes)
+    result = inner = context.empty_map(x, sizes)
     for at in range(dims):
         dim, before, after = x.ndim - 1 - at, widths[2 * at], widths[2 * at + 1]
         inner.narrow(dim, 0, before).fill_(value)
@@ -263,7 +263,7 @@ def copied(x: Tensor, channels: int, shape: tuple[int, ...] | None) -> Tensor:
 
 def kept(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for the last frames of a map, channels last, which the convolution with this weight will fill."""
-    return operators.current_kernels(weight)[1].empty(shape, weight.dtype, kept=True)
+    return context.current_kernels(weight)[1].empty(shape, weight.dtype, kept=True)
 
 
 def upsampled(x: Tensor, factors: tuple[int, ...]) -> Tensor:
@@ -312,7 +312,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
     spatial = weight.ndim - 2
     fused = backends.kernels(x.device.type)
     # The result of a channels-last map lies so, too. On the CPU a small one is worth a copy.
-    if fused is not None or (operators.kind_of(x) == "cpu" and 4 * x.shape[1] <= weight.shape[0]):
+    if fused is not None or (context.kind_of(x) == "cpu" and 4 * x.shape[1] <= weight.shape[0]):
         x = x.contiguous(memory_format=torch.channels_last if spatial == 2 else torch.channels_last_3d)
     late = bias if fused is None else None
     result = halves.convolved(x, weight, late, padding or [0] * spatial, [1] * spatial, 1)

@@ -21,7 +21,7 @@ from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Lines, Scope
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER
-from halovae.plane import operators, windows
+from halovae.plane import context, operators, windows
 from halovae.plane.agreement import likeness, meta_arguments
 from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
@@ -113,7 +113,7 @@ def traced(
         rank: which one; None for the one with the most to do.
         multiple: of which bounds are to be multiples, as `trace` has it.
         compiled: whether a CPU's passes over memory are compiled.
-        kind: of device whose algorithms are priced, "cpu" or "meta": see `operators.on`.
+        kind: of device whose algorithms are priced, "cpu" or "meta": see `context.on`.
 
     Raises:
         UnplannableError: the function cannot be traced.
@@ -212,7 +212,7 @@ class _Pricer:
             recorder = _Watch(self._results, self._statistics)
             mesh = Mesh(self._mesh.grid, CPU, TracedLines(self._mesh.rank, self._mesh.grid.size, recorder))
             kernels = recorder.kernels() if self._compiled else EAGER
-            with _disable_current_modes(), torch.inference_mode(), operators.on(mesh, kernels, kind=self._kind):
+            with _disable_current_modes(), torch.inference_mode(), context.on(mesh, kernels, kind=self._kind):
                 args, kwargs = meta_arguments(node)
                 target: Any = node.target
                 with recorder:

@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -23,6 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from halovae import __version__
 from halovae.serving import errors, pictures, thumbnails
+from halovae.serving.answers import file_of, found, preview_of, shown
 from halovae.serving.dispatch import Dispatcher, QueueFull
 from halovae.serving.errors import ApiError
 from halovae.serving.jobs import Job, Jobs, Kind, Wish
@@ -30,10 +30,8 @@ from halovae.serving.metrics import Metrics
 from halovae.serving.requests import BodyLimit, pictures_of, read, reference_of, wish_for
 from halovae.serving.schemas import (
     Asked,
-    Decode,
     Deleted,
     EditRequest,
-    Failure,
     ImageData,
     ImageRequest,
     Images,
@@ -180,7 +178,7 @@ async def create_video(request: Request, dispatcher: Dispatching, front: Front) 
         raise ApiError(400, f"{front.name} makes pictures: POST /v1/images/generations")
     images = await reference_of(asked, uploads.get("input_reference", []), front.allow_url_inputs, front.max_body)
     job = await _submitted(dispatcher, front, "video", wish_for(front.pipeline, asked, images), images)
-    return _shown(dispatcher, job)
+    return shown(dispatcher, job)
 
 
 @_api.get("/videos", response_model=VideoList)
@@ -191,9 +189,9 @@ async def list_videos(
     after: str | None = None,
 ) -> VideoList:
     """The videos, the newest first."""
-    start = None if after is None else _found(dispatcher, after, "video", "after", 400)
+    start = None if after is None else found(dispatcher, after, "video", "after", 400)
     jobs = dispatcher.jobs.page("video", limit + 1, order == "desc", start)
-    data = [_shown(dispatcher, job) for job in jobs[:limit]]
+    data = [shown(dispatcher, job) for job in jobs[:limit]]
     ends = (data[0].id, data[-1].id) if data else (None, None)
     return VideoList(data=data, first_id=ends[0], last_id=ends[1], has_more=len(jobs) > limit)
 
@@ -201,13 +199,13 @@ async def list_videos(
 @_api.get("/videos/{video_id}", response_model=Video)
 async def get_video(video_id: str, dispatcher: Dispatching) -> Video:
     """How far a video is."""
-    return _shown(dispatcher, _found(dispatcher, video_id, "video"))
+    return shown(dispatcher, found(dispatcher, video_id, "video"))
 
 
 @_api.delete("/videos/{video_id}", response_model=Deleted)
 async def delete_video(video_id: str, dispatcher: Dispatching) -> Deleted:
     """Forget a video; one that is being made is given up within a step."""
-    await dispatcher.remove(_found(dispatcher, video_id, "video"))
+    await dispatcher.remove(found(dispatcher, video_id, "video"))
     return Deleted(id=video_id)
 
 
@@ -219,7 +217,7 @@ async def video_content(
     index: Annotated[int, Query(ge=0, le=9)] = 0,
 ) -> Response:
     """The video, its first frame as webp, or a sheet of its frames as jpeg."""
-    path = _file(dispatcher, _found(dispatcher, video_id, "video"), index)
+    path = file_of(dispatcher, found(dispatcher, video_id, "video"), index)
     if variant == "video":
         return FileResponse(path, media_type="video/mp4", filename=path.name)
     draw, kind = {"thumbnail": (thumbnails.thumbnail, "webp"), "spritesheet": (thumbnails.spritesheet, "jpeg")}[variant]
@@ -229,7 +227,7 @@ async def video_content(
 @_api.get("/videos/{video_id}/preview", response_class=Response)
 async def video_preview(video_id: str, dispatcher: Dispatching) -> Response:
     """The latest preview of a video that is being made, as jpeg."""
-    return _preview(dispatcher, _found(dispatcher, video_id, "video"))
+    return preview_of(dispatcher, found(dispatcher, video_id, "video"))
 
 
 @_api.post("/images/generations", response_model=Images, openapi_extra=_body(ImageRequest))
@@ -252,20 +250,20 @@ async def image_content(
     image_id: str, dispatcher: Dispatching, index: Annotated[int, Query(ge=0, le=9)] = 0
 ) -> Response:
     """A picture, as PNG."""
-    path = _file(dispatcher, _found(dispatcher, image_id, "image"), index)
+    path = file_of(dispatcher, found(dispatcher, image_id, "image"), index)
     return Response(path.read_bytes(), media_type="image/png")
 
 
 @_api.get("/images/{image_id}/preview", response_class=Response)
 async def image_preview(image_id: str, dispatcher: Dispatching) -> Response:
     """The latest preview of pictures that are being made, as jpeg."""
-    return _preview(dispatcher, _found(dispatcher, image_id, "image"))
+    return preview_of(dispatcher, found(dispatcher, image_id, "image"))
 
 
 @_api.delete("/images/{image_id}", include_in_schema=False)
 async def delete_image(image_id: str, dispatcher: Dispatching) -> dict[str, Any]:
     """Forget pictures; for the page."""
-    await dispatcher.remove(_found(dispatcher, image_id, "image"))
+    await dispatcher.remove(found(dispatcher, image_id, "image"))
     return {"id": image_id, "deleted": True}
 
 
@@ -292,7 +290,7 @@ async def jobs(dispatcher: Dispatching) -> StreamingResponse:
 
 def _event(dispatcher: Dispatcher, job_id: str) -> str:
     job = dispatcher.jobs.get(job_id)
-    data = {"id": job_id, "gone": True} if job is None else _shown(dispatcher, job).model_dump()
+    data = {"id": job_id, "gone": True} if job is None else shown(dispatcher, job).model_dump()
     return f"data: {json.dumps(data)}\n\n"
 
 
@@ -343,9 +341,9 @@ async def _made(
     done = dispatcher.jobs.get(job.id)
     if done is None or not done.ended:
         raise ApiError(503, "the pictures were given up", code="cancelled", headers={"Retry-After": "10"})
-    shown = _shown(dispatcher, done)
-    if shown.error is not None:
-        raise ApiError(500, shown.error.message, code=shown.error.code)
+    made = shown(dispatcher, done)
+    if made.error is not None:
+        raise ApiError(500, made.error.message, code=made.error.code)
     if asked.response_format == "url":
         base = str(request.base_url).rstrip("/")
         data = [ImageData(url=f"{base}/v1/images/{done.id}/content?index={index}") for index in range(asked.n)]
@@ -361,8 +359,8 @@ async def _made(
             for path in dispatcher.paths(done)
         ]
     return Images(
-        created=shown.created_at, data=data, size=shown.size, output_format=asked.output_format, seed=shown.seed,
-        adjusted=shown.adjusted, inference_time_s=shown.inference_time_s, decode=shown.decode,
+        created=made.created_at, data=data, size=made.size, output_format=asked.output_format, seed=made.seed,
+        adjusted=made.adjusted, inference_time_s=made.inference_time_s, decode=made.decode,
     )  # fmt: skip
 
 
@@ -378,50 +376,3 @@ async def _removed(dispatcher: Dispatcher, job: Job) -> None:
 async def _ended(dispatcher: Dispatcher, job: Job) -> None:
     async for _ in dispatcher.changes(job):
         pass
-
-
-def _found(dispatcher: Dispatcher, job_id: str, kind: Kind, param: str | None = None, status: int = 404) -> Job:
-    job = dispatcher.jobs.get(job_id)
-    if job is None or job.kind != kind:
-        raise ApiError(status, f"there is no {kind} {ascii(job_id)[:80]}", param or f"{kind}_id", "not_found")
-    return job
-
-
-def _file(dispatcher: Dispatcher, job: Job, index: int) -> Path:
-    if job.status != "completed":
-        # Not 409, which OpenAI's client would retry.
-        raise ApiError(404, f"{job.id} is {job.status}: there is no content", code=f"{job.kind}_not_ready")
-    if index >= len(job.files):
-        raise ApiError(404, f"{job.id} holds {len(job.files)} results", "index", "not_found")
-    path = dispatcher.paths(job)[index]
-    if not path.is_file():
-        raise ApiError(404, f"the file of {job.id} is gone", code="not_found")
-    return path
-
-
-def _preview(dispatcher: Dispatcher, job: Job) -> Response:
-    drawn = dispatcher.preview(job)
-    if drawn is None:
-        message = f"{job.id} is {job.status}: it has a preview only while it is made, with preview_every"
-        raise ApiError(404, message, code="no_preview")
-    return Response(drawn.jpeg, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
-
-
-def _shown(dispatcher: Dispatcher, job: Job) -> Video:
-    """A job as clients see it."""
-    wish, done, preview = job.wish, job.status == "completed", dispatcher.preview(job)
-    end = job.completed if job.ended else None
-    expires = None if end is None else int(end + dispatcher.expire_after)
-    error = Failure(code=job.error_code, message=job.error_message or "") if job.error_code else None
-    return Video(
-        id=job.id, object=job.kind, created_at=int(job.created), completed_at=None if end is None else int(end),
-        expires_at=expires, model=job.model, status=job.status, progress=dispatcher.progress(job), prompt=wish.text,
-        seconds=f"{wish.frames / wish.fps:g}", size=f"{wish.size[0]}x{wish.size[1]}", error=error,
-        num_frames=wish.frames, fps=wish.fps, seed=wish.seed, n=wish.count, adjusted=wish.asked,
-        inference_time_s=round(end - job.started, 3) if done and end and job.started else None,
-        peak_memory_mb=job.report["peak_memory_mb"] if job.report else None,
-        url=f"/v1/{job.kind}s/{job.id}/content" if done else None,
-        file_path=str(dispatcher.paths(job)[0]) if done else None,
-        preview=f"/v1/{job.kind}s/{job.id}/preview?done={preview.done}" if preview else None,
-        decode=Decode(**job.report) if job.report else None,
-    )  # fmt: skip

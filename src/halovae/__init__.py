@@ -1,7 +1,7 @@
 """Exact decoding of diffusion latents on many devices at once.
 
 import halovae
-vae = halovae.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+vae = halovae.load("path/to/vae")
 frames = vae.decode(latents, grid=halovae.Grid(rows=2))  # under torchrun, on every rank
 """
 

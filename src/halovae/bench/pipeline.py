@@ -35,7 +35,7 @@ def run_both(run: PipelineRun) -> tuple[Tensor, Tensor, float, float]:
         The frames as diffusers decodes them and as halovae does, `[T, 3, H, W]` in [0, 1], and each run's seconds.
 
     Raises:
-        ValueError: the pipeline wants more than a prompt and a picture.
+        ValueError: the pipeline needs more than a prompt and a picture.
     """
     from diffusers import DiffusionPipeline
 

@@ -130,7 +130,7 @@ def subject_of(
     """
     if read_class(path) in CLASSES:
         config = read_config(path)
-        clips = config.family != "qwen-image" if clips is None else clips
+        clips = config.makes_clips if clips is None else clips
         shape: tuple[int, ...] = config.latents(size, frames if clips else 1, batch)
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         return Subject(config.family, config.spatial_factor, latents)

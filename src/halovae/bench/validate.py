@@ -21,16 +21,9 @@ from halovae.device.platform import Platform
 from halovae.distributed.ranks import Ranks
 from halovae.distributed.threads import Link
 from halovae.grid import Grid
+from halovae.models.architectures import TARGETS
 from halovae.models.load import read_class
 
-# The target models: how they are called, the family of their VAE, and whether they make clips.
-TARGETS = {
-    "Wan2.1": ("wan2.1", True),
-    "Wan2.2-A14B": ("wan2.1", True),
-    "Wan2.2-TI2V-5B": ("wan2.2-5b", True),
-    "Qwen-Image": ("qwen-image", False),
-    "Qwen-Image-Edit": ("qwen-image", False),
-}
 # In fp32 only the order of additions differs from diffusers'.
 FP32_BOUND = 1e-4
 # In less precise dtypes, how much larger than diffusers' own the error against fp32 may be.
@@ -107,7 +100,7 @@ class Validation:
     """What to validate.
 
     Attributes:
-        models: names in `TARGETS` or `bench.models.MODELS`, or one name of the caller's for `source`.
+        models: names in `TARGETS` or `MODELS`, or one name of the caller's for `source`.
         source: a checkpoint; None for random weights of the true size.
         ranks: how many ranks decode in parallel.
         simulated: how many ranks to simulate on one device instead; None for real ones.

@@ -16,7 +16,7 @@ def bench(
     model: Annotated[
         str,
         typer.Option(
-            help="A VAE's folder, file or hub id, demo, or wan2.1, wan2.2-5b, qwen-image: the true-size "
+            help="A VAE's folder, file or hub id, demo, or a name such as flux, sdxl, hunyuan-video: the true-size "
             "architecture with random weights."
         ),
     ],

@@ -19,8 +19,7 @@ from halovae.models.checkpoint import recognize
 from halovae.models.classes import sizes_of
 from halovae.models.load import find_model
 
-# What is mostly asked for: width, height, frames.
-USUAL = {"wan2.1": (1280, 720, 81), "wan2.2-5b": (1280, 704, 121), "qwen-image": (1328, 1328, 1)}
+# Where the model does not say what is usual: width, height, frames.
 PICTURE, CLIP = (1024, 1024, 1), (1280, 720, 81)
 
 
@@ -38,11 +37,11 @@ def inspect(
     """
     with errors_shown():
         path = find_model(model)
-        wanted = None if size is None else parsed("--size", size, parse_size)
+        needed = None if size is None else parsed("--size", size, parse_size)
         ranks = Grid.parse(grid)
         facts = recognize(path).facts() if path.is_file() else ()
         table = Table(title=str(path), show_header=False, title_justify="left")
-        for row in (*facts, *_described(path, wanted, frames, batch, ranks, dtype)):
+        for row in (*facts, *_described(path, needed, frames, batch, ranks, dtype)):
             table.add_row(*row)
         Console().print(table)
 
@@ -55,7 +54,7 @@ def _described(
     from halovae.models.classes import latent_channels, makes_clips, spatial_ratio
 
     clips, sizes = makes_clips(model.module), sizes_of(model.module)
-    width, height, count = USUAL[sizes.family] if sizes is not None else CLIP if clips else PICTURE
+    width, height, count = sizes.usual[:3] if sizes is not None else CLIP if clips else PICTURE
     if size is not None:
         width, height = size
     count = frames or count

@@ -18,8 +18,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(needed: bool) -> None:
+    if needed:
         typer.echo(f"halovae {__version__}")
         raise typer.Exit
 

@@ -68,7 +68,7 @@ class Options:
 def plan(
     model: Annotated[
         str,
-        typer.Option(help="A VAE's folder, file or hub id, or a name such as wan2.1, flux, sdxl, hunyuan-video."),
+        typer.Option(help="A VAE's folder, file or hub id, or a name such as flux, sdxl, hunyuan-video."),
     ],
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; several with commas for --explore.")] = "1280x720",
     frames: Annotated[

@@ -134,7 +134,7 @@ class Platform:
 
     def layout(self, ndim: int = 5) -> torch.memory_format:
         """How maps and weights of `ndim` dims lie in memory: the channels of a cell together where that is known."""
-        if self.kind == "npu":  # no channels-last for five dims, and HCCL wants tensors contiguous
+        if self.kind == "npu":  # no channels-last for five dims, and HCCL needs tensors contiguous
             return torch.contiguous_format
         return {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim, torch.contiguous_format)
 

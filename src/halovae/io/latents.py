@@ -25,7 +25,7 @@ class LatentsHeader:
         name: the tensor's name in the file.
         shape: `[B, C, T, H, W]`, or `[B, C, H, W]` of pictures.
         dtype: as stored; a dtype that is not floating point is given as int64.
-        family: the model family that the latents belong to, such as "wan2.1".
+        family: the model family that the latents belong to.
         scaled: True if they are normalized by the model's latents_mean and latents_std, as diffusion models work on.
         fps: frames per second of the clip.
     """

@@ -26,8 +26,8 @@ from halovae.device.platform import Platform
 _ALIGNMENT = 64  # bytes of a cache line
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 _NO_RESERVE = 0x4000  # MAP_NORESERVE of linux/mman.h, which Python knows since 3.13: else no process could fork
-# Bytes of scratch memory that go back to the system once a convolution needs less than half of them. Wan2.1 in bf16 on
-# two ranks had 137 MiB at its last level, and has 87 (1x16x3x16x16).
+# Bytes of scratch memory that go back to the system once a convolution needs less than half of them. A clip in bf16 on
+# two ranks had 137 MiB at its last level, and has 87 (latents of 1x16x3x16x16).
 _LARGE = 2**25
 
 

@@ -12,8 +12,18 @@ import torch
 from torch import nn
 
 from halovae.models.classes import BATCHED, latent_channels, makes_clips, sizes_of, spatial_ratio, takes_frames
+from halovae.models.load import NoEncoder
 
 DEMO = Path(str(files("halovae.models"))) / "demo"  # a small VAE of Wan2.1's class, trained by scripts/train_demo.py
+
+# Models that `halovae validate` knows by name, the family of their VAE, and whether they make clips.
+TARGETS = {
+    "Wan2.1": ("wan2.1", True),
+    "Wan2.2-A14B": ("wan2.1", True),
+    "Wan2.2-TI2V-5B": ("wan2.2-5b", True),
+    "Qwen-Image": ("qwen-image", False),
+    "Qwen-Image-Edit": ("qwen-image", False),
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,18 @@ def random_vae(family: str, width: int | None = None, seed: int = 0, dtype: torc
             if key.endswith("gamma") if family in FAMILIES else weight.ndim == 1:
                 weight.add_(0.2 * torch.randn(weight.shape))
     return vae if dtype == torch.float32 else nn.Module.to(vae, dtype)
+
+
+def sample_vae(device: torch.device, dtype: torch.dtype) -> Any:
+    """What calibrations decode with: Wan2.1's VAE with as few blocks as it can have, the same weights on all ranks."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        vae: Any = AutoencoderKLWan(num_res_blocks=0)
+        vae.encoder = vae.quant_conv = NoEncoder()
+        nn.Module.to(vae.eval().requires_grad_(False), device, dtype)  # its own warns of half precision
+    return vae
 
 
 def meta_vae(family: str, dtype: torch.dtype) -> nn.Module:

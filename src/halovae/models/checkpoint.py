@@ -77,9 +77,9 @@ class Checkpoint:
         Raises:
             CheckpointError: the file cannot be read.
         """
-        wanted = {self.keys[name][0]: name for name in names}
-        for key, tensor in self.weights.read(wanted):
-            yield wanted[key], tensor.reshape(self.keys[wanted[key]][1])
+        needed = {self.keys[name][0]: name for name in names}
+        for key, tensor in self.weights.read(needed):
+            yield needed[key], tensor.reshape(self.keys[needed[key]][1])
 
 
 def recognize(path: Path) -> Checkpoint:
@@ -137,25 +137,25 @@ def _layout_of(path: Path, stored: Mapping[str, Tensor]) -> tuple[Layout, str]:
 
 
 def check_weights(
-    source: str, kind: str, wanted: Mapping[str, torch.Size], given: Mapping[str, tuple[str, torch.Size]]
+    source: str, kind: str, needed: Mapping[str, torch.Size], given: Mapping[str, tuple[str, torch.Size]]
 ) -> None:
     """Check that weights are those of a module.
 
     Args:
         source: where they are from, for the message.
         kind: what the module is, likewise.
-        wanted: the module's shapes, by its names.
+        needed: the module's shapes, by its names.
         given: by the same names, what they are called in `source`, and their shapes.
 
     Raises:
         CheckpointError: names what is missing, what is unexpected, and which shapes differ.
     """
-    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
-    unexpected = [key for name, (key, _) in given.items() if name not in wanted]
+    missing = [name for name in needed if name not in given and not name.endswith("num_batches_tracked")]
+    unexpected = [key for name, (key, _) in given.items() if name not in needed]
     misshapen = [
-        f"{key} is {list(shape)}, not {list(wanted[name])}"
+        f"{key} is {list(shape)}, not {list(needed[name])}"
         for name, (key, shape) in given.items()
-        if name in wanted and shape != wanted[name]
+        if name in needed and shape != needed[name]
     ]
     problems = [
         f"{label}: {some(names)}"

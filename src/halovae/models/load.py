@@ -154,15 +154,15 @@ def _module_of(checkpoint: Checkpoint, kind: type[nn.Module], dtype: torch.dtype
     half = not encoder or (ours and not any(key.startswith("encoder.") for key in checkpoint.keys))
     if half:
         _drop_encoder(module)
-    wanted = module.state_dict()
-    keys = {name: key for name, key in checkpoint.keys.items() if name in wanted or not _encodes(name)}
+    needed = module.state_dict()
+    keys = {name: key for name, key in checkpoint.keys.items() if name in needed or not _encodes(name)}
     label = config_of(checkpoint.config, checkpoint.source).family if ours else kind.__name__
     label += " decoder" * half
-    check_weights(checkpoint.source, label, {key: one.shape for key, one in wanted.items()}, keys)
+    check_weights(checkpoint.source, label, {key: one.shape for key, one in needed.items()}, keys)
     checkpoint.check_dtypes(keys)
-    counters = {key: torch.zeros((), dtype=one.dtype) for key, one in wanted.items() if not one.is_floating_point()}
+    counters = {key: torch.zeros((), dtype=one.dtype) for key, one in needed.items() if not one.is_floating_point()}
     state = counters | {
-        name: tensor.to(dtype if wanted[name].is_floating_point() else wanted[name].dtype, copy=True)
+        name: tensor.to(dtype if needed[name].is_floating_point() else needed[name].dtype, copy=True)
         for name, tensor in checkpoint.read(keys)
     }
     module.load_state_dict(state, assign=True)

@@ -10,6 +10,13 @@ import torch
 
 from halovae.grid import Grid
 
+# What the models were trained for, where nobody says: width, height, frames, frames per second.
+_USUAL = {
+    "wan2.1": (832, 480, 81, 16.0),
+    "wan2.2-5b": (1280, 704, 121, 24.0),
+    "qwen-image": (1328, 1328, 1, 1.0),
+}
+
 
 @dataclass(frozen=True)
 class WanConfig:
@@ -56,6 +63,15 @@ class WanConfig:
     def temporal_factor(self) -> int:
         """Frames per latent frame, for all but the first, which makes one."""
         return int(2 ** sum(self.temporal_upsample))
+
+    @property
+    def makes_clips(self) -> bool:
+        return self.family != "qwen-image"
+
+    @property
+    def usual(self) -> tuple[int, int, int, float]:
+        """What is asked for where nobody says: width, height, frames, frames per second."""
+        return _USUAL[self.family]
 
     @property
     def picture_channels(self) -> int:

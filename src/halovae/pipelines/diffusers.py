@@ -76,7 +76,7 @@ def gather_uneven_parts() -> None:
     """Let ranks on gloo share a sequence whose length they do not divide.
 
     diffusers (0.42) gathers the ranks' parts, which differ in length then, by one `all_gather`. NCCL does that, gloo
-    wants equal lengths. So the parts are filled up, and cut again.
+    needs equal lengths. So the parts are filled up, and cut again.
     """
     from diffusers.hooks import context_parallel
 

@@ -167,7 +167,7 @@ class Generator:
                 watch(pipeline, step, timestep, tensors)
             return {}
 
-        wanted = {
+        needed = {
             "prompt": prompt.text,
             "negative_prompt": prompt.negative,
             "width": width,
@@ -178,7 +178,7 @@ class Generator:
             "guidance_scale_2": prompt.guidance_2,
             "image": _pictures(prompt.images),
         }
-        given = {**family.always, **{name: value for name, value in wanted.items() if value is not None}}
+        given = {**family.always, **{name: value for name, value in needed.items() if value is not None}}
         if unknown := given.keys() - self._takes:
             raise ValueError(f"{type(self.pipeline).__name__} takes no {', '.join(sorted(unknown))}")
         given |= {

@@ -212,8 +212,8 @@ def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int] | None) -> tuple
     name = type(pipe).__name__
     unpack: Any = getattr(pipe, "_unpack_latents", None)
     is_flux2 = name.startswith("Flux2") and hasattr(pipe, "_unpatchify_latents")
-    wanted = ["latents", "height", "width", "vae_scale_factor"]
-    if not is_flux2 and (unpack is None or list(inspect.signature(unpack).parameters) != wanted):
+    needed = ["latents", "height", "width", "vae_scale_factor"]
+    if not is_flux2 and (unpack is None or list(inspect.signature(unpack).parameters) != needed):
         raise ValueError(f"previews of {name}: how its latents {list(latents.shape)} are unpacked is not known")
     if size is None:
         raise ValueError(f"previews of {name}: its latents are packed, expected size=(width, height) of what is made")

@@ -18,12 +18,6 @@ PIPELINES = {
     "QwenImageEditPipeline": (False, 1, 1),
     "QwenImageEditPlusPipeline": (False, 1, 3),
 }
-# What they were trained for, where a request does not say: width, height, frames, frames per second.
-USUAL = {
-    "wan2.1": (832, 480, 81, 16.0),
-    "wan2.2-5b": (1280, 704, 121, 24.0),
-    "qwen-image": (1328, 1328, 1, 1.0),
-}
 
 
 @dataclass(frozen=True)
@@ -185,7 +179,7 @@ def _by_vae(name: str, folder: Path) -> Family:
     vae = read_config(folder / "vae")
     patch = read_json(folder / "transformer" / "config.json").get("patch_size", 2)
     video, _, _ = PIPELINES[name]
-    width, height, frames, fps = USUAL[vae.family]
+    width, height, frames, fps = vae.usual
     # Qwen-Image packs two by two cells in a token.
     rows = int(patch[-1] if isinstance(patch, list) else patch) if video else 2
     return Family(

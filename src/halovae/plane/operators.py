@@ -25,45 +25,45 @@ from halovae.plane.tensor import is_channels_last
 
 Interval = tuple[int, int]
 Place = Callable[[int, int], Tensor]
-Wanted = tuple[tuple[Interval, ...], ...]  # by rank along a mesh dim: intervals, one after the other
+Needed = tuple[tuple[Interval, ...], ...]  # by rank along a mesh dim: intervals, one after the other
 
 _LARGEST_HEAD = 256  # of flash attention
 
 
-def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted) -> Tensor:
-    """Move rows or cols between the ranks along one mesh dim, so that each has the intervals that it wants.
+def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, needed: Needed) -> Tensor:
+    """Move rows or cols between the ranks along one mesh dim, so that each has the intervals that it needs.
 
     Args:
         x: this rank's part; `x.shape[dim]` is what it owns.
         dim: the partitioned dim.
         mesh_dim: the ranks that take part.
         bounds: who owns what.
-        wanted: for each rank the intervals that it wants, in order. What lies outside of `0:bounds[-1]` is zeros.
+        needed: for each rank the intervals that it needs, in order. What lies outside of `0:bounds[-1]` is zeros.
 
     Returns:
-        The wanted intervals side by side along `dim`.
+        The needed intervals side by side along `dim`.
     """
-    wait, joined, _ = fetching(lambda start, length: x.narrow(dim, start, length), x, dim, mesh_dim, bounds, wanted)
+    wait, joined, _ = fetching(lambda start, length: x.narrow(dim, start, length), x, dim, mesh_dim, bounds, needed)
     wait()
     return joined()
 
 
 def fetching(
-    take: Callable[[int, int], Tensor], x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
+    take: Callable[[int, int], Tensor], x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, needed: Needed
 ) -> tuple[Callable[[], None], Callable[[], Tensor], Callable[[Place], None]]:
     """Start to fetch what `take` gives of this rank's rows or cols.
 
     Returns:
-        What waits for it; what then joins the wanted intervals in new memory; and what writes them instead where it is
+        What waits for it; what then joins the needed intervals in new memory; and what writes them instead where it is
         told to: by the first row (or col) among all of them, and a number of rows of one interval.
     """
     mesh = current()
     position = position_in(mesh, mesh_dim)
     first = mesh.rank - position * stride(mesh, mesh_dim)
-    own, mine = (bounds[position], bounds[position + 1]), wanted[position]
+    own, mine = (bounds[position], bounds[position + 1]), needed[position]
     sends, receives, places = [], [], []
     sizes = list(take(0, 0).shape)
-    for peer, intervals in enumerate(wanted):
+    for peer, intervals in enumerate(needed):
         if peer == position:
             continue
         rank = first + peer * stride(mesh, mesh_dim)
@@ -117,7 +117,7 @@ def fetching(
 
 # A dim along which a convolution's input is cut: the dim, and mesh dim, bounds and intervals as `fetch` has them; the
 # width of the halos; and whether there are ranks before and after this one.
-Cut = tuple[int, MeshDim, Bounds, Wanted, int, bool, bool]
+Cut = tuple[int, MeshDim, Bounds, Needed, int, bool, bool]
 Halos = Sequence[tuple[int, Tensor, int]]  # by dim: those before and after, side by side; and the width of each
 
 
@@ -137,7 +137,7 @@ def convolution(
         padding: of each spatial dim.
         dilation: of each spatial dim.
         groups: of channels.
-        cuts: the dims along which other ranks have what this one needs. Every rank wants its own part and its halos.
+        cuts: the dims along which other ranks have what this one needs. Every rank needs its own part and its halos.
 
     Returns:
         This rank's part of the result, `[N, C', *]` of the input's extents.
@@ -149,8 +149,8 @@ def convolution(
     position = {name: position_in(current(), name) for _, name, *_ in cuts}
     halos: list[tuple[int, Tensor, int]] = []
     out = None
-    for dim, mesh_dim, bounds, wanted, width, *_ in cuts:
-        start, stop = wanted[position[mesh_dim]][0]
+    for dim, mesh_dim, bounds, needed, width, *_ in cuts:
+        start, stop = needed[position[mesh_dim]][0]
         mine = ((start, start + width), (stop - width, stop))
         known = tuple(halos)
 
@@ -158,7 +158,7 @@ def convolution(
             inner = [(at, halo.narrow(dim, start, length), wide) for at, halo, wide in known]
             return _region(x.narrow(dim, start, length), inner, [(-w, x.shape[at] + w) for at, _, w in known])
 
-        intervals = tuple(mine if at == position[mesh_dim] else one for at, one in enumerate(wanted))
+        intervals = tuple(mine if at == position[mesh_dim] else one for at, one in enumerate(needed))
         wait, joined, _ = fetching(take, x, dim, mesh_dim, bounds, intervals)
         try:
             out = convolved(x, list(padding)) if out is None else out
@@ -206,15 +206,15 @@ def _region(x: Tensor, halos: Halos, box: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def fetched_shape(
-    mesh: Mesh, x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, wanted: Wanted
+    mesh: Mesh, x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, needed: Needed
 ) -> tuple[Tensor, int, int]:
     """What `fetch` returns, without data, and the messages and bytes that this rank sends."""
     position = position_in(mesh, mesh_dim)
     own = (bounds[position], bounds[position + 1])
     cell = x.element_size() * math.prod(extent for at, extent in enumerate(x.shape) if at != dim)
-    lengths = [sum(b - a for a, b in _overlaps(intervals, own)) for intervals in wanted]
+    lengths = [sum(b - a for a, b in _overlaps(intervals, own)) for intervals in needed]
     sent = [length * cell for peer, length in enumerate(lengths) if length and peer != position]
-    return empty_along(x, dim, sum(b - a for a, b in wanted[position])), len(sent), sum(sent)
+    return empty_along(x, dim, sum(b - a for a, b in needed[position])), len(sent), sum(sent)
 
 
 def _convolved_shape(
@@ -223,8 +223,8 @@ def _convolved_shape(
 ) -> tuple[Tensor, int, int]:  # fmt: skip
     messages = sent = 0
     extended = x
-    for dim, mesh_dim, bounds, wanted, *_ in cuts:
-        extended, more, size = fetched_shape(mesh, extended, dim, mesh_dim, bounds, wanted)
+    for dim, mesh_dim, bounds, needed, *_ in cuts:
+        extended, more, size = fetched_shape(mesh, extended, dim, mesh_dim, bounds, needed)
         messages, sent = messages + more, sent + size
     last = is_channels_last(x) or is_channels_last(weight)
     return empty_along(x, 1, weight.shape[0], last=last), messages, sent
@@ -326,7 +326,7 @@ def _normalized(x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | 
     return out
 
 
-# A rank that wants nothing of the result may have to send for it.
+# A rank that needs nothing of the result may have to send for it.
 BETWEEN_RANKS = (fetch, convolution, gather, group_norm)
 
 

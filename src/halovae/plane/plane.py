@@ -33,7 +33,7 @@ from halovae.plane.layout import (
     rounded,
     shape,
 )  # fmt: skip
-from halovae.plane.operators import Wanted
+from halovae.plane.operators import Needed
 from halovae.plane.tensor import PlaneTensor, channels_last, contiguous, is_channels_last, made
 
 if TYPE_CHECKING:
@@ -148,14 +148,14 @@ class Plane:
                 x = self.moved(x, dim, index, (((0, factor.size),),) * ranks, Factor(factor.size))
         return x
 
-    def moved(self, x: PlaneTensor, dim: int, index: int, wanted: Wanted, result: Factor) -> PlaneTensor:
-        """The tensor with one factor's data where they are wanted.
+    def moved(self, x: PlaneTensor, dim: int, index: int, needed: Needed, result: Factor) -> PlaneTensor:
+        """The tensor with one factor's data where they are needed.
 
         Args:
             x: the tensor.
             dim: which dim.
             index: which of the dim's factors; a partitioned one.
-            wanted: what each rank along its mesh dim wants.
+            needed: what each rank along its mesh dim needs.
             result: the factor that these intervals make up.
         """
         factors = x.partition[dim]
@@ -170,7 +170,7 @@ class Plane:
         if len(factors) > 1:
             sizes = [one.local(self.coordinates) for one in factors]
             local, at = local.unflatten(dim, sizes), dim + index
-        local = self.fetch(local, at, factor, wanted)
+        local = self.fetch(local, at, factor, needed)
         if len(factors) > 1:
             local = local.flatten(dim, dim + len(factors) - 1)
         if result.mesh_dim is None:
@@ -182,20 +182,20 @@ class Plane:
         strides = x.stride() if shape(layout) == x.shape else None
         return self.wrap(local, layout, "it was made of other ranks' data", strides)
 
-    def fetch(self, local: Tensor, dim: int, factor: Factor, wanted: Wanted) -> Tensor:
-        """`operators.fetch` over a factor; where no rank wants what others have, the part that it wants."""
+    def fetch(self, local: Tensor, dim: int, factor: Factor, needed: Needed) -> Tensor:
+        """`operators.fetch` over a factor; where no rank needs what others have, the part that it needs."""
         assert factor.mesh_dim is not None
         position = self.coordinates[factor.mesh_dim]
-        if _owned(factor.bounds, wanted):
-            start, stop = wanted[position][0]
+        if _owned(factor.bounds, needed):
+            start, stop = needed[position][0]
             own = factor.bounds[position], factor.bounds[position + 1]
             return local if (start, stop) == own else local.narrow(dim, start - own[0], stop - start)
         owned = ranges(factor.bounds)
-        inside = [(max(a, 0), min(b, factor.size)) for a, b in wanted[position]]
+        inside = [(max(a, 0), min(b, factor.size)) for a, b in needed[position]]
         kept = sum(max(0, min(b, owned[position][1]) - max(a, owned[position][0])) for a, b in inside)
         cells = local.numel() // local.shape[dim] * local.element_size()
         self.received += (sum(max(0, b - a) for a, b in inside) - kept) * cells
-        return self.run(operators.fetch, local, dim, factor.mesh_dim, factor.bounds, wanted)
+        return self.run(operators.fetch, local, dim, factor.mesh_dim, factor.bounds, needed)
 
     def gather(self, local: Tensor, mesh_dims: set[MeshDim]) -> Tensor:
         """Every rank's small tensor `[ranks, ...]`, over the ranks along these mesh dims."""
@@ -292,7 +292,7 @@ class Plane:
 
 
 @lru_cache(maxsize=4096)
-def _owned(bounds: Bounds, wanted: Wanted) -> bool:
-    """Whether every rank wants one interval, of what it has."""
-    pairs = zip(ranges(bounds), wanted, strict=True)
+def _owned(bounds: Bounds, needed: Needed) -> bool:
+    """Whether every rank needs one interval, of what it has."""
+    pairs = zip(ranges(bounds), needed, strict=True)
     return all(len(mine) == 1 and own[0] <= mine[0][0] and mine[0][1] <= own[1] for own, mine in pairs)

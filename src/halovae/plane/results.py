@@ -142,11 +142,11 @@ def gathered(own: Tensor, layout: Layout, plane: Plane, items: Sequence[Span], g
     given = shards[mesh.rank]
     own = own[..., : given.rows.size, : given.cols.size].contiguous()
     total = items[-1].stop * ratio
-    wanted = gather == "all" or mesh.rank == 0
+    needed = gather == "all" or mesh.rank == 0
     # A message may not be empty, a part of a collective call may.
     everyone = gather == "all" or any(0 in (one.rows.size, one.cols.size) for one in shards)
     count = middle.numel()
-    out = own.new_empty((total, count, 1, height, width)) if wanted else None
+    out = own.new_empty((total, count, 1, height, width)) if needed else None
     flat = own.reshape(given.batch.size, count, 1, given.rows.size, given.cols.size)
     with part("gather"):
         mesh.gather_frames(flat, shards, out, everyone)

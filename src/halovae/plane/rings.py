@@ -101,11 +101,11 @@ def exchange(own: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor], cut: Cut)
     Returns:
         What waits for them and writes them.
     """
-    dim, mesh_dim, bounds, wanted, width, *_ = cut
+    dim, mesh_dim, bounds, needed, width, *_ = cut
     position = context.position(mesh_dim)
-    begin, end = wanted[position][0]
+    begin, end = needed[position][0]
     mine = ((begin, begin + width), (end - width, end))
-    intervals = tuple(mine if at == position else one for at, one in enumerate(wanted))
+    intervals = tuple(mine if at == position else one for at, one in enumerate(needed))
 
     def take(start: int, length: int) -> Tensor:
         return own[start > 0].narrow(dim, 0, length)
@@ -121,6 +121,6 @@ def exchange(own: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor], cut: Cut)
 
 def _repeat_edges(ring: Tensor, dim: int, mirrored: bool, before: bool, after: bool) -> None:
     last = ring.shape[dim] - 1
-    for wanted, target, source in ((before, 0, 1 + mirrored), (after, last, last - 1 - mirrored)):
-        if wanted:
+    for needed, target, source in ((before, 0, 1 + mirrored), (after, last, last - 1 - mirrored)):
+        if needed:
             ring.narrow(dim, target, 1).copy_(ring.narrow(dim, source, 1))

@@ -195,8 +195,8 @@ def _fill(holder: Any, items: list[tuple[Any, Any]]) -> None:
         holder.clear()
         holder.update(items)
         return
-    wanted = {name: value for name, value in items if isinstance(name, str)}
+    needed = {name: value for name, value in items if isinstance(name, str)}
     for name, _ in list(_items(holder)):
-        if isinstance(name, str) and name not in wanted:
+        if isinstance(name, str) and name not in needed:
             del vars(holder)[name]
-    vars(holder).update(wanted)
+    vars(holder).update(needed)

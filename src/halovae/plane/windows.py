@@ -149,8 +149,8 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     if not folded and not cuts:
         return _plain(upsampled(x, (2, 2)), weight, bias, (1, 1))
     if not folded:
-        for dim, mesh_dim, bounds, wanted, *_ in cuts:
-            x = operators.fetch(x, dim, mesh_dim, bounds, wanted)
+        for dim, mesh_dim, bounds, needed, *_ in cuts:
+            x = operators.fetch(x, dim, mesh_dim, bounds, needed)
         larger, padding = upsampled(x, (2, 2)), [1, 1]
         for dim, *_ in cuts:
             larger, padding[dim - 2] = larger.narrow(dim, 1, larger.shape[dim] - 2), 0
@@ -233,7 +233,7 @@ def padded(x: Tensor, widths: Sequence[int], value: float = 0.0) -> Tensor:
 def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """`aten.cat`. On the CPU, maps of more than five dims stay channels last, which PyTorch does not do.
 
-    Wan's upsampling in time joins `[N, C, T, 1, H, W]` twice. All that follows would lie the other way.
+    Where frames are doubled, a module joins `[N, C, T, 1, H, W]` twice. All that follows would lie the other way.
     """
     first = parts[0]
     known = first.device.type == "cpu" and first.ndim > 5 and first.shape[1] > 1
@@ -300,8 +300,8 @@ def _direct(
     if cuts and early:
         ones = (1,) * len(padding)
         return operators.convolution(x, weight, bias, padding, ones, 1, tuple(cuts))
-    for dim, mesh_dim, bounds, wanted, *_ in cuts:
-        x = operators.fetch(x, dim, mesh_dim, bounds, wanted)
+    for dim, mesh_dim, bounds, needed, *_ in cuts:
+        x = operators.fetch(x, dim, mesh_dim, bounds, needed)
         left[dim - 2] = 0
     return _plain(x, weight, bias, left)
 

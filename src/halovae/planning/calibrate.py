@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halovae.device.platform import Platform, cache_folder
@@ -30,7 +30,7 @@ from halovae.distributed.mesh import Mesh
 from halovae.grid import Grid
 from halovae.kernels.halves import has_units
 from halovae.kernels.native import EAGER, Kernels
-from halovae.models.load import NoEncoder
+from halovae.models.architectures import sample_vae
 from halovae.plane.results import ShardReport
 from halovae.plane.sharded import Sharded
 from halovae.planning.calibration import OTHER, Calibration, Line, Rates
@@ -96,16 +96,10 @@ class _Timing(TorchDispatchMode):
 
 
 class _Sample:
-    """Decodes of Wan2.1's VAE with as few blocks as it can have, and random weights."""
+    """Decodes of a true-size VAE with as few blocks as it can have."""
 
     def __init__(self, platform: Platform, dtype: torch.dtype) -> None:
-        from diffusers import AutoencoderKLWan
-
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # the same weights on all ranks
-            vae: Any = AutoencoderKLWan(num_res_blocks=0)
-            vae.encoder = vae.quant_conv = NoEncoder()
-            nn.Module.to(vae.eval().requires_grad_(False), platform.device, dtype)  # its own warns of half precision
+        vae = sample_vae(platform.device, dtype)
         self._platform, self._dtype = platform, dtype
         self._sharded = Sharded(lambda latents: vae.decode(latents).sample, [vae])
 

@@ -113,7 +113,7 @@ class Autoencoder:
         return self.stream(latents, **options).join()
 
     def decode_many(self, latents: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
-        """Decode latents of one size, but maybe of different lengths, as one batch. Wan's and Qwen-Image's only.
+        """Decode latents of one size, but maybe of different lengths, as one batch, where time is known to be causal.
 
         Shorter latents are zero-padded to the longest. Padded frames are decoded and discarded: time is causal, so they
         do not reach earlier ones.
@@ -162,7 +162,7 @@ class Autoencoder:
             gather: who receives pictures: "rank0" (the default), "all" ranks, or "none": each rank keeps its own part.
             dtype: None for the module's dtype, another floating dtype, or uint8 for pictures in 0..255.
             denormalize: undo first what pipelines do to latents, as the config says it: a mean and a standard
-                deviation for each channel (Wan, Qwen-Image), or a scaling and a shift. Off, as in diffusers.
+                deviation for each channel, or a scaling and a shift. Off, as in diffusers.
             memory_budget: bytes that a decode may take on each rank, above the resting process; mode "auto" plans
                 within them. None for what is free on the rank with the least.
             mesh: a mesh to use instead of the one that all decodes with this grid share; all its ranks share the plane.

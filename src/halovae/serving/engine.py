@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Cancelled(Exception):
-    """Nobody wants the order any more."""
+    """Nobody asks for the order any more."""
 
 
 def serve_as_rank(settings: RankSettings, ready: Event | None = None) -> None:
@@ -187,7 +187,7 @@ class Engine:
         return results
 
     def _watch(self, order: Order) -> StepEnd | None:
-        """What draws an order's previews, on rank 0; None if nobody wants them, or it is not known how."""
+        """What draws an order's previews, on rank 0; None if nobody needs them, or it is not known how."""
         line, pipeline = self._line, self._generator.pipeline
         if line is None or order.preview_every is None:
             return None

@@ -24,9 +24,9 @@ def spritesheet(path: Path) -> bytes:
     with av.open(str(path)) as container:
         total = sum(1 for _ in container.decode(video=0))
     count = min(total, _SIDE * _SIDE)
-    wanted = {index * (total - 1) // max(1, count - 1) for index in range(count)}
+    needed = {index * (total - 1) // max(1, count - 1) for index in range(count)}
     with av.open(str(path)) as container:
-        frames = [_small(frame.to_image()) for index, frame in enumerate(container.decode(video=0)) if index in wanted]
+        frames = [_small(frame.to_image()) for index, frame in enumerate(container.decode(video=0)) if index in needed]
     width, height = frames[0].size
     cols = min(_SIDE, len(frames))
     sheet = Image.new("RGB", (width * cols, height * -(-len(frames) // cols)))

@@ -92,13 +92,13 @@ def _cut(fetch: fx.Node, padded: bool) -> Cut | None:
         padded: whether the first and the last rank's part has one cell more, which the cut leaves out.
     """
     arguments: Any = fetch.args
-    _, dim, mesh_dim, bounds, wanted = arguments
+    _, dim, mesh_dim, bounds, needed = arguments
     if dim < len(fetch.meta["shape"]) - 2:
         return None
     halos = tuple(((start - 1, stop + 1),) for start, stop in ranges(bounds))
     if not padded:
-        return (dim, mesh_dim, bounds, wanted, 1, False, False) if wanted == halos else None
-    if wanted != tuple(((max(a, 0), min(b, bounds[-1])),) for ((a, b),) in halos):
+        return (dim, mesh_dim, bounds, needed, 1, False, False) if needed == halos else None
+    if needed != tuple(((max(a, 0), min(b, bounds[-1])),) for ((a, b),) in halos):
         return None
     bounds = (0, *(bound - 1 for bound in bounds[1:-1]), bounds[-1] - 2)
     return dim, mesh_dim, bounds, tuple(((a - 1, b + 1),) for a, b in ranges(bounds)), 1, False, False

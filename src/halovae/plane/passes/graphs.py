@@ -116,7 +116,7 @@ def recounted(node: fx.Node, mesh: Mesh) -> None:
         sizes = [size + sum(repeats) * (at == 2) for at, size in enumerate(x.meta["shape"])]
         part: Tensor = torch.empty(sizes, dtype=x.meta["dtype"], device="meta")
         messages = sent = 0
-        for dim, mesh_dim, bounds, wanted, *_ in cuts:
-            part, more, size = operators.fetched_shape(mesh, part, dim, mesh_dim, bounds, wanted)
+        for dim, mesh_dim, bounds, needed, *_ in cuts:
+            part, more, size = operators.fetched_shape(mesh, part, dim, mesh_dim, bounds, needed)
             messages, sent = messages + more, sent + size
     node.meta |= {"messages": messages, "sent": sent}

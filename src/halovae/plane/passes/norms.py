@@ -2,7 +2,7 @@
 
 On the CPU, norms over a cell's channels that no convolution takes are an operator each.
 
-GroupNorm is one operator already. The norm over a cell's channels, as Wan's VAE has it, is recognized:
+GroupNorm is one operator already. The norm over a cell's channels, as video VAEs have it, is recognized:
 `x / max(|x|, least) * factor * gamma`, of which the quotient may be computed in fp32. So is LTX's root mean square.
 """
 

@@ -76,9 +76,9 @@ def _repeated(larger: Any, mesh: Mesh) -> tuple[Any, list[fx.Node]]:
 
 
 def _halved(cut: Cut) -> Cut | None:
-    dim, mesh_dim, bounds, wanted, width, before, after = cut
+    dim, mesh_dim, bounds, needed, width, before, after = cut
     halos = tuple(((start - 1, stop + 1),) for start, stop in ranges(bounds))
-    if any(bound % 2 for bound in bounds) or wanted != halos:
+    if any(bound % 2 for bound in bounds) or needed != halos:
         return None
     half = tuple(bound // 2 for bound in bounds)
     return dim, mesh_dim, half, tuple(((a - 1, b + 1),) for a, b in ranges(half)), width, before, after

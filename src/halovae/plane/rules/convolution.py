@@ -74,15 +74,15 @@ def supply(plane: Plane, local: Tensor, dim: int, before: Factor, result: Factor
         The data, and the index in the whole map of their first row (or col).
     """
     parts = ranges(result.bounds) if result.mesh_dim is not None else ((0, result.size),)
-    wanted = tuple((reach(start, stop),) for start, stop in parts)
+    needed = tuple((reach(start, stop),) for start, stop in parts)
     mesh_dim = result.mesh_dim or before.mesh_dim
     assert mesh_dim is not None
     if result.mesh_dim is None:
-        wanted *= plane.extents[mesh_dim]
-    (mine,) = wanted[plane.coordinates[mesh_dim]]
+        needed *= plane.extents[mesh_dim]
+    (mine,) = needed[plane.coordinates[mesh_dim]]
     if before.mesh_dim is None:
         return zero_extended(local, dim, mine, before.size), mine[0]
-    return plane.fetch(local, dim, before, wanted), mine[0]
+    return plane.fetch(local, dim, before, needed), mine[0]
 
 
 def zero_extended(x: Tensor, dim: int, interval: tuple[int, int], size: int) -> Tensor:
@@ -243,9 +243,9 @@ def _cuts(
             continue
         if factor.local(plane.coordinates) < _EXTENT_TO_HALO * p:
             return ()
-        wanted = tuple(((start - p, stop + p),) for start, stop in ranges(factor.bounds))
+        needed = tuple(((start - p, stop + p),) for start, stop in ranges(factor.bounds))
         position, last = plane.coordinates[mesh_dim], plane.extents[mesh_dim] - 1
-        found.append((dim, mesh_dim, factor.bounds, wanted, p, position > 0, position < last))
+        found.append((dim, mesh_dim, factor.bounds, needed, p, position > 0, position < last))
     return tuple(found)
 
 
@@ -317,21 +317,21 @@ def _transposed(
             continue
         local, first = supply(plane, local, dim, before, factor, reach)
         start = factor.bounds[plane.coordinates[mesh_dim]] if factor.mesh_dim else 0
-        wanted = factor.local(plane.coordinates)
+        needed = factor.local(plane.coordinates)
         left[index], extra[index] = 0, 0
-        cuts.append((dim, start + p - first * s, wanted))
+        cuts.append((dim, start + p - first * s, needed))
         factors.append(factor)
     result: Tensor = aten.convolution(local, weight, bias, stride, left, dilation, True, extra, groups)
-    for dim, start, wanted in cuts:
-        missing = start + wanted - result.shape[dim]
+    for dim, start, needed in cuts:
+        missing = start + needed - result.shape[dim]
         if missing > 0:  # output padding, which nothing reaches
             shape = [*result.shape[:dim], missing, *result.shape[dim + 1 :]]
             filling = result.new_zeros(shape)
             if bias is not None:
                 filling = filling + bias.view(-1, *[1] * spatial)
             result = torch.cat([result, filling], dim)
-        if (start, wanted) != (0, result.shape[dim]):
-            result = result.narrow(dim, start, wanted)
+        if (start, needed) != (0, result.shape[dim]):
+            result = result.narrow(dim, start, needed)
     return result.contiguous() if cuts else result, factors
 
 

@@ -76,13 +76,13 @@ def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     position = plane.coordinates[result.mesh_dim]
     for one, size in zip(kept, sizes, strict=True):
         clipped = [(min(max(a - offset, 0), size), min(max(b - offset, 0), size)) for a, b in ranges(result.bounds)]
-        wanted = tuple((one,) for one in clipped)
+        needed = tuple((one,) for one in clipped)
         factor = sole(one.partition[dim])
         if factor is None:
-            start, stop = wanted[position][0]
+            start, stop = needed[position][0]
             locals_.append(one.local.narrow(dim, start, stop - start))
         else:
-            locals_.append(plane.fetch(one.local, dim, factor, wanted))
+            locals_.append(plane.fetch(one.local, dim, factor, needed))
         offset += size
     return plane.wrap(func([one for one in locals_ if one.shape[dim]], dim), layout)
 

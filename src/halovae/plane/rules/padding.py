@@ -77,7 +77,7 @@ def reindexed(
     if result is None:
         result = factor
     assert factor.mesh_dim is not None
-    wanted, picks = [], []
+    needed, picks = [], []
     parts = ranges(result.bounds) if result.mesh_dim else ((0, size),) * plane.extents[factor.mesh_dim]
     for start, stop in parts:
         indices = [source(i) for i in range(start, stop)]
@@ -88,9 +88,9 @@ def reindexed(
             run, offset = indices[a:b], sum(high - low for low, high in intervals)
             intervals.append((min(run), max(run) + 1))
             pick += [one - min(run) + offset for one in run]
-        wanted.append(tuple(intervals))
+        needed.append(tuple(intervals))
         picks.append(pick)
-    local = plane.fetch(x.local, dim, factor, tuple(wanted))
+    local = plane.fetch(x.local, dim, factor, tuple(needed))
     pick = picks[plane.coordinates[factor.mesh_dim]]
     if pick != list(range(local.shape[dim])):
         local = local.index_select(dim, torch.tensor(pick, device=x.device))

@@ -50,12 +50,12 @@ def common(layouts: Sequence[Layout], leader: int | None = None) -> Layout:
 def aligned(plane: Plane, x: Tensor, layout: Layout) -> Tensor:
     """This rank's part of a tensor that is broadcast with one of this layout."""
     lifted = plane.lift(x)
-    wanted = _wanted(lifted.partition, layout)
-    return lifted.local if wanted == lifted.partition else plane.to_layout(lifted, wanted).local
+    needed = _needed(lifted.partition, layout)
+    return lifted.local if needed == lifted.partition else plane.to_layout(lifted, needed).local
 
 
 @lru_cache(maxsize=4096)
-def _wanted(now: Layout, layout: Layout) -> Layout:
+def _needed(now: Layout, layout: Layout) -> Layout:
     """The layout that a tensor needs to be broadcast with one of another layout."""
     own = layout[len(layout) - len(now) :]
     return tuple(dim if extent(before) == extent(dim) else before for before, dim in zip(now, own, strict=True))
@@ -65,7 +65,7 @@ def _wanted(now: Layout, layout: Layout) -> Layout:
 def _shared(layouts: tuple[Layout, ...], leader: int | None) -> tuple[Layout, bool]:
     """A layout of the broadcast of tensors, and whether no tensor has to move for it."""
     layout = layouts[0] if len(layouts) == 1 else common(layouts, leader)
-    return layout, all(_wanted(one, layout) == one for one in layouts)
+    return layout, all(_needed(one, layout) == one for one in layouts)
 
 
 def _alike(partition: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:

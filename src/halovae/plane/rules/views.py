@@ -23,7 +23,7 @@ from halovae.plane.layout import (
     sole,
     whole,
 )
-from halovae.plane.operators import Wanted
+from halovae.plane.operators import Needed
 from halovae.plane.rules.registry import plain, rule
 from halovae.plane.tensor import PlaneTensor, made, version
 
@@ -184,7 +184,7 @@ class _Cut(NamedTuple):
         layout: of the result.
         all: whether it is all of the dim.
         factor: what each rank has of the dim; None if all of them have all of it, or are to have.
-        wanted: what each rank wants of it.
+        needed: what each rank needs of it.
         free: whether all of them have that.
     """
 
@@ -196,7 +196,7 @@ class _Cut(NamedTuple):
     layout: Layout
     all: bool = False
     factor: Factor | None = None
-    wanted: Wanted = ()
+    needed: Needed = ()
     free: bool = True
 
 
@@ -220,11 +220,11 @@ def _cut(layout: Layout, strides: tuple[int, ...], dim: int, start: Any, end: An
         bounds = even(length, ranks) if length >= ranks else ()
     result = Factor(length, factor.mesh_dim, bounds) if bounds else Factor(length)
     parts = list(ranges(bounds)) if bounds else [(0, length)] * ranks
-    wanted = tuple(((start + a * step, start + (b - 1) * step + 1),) for a, b in parts)
+    needed = tuple(((start + a * step, start + (b - 1) * step + 1),) for a, b in parts)
     owned = ranges(factor.bounds)
-    free = all(own[0] <= mine[0] and mine[1] <= own[1] for own, (mine,) in zip(owned, wanted, strict=True))
+    free = all(own[0] <= mine[0] and mine[1] <= own[1] for own, (mine,) in zip(owned, needed, strict=True))
     layout = (*layout[:dim], joined((result,)), *layout[dim + 1 :])
-    return _Cut(dim, start, stop, step, strides, layout, False, factor, wanted, free)
+    return _Cut(dim, start, stop, step, strides, layout, False, factor, needed, free)
 
 
 @rule(aten.slice)
@@ -249,7 +249,7 @@ def _part(plane: Plane, x: PlaneTensor, cut: _Cut) -> tuple[torch.Tensor, str]:
         whole_x = plane.to_whole(x, (at,))
         local = whole_x.local[(slice(None),) * at + (slice(cut.start, cut.stop, step),)]
         return local, "" if whole_x is x else whole_x.frozen
-    local = plane.fetch(x.local, at, cut.factor, cut.wanted)
+    local = plane.fetch(x.local, at, cut.factor, cut.needed)
     if step != 1:
         local = local[(slice(None),) * at + (slice(None, None, step),)]
     return local, "" if cut.free else "it was made of other ranks' data"

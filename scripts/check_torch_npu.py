@@ -16,7 +16,7 @@ from pathlib import Path
 
 # How our sources call torch's module for a device.
 MODULES = ("module", "_module(name)", "_module(kind)", "utils")
-SOURCES = Path(__file__).parent.parent / "src" / "halovae"
+SOURCES = Path(__file__).parent.parent / "src" / "halovae" / "device"
 
 
 def names_called() -> set[str]:

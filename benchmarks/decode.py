@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from halovae.bench.measure import Contestant, Model
-from halovae.distributed.launch import RankError
+from halovae.errors import RankError
 from halovae.models.architectures import MODELS, random_vae
 from halovae.runtime.sharing import Call
 

@@ -31,10 +31,11 @@ from rich.progress import track
 from halovae import Grid
 from halovae.bench import on_grids
 from halovae.distributed.threads import on_threads
+from halovae.errors import TraceError
 from halovae.models import zoo
 from halovae.models.zoo import Direction
 from halovae.plane.program import Program
-from halovae.plane.trace import TraceError, trace
+from halovae.plane.trace import trace
 
 GRIDS = ["2x1", "1x2", "2x2", "3x1"]
 FP32_BOUND = 1e-4

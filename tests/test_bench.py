@@ -25,8 +25,8 @@ from halovae.bench.run import subject_of
 from halovae.cli.main import app
 from halovae.cli.measuring import check_ranks
 from halovae.device.platform import Platform
-from halovae.distributed.launch import RankError
 from halovae.distributed.ranks import Ranks
+from halovae.errors import RankError
 from halovae.models.load import read_class
 from halovae.pipelines.tiny import make_model
 

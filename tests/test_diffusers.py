@@ -16,6 +16,7 @@ from torch import Tensor
 import halovae
 from halovae import Grid
 from halovae.distributed.ranks import Ranks
+from halovae.errors import CheckpointError
 from halovae.models.architectures import random_vae
 from halovae.pipelines.tiny import TEXT_DIM, make_model, transformer
 from halovae.runtime.sharing import Choice, Sharing
@@ -300,7 +301,7 @@ def test_a_vae_of_another_class_is_shared_too() -> None:
 
 
 def test_a_module_without_a_decode_is_refused() -> None:
-    with pytest.raises(halovae.CheckpointError, match="Linear has neither decode nor encode"):
+    with pytest.raises(CheckpointError, match="Linear has neither decode nor encode"):
         halovae.load(torch.nn.Linear(1, 1))
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from halovae import Grid, Mesh
 from halovae.distributed.mesh import mesh_for
 from halovae.distributed.ranks import Ranks
+from halovae.errors import MemoryBudgetError
 from halovae.pipelines.within import share_encode
-from halovae.planning.decision import TooLittleMemory
 from halovae.planning.graphs import traced
 from halovae.runtime.autoencoder import Autoencoder
 from halovae.runtime.plane_call import PlaneCall
@@ -173,7 +173,7 @@ def test_a_pipelines_pictures_are_encoded_on_a_mesh_of_their_own(ranks: Group, m
 
 
 def test_a_budget_that_nothing_fits_into_is_refused() -> None:
-    with pytest.raises(TooLittleMemory, match="do not fit into a memory budget of 0.0 MiB: what they encode to alone"):
+    with pytest.raises(MemoryBudgetError, match="do not fit into a memory budget of 0.0 MiB: what they encode to"):
         encoded("wan2.1", pictures("wan2.1", 1), memory_budget=100)
 
 

@@ -14,7 +14,8 @@ from models import latents, vae
 
 import halovae
 from halovae import Grid
-from halovae.distributed.launch import RankError, launch
+from halovae.distributed.launch import launch
+from halovae.errors import RankError
 from halovae.io import latents as latents_file
 
 LIMIT_S = 10

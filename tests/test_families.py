@@ -21,12 +21,13 @@ from typer.testing import CliRunner
 from halovae.cli.main import app
 from halovae.cli.make_model import NAMES
 from halovae.distributed.ranks import Ranks
+from halovae.errors import PromptError
 from halovae.models.classes import tiles_only
 from halovae.pipelines import tiny
 from halovae.pipelines.diffusers import do_without_torchvision
 from halovae.pipelines.families import FAMILIES
 from halovae.pipelines.generator import Generator
-from halovae.pipelines.specs import Pipeline, Prompt, PromptError
+from halovae.pipelines.specs import Pipeline, Prompt
 
 SLOW = ("hunyuan-video-1.5", "allegro", "kandinsky-6", "flux.2", "ltx-2")
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in tiny.FAMILIES]

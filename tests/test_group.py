@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from halovae.distributed.launch import RankError
+from halovae.errors import RankError
 from halovae.serving import group
 
 

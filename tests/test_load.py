@@ -10,6 +10,7 @@ from models import FAMILIES, latents, reference, vae
 from safetensors.torch import load_file, save_file
 
 import halovae
+from halovae.errors import CheckpointError
 from halovae.models import load as checkpoints
 
 WEIGHTS = checkpoints.WEIGHTS
@@ -74,7 +75,7 @@ def test_weights_follow_a_module_that_is_converted_later() -> None:
 def test_a_pipelines_folder_is_searched_for_its_vae(folder: Path) -> None:
     assert family_of(halovae.load(folder.parent)) == "wan2.1"
     assert family_of(halovae.load(folder.parent, subfolder="vae")) == "wan2.1"
-    with pytest.raises(halovae.CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match="no config.json"):
         halovae.load(folder.parent, subfolder="unet")
 
 
@@ -136,7 +137,7 @@ def test_a_hub_id_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_name_that_is_neither_a_folder_nor_a_hub_id() -> None:
-    with pytest.raises(halovae.CheckpointError, match="neither a directory or file here"):
+    with pytest.raises(CheckpointError, match="neither a directory or file here"):
         halovae.load("no/such/model/anywhere")
 
 
@@ -147,7 +148,7 @@ def test_missing_unexpected_and_misshapen_weights_are_named(folder: Path) -> Non
         decoder__conv_in__scale=torch.ones(1),
         decoder__conv_out__bias=torch.ones(7),
     )
-    with pytest.raises(halovae.CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         halovae.load(folder)
     message = str(caught.value)
     assert "missing: decoder.conv_in.weight" in message
@@ -162,23 +163,23 @@ def test_missing_unexpected_and_misshapen_weights_are_named(folder: Path) -> Non
 def test_a_class_that_cannot_be_loaded_is_named(folder: Path, name: str, reason: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "_class_name": name}))
-    with pytest.raises(halovae.CheckpointError, match=f"{name}.*{reason}"):
+    with pytest.raises(CheckpointError, match=f"{name}.*{reason}"):
         halovae.load(folder)
-    with pytest.raises(halovae.CheckpointError, match="Linear"):
+    with pytest.raises(CheckpointError, match="Linear"):
         halovae.load(torch.nn.Linear(1, 1))
 
 
 def test_a_truncated_file_is_named(folder: Path) -> None:
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(halovae.CheckpointError, match=f"{WEIGHTS}: cannot be read as safetensors, is it complete"):
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: cannot be read as safetensors, is it complete"):
         halovae.load(folder)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{"])
 def test_a_broken_config_is_named(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
-    with pytest.raises(halovae.CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match="config.json"):
         halovae.load(folder)
 
 
@@ -186,11 +187,11 @@ def test_a_config_that_lacks_a_field_names_it(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["z_dim"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(halovae.CheckpointError, match="z_dim"):
+    with pytest.raises(CheckpointError, match="z_dim"):
         halovae.load(folder)
 
 
 def test_a_folder_without_weights_says_what_was_expected(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
-    with pytest.raises(halovae.CheckpointError, match="found none"):
+    with pytest.raises(CheckpointError, match="found none"):
         halovae.load(folder)

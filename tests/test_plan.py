@@ -21,6 +21,7 @@ from halovae.device.platform import RANK_ENVIRONMENT
 from halovae.distributed.mesh import mesh_for
 from halovae.distributed.ranks import Ranks
 from halovae.distributed.transport import join_world, world_size
+from halovae.errors import MemoryBudgetError
 from halovae.kernels import native
 from halovae.models import zoo
 from halovae.models.architectures import random_vae
@@ -29,7 +30,7 @@ from halovae.plane.results import Gather
 from halovae.planning import calibrate
 from halovae.planning.calibration import OTHER, Calibration, Line, Rates, read, shipped
 from halovae.planning.cost import Work
-from halovae.planning.decision import Decision, TooLittleMemory
+from halovae.planning.decision import Decision
 from halovae.planning.graphs import traced
 from halovae.planning.search import Search
 from halovae.report import DecodeReport
@@ -81,7 +82,7 @@ def test_a_budget_is_kept_or_refused_with_what_would_fit() -> None:
     leaner = decided((1, 16, 5, 16, 8), 2, SLOW, int(0.8 * fastest.peak)).chosen
     assert leaner.peak is not None
     assert leaner.peak <= 0.8 * fastest.peak
-    with pytest.raises(TooLittleMemory, match=r"memory budget of .* what would fit: 8 ranks or pictures of \d+x\d+"):
+    with pytest.raises(MemoryBudgetError, match=r"memory budget of .* what would fit: 8 ranks or pictures of \d+x\d+"):
         decided((1, 16, 5, 16, 8), 2, SLOW, fastest.peak // 4)
 
 

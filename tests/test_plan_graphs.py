@@ -18,14 +18,15 @@ from halovae.cli.main import app
 from halovae.device.memory import LiveBytes
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.threads import on_threads
+from halovae.errors import MemoryBudgetError, UnplannableError
 from halovae.grid import Grid
 from halovae.models import zoo
 from halovae.models.architectures import latent_shape, meta_vae, random_vae
 from halovae.plane import Plane
 from halovae.plane.trace import trace
 from halovae.planning.calibration import OTHER, Line, Rates, read
-from halovae.planning.decision import MARGIN, WORTH, TooLittleMemory
-from halovae.planning.graphs import UnplannableError, traced
+from halovae.planning.decision import MARGIN, WORTH
+from halovae.planning.graphs import traced
 from halovae.planning.search import Search
 
 CPU = torch.device("cpu")
@@ -123,7 +124,7 @@ def test_a_budget_is_kept_and_a_shortage_says_what_would_fit() -> None:
     decision = found.decide(2)
     assert decision.chosen.grid.size == 2
     assert "does not fit into the memory budget" in {one.verdict for one in decision.candidates}
-    with pytest.raises(TooLittleMemory, match=r"the leanest grid \(1x1\) takes .* what would fit: 2 ranks"):
+    with pytest.raises(MemoryBudgetError, match=r"the leanest grid \(1x1\) takes .* what would fit: 2 ranks"):
         found.decide(1)
 
 

@@ -7,7 +7,6 @@ frames = vae.decode(latents, grid=halovae.Grid(rows=2))  # under torchrun, on ev
 
 from halovae.distributed.mesh import Mesh
 from halovae.grid import Grid, Shard
-from halovae.models.weights import CheckpointError
 from halovae.pipelines.diffusers import parallelize, restore
 from halovae.pipelines.previews import Preview, previews
 from halovae.plane import shard

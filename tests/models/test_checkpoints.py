@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import halovae
 from halovae.bench.run import subject_of
 from halovae.cli.main import app
+from halovae.errors import CheckpointError
 from halovae.io import latents as latents_file
 from halovae.models import load as checkpoints
 from halovae.models import zoo
@@ -213,7 +214,7 @@ def test_shapes_that_disagree_are_named_and_nothing_is_read(tmp_path: Path, monk
     state["decoder.upsamples.2.residual.2.weight"] = torch.ones(5, 32, 3, 3, 3)
     del state["decoder.head.2.bias"]
     save_file(state | {"decoder.extra": torch.ones(1)}, tmp_path / "file")
-    with pytest.raises(halovae.CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         halovae.load(tmp_path / "file")
     for words in (
         "not weights of wan2.1;",
@@ -223,14 +224,14 @@ def test_shapes_that_disagree_are_named_and_nothing_is_read(tmp_path: Path, monk
     ):
         assert words in str(caught.value)
     save_file(MODULES["sd"]().state_dict() | {"quantize.embedding.weight": torch.ones(4, 4)}, tmp_path / "vq")
-    with pytest.raises(halovae.CheckpointError, match="unexpected: quantize.embedding.weight"):  # as a VQModel has
+    with pytest.raises(CheckpointError, match="unexpected: quantize.embedding.weight"):  # as a VQModel has
         halovae.load(tmp_path / "vq")
 
 
 def test_a_layout_that_diffusers_converts_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(original("sd", MODULES["sd"]()), tmp_path / "file")
     monkeypatch.setitem(sys.modules, "diffusers.loaders.single_file_utils", None)
-    with pytest.raises(halovae.CheckpointError, match="FLUX.1 needs pip install 'halovae.diffusers.'"):
+    with pytest.raises(CheckpointError, match="FLUX.1 needs pip install 'halovae.diffusers.'"):
         recognize(tmp_path / "file")
 
 
@@ -238,15 +239,13 @@ def test_a_missing_outer_layer_is_named(tmp_path: Path) -> None:
     state = original("flux", MODULES["flux"]())
     del state["decoder.conv_out.weight"]
     save_file(state, tmp_path / "file")
-    with pytest.raises(
-        halovae.CheckpointError, match="has keys of .*FLUX.1, but others are missing .*decoder.conv_out.weight"
-    ):
+    with pytest.raises(CheckpointError, match="has keys of .*FLUX.1, but others are missing .*decoder.conv_out.weight"):
         halovae.load(tmp_path / "file")
 
 
 def test_groups_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_file(zoo.build(ENTRIES["AutoencoderKL"]).state_dict(), tmp_path / "file")  # 4 groups of 8 channels
-    with pytest.raises(halovae.CheckpointError, match="no AutoencoderKL has these sizes"):
+    with pytest.raises(CheckpointError, match="no AutoencoderKL has these sizes"):
         halovae.load(tmp_path / "file")
 
 
@@ -254,19 +253,19 @@ def test_packed_weights_are_refused(tmp_path: Path) -> None:
     state = original("flux", MODULES["flux"]())
     state["decoder.conv_in.bias"] = state["decoder.conv_in.bias"].to(torch.uint8)
     save_file(state, tmp_path / "file")
-    with pytest.raises(halovae.CheckpointError, match="decoder.conv_in.bias is no floating-point number"):
+    with pytest.raises(CheckpointError, match="decoder.conv_in.bias is no floating-point number"):
         halovae.load(tmp_path / "file")
 
 
 def test_an_unknown_file_is_refused_with_the_nearest(tmp_path: Path) -> None:
     state = written(vae("wan2.1"), layouts.wan21)
     save_file({key: one for key, one in state.items() if not key.startswith("decoder.upsamples.")}, tmp_path / "file")
-    with pytest.raises(halovae.CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         halovae.load(tmp_path / "file")
     assert "no VAE of a known layout. The nearest is Wan2.1 or Qwen-Image by Wan-AI's" in str(caught.value)
     assert "lacks decoder.upsamples.0.residual.0.gamma, and has conv1.bias" in str(caught.value)
     save_file({"text_model.encoder.layers.0.mlp.fc1.weight": torch.ones(2, 2)}, tmp_path / "text")
-    with pytest.raises(halovae.CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         halovae.load(tmp_path / "text")
     assert "has text_model.encoder.layers.0.mlp.fc1.weight" in str(caught.value)
     assert all(layout.family in str(caught.value) for layout in LAYOUTS)
@@ -277,20 +276,20 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     torch.save(written(vae("wan2.1"), layouts.wan21), tmp_path / "short.pth")
     for path in (tmp_path / "short", tmp_path / "short.pth"):
         path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(halovae.CheckpointError, match=f"{path}: .* is it complete"):
+        with pytest.raises(CheckpointError, match=f"{path}: .* is it complete"):
             halovae.load(path)
     (tmp_path / "empty").touch()
-    with pytest.raises(halovae.CheckpointError, match="empty: cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match="empty: cannot be read as safetensors"):
         halovae.load(tmp_path / "empty")
     torch.save(torch.ones(3), tmp_path / "tensor.pth")
     with pytest.raises(
-        halovae.CheckpointError, match="expected tensors by name, by themselves or in state_dict.*; found Tensor"
+        CheckpointError, match="expected tensors by name, by themselves or in state_dict.*; found Tensor"
     ):
         halovae.load(tmp_path / "tensor.pth")
     torch.save({"state_dict": {}, "callback": Path("x")}, tmp_path / "object.ckpt")
-    with pytest.raises(halovae.CheckpointError, match="holds more than tensors, and loading it could run code"):
+    with pytest.raises(CheckpointError, match="holds more than tensors, and loading it could run code"):
         halovae.load(tmp_path / "object.ckpt")
-    with pytest.raises(halovae.CheckpointError, match="is a file, so subfolder='vae' is not in it"):
+    with pytest.raises(CheckpointError, match="is a file, so subfolder='vae' is not in it"):
         halovae.load(tmp_path / "short", subfolder="vae")
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import halovae
 from halovae.distributed.ranks import Ranks
+from halovae.errors import MemoryBudgetError
 from halovae.grid import Grid
 from halovae.models import zoo
-from halovae.planning.decision import TooLittleMemory
 
 Group = Callable[[int], Ranks]
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
@@ -69,7 +69,7 @@ def test_a_budget_makes_ranks_share_what_each_of_them_could_not_hold(ranks: Grou
 
 def too_little() -> str:
     decoder, x, _ = made("AutoencoderKL", 1, 4, 24, 24)
-    with pytest.raises(TooLittleMemory) as caught:
+    with pytest.raises(MemoryBudgetError) as caught:
         decoder.decode(x, memory_budget=1000)
     return str(caught.value)
 
@@ -232,7 +232,7 @@ def test_a_budget_holds_on_one_process_too() -> None:
     found = pieces.join()
     assert (found - expected).abs().max() < 1e-12
     assert pieces.report.memory.peak_allocated < 0.6 * unlimited
-    with pytest.raises(TooLittleMemory, match="do not fit into a memory budget"):
+    with pytest.raises(MemoryBudgetError, match="do not fit into a memory budget"):
         decoder.decode(x, memory_budget=1)
 
 

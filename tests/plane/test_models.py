@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from halovae import Grid
 from halovae.bench import on_grids
+from halovae.errors import TraceError
 from halovae.models import zoo
 from halovae.models.zoo import Direction, Entry
 from halovae.plane import context, operators
-from halovae.plane.trace import TraceError
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import halovae
-from halovae.distributed.launch import RankError
 from halovae.distributed.ranks import Ranks
+from halovae.errors import RankError
 from halovae.grid import Grid
 from halovae.models import zoo
 from halovae.plane import keys

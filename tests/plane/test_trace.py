@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.threads import on_threads
+from halovae.errors import TraceError
 from halovae.grid import Grid
 from halovae.models import zoo
 from halovae.plane import Plane, operators, windows
 from halovae.plane.program import Program
-from halovae.plane.trace import TraceError, trace
+from halovae.plane.trace import trace
 
 CPU = torch.device("cpu")
 GRIDS = (Grid(), Grid(rows=2), Grid(rows=2, cols=2))

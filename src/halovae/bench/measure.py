@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from halovae.bench.profile import Profile, peaks, profiled
 from halovae.device.memory import Memory, MemoryMeter
 from halovae.device.platform import RANK_ENVIRONMENT, Platform, Stopwatch
-from halovae.distributed.launch import RankError
 from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.distributed.ranks import Ranks
 from halovae.distributed.threads import Link
+from halovae.errors import RankError
 from halovae.grid import Grid
 from halovae.kernels.native import ready
 from halovae.models import zoo

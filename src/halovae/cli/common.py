@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from halovae.distributed.launch import RankError
+from halovae.errors import RankError
 
 Parsed = TypeVar("Parsed")
 MODEL_HELP = "A VAE: a folder in diffusers layout (its own or a pipeline's), a single file, or a hub id."

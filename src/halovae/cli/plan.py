@@ -27,10 +27,11 @@ from halovae.cli.common import (
     results_console,
 )  # fmt: skip
 from halovae.cli.measuring import free_names, progress
+from halovae.errors import MemoryBudgetError
 from halovae.grid import Grid
 from halovae.models.load import find_model, read_class, read_diffusers_config
 from halovae.planning.calibration import Calibration, read, shipped
-from halovae.planning.decision import Decision, TooLittleMemory
+from halovae.planning.decision import Decision
 from halovae.planning.search import Search
 
 EXPLORED = (1, 2, 4, 8, 16, 32, 64)
@@ -205,20 +206,20 @@ def _table(case: Case, worlds: Sequence[int], show: int) -> Table:
     """The plans for each number of ranks.
 
     Raises:
-        TooLittleMemory: none fits, for any of them.
+        MemoryBudgetError: none fits, for any of them.
     """
     several = len(worlds) > 1
-    decisions: dict[int, Decision | TooLittleMemory] = {}
+    decisions: dict[int, Decision | MemoryBudgetError] = {}
     for world in sorted(set(worlds), reverse=True):  # what many ranks take tells what fewer take at least
         try:
             decisions[world] = case.decide(world)
-        except TooLittleMemory as error:
+        except MemoryBudgetError as error:
             if not several:
                 raise
             decisions[world] = error
     made = {world: one for world, one in decisions.items() if isinstance(one, Decision)}
     if not made:
-        raise next(one for one in decisions.values() if isinstance(one, TooLittleMemory))
+        raise next(one for one in decisions.values() if isinstance(one, MemoryBudgetError))
     latents, upto = "x".join(map(str, case.latents)), "" if several else f", up to {worlds[0]} ranks"
     table = Table(
         title=f"{case.model}, latents {latents}{upto}; {next(iter(made.values())).calibration}", title_justify="left"
@@ -229,7 +230,7 @@ def _table(case: Case, worlds: Sequence[int], show: int) -> Table:
     left = 0
     for world in worlds:
         decision, first = decisions[world], [str(world)] if several else []
-        if isinstance(decision, TooLittleMemory):
+        if isinstance(decision, MemoryBudgetError):
             table.add_row(*first, *[""] * 6, f"nothing fits: {str(decision).partition(': ')[2]}", end_section=True)
             continue
         listed = decision.candidates[:show]
@@ -266,7 +267,7 @@ def _explore(cases: Sequence[Case], rates: Calibration, path: Path) -> None:
                 try:
                     chosen = case.decide(ranks).chosen
                     curves[case.size].append((ranks, chosen.seconds, (chosen.peak or 0) / 2**30))
-                except TooLittleMemory as error:
+                except MemoryBudgetError as error:
                     console.print(f"{case.size} on {ranks}: {error}", soft_wrap=True, highlight=False)
                 step()
     draw_plans(curves, f"{cases[0].model} on {rates.name} ({rates.origin})", path)

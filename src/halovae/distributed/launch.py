@@ -31,20 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from halovae.device.platform import RANK_ENVIRONMENT, threads_per_rank
 from halovae.distributed.mesh import leave_world
 from halovae.distributed.transport import meet_in_file, world_size
-
-
-class RankError(RuntimeError):
-    """A rank failed, and the others were ended. The message holds the failing rank's traceback or signal.
-
-    Attributes:
-        cause: the exception that ended the rank, where it is known.
-        killed: whether the system ended it (SIGKILL), as it does when the host's memory runs out.
-    """
-
-    def __init__(self, message: str, cause: Exception | None = None, killed: bool = False) -> None:
-        super().__init__(message)
-        self.cause = cause
-        self.killed = killed
+from halovae.errors import RankError
 
 
 def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:

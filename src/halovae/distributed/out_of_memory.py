@@ -17,10 +17,6 @@ from halovae.distributed.transport import Lines, Scope
 _SHORTAGES = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")
 
 
-class RankOutOfMemoryError(RuntimeError):
-    """A rank ran out of memory, and all ranks stopped after the same chunk."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory could not be had; the CPU's libraries have no class of their own for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _SHORTAGES)

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from halovae.device.platform import RANK_ENVIRONMENT
-from halovae.distributed.launch import RankError, end_with_parent
+from halovae.distributed.launch import end_with_parent
 from halovae.distributed.transport import meet_in_file
+from halovae.errors import RankError
 
 Result = TypeVar("Result")
 

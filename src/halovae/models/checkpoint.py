@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from halovae.errors import CheckpointError
 from halovae.models.layouts import LAYOUTS, SCALINGS, Config, Layout, Scaling
-from halovae.models.weights import CheckpointError, Weights, dtype_names, some
+from halovae.models.weights import Weights, dtype_names, some
 
 # What the VAE's keys begin with in files of a whole pipeline: none, ComfyUI's and Lightricks', latent diffusion's.
 PREFIXES = ("", "vae.", "first_stage_model.")

@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from halovae.errors import CheckpointError
 from halovae.models.checkpoint import Checkpoint, check_weights, recognize
 from halovae.models.wan import WanConfig
-from halovae.models.weights import CheckpointError, Weights
+from halovae.models.weights import Weights
 
 # diffusers' classes whose sizes `WanConfig` describes.
 CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")

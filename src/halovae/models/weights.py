@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from halovae.errors import CheckpointError
+
 # Of the format's dtypes, those that a VAE's weights may have: https://github.com/huggingface/safetensors.
 _DTYPES = {
     "F64": torch.float64,
@@ -25,10 +27,6 @@ _OTHER = torch.uint8  # stands for all others
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # Where training scripts put the weights among other things.
 _NESTED = ("state_dict", "model", "module")
-
-
-class CheckpointError(ValueError):
-    """A model that cannot be loaded: which file, what is wrong with it, and what would be accepted."""
 
 
 class Weights:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from halovae.errors import CheckpointError, PromptError
 from halovae.models.load import read_config, read_json
-from halovae.models.weights import CheckpointError
 from halovae.pipelines.families import FAMILIES, Family
 
 # Pipelines whose latents are decoded apart from their call: whether they make videos, and how many pictures they start
@@ -45,18 +45,6 @@ class Prompt:
     guidance: float | None = None
     guidance_2: float | None = None
     images: tuple[bytes, ...] = ()
-
-
-class PromptError(ValueError):
-    """Something that a pipeline cannot be asked for.
-
-    Attributes:
-        field: which of the prompt's attributes is wrong.
-    """
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from halovae.distributed.mesh import Mesh, Traffic, mesh_for
-from halovae.distributed.out_of_memory import RankOutOfMemoryError, is_out_of_memory
+from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.distributed.transport import world_size
+from halovae.errors import RankOutOfMemoryError, TraceError
 from halovae.grid import Grid, Span, split
 from halovae.kernels.native import EAGER, Kernels, compiled, explain, ready
 from halovae.plane.agreement import agree, conversations
@@ -27,7 +28,7 @@ from halovae.plane.program import Program
 from halovae.plane.results import Chunks, Gather, ShardReport, check_result, gathered, warn_of_fallbacks
 from halovae.plane.stored import Identity, stored_or_traced
 from halovae.plane.tensor import PlaneTensor
-from halovae.plane.trace import TraceError, trace, untouched
+from halovae.plane.trace import trace, untouched
 
 _PROGRAMS = 16  # that a function keeps: one for each shape, dtype and grid
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from halovae.device.memory import tensors_in
 from halovae.distributed.mesh import Mesh
+from halovae.errors import TraceError
 from halovae.plane import operators
 from halovae.plane.chunks import split
 from halovae.plane.constants import Constants, Memory
@@ -35,10 +36,6 @@ from halovae.plane.tensor import is_channels_last
 
 aten = torch.ops.aten
 RECORDING = threading.Lock()  # hooks on modules serve one recording at a time
-
-
-class TraceError(RuntimeError):
-    """A function cannot be recorded: what it does depends on the values in its input. Says where."""
 
 
 class Recorder(TorchDispatchMode):

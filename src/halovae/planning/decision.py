@@ -13,10 +13,6 @@ MARGIN = 0.15
 WORTH = 0.02
 
 
-class TooLittleMemory(ValueError):
-    """No grid fits into the memory budget."""
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A grid, and what it is predicted to take.

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Lines, Scope
+from halovae.errors import TraceError, UnplannableError
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER
 from halovae.plane import context, operators, windows
@@ -26,7 +27,7 @@ from halovae.plane.agreement import likeness, meta_arguments
 from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
 from halovae.plane.live import is_operator, peak, shares, size, size_of
-from halovae.plane.trace import TraceError, trace
+from halovae.plane.trace import trace
 from halovae.planning.cost import CPU, EXCHANGE, GATHER, Cost, Recorder, Work
 
 aten = torch.ops.aten
@@ -39,10 +40,6 @@ _PRODUCTS = {
 _RUN = (*operators.BETWEEN_RANKS, *windows.OPERATORS)  # priced by what they do
 
 WorkByKind = dict[tuple[str, str], Work]
-
-
-class UnplannableError(ValueError):
-    """A decode that cannot be traced. Says why."""
 
 
 class TracedLines(Lines):

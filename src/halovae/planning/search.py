@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from halovae.errors import MemoryBudgetError, UnplannableError
 from halovae.grid import Grid
 from halovae.planning.calibration import Calibration
 from halovae.planning.cost import EXCHANGE, GATHER, Cost
-from halovae.planning.decision import MARGIN, WORTH, Candidate, Decision, TooLittleMemory
-from halovae.planning.graphs import Traced, UnplannableError, cells, traced
+from halovae.planning.decision import MARGIN, WORTH, Candidate, Decision
+from halovae.planning.graphs import Traced, cells, traced
 
 _LITTLE = f"less plain, and at most {WORTH:.0%} faster"
 _ADVISED = (2, 4, 8, 16, 32, 64)
@@ -88,7 +89,7 @@ class Search:
         """The fastest grid of up to so many ranks that fits.
 
         Raises:
-            TooLittleMemory: none fits. Says what the leanest takes, and how many ranks would do.
+            MemoryBudgetError: none fits. Says what the leanest takes, and how many ranks would do.
             UnplannableError: the decode cannot be traced.
         """
         alone = self.price(Grid())
@@ -170,7 +171,7 @@ class Search:
             verdict += f"; {', '.join(names)} {'runs' if len(names) == 1 else 'run'} replicated"
         return replace(one, verdict=verdict)
 
-    def _too_little(self, seen: Sequence[Candidate], world: int) -> TooLittleMemory:
+    def _too_little(self, seen: Sequence[Candidate], world: int) -> MemoryBudgetError:
         assert self.budget is not None
         least = min(seen, key=lambda one: one.peak or 0)
         said = f"the leanest grid ({least.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
@@ -181,7 +182,7 @@ class Search:
         size = self._smaller(world)
         if size is not None:
             said += f"{' or' if 'what would fit' in said else '; what would fit:'} pictures of {size}"
-        return TooLittleMemory(
+        return MemoryBudgetError(
             f"tensors of shape {list(self._shape)} do not fit into a memory budget of {_mib(self.budget)}: {said}"
         )
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halovae.device.platform import Platform
+from halovae.errors import CheckpointError
 from halovae.grid import Grid
 from halovae.kernels.native import ready
 from halovae.models import load as checkpoints
 from halovae.models.classes import denormalized, moved
-from halovae.models.weights import CheckpointError
 from halovae.plane import ShardReport
 from halovae.runtime.pictures import PictureStream
 from halovae.runtime.plane_call import PlaneCall
@@ -173,7 +173,7 @@ class Autoencoder:
 
         Raises:
             ValueError: see `Sharded`; an argument out of range; a memory budget that no grid fits into
-                (`TooLittleMemory`); or a config that does not say how to denormalize.
+                (`MemoryBudgetError`); or a config that does not say how to denormalize.
             TypeError: latents without a plane, a dtype that pictures cannot have, or an unknown option.
             RuntimeError: another rank refused, or was given other arguments or weights.
 

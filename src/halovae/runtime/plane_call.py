@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from halovae.device.platform import Platform
 from halovae.distributed.mesh import Mesh, mesh_for
-from halovae.distributed.out_of_memory import RankOutOfMemoryError
 from halovae.distributed.transport import world_size
+from halovae.errors import MemoryBudgetError, RankOutOfMemoryError, UnplannableError
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER, Kernels, compiled, explain, prepare, ready
 from halovae.models.classes import BATCHED, FIELDS, sizes_of, spatial_ratio, whole
@@ -26,8 +26,6 @@ from halovae.plane.fingerprint import Unstable
 from halovae.plane.keys import hooked, value_key
 from halovae.plane.results import Chunks
 from halovae.plane.stored import Identity
-from halovae.planning.decision import TooLittleMemory
-from halovae.planning.graphs import UnplannableError
 from halovae.planning.planner import calibration_of, is_unmeasured, usable
 from halovae.planning.search import Search
 from halovae.runtime.sharing import Call, Choice, Sharing
@@ -77,7 +75,7 @@ class PlaneCall:
 
         Raises:
             ValueError: an argument out of range.
-            TooLittleMemory: (a ValueError) no grid fits into the memory budget.
+            MemoryBudgetError: (a ValueError) no grid fits into the memory budget.
             TypeError: an argument of the wrong kind, or one that the module does not take.
         """
         try:
@@ -188,7 +186,7 @@ class PlaneCall:
         size = math.prod(first.pictures) * (sharing.dtype or x.dtype).itemsize * (1 if whole else batch)
         kept = 0 if sharing.gather == "none" else size
         if limited and kept >= budget:
-            raise TooLittleMemory(
+            raise MemoryBudgetError(
                 f"tensors of shape {list(x.shape)} do not fit into a memory budget of {budget / 2**20:,.1f} MiB: what "
                 f"they {self.name} to alone takes {kept / 2**20:,.1f} MiB"
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halovae.device.platform import Platform
 from halovae.distributed.out_of_memory import is_out_of_memory
-from halovae.planning.decision import TooLittleMemory
+from halovae.errors import MemoryBudgetError
 from halovae.report import DecodeReport
 from halovae.runtime.autoencoder import Autoencoder
 from halovae.serving.files import Batch, Order, Writer
@@ -128,7 +128,7 @@ class survived:
         logging.getLogger(__name__).error("failed: orders %s", ", ".join(self._orders), exc_info=error)
         if not isinstance(error, Exception) or not self._lead.failed_together():
             os._exit(1)
-        memory = isinstance(error, TooLittleMemory) or is_out_of_memory(error)
+        memory = isinstance(error, MemoryBudgetError) or is_out_of_memory(error)
         if self._line is not None:
             for order in self._orders:
                 self._line.tell(

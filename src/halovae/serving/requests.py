@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from halovae.pipelines.specs import Pipeline, Prompt, PromptError
+from halovae.errors import PromptError
+from halovae.pipelines.specs import Pipeline, Prompt
 from halovae.serving import pictures
 from halovae.serving.errors import ApiError, from_validation
 from halovae.serving.fetch import fetch

@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench format
+.PHONY: demo test test-slow lint docs bench mutants format
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "halovae needs Python 3.10 or newer"; exit 1; }
@@ -27,6 +27,12 @@ docs: .venv/.installed
 
 test: lint docs
 	$(BIN)/pytest
+
+test-slow: .venv/.installed
+	$(BIN)/pytest -m slow
+
+mutants: .venv/.installed
+	$(BIN)/python scripts/mutants.py
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/exactness.py

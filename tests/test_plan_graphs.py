@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,19 @@ def measured(name: str, grid: Grid) -> list[tuple[int, int, int]]:
     return on_threads(grid, CPU, rank)
 
 
+def test_what_modules_make_when_they_are_imported_has_data() -> None:
+    """Cosmos' module has wavelets. It is imported when its class is first asked for, which a plan may do."""
+    script = (
+        "import torch; from halovae.models.architectures import meta_vae; meta_vae('cosmos', torch.bfloat16); "
+        "from diffusers.models.autoencoders import autoencoder_kl_cosmos as cosmos; "
+        "assert not any(one.is_meta for one in cosmos._WAVELETS.values())"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize(("name", "grid"), CASES)
 def test_predictions_are_what_ranks_take(name: str, grid: str) -> None:
+    assert getattr(diffusers, ENTRIES[name].class_name)  # imported by that, before
     with torch.device("meta"):
         module = ENTRIES[name].make().requires_grad_(False)
     for rank, (messages, sent, peak) in enumerate(measured(name, Grid.parse(grid))):
@@ -80,6 +92,7 @@ def test_a_call_that_repeats_counts_each_time() -> None:
 
 def search(shape: tuple[int, ...] = (1, 16, 32, 32), **options: Any) -> Search:
     """A tiny autoencoder's, on ranks that take as long as their FLOPs say, with messages at almost no cost."""
+    assert diffusers.AutoencoderKL  # imported by that, before
     with torch.device("meta"):
         module = ENTRIES["AutoencoderKL (no quant_conv)"].make()
     rates = {OTHER: Rates(flops=1e-9), "convolution": Rates(flops=1e-9), "linear": Rates(flops=1e-9)}

@@ -137,6 +137,9 @@ def sample_vae(device: torch.device, dtype: torch.dtype) -> Any:
 
 def meta_vae(family: str, dtype: torch.dtype) -> nn.Module:
     """The autoencoder of a name in `MODELS`, on meta tensors: weights have shapes but no data."""
+    import diffusers
+
+    getattr(diffusers, MODELS[family].class_name)  # imported before: modules make tensors, which are to have data
     with torch.device("meta"):
         return _hollow(_made(family), dtype)
 

@@ -120,8 +120,10 @@ def _noticed(mutant: Mutant) -> str | None:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
         except subprocess.TimeoutExpired:
             return f"time: {LIMIT} s are up"
+        if done.returncode == 0:
+            return None
         failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-        return failed[0].removeprefix("tests/") if failed else None
+        return failed[0].removeprefix("tests/") if failed else f"pytest, which exits with {done.returncode}"
 
 
 if __name__ == "__main__":

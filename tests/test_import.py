@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import halovae
+
 
 def test_import_is_lean() -> None:
     script = (
@@ -12,3 +14,7 @@ def test_import_is_lean() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_all_that_is_exported_is_there() -> None:
+    assert [name for name in halovae.__all__ if not hasattr(halovae, name)] == []

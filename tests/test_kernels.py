@@ -231,8 +231,8 @@ def test_without_a_compiler_it_is_said(built: Path, compiler: str, said: str, mo
         monkeypatch.setenv("CXX", script(built.parent / "slow", "sleep 9"))
     assert not ready(CPU, wait=True)
     with pytest.warns(RuntimeWarning, match=said):
-        native.explain()
-    native.explain()  # it is not said again
+        native.explain(CPU)
+    native.explain(CPU)  # it is not said again
     with pytest.raises(OSError, match=said):
         compiled()
     assert not kernels_of(built)
@@ -268,7 +268,11 @@ def test_a_process_that_ends_early_leaves_the_library_to_later_ones(built: Path)
 
 
 def test_other_devices_need_no_kernels(built: Path) -> None:
-    assert not ready(torch.device("meta"), wait=True)
+    other = torch.device("meta")
+    native.prepare(other)
+    assert not ready(other, wait=True)
+    native.explain(other)
+    assert native._attempted.cache_info().currsize == 0
     assert not built.exists()
 
 

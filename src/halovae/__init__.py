@@ -6,6 +6,7 @@ frames = vae.decode(latents, grid=halovae.Grid(rows=2))  # under torchrun, on ev
 """
 
 from halovae.distributed.mesh import Mesh
+from halovae.errors import CheckpointError, HalovaeError, MemoryBudgetError, RankError
 from halovae.grid import Grid, Shard
 from halovae.pipelines.diffusers import parallelize, restore
 from halovae.pipelines.previews import Preview, previews
@@ -17,8 +18,11 @@ __all__ = [
     "Autoencoder",
     "CheckpointError",
     "Grid",
+    "HalovaeError",
+    "MemoryBudgetError",
     "Mesh",
     "Preview",
+    "RankError",
     "Shard",
     "load",
     "parallelize",

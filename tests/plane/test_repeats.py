@@ -18,7 +18,7 @@ from halovae.distributed.threads import on_threads
 from halovae.grid import Grid
 from halovae.kernels.pool import Pool
 from halovae.models import zoo
-from halovae.plane import Plane, operators, shard
+from halovae.plane import Plane, context, shard
 from halovae.plane import program as lowering
 from halovae.plane.program import Program
 from halovae.plane.trace import trace
@@ -186,7 +186,7 @@ def test_all_chunks_of_a_clip_share_one_pool(monkeypatch: pytest.MonkeyPatch) ->
                 made.append(self)
 
     monkeypatch.setattr(lowering, "Pool", Counted)
-    monkeypatch.setattr(operators, "Pool", Counted)  # where none is given
+    monkeypatch.setattr(context, "Pool", Counted)  # where none is given
     assert len(list(shard(Video([("list", 3)])).stream(picture(1, 2, 6, 4, 4), grid=Grid()))) == 6
     assert len(made) == 1
 

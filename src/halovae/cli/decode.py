@@ -78,15 +78,15 @@ def decode(
     torchrun the world that it started is used. The output appears under its name when it is whole.
     """
     with errors_shown():
-        needed = Grid.parse(grid) if grid is not None else None
-        ranks = num_gpus or (world_size() if under_torchrun() else needed.size if needed else 1)
+        chosen = Grid.parse(grid) if grid is not None else None
+        ranks = num_gpus or (world_size() if under_torchrun() else chosen.size if chosen else 1)
         if mode is Mode.parallel:
-            needed = needed or Grid(rows=ranks)
-        if needed is not None and needed.size != ranks:
-            raise ValueError(f"--grid {needed} needs {needed.size} ranks, but --num-gpus is {ranks}")
+            chosen = chosen or Grid(rows=ranks)
+        if chosen is not None and chosen.size != ranks:
+            raise ValueError(f"--grid {chosen} needs {chosen.size} ranks, but --num-gpus is {ranks}")
         header = latents_file.read_header(latents)
         path = find_model(model)
-        family, frames = _described(path, header, needed or Grid())
+        family, frames = _described(path, header, chosen or Grid())
         if header.family not in (None, family, *read_alike(path)):
             raise ValueError(f"{latents} holds latents of {header.family}, but {path} is a {family} model")
         for target in outputs(output, header.shape[0]):
@@ -97,7 +97,7 @@ def decode(
             output=output,
             frames=frames,
             mode=mode.value,
-            grid=needed,
+            grid=chosen,
             dtype=dtype.torch,
             memory_budget=parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None,
             denormalize=bool(header.scaled) if scaled is None else scaled,

@@ -35,14 +35,14 @@ def encode(
     over is cut, and said.
     """
     with errors_shown():
-        needed = None if size is None else parsed("--size", size, parse_size)
+        chosen = None if size is None else parsed("--size", size, parse_size)
         path = find_model(model)
         sizes = _sizes(path)
         if output.suffix != ".safetensors":
             raise ValueError(f"output {output}: expected a name that ends in .safetensors")
         media.check_writable(output)
         pixels, fps = media.read_clip(clip, frames)
-        video = _fitted(pixels, sizes, needed)
+        video = _fitted(pixels, sizes, chosen)
         if video.shape[1:] != pixels.shape[1:]:
             (t, h, w), (frames_in, height, width) = video.shape[1:], pixels.shape[1:]
             console.print(f"taking {t} frames of {w}x{h} from {frames_in} of {width}x{height}")

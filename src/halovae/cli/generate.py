@@ -82,7 +82,7 @@ def generate(
         images = tuple(image or ())
         for path in images:
             media.read_clip(path)  # raises now, not on every rank
-        needed = Prompt(
+        asked = Prompt(
             text=prompt,
             size=parsed("--size", size, parse_size) if size else None,
             frames=num_frames,
@@ -94,7 +94,7 @@ def generate(
             images=tuple(path.read_bytes() for path in images),
         )
         kind = Pipeline.read(model)
-        fitted = kind.fitted(needed)
+        fitted = kind.fitted(asked)
         media.check_output(output, fitted.frames)
         if report is not None:
             media.check_writable(report)

@@ -37,11 +37,11 @@ def inspect(
     """
     with errors_shown():
         path = find_model(model)
-        needed = None if size is None else parsed("--size", size, parse_size)
+        chosen = None if size is None else parsed("--size", size, parse_size)
         ranks = Grid.parse(grid)
         facts = recognize(path).facts() if path.is_file() else ()
         table = Table(title=str(path), show_header=False, title_justify="left")
-        for row in (*facts, *_described(path, needed, frames, batch, ranks, dtype)):
+        for row in (*facts, *_described(path, chosen, frames, batch, ranks, dtype)):
             table.add_row(*row)
         Console().print(table)
 

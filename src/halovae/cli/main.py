@@ -18,8 +18,8 @@ app = typer.Typer(
 )
 
 
-def _version(needed: bool) -> None:
-    if needed:
+def _version(asked: bool) -> None:
+    if asked:
         typer.echo(f"halovae {__version__}")
         raise typer.Exit
 

@@ -51,20 +51,20 @@ def validate(
         from halovae.bench import validate as validation
         from halovae.models.architectures import FAMILIES, MODELS, TARGETS
 
-        needed = tuple(models.split(",")) if models else tuple(TARGETS)
+        chosen = tuple(models.split(",")) if models else tuple(TARGETS)
         known = [*TARGETS, *(name for name in MODELS if name not in FAMILIES)]
-        unknown = [name for name in needed if name not in known]
+        unknown = [name for name in chosen if name not in known]
         if unknown:
             raise ValueError(f"--models {','.join(unknown)}: expected some of {','.join(known)}")
         if model_path is not None:
             if models:
                 raise ValueError("--models and --model-path exclude each other")
-            needed = (Path(model_path).name or model_path,)
+            chosen = (Path(model_path).name or model_path,)
         if prompt is not None and (model_path is None or simulate_ranks):
             raise ValueError("--prompt needs --model-path of a whole pipeline, and real ranks")
         platform = check_ranks("--num-gpus", 1 if simulate_ranks else num_gpus, device)
         asked = validation.Validation(
-            models=needed,
+            models=chosen,
             source=model_path,
             ranks=1 if simulate_ranks else num_gpus,
             simulated=simulate_ranks,
@@ -78,7 +78,7 @@ def validate(
             steps=steps,
         )
         paths = free_names(output, f"validation-{platform.kind}.md", f"validation-{platform.kind}.json")
-        with progress(len(needed)) as (say, step):
+        with progress(len(chosen)) as (say, step):
             verdicts = validation.validate(asked, say, step)
         about = {"halovae": __version__, **platform.describe(), "dtype": dtype.value, "size": size}
         notes = [*validation.pipelines(verdicts), *validation.notes(asked)]

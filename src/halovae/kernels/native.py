@@ -38,6 +38,7 @@ _COMPILERS = "g++", "clang++", "c++"
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 _NATIVE = ("-march=native",), ("-mcpu=native",), ()  # what a compiler may call this machine's instructions
 _SECONDS = 120  # that a compiler may take
+_LOCKED = 30  # and so long others wait for the one that compiles
 _LOOKING = 2  # seconds that a call may wait to hear whether there is a library from an earlier process
 
 
@@ -136,7 +137,7 @@ def compiled() -> Kernels:
         OSError: there is no compiler, or it failed.
     """
     attempt = _attempt()
-    attempt.join()
+    attempt.wait()
     if isinstance(attempt.outcome, OSError):
         raise attempt.outcome
     assert attempt.outcome is not None
@@ -161,16 +162,18 @@ def ready(device: torch.device, wait: bool = False) -> bool:
     attempt = _attempt()
     attempt.looked.wait(max(0.0, attempt.begin + _LOOKING - time.monotonic()))
     if wait:
-        attempt.join()
+        attempt.wait()
     return isinstance(attempt.outcome, Kernels)
 
 
-def explain() -> None:
-    """Say why kernels cannot be compiled, if that is so.
+def explain(device: torch.device) -> None:
+    """Say why kernels for a device cannot be compiled, if that is so.
 
     Warns:
         RuntimeWarning: once in a process.
     """
+    if device.type != "cpu":
+        return
     attempt = _attempt()
     if isinstance(attempt.outcome, OSError) and not attempt.told:
         attempt.told = True
@@ -195,7 +198,16 @@ class _Attempt(threading.Thread):
         self.looked = threading.Event()
         self.outcome: Kernels | OSError | None = None
         self.begin, self.told = time.monotonic(), False
-        self.start()
+        try:
+            self.start()
+        except RuntimeError as error:  # the system has no more threads
+            self.outcome = OSError(str(error))
+            self.looked.set()
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        if self.ident is not None:
+            self.join()
 
     def run(self) -> None:
         try:
@@ -222,8 +234,12 @@ def _in_child() -> None:
     """Forget an attempt that a fork cut off: threads do not come along."""
     global _starting
     _starting = threading.Lock()
-    if _attempted.cache_info().currsize and _attempted().outcome is None:
-        _attempted.cache_clear()
+    if _attempted.cache_info().currsize:
+        if _attempted().outcome is None:
+            _attempted.cache_clear()
+        else:
+            _attempted().looked = threading.Event()  # the fork may hold the lock of the other one
+            _attempted().looked.set()
 
 
 if hasattr(os, "register_at_fork"):
@@ -334,15 +350,18 @@ def _loaded(looked: threading.Event | None = None) -> ctypes.CDLL:
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.parent / "kernels.lock", timeout=2 * _SECONDS))
-        except (OSError, NotImplementedError):  # it cannot be written to, or not be locked
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-        else:
+            stack.enter_context(FileLock(path.parent / "kernels.lock", timeout=_LOCKED))
             with contextlib.suppress(OSError):  # another process was faster
                 return ctypes.CDLL(str(path))
             for left in path.parent.glob("kernels-*.tmp"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kernels-", suffix=".tmp", dir=path.parent))
+            folder = tempfile.mkdtemp(prefix="kernels-", suffix=".tmp", dir=path.parent)
+        except (
+            OSError,
+            NotImplementedError,
+        ):  # not to be written to, or to be locked, or locked for long
+            folder = tempfile.mkdtemp()
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         made = Path(folder) / path.name
         end = ["-x", "c++", "-", "-o", str(made)]
         _first([[*command, *openmp, *end] for openmp in (["-fopenmp"], []) for command in commands], source)

@@ -135,7 +135,7 @@ class Sharded:
             error = refused
         offers = everyone.agree(asked, error, kernels is None and ready(everyone.platform.device))
         if kernels is None:
-            explain()
+            explain(everyone.platform.device)
             kernels = compiled() if all(offers) else EAGER
         with _without_gradients():
             # Tensors of inference mode cannot be written to outside of it, and modules may write to their input.

@@ -47,7 +47,7 @@ def calibration_of(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Cali
 
 def is_unmeasured(everyone: Mesh, dtype: torch.dtype) -> bool:
     """Whether `calibration_of` would measure this machine with compiled kernels, as far as this rank knows."""
-    if everyone.alone or os.environ.get("HALOVAE_CALIBRATION"):
+    if everyone.alone or everyone.platform.kind != "cpu" or os.environ.get("HALOVAE_CALIBRATION"):
         return False
     path = key_of(everyone, dtype, eager=False).path
     return str(path) not in _calibrations and stored(path) is None

@@ -118,7 +118,7 @@ class PlaneCall:
         """
         offer = *everyone.platform.memory()[:1], socket.gethostname(), ready(everyone.platform.device, wait)
         offers = everyone.agree(f"{self.name} {asked}", None, offer)
-        explain()
+        explain(everyone.platform.device)
         return [(free, host) for free, host, _ in offers], compiled() if all(one for *_, one in offers) else EAGER
 
     def refuse(self, sharing: Sharing, error: Exception) -> None:

@@ -98,7 +98,7 @@ class Decoding(threading.Thread):
         for piece in stream:
             if self._writer is not None and piece is not None:
                 self._writer.write(batch, piece)
-            if not self._lead.say(self._needed(chosen)):
+            if not self._lead.say(self._asked_for(chosen)):
                 stream.close()
                 if self._writer is not None:
                     self._writer.finish(batch, {})
@@ -108,7 +108,7 @@ class Decoding(threading.Thread):
         if self._writer is not None:
             self._writer.finish(batch, summary(report))
 
-    def _needed(self, orders: list[str]) -> bool:
+    def _asked_for(self, orders: list[str]) -> bool:
         return self._line is None or any(order not in self._line.cancelled for order in orders)
 
 

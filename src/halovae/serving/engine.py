@@ -187,7 +187,7 @@ class Engine:
         return results
 
     def _watch(self, order: Order) -> StepEnd | None:
-        """What draws an order's previews, on rank 0; None if nobody needs them, or it is not known how."""
+        """What draws an order's previews, on rank 0; None if nobody asked for them, or it is not known how."""
         line, pipeline = self._line, self._generator.pipeline
         if line is None or order.preview_every is None:
             return None

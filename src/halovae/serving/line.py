@@ -24,7 +24,7 @@ class RankLine:
 
     Attributes:
         orders: as the front sent them.
-        cancelled: those that nobody needs any more, by their ids.
+        cancelled: those that nobody asks for any more, by their ids.
         ready: what a beat says about whether jobs can be worked on.
     """
 

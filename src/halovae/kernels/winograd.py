@@ -39,7 +39,7 @@ EAGER_CELLS = 2560
 def pays(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: str) -> bool:
     """Whether this way is the faster one for `cells` cells and weights `[O, C, ...]` on a kind of device.
 
-    Measured by benchmarks/decode.py and benchmarks/steps.py. Where a CPU has AMX, nothing is faster than its own half
+    Measured by benchmarks/decode.py. Where a CPU has AMX, nothing is faster than its own half
     precision. With one temporal tap there is too little to multiply for what eager passes over memory take.
     """
     if device != "cpu" or weight.dtype == torch.float64:

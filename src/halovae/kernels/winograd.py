@@ -25,7 +25,7 @@ from halovae.kernels.pool import Pool
 from halovae.kernels.schemes import PLAIN, SCHEMES, Matrix, Scheme
 
 # Rows of the matrices that are multiplied, for each thread: fewer keep a CPU's units waiting, more leave its caches.
-ROWS = 512
+ROWS = 256
 # Transformed weights at a time, in elements.
 WEIGHTS = 16 * 2**20
 # Fewer channels than this do not pay for transforming the cells. Where a CPU has units for half precision, the

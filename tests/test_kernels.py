@@ -19,7 +19,7 @@ from torch import Tensor
 import halovae
 from halovae import Grid
 from halovae.distributed.ranks import Ranks
-from halovae.kernels import native
+from halovae.kernels import compiler, native
 from halovae.kernels.native import EAGER, Norms, compiled, ready
 from halovae.kernels.schemes import SCHEMES
 from halovae.plane import sharded
@@ -182,19 +182,19 @@ def script(path: Path, text: str) -> str:
 
 
 def test_the_library_is_kept(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    native._loaded()
+    compiler.loaded()
     (path,) = kernels_of(built)
     before = path.stat().st_mtime_ns
-    native._loaded()
+    compiler.loaded()
     assert path.stat().st_mtime_ns == before
-    monkeypatch.setattr(native, "_FLAGS", tuple(flag for flag in native._FLAGS if flag != "-O3"))
-    native._loaded()
+    monkeypatch.setattr(compiler, "_FLAGS", tuple(flag for flag in compiler._FLAGS if flag != "-O3"))
+    compiler.loaded()
     assert len(kernels_of(built)) == 2  # made in another way
 
 
 def test_a_broken_library_is_replaced(built: Path) -> None:
     load = (
-        "from halovae.kernels.native import _loaded; _loaded()"  # a process that has loaded it must not see it broken
+        "from halovae.kernels.compiler import loaded; loaded()"  # a process that has loaded it must not see it broken
     )
     subprocess.run([sys.executable, "-c", load], check=True)
     (path,) = kernels_of(built)
@@ -208,12 +208,12 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
     (tmp_path / "file").touch()
     monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert native._Library(native._loaded()).takes(torch.zeros(1, 2, 2, 16))
+    assert native._Library(compiler.loaded()).takes(torch.zeros(1, 2, 2, 16))
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
-    ("compiler", "said"),
+    ("asked", "said"),
     [
         ("false", "false failed"),
         ("no-such-compiler", r"no C\+\+ compiler"),
@@ -221,13 +221,13 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
         ("sleep 9", "took"),
     ],
 )
-def test_without_a_compiler_it_is_said(built: Path, compiler: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(native, "_COMPILERS", ())
-    monkeypatch.setattr(native, "_FLAGS", ())
-    monkeypatch.setattr(native, "_NATIVE", ((),))
-    monkeypatch.setattr(native, "_SECONDS", 0.5)
-    if compiler == "sleep 9":
+def test_without_a_compiler_it_is_said(built: Path, asked: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", asked)
+    monkeypatch.setattr(compiler, "_COMPILERS", ())
+    monkeypatch.setattr(compiler, "_FLAGS", ())
+    monkeypatch.setattr(compiler, "_NATIVE", ((),))
+    monkeypatch.setattr(compiler, "_SECONDS", 0.5)
+    if asked == "sleep 9":
         monkeypatch.setenv("CXX", script(built.parent / "slow", "sleep 9"))
     assert not ready(CPU, wait=True)
     with pytest.warns(RuntimeWarning, match=said):
@@ -278,15 +278,15 @@ def test_other_devices_need_no_kernels(built: Path) -> None:
 
 def test_the_next_compiler_is_asked_where_one_fails(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
-    assert native._Library(native._loaded()).takes(torch.zeros(1, 2, 2, 16))
+    assert native._Library(compiler.loaded()).takes(torch.zeros(1, 2, 2, 16))
     assert len(kernels_of(built)) == 1
 
 
 def test_what_a_compiler_does_not_know_is_left_out(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenMP, and the name of this machine's instructions."""
     text = 'case "$*" in *native*|*openmp*) echo no >&2; exit 1; esac; exec g++ "$@"'
-    monkeypatch.setattr(native, "_COMPILERS", (script(built.parent / "compiler", text),))
-    assert native._Library(native._loaded()).takes(torch.zeros(1, 2, 2, 16))
+    monkeypatch.setattr(compiler, "_COMPILERS", (script(built.parent / "compiler", text),))
+    assert native._Library(compiler.loaded()).takes(torch.zeros(1, 2, 2, 16))
     (path,) = kernels_of(built)
     assert b"GOMP_parallel" not in path.read_bytes()
 

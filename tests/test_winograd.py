@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import halovae
-from halovae.kernels import native, winograd
+from halovae.kernels import compiler, native, winograd
 from halovae.kernels.pool import Pool
 from halovae.kernels.schemes import PLAIN, UPSAMPLING, Scheme
 
@@ -147,7 +147,7 @@ def test_without_a_compiler_warming_up_says_so_and_decodes_go_on(monkeypatch: py
     def broken(_: object) -> None:
         raise OSError("no C++ compiler")
 
-    monkeypatch.setattr(native, "_loaded", broken)
+    monkeypatch.setattr(compiler, "loaded", broken)
     monkeypatch.setattr(native, "_attempted", cache(native._Attempt))
     decoder, z = halovae.load(vae("wan2.1")), latents("wan2.1", frames=2)
     with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler") as said:

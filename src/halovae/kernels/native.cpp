@@ -1,4 +1,4 @@
-// Passes over memory of a convolution by Winograd and of the norms before it, for one CPU: `native.py` compiles this,
+// Passes over memory of a convolution by Winograd and of the norms before it, for one CPU: `compiler.py` compiles this,
 // with the matrices of `schemes.py` before it, and says what the functions do. Maps have their channels side by side,
 // and a number of them that LANES divides.
 #include <cstddef>

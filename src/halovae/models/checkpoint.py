@@ -144,7 +144,7 @@ def check_weights(
 
     Args:
         source: where they are from, for the message.
-        kind: what the module is, likewise.
+        kind: what the module is, for the message, too.
         needed: the module's shapes, by its names.
         given: by the same names, what they are called in `source`, and their shapes.
 

@@ -32,7 +32,7 @@ class Prompt:
         seed: equal seeds give equal noise, on any number of ranks.
         negative: what to avoid; with it, or with a guidance above 1, each step runs the transformer twice.
         guidance: how strongly the prompt leads: mostly `guidance_scale`, Qwen-Image's `true_cfg_scale`.
-        guidance_2: likewise for the second transformer of Wan2.2-A14B.
+        guidance_2: the same for the second transformer of Wan2.2-A14B.
         images: pictures, as a file holds them, to start from (the first frame of a video) or to edit.
     """
 
@@ -66,7 +66,7 @@ class Pipeline:
     Attributes:
         name: its class in diffusers.
         family: what is known of it.
-        widths: in pixels; likewise `heights`.
+        widths: in pixels; `heights`, too.
         lengths: numbers of frames.
         pictures: how many pictures it may start from.
         two: whether it has a second transformer.

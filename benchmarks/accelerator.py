@@ -26,15 +26,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from halovae import Grid, shard
+from halovae.device.kinds import Device
 from halovae.device.memory import MemoryMeter
-from halovae.device.platform import Platform
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import on_threads
+from halovae.distributed.simulated import on_threads
 from halovae.models import zoo
 from halovae.models.architectures import MODELS, latent_shape, random_vae
 from halovae.plane import Plane
 from halovae.plane.trace import trace
-from halovae.planning.graphs import TracedLines, busiest
+from halovae.planning.graphs import TracedTransport, busiest
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="list the kernels of the first grid's replay")
     parser.add_argument("--check", default="", help="HxW of small latents: compare simulated ranks with the module")
     args = parser.parse_args()
-    device, dtype = Platform.default().device, DTYPES[args.dtype]
+    device, dtype = Device.default().torch_device, DTYPES[args.dtype]
     if device.type == "cpu":
         parser.error("there is no accelerator here: benchmarks/scaling.py measures the CPU")
     torch.manual_seed(0)
@@ -86,12 +86,12 @@ def _check(module: nn.Module, z: Tensor, grids: list[Grid]) -> None:
 
 
 def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list[Grid]) -> None:
-    platform = Platform(z.device)
+    device = Device(z.device)
     weights = sum(one.numel() * one.element_size() for one in module.parameters())
     last: Any = copy.deepcopy(module)
     for parameter in last.parameters():
-        parameter.data = parameter.data.contiguous(memory_format=platform.layout(parameter.ndim))
-    form = platform.layout(z.ndim)
+        parameter.data = parameter.data.contiguous(memory_format=device.layout(parameter.ndim))
+    form = device.layout(z.ndim)
     cases: dict[str, Callable[[], Any]] = {
         "the plain module": lambda: _decode(module)(z),
         "channels last": lambda: _decode(last)(z.to(memory_format=form)),
@@ -102,7 +102,7 @@ def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list
         cases["compiled, channels last"] = lambda: _decode(compiled)(z.to(memory_format=form))
     notes = dict.fromkeys(cases, ("", ""))
     for grid in grids:
-        mesh = Mesh(grid, z.device, TracedLines(busiest(grid, *z.shape[-2:]), grid.size))
+        mesh = Mesh(grid, z.device, TracedTransport(busiest(grid, *z.shape[-2:]), grid.size))
         begin = time.perf_counter()
         program = trace(_decode(module), [module], mesh, z.shape, z.dtype, z.device)
         traced = f"{time.perf_counter() - begin:.2f}"
@@ -119,17 +119,17 @@ def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list
     peaks: dict[str, float] = {}
     for turn in range(args.repeat + 1):  # the first warms up
         for name, run in cases.items():
-            platform.synchronize()
+            device.synchronize()
             if turn == 0:
-                held = 0 if platform.kind == "cpu" else platform.module.memory_allocated(z.device)
-                meter = MemoryMeter(platform)
+                held = 0 if device.kind == "cpu" else device.module.memory_allocated(z.device)
+                meter = MemoryMeter(device)
                 with meter.counting():
                     run()
                 peaks[name] = (meter.read().peak_allocated - held) / 2**20
                 continue
             begin = time.perf_counter()
             run()
-            platform.synchronize()
+            device.synchronize()
             taken[name].append(time.perf_counter() - begin)
     plain = statistics.median(taken["the plain module"])
     table = Table(title=f"{args.model}, latents {list(z.shape)}, {args.dtype}, {_name(z)}", title_justify="left")
@@ -185,7 +185,7 @@ def _local(z: Tensor, mesh: Mesh) -> Tensor:
 
 
 def _name(z: Tensor) -> str:
-    return str(Platform(z.device).describe()["device"])
+    return str(Device(z.device).describe()["device"])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from halovae import Grid, Mesh
 from halovae.plane.plane import Plane
-from halovae.planning.graphs import TracedLines
+from halovae.planning.graphs import TracedTransport
 
 WEIGHT, SCALE = torch.randn(8, 8, 1, 1), torch.randn(8, 1, 1)
 OPERATORS: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -54,7 +54,7 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 def measured(names: Sequence[str], calls: int, rounds: int) -> dict[str, tuple[float, float]]:
     """The least microseconds of an operator on a plane tensor, and on this rank's part. All take turns."""
-    plane = Plane(Mesh(Grid(rows=2), torch.device("cpu"), TracedLines(0, 2)))
+    plane = Plane(Mesh(Grid(rows=2), torch.device("cpu"), TracedTransport(0, 2)))
     with plane.active():
         x, y = (plane.scatter(torch.randn(1, 8, 4, 4)) for _ in range(2))
     least = dict.fromkeys(names, (math.inf, math.inf))

@@ -30,7 +30,7 @@ from rich.progress import track
 
 from halovae import Grid
 from halovae.bench import on_grids
-from halovae.distributed.threads import on_threads
+from halovae.distributed.simulated import on_threads
 from halovae.errors import TraceError
 from halovae.models import zoo
 from halovae.models.zoo import Direction

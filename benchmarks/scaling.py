@@ -116,7 +116,7 @@ _statistics = operators.statistics
 def _met(*args: Any, **given: Any) -> torch.Tensor:
     """The statistics of a GroupNorm, once the other rank has its own."""
     found = _statistics(*args, **given)
-    mesh_for(Grid(rows=2), found.device).lines.all_gather("rows", found.flatten(), 2)
+    mesh_for(Grid(rows=2), found.device).transport.all_gather("rows", found.flatten(), 2)
     return found
 
 

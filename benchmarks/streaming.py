@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from halovae import load
+from halovae.device.kinds import Device
 from halovae.device.memory import MemoryMeter
-from halovae.device.platform import Platform
 from halovae.distributed.ranks import Ranks
 from halovae.io import media
 from halovae.models.architectures import DEMO
@@ -33,7 +33,7 @@ def peak(frames: int, stream: bool) -> int:
         warm = media.Sink(Path(folder) / "warm.mp4", 16)
         warm.write(torch.zeros(3, 40, 192, 256, dtype=torch.uint8))  # the encoder's look-ahead is full
         warm.close(whole=True)
-        memory = MemoryMeter(Platform(decoder.device))
+        memory = MemoryMeter(Device(decoder.device))
         if stream:
             sink = media.Sink(Path(folder) / "clip.mp4", 16)
             for piece in decoder.stream(latents, dtype=torch.uint8):

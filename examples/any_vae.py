@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import halovae
+from halovae.device.kinds import Device
 from halovae.device.memory import LiveBytes
-from halovae.device.platform import Platform
 from halovae.distributed import transport
 
 FLUX = {
@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     height, width = map(int, args.latent.split("x"))
 
-    device = Platform.default().device
+    device = Device.default().torch_device
     transport.join_world(device)
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from diffusers import QwenImagePipeline
 from PIL import Image
 
 import halovae
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed import transport
 from halovae.io import media
 
@@ -34,7 +34,7 @@ def main() -> None:
     media.check_output(args.output, 1)
     width, height = map(int, args.size.split("x"))
 
-    device = Platform.default().device
+    device = Device.default().torch_device
     transport.join_world(device)
     pipe = QwenImagePipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(device)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from diffusers import WanPipeline
 
 import halovae
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed import transport
 from halovae.io import media
 
@@ -35,7 +35,7 @@ def main() -> None:
     media.check_output(args.output, args.frames)
     width, height = map(int, args.size.split("x"))
 
-    device = Platform.default().device
+    device = Device.default().torch_device
     transport.join_world(device)
     pipe = WanPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(device)
     pipe.vae.to(torch.float32)

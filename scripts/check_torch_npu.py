@@ -20,9 +20,9 @@ SOURCES = Path(__file__).parent.parent / "src" / "halovae" / "device"
 
 
 def names_called() -> set[str]:
-    """Attributes that `platform.py` and `memory.py` take from a device's module, or from its `utils`."""
+    """Attributes that `kinds.py` and `memory.py` take from a device's module, or from its `utils`."""
     names = set()
-    for path in (SOURCES / "platform.py", SOURCES / "memory.py"):
+    for path in (SOURCES / "kinds.py", SOURCES / "memory.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in MODULES:
                 names.add(node.attr)

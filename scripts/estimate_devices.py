@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from halovae.planning.calibration import OTHER, Calibration, Line, Rates
+from halovae.distributed.transport import Link
+from halovae.planning.calibration import OTHER, Calibration, Rates
 
 FOLDER = Path(__file__).parent.parent / "src" / "halovae" / "planning" / "devices"
 
 
 def estimated(
     kind: str, name: str, origin: str, convolve: float, multiply: float, memory: float, launch: float,
-    near: Line, far: Line, host: Line,
+    near: Link, far: Link, host: Link,
 ) -> Calibration:  # fmt: skip
     """A calibration from FLOP/s of convolutions and of matrix multiplications, bytes/s, and seconds per launch."""
     passes = Rates(calls=launch, bytes=1 / memory)
@@ -27,8 +28,8 @@ def estimated(
         "linear": Rates(calls=launch, flops=1 / multiply, bytes=1 / memory),
         "scaled_dot_product_attention": Rates(calls=launch, flops=1 / multiply, bytes=1 / memory),
     }
-    lines = {"host": near, "hosts": far}
-    return Calibration(name, kind, origin, table, table, lines, lines, host)
+    links = {"host": near, "hosts": far}
+    return Calibration(name, kind, origin, table, table, links, links, host)
 
 
 DEVICES = {
@@ -37,13 +38,13 @@ DEVICES = {
     # reach two thirds. NVLink: 450 GB/s each way; between hosts one 400 Gbit/s adapter for each device.
     "cuda-h200": estimated(
         "cuda", "NVIDIA H200", "estimated from data sheets and published decodes, bf16", 350e12, 600e12, 3.2e12, 6e-6,
-        Line(30e-6, 1 / 350e9), Line(50e-6, 1 / 45e9), Line(10e-6, 1 / 50e9),
+        Link(30e-6, 1 / 350e9), Link(50e-6, 1 / 45e9), Link(10e-6, 1 / 50e9),
     ),
     # 313 TFLOP/s in fp16, 1.6 TB/s, 56 GB/s over HCCS to each of the others, by the data sheet of the 910B3; the same
     # shares of them as on the H200.
     "npu-ascend-910b": estimated(
         "npu", "Ascend 910B3", "estimated from data sheets, fp16 and bf16", 110e12, 190e12, 1.05e12, 12e-6,
-        Line(60e-6, 1 / 45e9), Line(80e-6, 1 / 22e9), Line(15e-6, 1 / 25e9),
+        Link(60e-6, 1 / 45e9), Link(80e-6, 1 / 22e9), Link(15e-6, 1 / 25e9),
     ),
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from halovae.bench.report import Row, conclusions
 from halovae.bench.run import subject_of
 from halovae.cli.main import app
 from halovae.cli.measuring import check_ranks
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.ranks import Ranks
 from halovae.errors import RankError
 from halovae.models.load import read_class
@@ -284,7 +284,7 @@ def test_more_ranks_than_cores_only_warn(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_model_that_does_not_fit_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Platform, "memory", lambda self: (1000, 2000))
+    monkeypatch.setattr(Device, "memory", lambda self: (1000, 2000))
     done = halovae("bench", "--model", folder, "--size", "48x64", "--frames", 9, "-o", tmp_path)
     assert done.exit_code == 2
     assert "do not fit into the 0.0 GB that are free" in " ".join(done.output.split())

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import halovae
 from halovae import Grid
 from halovae.cli.main import app
-from halovae.device.platform import RANK_ENVIRONMENT
+from halovae.device.kinds import RANK_ENVIRONMENT
 from halovae.distributed.mesh import mesh_for
 from halovae.distributed.ranks import Ranks
-from halovae.distributed.transport import join_world, world_size
+from halovae.distributed.transport import Link, join_world, world_size
 from halovae.errors import MemoryBudgetError
 from halovae.kernels import native
 from halovae.models import zoo
@@ -28,7 +28,7 @@ from halovae.models.architectures import random_vae
 from halovae.plane.drain import drain_peers
 from halovae.plane.results import Gather
 from halovae.planning import calibrate
-from halovae.planning.calibration import OTHER, Calibration, Line, Rates, read, shipped
+from halovae.planning.calibration import OTHER, Calibration, Rates, read, shipped
 from halovae.planning.cost import Work
 from halovae.planning.decision import Decision
 from halovae.planning.graphs import traced
@@ -36,11 +36,11 @@ from halovae.planning.search import Search
 from halovae.report import DecodeReport
 
 CPU = torch.device("cpu")
-FREE, RATES = Line(0, 0), {OTHER: Rates(flops=1e-9)}
+FREE, RATES = Link(0, 0), {OTHER: Rates(flops=1e-9)}
 # Where only FLOPs take time.
 QUICK = Calibration("ideal", "cpu", "made up", RATES, RATES, {"host": FREE}, {"host": FREE}, FREE)
 # Where a message takes as long as a GFLOP.
-SLOW = replace(QUICK, exchange={"host": Line(1, 0)}, gather={"host": Line(1, 0)})
+SLOW = replace(QUICK, exchange={"host": Link(1, 0)}, gather={"host": Link(1, 0)})
 
 
 def decided(shape: tuple[int, ...], world: int, calibration: Calibration, budget: int | None = None) -> Decision:

@@ -18,14 +18,15 @@ from halovae.cli import plan as plan_command
 from halovae.cli.main import app
 from halovae.device.memory import LiveBytes
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import on_threads
+from halovae.distributed.simulated import on_threads
+from halovae.distributed.transport import Link
 from halovae.errors import MemoryBudgetError, UnplannableError
 from halovae.grid import Grid
 from halovae.models import zoo
 from halovae.models.architectures import latent_shape, meta_vae, random_vae
 from halovae.plane import Plane
 from halovae.plane.trace import trace
-from halovae.planning.calibration import OTHER, Line, Rates, read
+from halovae.planning.calibration import OTHER, Rates, read
 from halovae.planning.decision import MARGIN, WORTH
 from halovae.planning.graphs import traced
 from halovae.planning.search import Search
@@ -96,8 +97,8 @@ def search(shape: tuple[int, ...] = (1, 16, 32, 32), **options: Any) -> Search:
     with torch.device("meta"):
         module = ENTRIES["AutoencoderKL (no quant_conv)"].make()
     rates = {OTHER: Rates(flops=1e-9), "convolution": Rates(flops=1e-9), "linear": Rates(flops=1e-9)}
-    exchange = {"host": Line(options.pop("latency", 0), 0)}
-    free = {"host": Line(0, 0)}
+    exchange = {"host": Link(options.pop("latency", 0), 0)}
+    free = {"host": Link(0, 0)}
     ideal = replace(read("cuda-h200"), alone=rates, together=rates, exchange=exchange, gather=free)
     return Search(lambda z: zoo.decode(module, z), module, shape, torch.float32, ideal, **options)
 

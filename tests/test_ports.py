@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from halovae import Grid, Mesh
 from halovae.cli.main import app
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.launch import launch
 from halovae.distributed.ranks import Ranks
 from halovae.io import latents as latents_file
@@ -167,7 +167,7 @@ def all_lines() -> tuple[list[int], str | None]:
     """
     mesh = Mesh(Grid(rows=2), torch.device("cpu"))
     Lead().say("a word")
-    return mesh.lines.all_values(mesh.rank), os.environ.get("GLOO_SOCKET_IFNAME")
+    return mesh.transport.all_values(mesh.rank), os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 def test_ranks_for_measurements_listen_on_loopback_only() -> None:
@@ -259,17 +259,17 @@ def test_ranks_whose_server_is_killed_remove_the_folder_they_met_in(
 
 
 @pytest.fixture
-def on_hosts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Platform]:
-    """`on_hosts(2)`: the platform of a rank of two on so many hosts, without any interface named."""
+def on_hosts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Device]:
+    """`on_hosts(2)`: the device of a rank of two on so many hosts, without any interface named."""
 
-    def of(hosts: int) -> Platform:
+    def of(hosts: int) -> Device:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 // hosts))
-        monkeypatch.setattr(Platform, "backend", "nccl")  # which needs a name beside gloo's
+        monkeypatch.setattr(Device, "backend", "nccl")  # which needs a name beside gloo's
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             monkeypatch.setenv(variable, "")
             monkeypatch.delenv(variable)
-        return Platform(torch.device("cpu"))
+        return Device(torch.device("cpu"))
 
     return of
 
@@ -280,37 +280,37 @@ def interfaces() -> tuple[str | None, str | None]:
 
 @pytest.mark.parametrize("blank", ["", " "])
 def test_on_one_host_loopback_is_used_unless_the_user_names_an_interface(
-    blank: str, on_hosts: Callable[[int], Platform], monkeypatch: pytest.MonkeyPatch
+    blank: str, on_hosts: Callable[[int], Device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    platform = on_hosts(1)
-    platform.choose_interfaces()
+    device = on_hosts(1)
+    device.choose_interfaces()
     assert interfaces() == ("lo", "=lo")
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(variable, blank)
-    platform.choose_interfaces()
+    device.choose_interfaces()
     assert interfaces() == ("lo", "=lo")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "wire")
-    platform.choose_interfaces()
+    device.choose_interfaces()
     assert interfaces() == ("wire", "=lo")
 
 
 @pytest.mark.parametrize("named", [None, "", "wire,wire2", "wir", "^lo", "lo", "0.0.0.0"])
 @pytest.mark.parametrize("variable", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
 def test_on_several_hosts_one_interface_must_be_named(
-    variable: str, named: str | None, on_hosts: Callable[[int], Platform], monkeypatch: pytest.MonkeyPatch
+    variable: str, named: str | None, on_hosts: Callable[[int], Device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    platform = on_hosts(2)
+    device = on_hosts(2)
     address = psutil.net_if_addrs()["lo"]
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": address, "wire": [], "wire2": []})
     for each in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(each, "wire")
-    platform.choose_interfaces()
+    device.choose_interfaces()
     assert interfaces() == ("wire", "=wire")
-    platform.choose_interfaces()
+    device.choose_interfaces()
     assert interfaces() == ("wire", "=wire")
     if named is None:
         monkeypatch.delenv(variable)
     else:
         monkeypatch.setenv(variable, named)
     with pytest.raises(ValueError, match=f"{variable}=.*here: wire, wire2"):
-        platform.choose_interfaces()
+        device.choose_interfaces()

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import halovae
 from halovae import Grid
 from halovae.cli.main import app
+from halovae.device.kinds import Device
 from halovae.device.memory import LiveBytes, Memory, MemoryMeter
-from halovae.device.platform import Platform
 from halovae.distributed.ranks import Ranks
 from halovae.io import latents as latents_file
 from halovae.report import DecodeReport
@@ -92,7 +92,7 @@ def test_live_bytes_are_those_of_the_tensors_that_live() -> None:
 
 
 def taken_and_given_back() -> Memory:
-    meter = MemoryMeter(Platform(torch.device("cpu")))
+    meter = MemoryMeter(Device(torch.device("cpu")))
     with meter.counting():
         taken = torch.ones(64 * 2**18)  # 64 MiB
         del taken

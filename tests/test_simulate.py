@@ -9,7 +9,7 @@ from models import latents, reference, vae
 import halovae
 from halovae import Grid
 from halovae.distributed.ranks import Ranks
-from halovae.distributed.threads import Link
+from halovae.distributed.transport import Link
 from halovae.runtime.simulate import simulate
 
 
@@ -55,7 +55,7 @@ def test_each_rank_takes_its_part_of_the_memory() -> None:
 
 def test_the_time_follows_from_the_link() -> None:
     decoder, z = halovae.load(vae("wan2.1")), latents("wan2.1", frames=2)
-    slow = simulate(decoder, z, Grid(rows=2), Link(latency=1.0, bandwidth=1e12))
+    slow = simulate(decoder, z, Grid(rows=2), Link(latency=1.0, per_byte=1e-12))
     waits = slow.ranks[1].messages - 2  # rank 1 receives as many halos as it sends; it sends two chunks of frames
     assert slow.ranks[1].waiting >= waits
     assert slow.seconds >= slow.ranks[0].computing + waits

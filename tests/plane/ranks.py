@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halovae import Grid
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import on_threads
+from halovae.distributed.simulated import on_threads
 from halovae.plane import Plane, PlaneTensor
 from halovae.plane.layout import Layout, local_shape
 
@@ -63,7 +63,7 @@ def on_ranks(function: Callable[[Plane], Any], grid: Grid) -> list[Outcome]:
             except Exception as error:
                 outcome.error = error
         peers = [rank for rank in range(grid.size) if rank != mesh.rank]
-        mesh.lines.exchange("world", [(rank, Gone()) for rank in peers], [])  # type: ignore[misc]
+        mesh.transport.exchange("world", [(rank, Gone()) for rank in peers], [])  # type: ignore[misc]
         return outcome
 
     outcomes = on_threads(grid, CPU, work)

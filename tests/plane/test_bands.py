@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halovae import Grid
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import on_threads
+from halovae.distributed.simulated import on_threads
 from halovae.kernels import winograd
 from halovae.kernels.native import EAGER
 from halovae.kernels.pool import Pool
@@ -33,7 +33,7 @@ BOUND = 2e-5
 @pytest.fixture(autouse=True)
 def winograd_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd for any map, a row of tiles at a time."""
-    monkeypatch.setattr(winograd, "pays", lambda *_: True)
+    monkeypatch.setattr(winograd, "is_profitable", lambda *_: True)
     monkeypatch.setattr(winograd, "ROWS", 1)
     for name in ("empty", "scratch"):  # what is read and was not written shows
         monkeypatch.setattr(Pool, name, filled(getattr(Pool, name)))

@@ -16,7 +16,7 @@ from halovae.distributed.mesh import Mesh
 from halovae.plane import Plane, context, operators
 from halovae.plane.layout import Bounds, Factor
 from halovae.plane.rules import convolution
-from halovae.planning.graphs import TracedLines
+from halovae.planning.graphs import TracedTransport
 
 QUICK = settings(
     max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -156,7 +156,7 @@ def test_a_map_keeps_the_format_that_plain_pytorch_gives_it() -> None:
 def test_messages_are_waited_for_when_a_convolution_fails() -> None:
     waited: list[bool] = []
 
-    class Counted(TracedLines):
+    class Counted(TracedTransport):
         def start(self, scope: Any, sends: Any, receives: Any) -> Any:
             return lambda: waited.append(True)
 

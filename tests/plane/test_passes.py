@@ -18,9 +18,9 @@ from plane.test_trace import picture, recorded
 from torch import Tensor, fx, nn
 
 from halovae import Grid
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import on_threads
+from halovae.distributed.simulated import on_threads
 from halovae.kernels import halves, winograd
 from halovae.kernels.halves import multiplied
 from halovae.kernels.native import EAGER, compiled
@@ -389,7 +389,7 @@ def test_frames_are_put_together_by_the_convolution(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if dtype == torch.float32:  # straight into a window
-        monkeypatch.setattr(winograd, "pays", lambda *_: True)
+        monkeypatch.setattr(winograd, "is_profitable", lambda *_: True)
     x = picture(1, 3, frames, 13, 9).to(dtype)
     for program in check(seeded(lambda: Chunks(kept), dtype), x, atol=2e-5 if dtype == torch.float32 else 1e-12):
         made = [node for node in program.nodes() if node.target is windows.convolution]
@@ -521,7 +521,7 @@ def through_a_view(module: Any, x: Tensor) -> Tensor:
 )
 def test_what_modules_write_in_place_is_seen(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     check(seeded(lambda: Written(steps)), picture(1, 4, 12, 10))
-    monkeypatch.setattr(winograd, "pays", lambda scheme, weight, *_: weight.dtype == torch.float32)
+    monkeypatch.setattr(winograd, "is_profitable", lambda scheme, weight, *_: weight.dtype == torch.float32)
     check(seeded(lambda: Written(steps), torch.float32), picture(1, 4, 12, 10).float(), atol=2e-5)
 
 
@@ -606,7 +606,7 @@ def test_frames_of_zeros_do_not_travel(grid: str) -> None:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd for any map in fp32, by eager kernels."""
-    monkeypatch.setattr(winograd, "pays", lambda scheme, weight, *_: weight.dtype == torch.float32)
+    monkeypatch.setattr(winograd, "is_profitable", lambda scheme, weight, *_: weight.dtype == torch.float32)
 
 
 @pytest.mark.usefixtures("always")
@@ -633,7 +633,7 @@ def test_winograd_of_frames_is_exact_on_any_grid(frames: int) -> None:
 @pytest.mark.usefixtures("always")
 def test_ranks_that_use_winograd_and_ranks_that_do_not_understand_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        winograd, "pays", lambda scheme, weight, cells, *_: cells > 40 and weight.dtype != torch.float64
+        winograd, "is_profitable", lambda scheme, weight, cells, *_: cells > 40 and weight.dtype != torch.float64
     )
     check(seeded(Block, torch.float32), picture(1, 4, 11, 9).float(), atol=2e-5)
 
@@ -661,7 +661,7 @@ def test_a_convolution_writes_over_the_map_that_only_it_reads() -> None:
 
 
 def test_half_precision_rounds_no_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "pays", lambda *_: True)
+    monkeypatch.setattr(winograd, "is_profitable", lambda *_: True)
     module, x = seeded(Block, torch.float32), picture(1, 4, 16, 16).float()
     with torch.no_grad():
         exact = module(x)
@@ -880,9 +880,9 @@ def test_a_called_graph_adds_to_nothing_of_its_caller(add: Callable[[Any, Tensor
 def test_on_accelerators_sums_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALOVAE_PASSES", ",".join(passes.PASSES.keys() - {"residuals"}))
     ((_, program, mesh),) = recorded(seeded(lambda: Residual(residual_first)), picture(1, 4, 8, 7), Grid())
-    monkeypatch.setattr(Platform, "kind", "cuda")
+    monkeypatch.setattr(Device, "kind", "cuda")
     assert residuals.run(program.graph, mesh) == 0
-    monkeypatch.setattr(Platform, "kind", "cpu")
+    monkeypatch.setattr(Device, "kind", "cpu")
     assert residuals.run(program.graph, mesh) == 1
 
 
@@ -949,7 +949,7 @@ def test_many_networks_are_exact(data: st.DataObject) -> None:
 def test_what_is_around_a_map_is_written_by_its_convolution(
     name: str, folded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "pays", lambda *args: folded)
+    monkeypatch.setattr(winograd, "is_profitable", lambda *args: folded)
     make, ndim = AROUND[name]
     dtype, atol = (torch.float32, 1e-5) if folded else (torch.float64, 1e-12)
     x = picture(2, 4, *(3, 13, 11)[-ndim:]).to(dtype)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import halovae
 from halovae.bench import on_grids
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import on_threads
+from halovae.distributed.simulated import on_threads
 from halovae.grid import Grid
 from halovae.models import zoo
 from halovae.plane import Plane, Sharded, fingerprint, sharded, stored

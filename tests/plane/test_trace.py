@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import on_threads
+from halovae.distributed.simulated import on_threads
 from halovae.errors import TraceError
 from halovae.grid import Grid
 from halovae.models import zoo

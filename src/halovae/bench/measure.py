@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from halovae.bench.profile import Profile, peaks, profiled
+from halovae.device.kinds import RANK_ENVIRONMENT, Device, Stopwatch
 from halovae.device.memory import Memory, MemoryMeter
-from halovae.device.platform import RANK_ENVIRONMENT, Platform, Stopwatch
 from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.distributed.ranks import Ranks
-from halovae.distributed.threads import Link
+from halovae.distributed.transport import Link
 from halovae.errors import RankError
 from halovae.grid import Grid
 from halovae.kernels.native import ready
@@ -67,7 +67,7 @@ class Taken:
 
 def _hold_halovae(model: Model, options: dict[str, Any]) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
-    device = Platform.default(model.device).device
+    device = Device.default(model.device).torch_device
     decoder = load(model.path, dtype=model.dtype, device=device, encoder=model.call == "encode")
     for parameter in decoder.module.parameters():
         parameter.data.sum()  # weights mapped from a file are not in memory before they are used
@@ -77,7 +77,7 @@ def _hold_halovae(model: Model, options: dict[str, Any]) -> None:
         return stream.join(), stream.report
 
     def encode(pictures: Tensor) -> tuple[Tensor | None, Memory]:
-        memory = MemoryMeter(Platform(decoder.device))
+        memory = MemoryMeter(Device(decoder.device))
         with memory.counting():
             moments = decoder.encode(pictures, **options)
         return moments, memory.read()
@@ -95,9 +95,9 @@ def _own_options(latents: Tensor) -> dict[str, Any]:
 
 def _hold_diffusers(model: Model, tiled: bool, channels_last: bool, compiled: bool) -> None:
     torch.backends.cudnn.allow_tf32 = not model.exact
-    platform = Platform.default(model.device)
+    device = Device.default(model.device)
     vae: Any = diffusers_module(model.path, model.dtype, encoder=model.call == "encode")
-    vae.to(platform.device)
+    vae.to(device.torch_device)
 
     def laid_out(x: Tensor) -> Tensor:
         formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
@@ -109,23 +109,23 @@ def _hold_diffusers(model: Model, tiled: bool, channels_last: bool, compiled: bo
         vae.enable_tiling()
 
     def decode(latents: Tensor) -> tuple[Tensor | None, Memory]:
-        memory = MemoryMeter(platform)
+        memory = MemoryMeter(device)
         with torch.inference_mode(), memory.counting():
-            x = laid_out(latents.to(platform.device, model.dtype))
+            x = laid_out(latents.to(device.torch_device, model.dtype))
             is_decode = model.call == "decode"
             result = vae.decode(x, **decode_options(vae, x)).sample if is_decode else zoo.encode(vae, x)
-        platform.synchronize()
+        device.synchronize()
         return result, memory.read()
 
-    _hold(platform.device, decode, vae)
+    _hold(device.torch_device, decode, vae)
     if compiled:
         (vae.decoder if model.call == "decode" else vae.encoder).compile()
 
 
 def _hold(device: torch.device, decode: Callable[..., tuple[Tensor | None, Any]], owner: Any) -> None:
     # Resting is what this process holds before its first decode: later, the allocator keeps some of what was freed.
-    platform = Platform(device)
-    _held.update(platform=platform, decode=decode, owner=owner, resting=MemoryMeter(platform).resting)
+    own = Device(device)
+    _held.update(device=own, decode=decode, owner=owner, resting=MemoryMeter(own).resting)
 
 
 class OutOfMemory(RuntimeError):
@@ -138,11 +138,11 @@ class OutOfMemory(RuntimeError):
 
 def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None, DecodeReport | None]:
     """What this rank took, with the frames if they are to be kept, and halovae's report."""
-    platform: Platform = _held["platform"]
+    device: Device = _held["device"]
     if dist.is_initialized():
         dist.barrier()
-    clock = Stopwatch(platform)
-    with _noticing_lack_of_memory(platform):
+    clock = Stopwatch(device)
+    with _noticing_lack_of_memory(device):
         with clock.running():
             frames, took = _held["decode"](latents)
         seconds = clock.seconds()
@@ -157,26 +157,26 @@ def _plan(latents: Tensor) -> None:
 
 
 def _warm_up(shape: Sequence[int]) -> float:
-    with _noticing_lack_of_memory(_held["platform"]):
+    with _noticing_lack_of_memory(_held["device"]):
         own = _own_options(torch.zeros(*shape))
         return float(_held["owner"].warmup(shape, **_held["options"], **own))
 
 
 def _profiled(latents: Tensor, label: str, trace: Path) -> Profile | None:
     """On rank 0, what its decode is made of."""
-    platform: Platform = _held["platform"]
+    device: Device = _held["device"]
     with FlopCounterMode(display=False) as counter:
         _held["decode"](latents)
     if dist.is_initialized() and dist.get_rank() > 0:
         _held["decode"](latents)
         return None
-    one = profiled(platform, lambda: _held["decode"](latents), counter.get_total_flops(), label, trace)
-    return replace(one, peaks=peaks(platform, _held["owner"].dtype))
+    one = profiled(device, lambda: _held["decode"](latents), counter.get_total_flops(), label, trace)
+    return replace(one, peaks=peaks(device, _held["owner"].dtype))
 
 
 @contextmanager
-def _noticing_lack_of_memory(platform: Platform) -> Iterator[None]:
-    whole = MemoryMeter(platform)
+def _noticing_lack_of_memory(device: Device) -> Iterator[None]:
+    whole = MemoryMeter(device)
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

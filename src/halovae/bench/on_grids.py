@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import on_threads
+from halovae.distributed.simulated import on_threads
 from halovae.grid import Grid
 from halovae.models.zoo import CALLS, Direction, Entry, build
 from halovae.plane import Plane

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import halovae
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.transport import join_world, world_size
 
 
@@ -39,9 +39,9 @@ def run_both(run: PipelineRun) -> tuple[Tensor, Tensor, float, float]:
     """
     from diffusers import DiffusionPipeline
 
-    platform = Platform.default(run.device)
-    join_world(platform.device)
-    pipe = DiffusionPipeline.from_pretrained(run.source, torch_dtype=run.dtype).to(platform.device)
+    device = Device.default(run.device)
+    join_world(device.torch_device)
+    pipe = DiffusionPipeline.from_pretrained(run.source, torch_dtype=run.dtype).to(device.torch_device)
     pipe.set_progress_bar_config(disable=True)
     arguments = _arguments(pipe, run)
 
@@ -49,7 +49,7 @@ def run_both(run: PipelineRun) -> tuple[Tensor, Tensor, float, float]:
         begin = time.perf_counter()
         made = pipe(**arguments, generator=torch.Generator().manual_seed(0))
         frames = made.frames[0] if hasattr(made, "frames") else made.images
-        platform.synchronize()
+        device.synchronize()
         return torch.as_tensor(frames).float().cpu(), time.perf_counter() - begin
 
     theirs, their_seconds = generate()

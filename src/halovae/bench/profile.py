@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.device.regions import PREFIX
 
 COLUMNS = ("part", "seconds", "share")
@@ -55,18 +55,18 @@ class Profile:
         ]
 
 
-def profiled(platform: Platform, decode: Callable[[], Any], flops: int, label: str, trace: Path) -> Profile:
+def profiled(device: Device, decode: Callable[[], Any], flops: int, label: str, trace: Path) -> Profile:
     """Watch `decode`, which makes `flops` multiplications and additions, and write a Chrome trace of it."""
     activities = [ProfilerActivity.CPU]
-    if platform.kind in ("cuda", "xpu"):
-        activities.append(ProfilerActivity[platform.kind.upper()])
+    if device.kind in ("cuda", "xpu"):
+        activities.append(ProfilerActivity[device.kind.upper()])
     with profile(activities=activities) as watched:
         begin = time.perf_counter()
         decode()
-        platform.synchronize()
+        device.synchronize()
         seconds = time.perf_counter() - begin
     watched.export_chrome_trace(str(trace))
-    field = "cpu_time_total" if platform.kind in ("cpu", "npu") else "device_time_total"
+    field = "cpu_time_total" if device.kind in ("cpu", "npu") else "device_time_total"
     events = {event.key: getattr(event, field) / 1e6 for event in watched.key_averages()}
     found = {key.removeprefix(PREFIX): seconds for key, seconds in events.items() if key.startswith(PREFIX)}
     longest = sorted(found, key=lambda part: -found[part])[:LONGEST]
@@ -75,27 +75,27 @@ def profiled(platform: Platform, decode: Callable[[], Any], flops: int, label: s
     return Profile(label, seconds, parts, flops, {})
 
 
-def peaks(platform: Platform, dtype: torch.dtype) -> dict[str, float]:
+def peaks(device: Device, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a matrix multiplication and a convolution large enough to be the device's best."""
-    size, channels = (2048, 256) if platform.kind == "cpu" else (8192, 512)
+    size, channels = (2048, 256) if device.kind == "cpu" else (8192, 512)
     with torch.inference_mode():
-        matrix = torch.randn(size, size, device=platform.device).to(dtype)
-        maps = torch.randn(1, channels, 128, 128, device=platform.device).to(dtype, memory_format=platform.layout(4))
-        weight = torch.randn(channels, channels, 3, 3, device=platform.device)
-        weight = weight.to(dtype, memory_format=platform.layout(4))
+        matrix = torch.randn(size, size, device=device.torch_device).to(dtype)
+        maps = torch.randn(1, channels, 128, 128, device=device.torch_device).to(dtype, memory_format=device.layout(4))
+        weight = torch.randn(channels, channels, 3, 3, device=device.torch_device)
+        weight = weight.to(dtype, memory_format=device.layout(4))
         return {
-            "matrix multiplication": 2 * size**3 / _fastest(platform, lambda: matrix @ matrix),
-            "convolution": 18 * channels**2 * 128**2 / _fastest(platform, lambda: F.conv2d(maps, weight, padding=1)),
+            "matrix multiplication": 2 * size**3 / _fastest(device, lambda: matrix @ matrix),
+            "convolution": 18 * channels**2 * 128**2 / _fastest(device, lambda: F.conv2d(maps, weight, padding=1)),
         }
 
 
-def _fastest(platform: Platform, work: Callable[[], Tensor], repeat: int = 5) -> float:
+def _fastest(device: Device, work: Callable[[], Tensor], repeat: int = 5) -> float:
     taken = []
     for _ in range(repeat + 1):
-        platform.synchronize()
+        device.synchronize()
         begin = time.perf_counter()
         work()
-        platform.synchronize()
+        device.synchronize()
         taken.append(time.perf_counter() - begin)
     return min(taken[1:])
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from halovae.bench.measure import Contestant, Model
 from halovae.bench.profile import Profile
 from halovae.bench.report import Row
-from halovae.device.platform import Platform
-from halovae.distributed.threads import Link
+from halovae.device.kinds import Device
+from halovae.distributed.transport import Link
 from halovae.grid import Grid
 from halovae.models.architectures import DEMO, MODELS, latent_shape, meta_vae_of, random_vae
 from halovae.models.classes import makes_clips
@@ -141,20 +141,20 @@ def subject_of(
     return Subject(name, size[1] // shape[-2], latents)
 
 
-def check_fits(family: str, path: Path, platform: Platform, processes: int) -> None:
+def check_fits(family: str, path: Path, device: Device, processes: int) -> None:
     """Check that the weights of each process fit into what is free.
 
     Raises:
         ValueError: they do not.
     """
     weights = open_checkpoint(path).nbytes // 2  # the decoder is about half
-    free, total = platform.memory()
-    if platform.kind != "cpu":
+    free, total = device.memory()
+    if device.kind != "cpu":
         processes = 1
     if weights * processes > free:
         raise ValueError(
             f"{family}: {processes} x {weights / 1e9:.1f} GB of weights do not fit into the "
-            f"{free / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB on {platform.kind}"
+            f"{free / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB on {device.kind}"
         )
 
 
@@ -175,7 +175,7 @@ def run(
     Raises:
         ValueError: a size that the model cannot make, or that the ranks cannot share out.
     """
-    platform = Platform.default(benchmark.device)
+    device = Device.default(benchmark.device)
     rows: list[Row] = []
     profiles: list[Profile] = []
     with model_path(benchmark.model, say) as path:
@@ -184,7 +184,7 @@ def run(
         for size in benchmark.sizes:  # before any work
             for batch in benchmark.batches:
                 subject = subject_of(path, size, benchmark.frames, batch)
-                check_fits(subject.family, path, platform, sum(one.ranks for one in contestants))
+                check_fits(subject.family, path, device, sum(one.ranks for one in contestants))
                 for ranks in (*benchmark.ranks, *benchmark.simulated):
                     Grid(rows=ranks).shards(batch, *subject.latents.shape[-2:])
         try:
@@ -210,7 +210,7 @@ def run(
         "dtype": str(benchmark.dtype).removeprefix("torch."),
         "warmup_seconds": {f"{one.name}, {one.ranks}": round(one.warmup_seconds, 2) for one in contestants},
         "threads_per_rank": benchmark.threads if benchmark.device == "cpu" else None,
-        **platform.describe(),
+        **device.describe(),
     }
     return rows, profiles, about
 

@@ -17,9 +17,9 @@ from halovae.bench.measure import Contestant, Model, Taken
 from halovae.bench.pipeline import PipelineRun, run_both
 from halovae.bench.report import GB, markdown_table
 from halovae.bench.run import check_fits, model_path, subject_of
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.ranks import Ranks
-from halovae.distributed.threads import Link
+from halovae.distributed.transport import Link
 from halovae.grid import Grid
 from halovae.models.architectures import TARGETS
 from halovae.models.load import read_class
@@ -149,13 +149,13 @@ def validate(validation: Validation, say: Callable[[str], None], step: Callable[
 
 def _verdict(validation: Validation, name: str, source: str, seed: int, say: Callable[[str], None]) -> Verdict:
     with model_path(source, say) as path:
-        platform = Platform.default(validation.device)
+        device = Device.default(validation.device)
         clips = TARGETS[name][1] if name in TARGETS else None
         subject = subject_of(path, validation.size, validation.frames, seed=seed, clips=clips)
         latents, factor = subject.latents, subject.factor
         parallel = Grid(rows=validation.simulated or validation.ranks)
         parallel.shards(1, *latents.shape[-2:])
-        check_fits(subject.family, path, platform, validation.ranks)
+        check_fits(subject.family, path, device, validation.ranks)
         exact = Model(path, read_class(path), torch.float32, validation.device, exact=True)
         model = replace(exact, dtype=validation.dtype)
 

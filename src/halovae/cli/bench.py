@@ -9,7 +9,7 @@ import typer
 
 from halovae.cli.common import Dtype, check_installed, errors_shown, parse_size, parsed, results_console
 from halovae.cli.measuring import check_ranks, free_names, parse_numbers, progress
-from halovae.device.platform import threads_per_rank
+from halovae.device.kinds import threads_per_rank
 
 
 def bench(
@@ -56,7 +56,7 @@ def bench(
         from halovae.bench import report
         from halovae.bench.profile import markdown
         from halovae.bench.run import MODES, Benchmark, run
-        from halovae.distributed.threads import Link
+        from halovae.distributed.transport import Link
 
         chosen = tuple(modes.split(","))
         if not set(chosen) <= set(MODES):
@@ -67,7 +67,7 @@ def bench(
             raise ValueError(f"--num-gpus {num_gpus}: mode parallel needs a number above 1")
         if simulated and chosen[0] == "tiled":
             raise ValueError("--simulate-ranks needs one of the modes single, parallel, auto")
-        platform = check_ranks("--num-gpus", max(ranks), device)
+        found = check_ranks("--num-gpus", max(ranks), device)
         benchmark = Benchmark(
             model=model,
             sizes=tuple(parsed("--size", one, parse_size) for one in size.split(",")),
@@ -79,8 +79,8 @@ def bench(
             repeat=repeat,
             threads=threads_per_rank(max(ranks)),
             dtype=dtype.torch,
-            device=platform.kind,
-            link=Link(latency_us * 1e-6, bandwidth_gbps * 1e9 / 8),
+            device=found.kind,
+            link=Link(latency_us * 1e-6, 8e-9 / bandwidth_gbps),
         )
         paths = free_names(output, "results.json", "results.md", "results-time.png", "results-memory.png")
         traces = free_names(output, "results-profile")[0] if profile else None

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from halovae.cli.common import Dtype, console, errors_shown, results_console
 from halovae.cli.measuring import check_ranks
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.launch import launch, under_torchrun
 from halovae.distributed.mesh import mesh_for
 from halovae.distributed.transport import join_world, world_size
@@ -42,10 +42,10 @@ def calibrate(
 
 
 def _measure(dtype: torch.dtype) -> tuple[str, Calibration]:
-    platform = Platform.default()
-    join_world(platform.device)
-    mesh = mesh_for(Grid(rows=world_size()), platform.device)
-    some_have_none = mesh.lines.anyone(not native.ready(platform.device, wait=True))
+    device = Device.default()
+    join_world(device.torch_device)
+    mesh = mesh_for(Grid(rows=world_size()), device.torch_device)
+    some_have_none = mesh.transport.anyone(not native.ready(device.torch_device, wait=True))
     made = native.EAGER if some_have_none else native.compiled()
     return str(key_of(mesh, dtype, some_have_none).path), calibrated(mesh, dtype, made, remeasure=True)
 
@@ -59,11 +59,11 @@ def _table(measured: Calibration) -> Table:
             kind, f"{one.calls * 1e6:.1f}", _rate(one.flops), _rate(one.bytes),
             f"{one.weights * 1e9:.2f}" if one.weights else "",
         )  # fmt: skip
-    lines = {"host copy": measured.host_copy}
-    lines |= {f"exchange, {pair}": line for pair, line in measured.exchange.items()}
-    lines |= {f"gather, {pair}": line for pair, line in measured.gather.items()}
-    for name, line in lines.items():
-        table.add_row(name, f"{line.latency * 1e6:.1f}", "", _rate(line.per_byte), "")
+    links = {"host copy": measured.host_copy}
+    links |= {f"exchange, {pair}": link for pair, link in measured.exchange.items()}
+    links |= {f"gather, {pair}": link for pair, link in measured.gather.items()}
+    for name, link in links.items():
+        table.add_row(name, f"{link.latency * 1e6:.1f}", "", _rate(link.per_byte), "")
     return table
 
 

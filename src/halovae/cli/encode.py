@@ -12,7 +12,7 @@ import typer
 
 from halovae.cli.common import MODEL_HELP, Dtype, check_installed, console, errors_shown, parse_size, parsed
 from halovae.cli.planes import PlaneModel
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.io import latents as latents_file
 from halovae.io import media
 from halovae.models.classes import FIELDS
@@ -47,7 +47,7 @@ def encode(
             (t, h, w), (frames_in, height, width) = video.shape[1:], pixels.shape[1:]
             console.print(f"taking {t} frames of {w}x{h} from {frames_in} of {width}x{height}")
         with console.status("encoding"), torch.inference_mode():
-            device = Platform.default().device
+            device = Device.default().torch_device
             vae = _encoder(path, dtype.torch).to(device)
             pictures = video[None].to(device, dtype.torch)
             latents = _mode(vae.encode(pictures if sizes.clips else pictures[:, :, 0])).cpu()

@@ -9,21 +9,21 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from halovae.cli.common import console
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 
 
-def check_ranks(option: str, ranks: int, device: str | None) -> Platform:
-    """The platform, once it is clear that it has devices for so many ranks.
+def check_ranks(option: str, ranks: int, kind: str | None) -> Device:
+    """The device of a kind, once it is clear that there are enough of them for so many ranks.
 
     Raises:
         ValueError: the device is not here, or there are too few of it. Cores may be too few: that only warns.
     """
-    platform = Platform.default(device)
-    if ranks > platform.count:
-        if platform.kind != "cpu":
-            raise ValueError(f"{option} {ranks}: there are {platform.count} {platform.kind} devices here")
-        console.print(f"[yellow]Warning:[/] {ranks} ranks share {platform.count} cores: their times say little")
-    return platform
+    device = Device.default(kind)
+    if ranks > device.count:
+        if device.kind != "cpu":
+            raise ValueError(f"{option} {ranks}: there are {device.count} {device.kind} devices here")
+        console.print(f"[yellow]Warning:[/] {ranks} ranks share {device.count} cores: their times say little")
+    return device
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:

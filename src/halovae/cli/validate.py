@@ -11,7 +11,7 @@ from rich.table import Table
 from halovae import __version__
 from halovae.cli.common import Dtype, check_installed, errors_shown, parse_size, parsed, results_console
 from halovae.cli.measuring import check_ranks, free_names, progress
-from halovae.device.platform import threads_per_rank
+from halovae.device.kinds import threads_per_rank
 
 
 def validate(
@@ -62,7 +62,7 @@ def validate(
             chosen = (Path(model_path).name or model_path,)
         if prompt is not None and (model_path is None or simulate_ranks):
             raise ValueError("--prompt needs --model-path of a whole pipeline, and real ranks")
-        platform = check_ranks("--num-gpus", 1 if simulate_ranks else num_gpus, device)
+        found = check_ranks("--num-gpus", 1 if simulate_ranks else num_gpus, device)
         asked = validation.Validation(
             models=chosen,
             source=model_path,
@@ -71,16 +71,16 @@ def validate(
             size=parsed("--size", size, parse_size),
             frames=frames,
             dtype=dtype.torch,
-            device=platform.kind,
+            device=found.kind,
             threads=threads_per_rank(1 if simulate_ranks else num_gpus),
             heatmaps=output if heatmap else None,
             prompt=prompt,
             steps=steps,
         )
-        paths = free_names(output, f"validation-{platform.kind}.md", f"validation-{platform.kind}.json")
+        paths = free_names(output, f"validation-{found.kind}.md", f"validation-{found.kind}.json")
         with progress(len(chosen)) as (say, step):
             verdicts = validation.validate(asked, say, step)
-        about = {"halovae": __version__, **platform.describe(), "dtype": dtype.value, "size": size}
+        about = {"halovae": __version__, **found.describe(), "dtype": dtype.value, "size": size}
         notes = [*validation.pipelines(verdicts), *validation.notes(asked)]
         paths[0].write_text(validation.markdown(verdicts, about, notes))
         paths[1].write_text(validation.as_json(verdicts, about) + "\n")

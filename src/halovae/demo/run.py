@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from halovae.demo.clips import HELD_OUT, make_clip, photographs
+from halovae.device.kinds import Device, threads_per_rank
 from halovae.device.memory import MemoryMeter
-from halovae.device.platform import Platform, threads_per_rank
 from halovae.distributed.ranks import Ranks
 from halovae.io import latents as latents_file
 from halovae.io import media
@@ -118,7 +118,7 @@ def _measured(decode: Callable[[Tensor], Tensor | None], path: Path) -> tuple[Te
     latents = latents_file.read(path)
     with torch.inference_mode():
         decode(latents[:, :, :2])
-        memory, begin = MemoryMeter(Platform(latents.device)), time.perf_counter()
+        memory, begin = MemoryMeter(Device(latents.device)), time.perf_counter()
         frames = decode(latents)
     return None if frames is None else frames[0], time.perf_counter() - begin, memory.read().above_resting
 

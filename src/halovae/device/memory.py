@@ -1,4 +1,4 @@
-"""How much memory a stretch of work takes, in the same words on every platform.
+"""How much memory a stretch of work takes, in the same words on every device.
 
 reserved     what the process holds of the device: the caching allocator's pool; on the CPU, its resident set
 allocated    what tensors live in: the allocator's count; on the CPU, the tensors that the work made, no weights
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -131,23 +131,23 @@ class MemoryMeter:
     possible, the peak is that since the process began.
 
     Args:
-        platform: whose memory.
+        device: whose memory.
         by_thread: count the tensors of this thread alone as allocated, also on an accelerator.
     """
 
-    def __init__(self, platform: Platform, by_thread: bool = False) -> None:
-        self._platform = platform
-        self._live = LiveBytes() if by_thread or platform.kind == "cpu" else None
-        if platform.kind != "cpu":
-            platform.module.reset_peak_memory_stats(platform.device)
+    def __init__(self, device: Device, by_thread: bool = False) -> None:
+        self._device = device
+        self._live = LiveBytes() if by_thread or device.kind == "cpu" else None
+        if device.kind != "cpu":
+            device.module.reset_peak_memory_stats(device.torch_device)
         elif os.access(_CLEAR_REFS, os.W_OK):
             _CLEAR_REFS.write_text("5")
-        self._free, _ = platform.memory()
+        self._free, _ = device.memory()
         self.resting = self._reserved()
 
     def _reserved(self) -> int:
-        if self._platform.kind != "cpu":
-            return int(self._platform.module.memory_reserved(self._platform.device))
+        if self._device.kind != "cpu":
+            return int(self._device.module.memory_reserved(self._device.torch_device))
         return int(psutil.Process().memory_info().rss)
 
     @contextmanager
@@ -161,10 +161,10 @@ class MemoryMeter:
 
     def read(self) -> Memory:
         """The peaks up to now."""
-        if self._platform.kind == "cpu":
+        if self._device.kind == "cpu":
             reserved, outside = _peak_resident(), self.resting
         else:
-            module, device = self._platform.module, self._platform.device
+            module, device = self._device.module, self._device.torch_device
             reserved, outside = int(module.max_memory_reserved(device)), 0
         allocated = int(module.max_memory_allocated(device)) if self._live is None else self._live.peak
         overhead = max(0, reserved - outside - allocated)

@@ -5,6 +5,6 @@ from torch.profiler import record_function
 PREFIX = "halovae/"
 
 
-def part(name: str) -> record_function:
+def region(name: str) -> record_function:
     """A stretch of work that belongs to a submodule, or to gathers or conversion; parts do not hold one another."""
     return record_function(PREFIX + name)

@@ -28,7 +28,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from halovae.device.platform import RANK_ENVIRONMENT, threads_per_rank
+from halovae.device.kinds import RANK_ENVIRONMENT, threads_per_rank
 from halovae.distributed.mesh import leave_world
 from halovae.distributed.transport import meet_in_file, world_size
 from halovae.errors import RankError

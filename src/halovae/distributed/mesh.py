@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from halovae.device.platform import Platform, Stopwatch
-from halovae.distributed.transport import Lines, ProcessLines, Scope, Value, world_size
+from halovae.device.kinds import Device, Stopwatch
+from halovae.distributed.transport import ProcessGroupTransport, Scope, Transport, Value, world_size
 from halovae.grid import Grid, Shard
 
 
@@ -26,9 +26,9 @@ class Traffic:
         waiting: the time for halos, and for other ranks' keys and values.
     """
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, device: Device) -> None:
         self.messages = self.bytes = self.calls = 0
-        self.waiting = Stopwatch(platform)
+        self.waiting = Stopwatch(device)
 
     def sent(self, tensor: Tensor, times: int = 1) -> None:
         self.messages += times
@@ -36,35 +36,34 @@ class Traffic:
 
 
 class Mesh:
-    """This process's place on a grid of ranks, and its lines to the others.
+    """This process's place on a grid of ranks, and its transport to the others.
 
     Making a mesh of several ranks is a collective call: all ranks make it, in the same order. A mesh serves one decode
     at a time in each thread; threads that decode at once each need a mesh of their own, made in one order on all ranks.
 
     Args:
-        grid: the extents of the mesh; without `lines`, `grid.size` must equal the world's size, or be 1: each rank
+        grid: the extents of the mesh; without `transport`, `grid.size` must equal the world's size, or be 1: each rank
             then stands alone.
         device: where the exchanged tensors live.
-        lines: how the ranks reach each other, which may be more than the grid has; None for the processes of this
+        transport: how the ranks reach each other, which may be more than the grid has; None for the processes of this
             world, or for none at all where the grid has one rank.
 
     Raises:
         ValueError: the grid does not match the world.
     """
 
-    def __init__(self, grid: Grid, device: torch.device, lines: Lines | None = None) -> None:
+    def __init__(self, grid: Grid, device: torch.device, transport: Transport | None = None) -> None:
         world = world_size()
-        if lines is None and grid.size not in (1, world):
+        if transport is None and grid.size not in (1, world):
             raise ValueError(
                 f"grid {grid} needs {grid.size} ranks, but the world has {world}: choose a grid of {world}, "
                 f"such as {world}x1, or start {grid.size} ranks (torchrun --nproc-per-node {grid.size})"
             )
         self.grid = grid
-        self.platform = Platform(device)
-        self.traffic = Traffic(self.platform)
-        self.lines = lines or (ProcessLines(grid, device) if grid.size > 1 else Lines())
-        self.rank = self.lines.rank
-        self.alone = self.lines.world == 1
+        self.device = Device(device)
+        self.traffic = Traffic(self.device)
+        self.transport = transport or (ProcessGroupTransport(grid, device) if grid.size > 1 else Transport())
+        self.rank = self.transport.rank
         self.item, self.row, self.col = grid.coordinates(self.rank)
         self._user: int | None = None
 
@@ -73,7 +72,7 @@ class Mesh:
             return
         for _, tensor in sends:
             self.traffic.sent(tensor)
-        self.lines.exchange(scope, sends, receives)
+        self.transport.exchange(scope, sends, receives)
         self.traffic.calls += 1
 
     def _collect(self, own: Tensor, sizes: Sequence[int], scope: Scope) -> list[Tensor]:
@@ -81,7 +80,7 @@ class Mesh:
         padded = own.new_empty(max(sizes))
         padded[: own.numel()] = own.flatten()
         self.traffic.sent(padded, len(sizes) - 1)
-        everyone = self.lines.all_gather(scope, padded, len(sizes))
+        everyone = self.transport.all_gather(scope, padded, len(sizes))
         self.traffic.calls += 1
         return [flat[:size] for flat, size in zip(everyone, sizes, strict=True)]
 
@@ -98,7 +97,7 @@ class Mesh:
         shapes = [shard.shape(channels, frames) for shard in shards]
         if everyone:
             sizes = [math.prod(shape) for shape in shapes]
-            parts = self._collect(own, sizes + [0] * (self.lines.world - len(sizes)), "world")
+            parts = self._collect(own, sizes + [0] * (self.transport.world - len(sizes)), "world")
             pictures = [one.view(shape) for one, shape in zip(parts, shapes, strict=False)]
         elif self.rank == 0:
             pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
@@ -125,7 +124,7 @@ class Mesh:
             RuntimeError: another rank refused, or means to do something else.
         """
         reason = "" if error is None else f"{type(error).__name__}: {error}"
-        everyone = self.lines.all_values((request, reason, offer))
+        everyone = self.transport.all_values((request, reason, offer))
         if error is not None:
             raise error
         refusals = [f"rank {rank}: {reason}" for rank, (_, reason, _) in enumerate(everyone) if reason]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from halovae.distributed.transport import Lines, Scope
+from halovae.distributed.transport import Scope, Transport
 
 # What a CPU says: torch's allocator, C++, and oneDNN, which does not say why (a leaner grid, tried once, tells).
 _SHORTAGES = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")
@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Calls:
-    """Counts exchanges, to skip those that were done before; shared by the lines of several meshes."""
+    """Counts exchanges, to skip those that were done before; shared by the transport of several meshes."""
 
     def __init__(self, done: int) -> None:
         self._left = done
@@ -34,18 +34,18 @@ class Calls:
         return self._left < 0
 
 
-class DrainingLines(Lines):
+class DrainingTransport(Transport):
     """Lines that skip the exchanges that were done before, and exchange zeros in the others.
 
     Args:
-        lines: those of the decode.
+        transport: those of the decode.
         calls: says which exchanges were done.
         device: where messages lie.
     """
 
-    def __init__(self, lines: Lines, calls: Calls, device: torch.device) -> None:
-        self.rank, self.world = lines.rank, lines.world
-        self._lines, self._calls, self._device = lines, calls, device
+    def __init__(self, transport: Transport, calls: Calls, device: torch.device) -> None:
+        self.rank, self.world = transport.rank, transport.world
+        self._transport, self._calls, self._device = transport, calls, device
 
     def _void(self, tensor: Tensor) -> Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
@@ -56,9 +56,9 @@ class DrainingLines(Lines):
         if not self._calls.is_due():
             return lambda: None
         sent, received = ([(peer, self._void(one)) for peer, one in side] for side in (sends, receives))
-        return self._lines.start(scope, sent, received)
+        return self._transport.start(scope, sent, received)
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         if self._calls.is_due():
-            self._lines.all_gather(scope, self._void(own), ranks)
+            self._transport.all_gather(scope, self._void(own), ranks)
         return [torch.empty_like(own) for _ in range(ranks)]

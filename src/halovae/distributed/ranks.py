@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from halovae.device.platform import RANK_ENVIRONMENT
+from halovae.device.kinds import RANK_ENVIRONMENT
 from halovae.distributed.launch import end_with_parent
 from halovae.distributed.transport import meet_in_file
 from halovae.errors import RankError

@@ -1,9 +1,10 @@
-"""How messages travel between the ranks of a grid. The mesh knows what to send; lines know how."""
+"""How messages travel between the ranks of a grid. The mesh knows what to send; a transport knows how."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 
-from halovae.device.platform import INTERFACES, Platform
+from halovae.device.kinds import INTERFACES, Device
 from halovae.grid import Grid
 
 Scope = Literal["rows", "cols", "plane", "world"]
@@ -50,22 +51,42 @@ def join_world(device: torch.device) -> None:
     """
     if world_size() == 1 or dist.is_initialized():
         return
-    platform = Platform(device)
-    platform.enter()
-    platform.choose_interfaces()
+    own = Device(device)
+    own.enter()
+    own.choose_interfaces()
     if _meeting_file is None:
-        dist.init_process_group(platform.backend)
+        dist.init_process_group(own.backend)
     else:
         rank, world = int(os.environ["RANK"]), world_size()
         store = dist.FileStore(str(_meeting_file), world)  # type: ignore[attr-defined]
         store.set_timeout(default_pg_timeout)
-        dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group(own.backend, store=store, rank=rank, world_size=world)
 
 
-class Lines:
-    """The lines of a rank that stands alone; other kinds of ranks have lines of their own.
+@dataclass(frozen=True)
+class Link:
+    """What lies between two ranks.
 
-    A scope names who takes part: the ranks along one axis, those that share this rank's latents ("plane"), or all.
+    The defaults are of the order of NVLink and HCCS within one host: messages over NCCL or HCCL take tens of
+    microseconds to begin with, whatever their size.
+
+    Attributes:
+        latency: seconds from a message's start to its first byte's arrival.
+        per_byte: seconds for each byte: the inverse of the bandwidth each way.
+    """
+
+    latency: float = 20e-6
+    per_byte: float = 1 / 100e9
+
+    def seconds(self, size: float, messages: float = 1) -> float:
+        """How long messages of `size` bytes together take, one after the other."""
+        return self.latency * messages + self.per_byte * size
+
+
+class Transport:
+    """The transport of a world of one rank, and the interface of all others.
+
+    A scope names who takes part: the ranks along one mesh dim, those that share this rank's latents ("plane"), or all.
     """
 
     rank = 0
@@ -104,19 +125,19 @@ class Lines:
         return fact
 
 
-class ProcessLines(Lines):
-    """Lines between processes: a `DeviceMesh` over (batch, rows, cols), with process groups of its own.
+class ProcessGroupTransport(Transport):
+    """A transport between processes: a `DeviceMesh` over (batch, rows, cols), with process groups of its own.
 
     The grid's ranks are the first ones of the world. The others only take part where all of the world does.
-    Making them is a collective call: all ranks make them, in the same order.
+    Making one is a collective call: all ranks make it, in the same order.
     """
 
     def __init__(self, grid: Grid, device: torch.device) -> None:
         join_world(device)
         self._device = device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        # Groups of its own, so that the messages of two meshes cannot meet: init_device_mesh would put an axis of
-        # all ranks on the default group.
+        # Groups of its own, so that the messages of two meshes cannot meet: init_device_mesh would put a mesh
+        # dim of all ranks on the default group.
         ranks = torch.arange(grid.size).view(grid.batch, grid.rows, grid.cols)
         groups = [_group_of(ranks.movedim(dim, -1).flatten(0, 1)) for dim in range(3)]
         self._groups = {"plane": _group_of(ranks.flatten(1)), "world": _group_of(torch.arange(self.world).view(1, -1))}
@@ -161,7 +182,7 @@ class ProcessLines(Lines):
         return bool(flag)
 
 
-def _group_of(lines: Tensor) -> dist.ProcessGroup | None:
-    """The group of this rank's line, if it is on one; all ranks make all lines `[lines, ranks]` into groups at once."""
-    group, _ = dist.new_subgroups_by_enumeration(lines.tolist())
+def _group_of(groups: Tensor) -> dist.ProcessGroup | None:
+    """Make process groups of `groups` `[groups, ranks]`, and return this rank's; None if it is in none. Collective."""
+    group, _ = dist.new_subgroups_by_enumeration(groups.tolist())
     return group

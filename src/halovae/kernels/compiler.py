@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from halovae.device.platform import cache_folder
+from halovae.device.kinds import cache_folder
 from halovae.kernels.schemes import SCHEMES
 
 _COMPILERS = "g++", "clang++", "c++"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 
 _VALUES = 2**21  # that are there in fp32 at once
 # Weights are heavy if they have so many times the values of a map, by its dims in space and time.
@@ -71,7 +71,7 @@ def convolution(
     cell of the kernel: 27 times the map.
     """
     given = stride, padding, dilation, transposed, output_padding, groups
-    cells = Platform(x.device).convolution_cells
+    cells = Device(x.device).convolution_cells
     if cells is None or transposed or x.ndim < 4:
         return _convolution(x, weight, bias, *given)
     reach = (weight.shape[-2] - 1) * dilation[-2] + 1

@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 
 _ALIGNMENT = 64  # bytes of a cache line
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
@@ -54,7 +54,7 @@ class Pool:
         """
         batch, channels, *rest = shape
         if self.device.type != "cpu":
-            layout = Platform(self.device).layout(len(shape))
+            layout = Device(self.device).layout(len(shape))
             return torch.empty(list(shape), dtype=dtype, device=self.device, memory_format=layout)
         memory = (self._caches if kept else self._maps).allocate(math.prod(shape) * dtype.itemsize)
         return memory.view(dtype).view(batch, *rest, channels).movedim(-1, 1)

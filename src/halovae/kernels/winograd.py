@@ -36,7 +36,7 @@ CHANNELS, EAGER_HALF_CHANNELS = 16, 128
 EAGER_CELLS = 2560
 
 
-def pays(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: str) -> bool:
+def is_profitable(scheme: Scheme, weight: Tensor, cells: int, kernels: Kernels, device: str) -> bool:
     """Whether this way is the faster one for `cells` cells and weights `[O, C, ...]` on a kind of device.
 
     Measured by benchmarks/decode.py. Where a CPU has AMX, nothing is faster than its own half
@@ -75,7 +75,7 @@ def convolved(
     frames, rows, cols = (extent - taps + 1 for extent, taps in zip(window.shape[2:], weight.shape[2:], strict=True))
     # Whole tiles, then what is left below and beside them.
     down, across = (extent - extent % PLAIN.results for extent in (rows, cols))
-    if not (down and across and pays(PLAIN, weight, frames * rows * cols, kernels, device)):
+    if not (down and across and is_profitable(PLAIN, weight, frames * rows * cols, kernels, device)):
         if ready is not None:
             ready()
         data = direct(window)

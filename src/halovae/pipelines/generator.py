@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import join_world, world_size
 from halovae.grid import Grid
@@ -77,11 +77,11 @@ class Generator:
             raise ValueError(
                 f"ulysses degree {ulysses} x ring degree {ring}: expected a product of {world_size()} (the ranks), or 1"
             )
-        platform = Platform.default()
-        if offload and platform.kind == "cpu":
+        device = Device.default()
+        if offload and device.kind == "cpu":
             raise ValueError("offload: all is in the host's memory already, there is no accelerator")
         self.kind = Pipeline.read(folder)
-        join_world(platform.device)
+        join_world(device.torch_device)
         do_without_torchvision()
         if _CHECKER in (folder / "model_index.json").read_text():  # diffusers imports no module that a folder names
             importlib.import_module(_CHECKER)
@@ -93,24 +93,24 @@ class Generator:
         self.pipeline.vae.to(vae_dtype)
         if offload:
             self.pipeline._exclude_from_cpu_offload = ["vae"]  # halovae reads its weights past diffusers' hooks
-            self.pipeline.enable_model_cpu_offload(device=platform.device)
+            self.pipeline.enable_model_cpu_offload(device=device.torch_device)
         else:
-            self.pipeline.to(platform.device)
-        self.device = platform.device
+            self.pipeline.to(device.torch_device)
+        self.device = device.torch_device
         if self.kind.whole:
             self._within = SharedDecode(self.pipeline.vae)
         else:
             self.decoder = Autoencoder(self.pipeline.vae)
         if self.kind.pictures.stop > 1:
             # Of its own: the decode of what was generated before may be under way in another thread.
-            mesh = Mesh(Grid(rows=world_size()), platform.device)
+            mesh = Mesh(Grid(rows=world_size()), device.torch_device)
             sharing = Sharing(encode, gather="all")
             share_encode(self.pipeline.vae, sharing, mesh)
         self._takes = set(inspect.signature(self.pipeline.__call__).parameters)
         if ulysses * ring > 1 and self.kind.family.shared:
             for name in ("transformer", "transformer_2"):
                 if getattr(self.pipeline, name, None) is not None:
-                    _share_sequence(getattr(self.pipeline, name), platform.device, ulysses, ring)
+                    _share_sequence(getattr(self.pipeline, name), device.torch_device, ulysses, ring)
 
     @torch.inference_mode()
     def denoise(
@@ -243,7 +243,7 @@ def _share_sequence(transformer: Any, device: torch.device, ulysses: int, ring: 
     from diffusers.hooks.context_parallel import apply_context_parallel
     from diffusers.models._modeling_parallel import ParallelConfig
 
-    if Platform(device).backend == "gloo":
+    if Device(device).backend == "gloo":
         gather_uneven_parts()
     # Any length of text and picture, not only multiples of the degree.
     config = ContextParallelConfig(

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.transport import Lines, Scope
+from halovae.distributed.transport import Scope, Transport
 from halovae.plane import context, operators, windows
 from halovae.plane.program import Program
 
@@ -79,7 +79,7 @@ def agree(everyone: Sequence[Conversations]) -> bool:
     )
 
 
-class _Noted(Lines):
+class _Noted(Transport):
     """Notes for each message the peer, and the bytes sent and received."""
 
     def __init__(self, mesh: Mesh) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.out_of_memory import Calls, DrainingLines
+from halovae.distributed.out_of_memory import Calls, DrainingTransport
 from halovae.plane import context, operators
 from halovae.plane.agreement import may_exchange, meta_tensor, run_without_data
 from halovae.plane.layout import Layout, local_shape
@@ -30,7 +30,8 @@ def drain_peers(
         chunks: how many of the result.
         calls: how many exchanges were done.
     """
-    place = Mesh(mesh.grid, torch.device("cpu"), DrainingLines(mesh.lines, Calls(calls), mesh.platform.device))
+    transport = DrainingTransport(mesh.transport, Calls(calls), mesh.device.torch_device)
+    place = Mesh(mesh.grid, torch.device("cpu"), transport)
     plane = Plane(place)
 
     def run(node: fx.Node) -> None:

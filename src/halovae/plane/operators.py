@@ -71,8 +71,9 @@ def fetching(
         if pieces:
             sent = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
             # Ranks that share a process read what is sent later, when this one may have written to it.
-            sent = sent.clone(memory_format=torch.contiguous_format) if mesh.lines.shared_device else sent.contiguous()
-            sends.append((rank, sent.view(-1)))
+            if mesh.transport.shared_device:
+                sent = sent.clone(memory_format=torch.contiguous_format)
+            sends.append((rank, sent.contiguous().view(-1)))
         theirs = (bounds[peer], bounds[peer + 1])
         if length := sum(b - a for a, b in _overlaps(mine, theirs)):
             buffer = x.new_empty([*sizes[:dim], length, *sizes[dim + 1 :]])
@@ -83,7 +84,7 @@ def fetching(
         for _, sent in sends:
             mesh.traffic.sent(sent)
         with mesh.traffic.waiting.running():
-            arrive = mesh.lines.start(mesh_dim, sends, receives)
+            arrive = mesh.transport.start(mesh_dim, sends, receives)
         mesh.traffic.calls += 1
 
     def wait() -> None:
@@ -266,7 +267,7 @@ def gather(x: Tensor, scope: Scope, ranks: int) -> Tensor:
     mesh, own = current(), x.contiguous().view(-1)
     mesh.traffic.sent(own, times=ranks - 1)
     with mesh.traffic.waiting.running():
-        everyone = mesh.lines.all_gather(scope, own, ranks)
+        everyone = mesh.transport.all_gather(scope, own, ranks)
     mesh.traffic.calls += 1
     return torch.stack(everyone).view(ranks, *x.shape)
 

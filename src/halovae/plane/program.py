@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from halovae.device.regions import part
+from halovae.device.regions import region
 from halovae.distributed.mesh import Mesh
 from halovae.kernels.halves import convolution, has_units, multiplied
 from halovae.kernels.native import EAGER, Kernels
@@ -215,7 +215,7 @@ def _profiling() -> bool:
 
 class _Regions(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
-        with part(n.meta.get("module") or WHOLE) if is_operator(n) else nullcontext():
+        with region(n.meta.get("module") or WHOLE) if is_operator(n) else nullcontext():
             return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from halovae.device.regions import part
+from halovae.device.regions import region
 from halovae.grid import Grid, Shard, Span
 from halovae.plane.layout import Layout, extent, sole
 from halovae.plane.plane import Plane
@@ -148,7 +148,7 @@ def gathered(own: Tensor, layout: Layout, plane: Plane, items: Sequence[Span], g
     count = middle.numel()
     out = own.new_empty((total, count, 1, height, width)) if needed else None
     flat = own.reshape(given.batch.size, count, 1, given.rows.size, given.cols.size)
-    with part("gather"):
+    with region("gather"):
         mesh.gather_frames(flat, shards, out, everyone)
     return None if out is None else out.view(total, *middle, height, width)
 

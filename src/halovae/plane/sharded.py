@@ -133,9 +133,9 @@ class Sharded:
             )
         except (ValueError, TypeError) as refused:
             error = refused
-        offers = everyone.agree(asked, error, kernels is None and ready(everyone.platform.device))
+        offers = everyone.agree(asked, error, kernels is None and ready(everyone.device.torch_device))
         if kernels is None:
-            explain(everyone.platform.device)
+            explain(everyone.device.torch_device)
             kernels = compiled() if all(offers) else EAGER
         with _without_gradients():
             # Tensors of inference mode cannot be written to outside of it, and modules may write to their input.
@@ -192,7 +192,7 @@ class Sharded:
         mine: Any = str(program)
         if isinstance(program, Program):
             mine = (program.chunked, program.starts), conversations(program, mesh)
-        everyone = mesh.lines.all_values(mine)
+        everyone = mesh.transport.all_values(mine)
         if refusals := [one for one in everyone if isinstance(one, str)]:
             program = TraceError(refusals[0])
         elif isinstance(program, Program):
@@ -210,7 +210,7 @@ class Sharded:
         everyone: Mesh | None, is_compiled: bool,
     ) -> Iterator[Tensor | None]:  # fmt: skip
         mesh = plane.mesh
-        traffic, seconds = Traffic(mesh.platform), 0.0
+        traffic, seconds = Traffic(mesh.device), 0.0
         layout: Layout = ()
         done = object()
         step: Any = None
@@ -219,14 +219,14 @@ class Sharded:
             begin = time.perf_counter()
             full, failed = None, False
             try:
-                with _without_gradients(), mesh.in_use(traffic), mesh.platform.repeatable():
+                with _without_gradients(), mesh.in_use(traffic), mesh.device.repeatable():
                     step = next(steps, done)
                     if isinstance(step, tuple):
                         own, layout = step
                         check_result(x, layout)
                         full = None if send is None else send(own, layout, plane)
                         del own
-                mesh.platform.synchronize()
+                mesh.device.synchronize()
             except (MemoryError, RuntimeError) as error:
                 if everyone is None or count == total or not is_out_of_memory(error):
                     raise
@@ -235,9 +235,9 @@ class Sharded:
             if everyone is not None and step is not done:
                 count += 1
                 if failed and isinstance(program, Program):
-                    with mesh.in_use(Traffic(mesh.platform)):
+                    with mesh.in_use(Traffic(mesh.device)):
                         drain_peers(program, mesh, send, count, traffic.calls)
-                if everyone.lines.anyone(failed):
+                if everyone.transport.anyone(failed):
                     raise RankOutOfMemoryError(f"memory ran out on a rank of grid {mesh.grid}")
             seconds += time.perf_counter() - begin
             if step is not done:

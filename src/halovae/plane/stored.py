@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
-from halovae.device.platform import cache_folder
+from halovae.device.kinds import cache_folder
 from halovae.distributed.mesh import Mesh
 from halovae.plane import backends, operators, windows
 from halovae.plane.fingerprint import Unstable, fingerprint

@@ -64,7 +64,7 @@ def convolution(
     depth = first + own + repeats[1]
     shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
     cells = shape[2] * shape[3] * shape[4]
-    folded = min(x.shape[-2:]) >= PLAIN.results and winograd.pays(PLAIN, weight, cells, kernels, kind)
+    folded = min(x.shape[-2:]) >= PLAIN.results and winograd.is_profitable(PLAIN, weight, cells, kernels, kind)
     # A window takes the place of any other copy that has more around the map: of its frames, or of its halos.
     fused = backends.kernels(x.device.type) is not None and (shift is not None or norm is not None or silu)
     copied = past is not None or zeros > 0 or (bool(cuts) and (fused or not early))
@@ -145,7 +145,7 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     """
     kernels, pool = context.current_kernels(x)
     items, _, height, width = x.shape
-    folded = winograd.pays(UPSAMPLING, weight, items * height * width, kernels, context.kind_of(x))
+    folded = winograd.is_profitable(UPSAMPLING, weight, items * height * width, kernels, context.kind_of(x))
     if not folded and not cuts:
         return _plain(upsampled(x, (2, 2)), weight, bias, (1, 1))
     if not folded:

@@ -25,15 +25,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halovae.device.platform import Platform, cache_folder
+from halovae.device.kinds import Device, cache_folder
 from halovae.distributed.mesh import Mesh
+from halovae.distributed.transport import Link
 from halovae.grid import Grid
 from halovae.kernels.halves import has_units
 from halovae.kernels.native import EAGER, Kernels
 from halovae.models.architectures import sample_vae
 from halovae.plane.results import ShardReport
 from halovae.plane.sharded import Sharded
-from halovae.planning.calibration import OTHER, Calibration, Line, Rates
+from halovae.planning.calibration import OTHER, Calibration, Rates
 from halovae.planning.cost import Work, described, norm_work
 
 # Latent frames, rows and cols of the decodes that are timed; accelerators need more to be busy.
@@ -51,10 +52,10 @@ Timed = tuple[str, Work, float]
 class _Timing(TorchDispatchMode):
     """Times each operator."""
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, device: Device) -> None:
         super().__init__()
         self.samples: list[Timed] = []
-        self._platform = platform
+        self._device = device
         self._within = False  # whether an operator runs
 
     @classmethod
@@ -72,7 +73,7 @@ class _Timing(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         finally:
             self._within = False
-        self._platform.synchronize()
+        self._device.synchronize()
         seconds = time.perf_counter() - begin
         self.samples.append((*described(func, args, kwargs or {}, result), seconds))
         return result
@@ -89,7 +90,7 @@ class _Timing(TorchDispatchMode):
             norms.normalize(x, scale, added, least, silu, out)
             if self._within:
                 return
-            self._platform.synchronize()
+            self._device.synchronize()
             self.samples.append(("norm_silu", norm_work(x, out), time.perf_counter() - begin))
 
         return replace(real, norms=replace(norms, normalize=normalize))
@@ -98,9 +99,9 @@ class _Timing(TorchDispatchMode):
 class _Sample:
     """Decodes of a true-size VAE with as few blocks as it can have."""
 
-    def __init__(self, platform: Platform, dtype: torch.dtype) -> None:
-        vae = sample_vae(platform.device, dtype)
-        self._platform, self._dtype = platform, dtype
+    def __init__(self, device: Device, dtype: torch.dtype) -> None:
+        vae = sample_vae(device.torch_device, dtype)
+        self._device, self._dtype = device, dtype
         self._sharded = Sharded(lambda latents: vae.decode(latents).sample, [vae])
 
     def decode(
@@ -108,25 +109,25 @@ class _Sample:
     ) -> tuple[float, ShardReport]:
         """Decode latents of so many frames, rows and cols; returns what it took, but for the recording."""
         latents = torch.randn(1, CHANNELS, *shape, generator=torch.Generator().manual_seed(0))
-        latents = latents.to(self._platform.device, self._dtype)
+        latents = latents.to(self._device.torch_device, self._dtype)
         chunks = self._sharded.stream(latents, mesh=mesh, gather="none", kernels=kernels)
         with nullcontext() if timing is None else timing:
             begin = time.perf_counter()
             chunks.join()
-            self._platform.synchronize()
+            self._device.synchronize()
             seconds = time.perf_counter() - begin
         assert self._sharded.report is not None
         return seconds, self._sharded.report
 
 
-def rates(sample: _Sample, platform: Platform, kernels: Kernels) -> dict[str, Rates]:
+def rates(sample: _Sample, device: Device, kernels: Kernels) -> dict[str, Rates]:
     """Measure what this rank takes for each kind of operator."""
     samples: list[Timed] = []
-    alone = Mesh(Grid(), platform.device)
+    alone = Mesh(Grid(), device.torch_device)
     for frames, rows, cols in SAMPLES:
-        larger = 1 if platform.kind == "cpu" else LARGER
+        larger = 1 if device.kind == "cpu" else LARGER
         shape = frames, rows * larger, cols * larger
-        timing = _Timing(platform)
+        timing = _Timing(device)
         sample.decode(alone, shape, kernels)
         sample.decode(alone, shape, timing.kernels(kernels), timing)
         samples += timing.samples
@@ -142,7 +143,7 @@ def _meeting(sample: _Sample, mesh: Mesh, kernels: Kernels) -> float:
     shape = 1, SHARED * mesh.grid.size, SHARED
     taken = [sample.decode(mesh, shape, kernels)[1] for _ in range(12)][2:]
     own = statistics.median(one.waiting / one.calls for one in taken)
-    return statistics.mean(mesh.lines.all_values(own))
+    return statistics.mean(mesh.transport.all_values(own))
 
 
 def fit(samples: Sequence[Timed]) -> dict[str, Rates]:
@@ -175,7 +176,7 @@ def _fitted(samples: Sequence[tuple[Work, float]]) -> Rates:
     return found
 
 
-def _line(take: Callable[[int], object], platform: Platform) -> Line:
+def _link(take: Callable[[int], object], device: Device) -> Link:
     """What `take(bytes)` takes, by its medians over several sizes."""
     samples = []
     for size in MESSAGES:
@@ -183,52 +184,52 @@ def _line(take: Callable[[int], object], platform: Platform) -> Line:
         for _ in range(12):
             begin = time.perf_counter()
             take(size)
-            platform.synchronize()
+            device.synchronize()
             seconds.append(time.perf_counter() - begin)
         samples.append((Work(calls=1, bytes=size), statistics.median(seconds[2:])))
     fitted = _fitted(samples)
-    return Line(fitted.calls, fitted.bytes)
+    return Link(fitted.calls, fitted.bytes)
 
 
 def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
     if mesh.rank in pair:
         peer = pair[1] if mesh.rank == pair[0] else pair[0]
-        mine, theirs = (torch.empty(size, dtype=torch.uint8, device=mesh.platform.device) for _ in range(2))
-        mesh.lines.exchange("rows", [(peer, mine)], [(peer, theirs)])
+        mine, theirs = (torch.empty(size, dtype=torch.uint8, device=mesh.device.torch_device) for _ in range(2))
+        mesh.transport.exchange("rows", [(peer, mine)], [(peer, theirs)])
 
 
 def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
     """Measure; all ranks of the mesh, which spans the world along its rows, call, and all get rank 0's figures."""
-    platform = mesh.platform
-    sample = _Sample(platform, dtype)
-    together = rates(sample, platform, kernels)
-    alone, hosts = together, mesh.lines.all_values(socket.gethostname())
-    if not mesh.alone:
-        alone = rates(sample, platform, kernels) if mesh.rank == 0 else {}
-        mesh.lines.all_values(None)  # until it is done
+    device = mesh.device
+    sample = _Sample(device, dtype)
+    together = rates(sample, device, kernels)
+    alone, hosts = together, mesh.transport.all_values(socket.gethostname())
+    if mesh.transport.world > 1:
+        alone = rates(sample, device, kernels) if mesh.rank == 0 else {}
+        mesh.transport.all_values(None)  # until it is done
     size = mesh.grid.size
-    exchange, gather = {"host": Line(0, 0)}, {"host": Line(0, 0)}
+    exchange, gather = {"host": Link(0, 0)}, {"host": Link(0, 0)}
     for pair in [(rank, rank + 1) for rank in range(size - 1)]:
         name = "host" if hosts[pair[0]] == hosts[pair[1]] else "hosts"
-        if exchange.get(name, Line(0, 0)) == Line(0, 0):
-            exchange[name] = mesh.lines.all_values(_line(partial(_exchange, mesh, pair), platform))[pair[0]]
+        if exchange.get(name, Link(0, 0)) == Link(0, 0):
+            exchange[name] = mesh.transport.all_values(_link(partial(_exchange, mesh, pair), device))[pair[0]]
     if size > 1:
 
         def everyone(count: int) -> None:
-            own = torch.empty(max(1, count // (size - 1)), dtype=torch.uint8, device=mesh.platform.device)
-            mesh.lines.all_gather("plane", own, size)
+            own = torch.empty(max(1, count // (size - 1)), dtype=torch.uint8, device=mesh.device.torch_device)
+            mesh.transport.all_gather("plane", own, size)
 
-        gather = dict.fromkeys(exchange, _line(everyone, platform))
+        gather = dict.fromkeys(exchange, _link(everyone, device))
         meeting = _meeting(sample, mesh, kernels)
         exchange, gather = (
-            {pair: replace(line, latency=max(line.latency, meeting)) for pair, line in lines.items()}
-            for lines in (exchange, gather)
+            {pair: replace(link, latency=max(link.latency, meeting)) for pair, link in links.items()}
+            for links in (exchange, gather)
         )
-    source = torch.empty(MESSAGES[-1], dtype=torch.uint8, device=mesh.platform.device)
+    source = torch.empty(MESSAGES[-1], dtype=torch.uint8, device=mesh.device.torch_device)
     target = torch.empty_like(source, device="cpu")
-    copy = _line(lambda count: target[:count].copy_(source[:count]), platform)
-    own = Calibration(platform.describe()["device"], platform.kind, "measured", alone, together, exchange, gather, copy)
-    return mesh.lines.all_values(own)[0]
+    copy = _link(lambda count: target[:count].copy_(source[:count]), device)
+    own = Calibration(device.describe()["device"], device.kind, "measured", alone, together, exchange, gather, copy)
+    return mesh.transport.all_values(own)[0]
 
 
 @dataclass(frozen=True)
@@ -251,13 +252,13 @@ class _Key:
 
 def key_of(mesh: Mesh, dtype: torch.dtype, eager: bool) -> _Key:
     """What a calibration of these ranks is kept by; `eager` are the kernels."""
-    platform = mesh.platform
-    native = platform.kind != "cpu" or has_units(dtype)
+    device = mesh.device
+    native = device.kind != "cpu" or has_units(dtype)
     return _Key(
-        device=platform.describe()["device"],
-        backend=platform.backend,
+        device=device.describe()["device"],
+        backend=device.backend,
         dtype=str(dtype).removeprefix("torch.") + ("" if native else " by fp32"),
-        ranks=mesh.lines.world,
+        ranks=mesh.transport.world,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         kernels="eager, bands" if eager else "C++, bands",  # convolutions hold their norms
@@ -279,7 +280,7 @@ def calibrated(
     """
     path = key_of(mesh, dtype, kernels is EAGER).path
     kept = stored(path) if mesh.rank == 0 and not remeasure else None
-    kept = mesh.lines.all_values(kept)[0]
+    kept = mesh.transport.all_values(kept)[0]
     if kept is not None:
         return kept
     if mesh.rank == 0:

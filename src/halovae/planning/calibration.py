@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from halovae.distributed.transport import Link
 from halovae.planning.cost import EXCHANGE, GATHER, Cost, Work
 
 # The rates of kinds that a calibration does not know.
@@ -29,17 +30,6 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Line:
-    """What a message takes: `latency` seconds, and `per_byte` more for each byte."""
-
-    latency: float
-    per_byte: float
-
-    def seconds(self, work: Work) -> float:
-        return self.latency * work.calls + self.per_byte * work.bytes
-
-
-@dataclass(frozen=True)
 class Calibration:
     """What one kind of device takes, among so many others.
 
@@ -50,7 +40,7 @@ class Calibration:
         alone: the rates, by kind of operator, of a rank that computes while the others are idle.
         together: those of a rank while all compute.
         exchange: of ranks that swap borders, by the class of their pair: "host" within one, "hosts" between two.
-        gather: likewise where a rank collects what all have; bytes are those of the others.
+        gather: the same where a rank collects what all have; bytes are those of the others.
         host_copy: from the device to the host.
     """
 
@@ -59,11 +49,11 @@ class Calibration:
     origin: str
     alone: Mapping[str, Rates]
     together: Mapping[str, Rates]
-    exchange: Mapping[str, Line]
-    gather: Mapping[str, Line]
-    host_copy: Line
+    exchange: Mapping[str, Link]
+    gather: Mapping[str, Link]
+    host_copy: Link
 
-    def lines(self, hosts: bool) -> dict[str, Line]:
+    def links(self, hosts: bool) -> dict[str, Link]:
         """What exchanges and gathers take on one host, or on several."""
         pair = "hosts" if hosts and "hosts" in self.exchange else "host"
         return {EXCHANGE: self.exchange[pair], GATHER: self.gather[pair]}
@@ -71,10 +61,14 @@ class Calibration:
     def seconds(self, cost: Cost, ranks: int, hosts: bool = False) -> dict[str, float]:
         """What a decode of this cost takes on `ranks` ranks, on one host or several, by layer."""
         rates = self.alone if ranks == 1 else self.together
-        known: dict[str, Rates | Line] = {**rates, **self.lines(hosts)}
+        links = self.links(hosts)
         found: dict[str, float] = {}
         for (layer, kind), work in cost.work.items():
-            found[layer] = found.get(layer, 0) + known.get(kind, rates[OTHER]).seconds(work)
+            if kind in links:
+                seconds = links[kind].seconds(work.bytes, work.calls)
+            else:
+                seconds = rates.get(kind, rates[OTHER]).seconds(work)
+            found[layer] = found.get(layer, 0) + seconds
         return found
 
     def as_json(self) -> str:
@@ -94,10 +88,10 @@ class Calibration:
             for rates in (data["alone"], data["together"]):
                 rates.update({kind: Rates(**_numbers(one)) for kind, one in rates.items()})
                 rates[OTHER]
-            for lines in (data["exchange"], data["gather"]):
-                lines.update({pair: Line(**_numbers(one)) for pair, one in lines.items()})
-                lines["host"]
-            return cls(**{**data, "host_copy": Line(**_numbers(data["host_copy"]))})
+            for links in (data["exchange"], data["gather"]):
+                links.update({pair: Link(**_numbers(one)) for pair, one in links.items()})
+                links["host"]
+            return cls(**{**data, "host_copy": Link(**_numbers(data["host_copy"]))})
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"no calibration: {error}") from error
 

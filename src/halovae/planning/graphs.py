@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.transport import Lines, Scope
+from halovae.distributed.transport import Scope, Transport
 from halovae.errors import TraceError, UnplannableError
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER
@@ -42,7 +42,7 @@ _RUN = (*operators.BETWEEN_RANKS, *windows.OPERATORS)  # priced by what they do
 WorkByKind = dict[tuple[str, str], Work]
 
 
-class TracedLines(Lines):
+class TracedTransport(Transport):
     """Transport of a rank that is traced. Nothing is sent; a recorder notes what would be."""
 
     def __init__(self, rank: int, world: int, recorder: Recorder | None = None) -> None:
@@ -116,7 +116,7 @@ def traced(
         UnplannableError: the function cannot be traced.
     """
     rank = busiest(grid, *cells(shape, multiple)) if rank is None else rank
-    mesh = Mesh(grid, CPU, TracedLines(rank, grid.size))
+    mesh = Mesh(grid, CPU, TracedTransport(rank, grid.size))
     try:
         program = trace(function, [module], mesh, shape, dtype, CPU, multiple)
     except (TraceError, NotImplementedError) as error:
@@ -207,7 +207,7 @@ class _Pricer:
         key = node.target, likeness(node)
         if key not in self._known:
             recorder = _Watch(self._results, self._statistics)
-            mesh = Mesh(self._mesh.grid, CPU, TracedLines(self._mesh.rank, self._mesh.grid.size, recorder))
+            mesh = Mesh(self._mesh.grid, CPU, TracedTransport(self._mesh.rank, self._mesh.grid.size, recorder))
             kernels = recorder.kernels() if self._compiled else EAGER
             with _disable_current_modes(), torch.inference_mode(), context.on(mesh, kernels, kind=self._kind):
                 args, kwargs = meta_arguments(node)

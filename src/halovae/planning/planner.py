@@ -47,7 +47,7 @@ def calibration_of(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Cali
 
 def is_unmeasured(everyone: Mesh, dtype: torch.dtype) -> bool:
     """Whether `calibration_of` would measure this machine with compiled kernels, as far as this rank knows."""
-    if everyone.alone or everyone.platform.kind != "cpu" or os.environ.get("HALOVAE_CALIBRATION"):
+    if everyone.transport.world == 1 or everyone.device.kind != "cpu" or os.environ.get("HALOVAE_CALIBRATION"):
         return False
     path = key_of(everyone, dtype, eager=False).path
     return str(path) not in _calibrations and stored(path) is None
@@ -60,9 +60,9 @@ def _name(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> str:
 def _calibration(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
     if given := os.environ.get("HALOVAE_CALIBRATION"):  # a file, or the name of one that ships
         return read(given)
-    if everyone.alone:
+    if everyone.transport.world == 1:
         # Alone there is little to decide, which a stranger's figures do: nobody should wait for a measurement.
-        return stored(key_of(everyone, dtype, kernels is EAGER).path) or read(_similar(everyone.platform.kind))
+        return stored(key_of(everyone, dtype, kernels is EAGER).path) or read(_similar(everyone.device.kind))
     return calibrated(everyone, dtype, kernels, say=_say)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.errors import CheckpointError
 from halovae.grid import Grid
 from halovae.kernels.native import ready
@@ -96,7 +96,7 @@ class Autoencoder:
         for _ in islice(stream, 2):  # the first chunk, and one like all others
             pass
         stream.close()
-        Platform(self.device).synchronize()
+        Device(self.device).synchronize()
         return time.perf_counter() - begin
 
     def decode(self, latents: Tensor, **options: Any) -> Tensor | None:
@@ -295,5 +295,5 @@ def load(
         except TypeError as error:
             raise CheckpointError(str(error)) from error
     path = checkpoints.find_model(source, subfolder)
-    target = Platform.default().device if device is None else torch.device(device)
+    target = Device.default().torch_device if device is None else torch.device(device)
     return Autoencoder(checkpoints.diffusers_module(path, dtype, encoder).to(target))

@@ -42,7 +42,7 @@ class PictureStream(Iterator["Tensor | None"]):
         self.latents, self._choice, self._call = latents, choice, call
         self._chunks = chunks
         self._mesh = mesh or mesh_for(Grid(rows=world_size()), latents.device)
-        self._memory = MemoryMeter(self._mesh.platform, by_thread=self._mesh.lines.shared_device)
+        self._memory = MemoryMeter(self._mesh.device, by_thread=self._mesh.transport.shared_device)
         self._own: RankReport | None = None
         self._taken: ShardReport | None = None
         self._fell_back = ""
@@ -56,7 +56,7 @@ class PictureStream(Iterator["Tensor | None"]):
             if self._own is None and taken is not None:
                 self._taken, self._fell_back = taken, self._call.fell_back
                 self._own = RankReport(
-                    self._mesh.lines.rank, taken.seconds, taken.waiting, taken.messages, taken.bytes_sent,
+                    self._mesh.transport.rank, taken.seconds, taken.waiting, taken.messages, taken.bytes_sent,
                     self._memory.read(),
                 )  # fmt: skip
             raise
@@ -86,7 +86,7 @@ class PictureStream(Iterator["Tensor | None"]):
             latents=tuple(self.latents.shape),
             frames=(self.latents.shape[0], *shape[1:]),
             dtype=str(self.latents.dtype).removeprefix("torch."),
-            device=self._mesh.platform.kind,
+            device=self._mesh.device.kind,
             grid=str(taken.grid),
             first_use=taken.recorded > 0,
             compiled=taken.compiled,
@@ -97,4 +97,4 @@ class PictureStream(Iterator["Tensor | None"]):
 
     def shared_report(self) -> DecodeReport:
         """What every rank took; all ranks ask for it, and all get it."""
-        return replace(self.report, ranks=tuple(self._mesh.lines.all_values(self.report.ranks[0])))
+        return replace(self.report, ranks=tuple(self._mesh.transport.all_values(self.report.ranks[0])))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.mesh import Mesh, mesh_for
 from halovae.distributed.transport import world_size
 from halovae.errors import MemoryBudgetError, RankOutOfMemoryError, UnplannableError
@@ -46,14 +46,14 @@ class PlaneCall:
 
     def __init__(self, vae: nn.Module, name: Call, mesh: Mesh | None = None) -> None:
         self.vae, self.name, self._mesh = vae, name, mesh
-        self._alone = None if mesh is None else Mesh(Grid(), mesh.platform.device)
+        self._alone = None if mesh is None else Mesh(Grid(), mesh.device.torch_device)
         self._own: Callable[..., Any] = getattr(type(vae), name)
         self.signature = inspect.signature(self._own)
         identity = Identity(f"PlaneCall.{name}", self._kind_by_name, self._recall_kind)
         self._multiple = (spatial_ratio(vae) or 1) if name == "encode" else 1
         self.sizes = sizes_of(vae)
         self._sharded = Sharded(self._run, [vae], self._multiple, identity)
-        if Platform.default().kind == "cpu" and (weight := next(vae.parameters(), None)) is not None:
+        if Device.default().kind == "cpu" and (weight := next(vae.parameters(), None)) is not None:
             prepare(weight.device)  # while there is something else to do
         self._choices: dict[tuple[str, bool], Choice] = {}  # by what is asked, and whether kernels are eager
         self.fell_back = ""  # what the last call gave up when memory ran out
@@ -116,9 +116,9 @@ class PlaneCall:
             asked: what each of them is about to do.
             wait: for the compiler.
         """
-        offer = *everyone.platform.memory()[:1], socket.gethostname(), ready(everyone.platform.device, wait)
+        offer = *everyone.device.memory()[:1], socket.gethostname(), ready(everyone.device.torch_device, wait)
         offers = everyone.agree(f"{self.name} {asked}", None, offer)
-        explain(everyone.platform.device)
+        explain(everyone.device.torch_device)
         return [(free, host) for free, host, _ in offers], compiled() if all(one for *_, one in offers) else EAGER
 
     def refuse(self, sharing: Sharing, error: Exception) -> None:
@@ -154,7 +154,7 @@ class PlaneCall:
         # To measure this machine takes longer than the compiler. What fits into a budget is to fit the next time, too.
         wait = sharing.memory_budget is not None or is_unmeasured(everyone, x.dtype)
         offers, kernels = self._agreed(everyone, asked, wait)
-        budget = sharing.memory_budget or usable(offers, everyone.platform.kind)
+        budget = sharing.memory_budget or usable(offers, everyone.device.kind)
         known = self._choices.get((asked, kernels is EAGER))
         # Encodes are small beside decodes: without a budget of their own none is refused for what is free just now.
         limited = self.name == "decode" or sharing.memory_budget is not None

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from halovae.device.regions import part
+from halovae.device.regions import region
 from halovae.distributed.mesh import Mesh
 from halovae.grid import Grid
 from halovae.kernels.native import Kernels
@@ -59,7 +59,7 @@ class Sharing:
 
 def _converted(own: Tensor, dtype: torch.dtype) -> Tensor:
     """Pictures in [-1, 1] as contiguous `dtype`."""
-    with part("conversion"):
+    with region("conversion"):
         if dtype == torch.uint8:
             own = own.float().clamp(-1, 1).add_(1).mul_(127.5).round_()
         return own.to(dtype, memory_format=torch.contiguous_format)

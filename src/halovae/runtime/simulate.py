@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.threads import Link, ThreadLines, on_clocks
+from halovae.distributed.simulated import SimulatedTransport, on_clocks
+from halovae.distributed.transport import Link
 from halovae.grid import Grid
 from halovae.kernels.native import ready
 from halovae.runtime.autoencoder import Autoencoder
@@ -70,18 +71,18 @@ def simulate(decoder: Autoencoder, latents: Tensor, grid: Grid, link: Link | Non
 
     ready(decoder.device, wait=True)
 
-    def work(mesh: Mesh, lines: ThreadLines) -> tuple[Tensor | None, SimulatedRank, float]:
+    def work(mesh: Mesh, transport: SimulatedTransport) -> tuple[Tensor | None, SimulatedRank, float]:
         stream = _own(decoder).stream(latents, mesh=mesh, **options)
-        lines.all_values(None)  # until all ranks have recorded their graphs: only the first decode does that
-        clock, computing, waiting = lines.clock, lines.computing, lines.waiting
+        transport.all_values(None)  # until all ranks have recorded their graphs: only the first decode does that
+        clock, computing, waiting = transport.clock, transport.computing, transport.waiting
         frames = stream.join()
-        lines.pause()
+        transport.pause()
         took = stream.report.ranks[0]
         simulated = SimulatedRank(
-            mesh.rank, lines.computing - computing, lines.waiting - waiting, took.memory.peak_allocated, took.messages,
-            took.bytes_sent,
+            mesh.rank, transport.computing - computing, transport.waiting - waiting, took.memory.peak_allocated,
+            took.messages, took.bytes_sent,
         )  # fmt: skip
-        return frames, simulated, lines.clock - clock
+        return frames, simulated, transport.clock - clock
 
     done = on_clocks(grid, decoder.device, work, link or Link())
     frames = done[0][0]

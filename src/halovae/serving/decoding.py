@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.errors import MemoryBudgetError
 from halovae.report import DecodeReport
@@ -60,7 +60,7 @@ class Decoding(threading.Thread):
             self._changed.wait_for(lambda: fits() or not (self._waiting or self._running))
 
     def run(self) -> None:
-        Platform(self._decoder.device).enter()
+        Device(self._decoder.device).enter()
         if self._writer is not None:
             self._writer.start()
         while True:

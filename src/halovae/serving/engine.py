@@ -19,8 +19,8 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from halovae.device.kinds import Device
 from halovae.device.memory import MemoryMeter
-from halovae.device.platform import Platform
 from halovae.kernels.native import ready
 from halovae.pipelines.generator import Generator, Made, StepEnd
 from halovae.pipelines.previews import Preview, previews
@@ -72,7 +72,7 @@ class Engine:
 
     def __init__(self, generator: Generator, settings: RankSettings, line: RankLine | None) -> None:
         self._generator, self._line = generator, line
-        self._platform = Platform(generator.device)
+        self._device = Device(generator.device)
         self._lead = Lead()
         self._options: dict[str, Any] = {"memory_budget": settings.memory_budget}
         self._options |= {"grid": settings.vae_grid} if settings.vae_grid else {"mode": settings.vae_mode}
@@ -89,7 +89,7 @@ class Engine:
 
     def warm_up(self, width: int, height: int, frames: int) -> None:
         """Generate something once, so that the first request need not wait for what is done only once."""
-        ready(self._platform.device, wait=True)
+        ready(self._device.torch_device, wait=True)
         kind, picture = self._generator.kind, io.BytesIO()
         Image.new("RGB", (width, height)).save(picture, "png")
         images = (picture.getvalue(),) * kind.pictures.start
@@ -157,7 +157,7 @@ class Engine:
 
     def _results(self, order: Order) -> list[Tensor | Made]:
         """The latents of all of an order's results, or their frames where the pipeline decodes too."""
-        meter = MemoryMeter(self._platform) if _likeness(order) not in self._needs else None
+        meter = MemoryMeter(self._device) if _likeness(order) not in self._needs else None
         begin, prompt, watch = time.monotonic(), order.prompt, self._watch(order)
         results: list[Tensor | Made] = []
         for index in range(len(order.paths)):
@@ -177,8 +177,8 @@ class Engine:
                 results.append(self._generator.make(own, told, watch, **self._options))
             else:
                 results.append(self._generator.denoise(own, told, watch))
-        everyone = self._lead.all_say((meter.read().above_resting if meter else 0, self._platform.memory()[0]))
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self._platform.kind == "cpu" else 1
+        everyone = self._lead.all_say((meter.read().above_resting if meter else 0, self._device.memory()[0]))
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self._device.kind == "cpu" else 1
         self._free = min(free for _, free in everyone) // sharing
         if meter:
             self._needs[_likeness(order)] = max(need for need, _ in everyone)

@@ -22,7 +22,7 @@ _CONVOLUTIONS = (windows.convolution, windows.upsampled_convolution)
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
     """Returns how many biases moved; none without kernels that add them on the way."""
-    if backends.kernels(mesh.platform.kind) is None:
+    if backends.kernels(mesh.device.kind) is None:
         return 0
     found = 0
     for node in list(graph.nodes):

@@ -26,7 +26,7 @@ _CHANNELS = 8  # of a map; what has fewer is a picture
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
     """Returns how many copies lie channels last now, or are not made any more; none on accelerators."""
-    if mesh.platform.kind != "cpu":
+    if mesh.device.kind != "cpu":
         return 0
     _reshape_at_once(graph)
     kept, found = shared(graph), 0

@@ -58,7 +58,7 @@ def is_cast(node: Any, mesh: Mesh) -> bool:
     """Whether a value is a node that does nothing but change a tensor's dtype."""
     if not isinstance(node, fx.Node) or node.target is not torch.ops.aten._to_copy.default:
         return False
-    unchanged = {"layout": torch.strided, "device": mesh.platform.device}
+    unchanged = {"layout": torch.strided, "device": mesh.device.torch_device}
     return all(
         name == "dtype" or (name in unchanged and value == unchanged[name]) for name, value in node.kwargs.items()
     )

@@ -27,8 +27,8 @@ _ROOT = aten.rsqrt.default
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
     """Returns how many norms and activations went; none on accelerators without kernels of our own."""
-    fused, found = backends.kernels(mesh.platform.kind), 0
-    on_cpu = fused is None and mesh.platform.kind == "cpu"
+    fused, found = backends.kernels(mesh.device.kind), 0
+    on_cpu = fused is None and mesh.device.kind == "cpu"
     if fused is None and not on_cpu:
         return 0
     for node in list(graph.nodes):

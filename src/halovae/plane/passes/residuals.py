@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
     """Returns how many sums are part of a convolution; none on accelerators, whose convolutions only make maps."""
-    if mesh.platform.kind != "cpu":
+    if mesh.device.kind != "cpu":
         return 0
     last, kept, found = last_uses(graph), shared(graph), 0
     for node in list(graph.nodes):

@@ -38,7 +38,7 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             continue
         recounted(replaced(node, windows.upsampled_convolution, (x, weight, bias, tuple(halved)), {}, *gone), mesh)
         found += 1
-    if backends.kernels(mesh.platform.kind) is not None:
+    if backends.kernels(mesh.device.kind) is not None:
         left = [node for node in graph.nodes if node.target in (*_NEAREST, *_NEAREST_OF_FRAMES)]
         found += sum(map(_repeated_by_kernel, left))
     return found

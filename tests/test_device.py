@@ -13,12 +13,12 @@ from models import latents, reference, vae
 
 import halovae
 from halovae import Grid
-from halovae.device.platform import Platform, Stopwatch
+from halovae.device.kinds import Device, Stopwatch
 from halovae.kernels import halves
 from halovae.kernels.pool import Pool
 from halovae.runtime.simulate import simulate
 
-CPU = Platform(torch.device("cpu"))
+CPU = Device(torch.device("cpu"))
 
 
 def test_the_cpu() -> None:
@@ -35,7 +35,7 @@ def test_the_cpu() -> None:
 
 def test_a_device_that_is_not_here_is_refused_with_those_that_are() -> None:
     with pytest.raises(ValueError, match=r"device 'npu' is not here; there is .*cpu"):
-        Platform.default("npu")
+        Device.default("npu")
 
 
 def test_on_cuda_algorithms_are_pinned_while_decoding_and_only_then() -> None:
@@ -43,7 +43,7 @@ def test_on_cuda_algorithms_are_pinned_while_decoding_and_only_then() -> None:
     before = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
     for tf32 in (True, False):
         with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
-            with Platform(torch.device("cuda")).repeatable():
+            with Device(torch.device("cuda")).repeatable():
                 assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (False, True, tf32)
             assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
     assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
@@ -105,10 +105,10 @@ def with_stand_in(script: str, **environment: str) -> str:
 
 def test_the_npu_is_chosen_where_torch_npu_is_there_one_for_each_local_rank() -> None:
     script = """
-        from halovae.device.platform import Platform
-        platform = Platform.default()
-        platform.enter()
-        print(platform.device, platform.backend, platform.count, calls, Platform.default("cpu").device)
+        from halovae.device.kinds import Device
+        device = Device.default()
+        device.enter()
+        print(device.torch_device, device.backend, device.count, calls, Device.default("cpu").torch_device)
         """
     assert with_stand_in(script, LOCAL_RANK="2") == "npu:2 hccl 4 [('set_device', 'npu:2')] cpu"
 
@@ -128,9 +128,9 @@ def test_more_ranks_than_devices_are_refused() -> None:
 def test_the_npus_memory_and_time_come_from_torch_npu() -> None:
     script = """
         from halovae.device.memory import MemoryMeter
-        from halovae.device.platform import Platform, Stopwatch
-        platform = Platform.default()
-        meter, watch = MemoryMeter(platform), Stopwatch(platform)
+        from halovae.device.kinds import Device, Stopwatch
+        device = Device.default()
+        meter, watch = MemoryMeter(device), Stopwatch(device)
         with meter.counting(), watch.running():
             pass
         memory = meter.read()
@@ -145,10 +145,10 @@ def test_the_npus_memory_and_time_come_from_torch_npu() -> None:
 
 def test_the_npus_rules() -> None:
     script = """
-        from halovae.device.platform import Platform
-        platform = Platform.default()
-        print(platform.layout(5), platform.layout(4), platform.convolution_cells, platform.supports(torch.bfloat16))
-        print(platform.describe())
+        from halovae.device.kinds import Device
+        device = Device.default()
+        print(device.layout(5), device.layout(4), device.convolution_cells, device.supports(torch.bfloat16))
+        print(device.describe())
         """
     rules, described = with_stand_in(script).splitlines()
     assert rules == "torch.contiguous_format torch.contiguous_format 230400 True"
@@ -160,8 +160,8 @@ def test_the_npus_rules() -> None:
 def test_decodes_by_the_npus_rules_equal_diffusers(family: str, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contiguous maps, and convolutions cut into bands of rows, here on the CPU."""
     largest = 300
-    monkeypatch.setattr(Platform, "layout", lambda self, ndim=5: torch.contiguous_format)
-    monkeypatch.setattr(Platform, "convolution_cells", property(lambda self: largest))
+    monkeypatch.setattr(Device, "layout", lambda self, ndim=5: torch.contiguous_format)
+    monkeypatch.setattr(Device, "convolution_cells", property(lambda self: largest))
     made: list[int] = []
     original = halves._convolution
 
@@ -190,7 +190,7 @@ def test_rows_that_a_device_cannot_convolve_at_once_are_cut(
     x = torch.randn(2, 2, 9, 8, dtype=torch.float64)
     given = [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], 1
     expected = torch.ops.aten.convolution.default(x, weight, None, *given)
-    monkeypatch.setattr(Platform, "convolution_cells", property(lambda self: 2 * expected.shape[-1]))
+    monkeypatch.setattr(Device, "convolution_cells", property(lambda self: 2 * expected.shape[-1]))
     torch.testing.assert_close(halves.convolution(x, weight, None, *given), expected)
     line = [stride], [padding], [dilation], False, [0], 1
     expected = torch.ops.aten.convolution.default(x[..., 0], weight[..., 0], None, *line)
@@ -198,16 +198,16 @@ def test_rows_that_a_device_cannot_convolve_at_once_are_cut(
 
 
 def test_what_is_sent_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
-    from halovae.distributed.threads import ThreadLines
+    from halovae.distributed.simulated import SimulatedTransport
 
     sent: list[bool] = []
-    original = ThreadLines.start
+    original = SimulatedTransport.start
 
     def recorded(self: Any, scope: Any, sends: Any, receives: Any) -> Any:
         sent.extend(tensor.is_contiguous() for _, tensor in [*sends, *receives])
         return original(self, scope, sends, receives)
 
-    monkeypatch.setattr(ThreadLines, "start", recorded)
+    monkeypatch.setattr(SimulatedTransport, "start", recorded)
     simulate(halovae.load(vae("wan2.1")), latents("wan2.1"), Grid(rows=2, cols=2))
     assert sent
     assert all(sent)

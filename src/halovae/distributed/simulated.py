@@ -10,38 +10,17 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from halovae.device.platform import Platform
+from halovae.device.kinds import Device
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.transport import Lines, Scope, Value
+from halovae.distributed.transport import Link, Scope, Transport, Value
 from halovae.grid import Grid
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Link:
-    """What lies between two ranks.
-
-    The defaults are of the order of NVLink and HCCS within one host: messages over NCCL or HCCL take tens of
-    microseconds to begin with, whatever their size.
-
-    Attributes:
-        latency: seconds from a message's start to its first byte's arrival.
-        bandwidth: bytes per second, each way.
-    """
-
-    latency: float = 20e-6
-    bandwidth: float = 100e9
-
-    def seconds(self, tensor: Tensor) -> float:
-        """How long a message takes."""
-        return self.latency + tensor.numel() * tensor.element_size() / self.bandwidth
 
 
 def on_threads(grid: Grid, device: torch.device, function: Callable[[Mesh], Result]) -> list[Result]:
@@ -62,10 +41,10 @@ def on_threads(grid: Grid, device: torch.device, function: Callable[[Mesh], Resu
 
 
 def on_clocks(
-    grid: Grid, device: torch.device, function: Callable[[Mesh, ThreadLines], Result], link: Link
+    grid: Grid, device: torch.device, function: Callable[[Mesh, SimulatedTransport], Result], link: Link
 ) -> list[Result]:
-    """The same, where the function takes the rank's lines as well, whose clock goes as if each had its own device."""
-    meeting, platform = _Meeting(grid, link), Platform(device)
+    """As `on_threads`; the function also takes the transport, whose clock runs as if each rank had its own device."""
+    meeting, own = _Meeting(grid, link), Device(device)
     results: dict[int, Result] = {}
 
     random = torch.get_rng_state()
@@ -74,8 +53,8 @@ def on_clocks(
         try:
             with meeting.turn:
                 torch.set_rng_state(random)
-                lines = ThreadLines(meeting, rank, platform)
-                results[rank] = function(Mesh(grid, device, lines), lines)
+                transport = SimulatedTransport(meeting, rank, own)
+                results[rank] = function(Mesh(grid, device, transport), transport)
         except BaseException as error:
             meeting.fail(error)
 
@@ -131,20 +110,20 @@ class _Meeting:
             self.turn.notify_all()
 
 
-class ThreadLines(Lines):
-    """A simulated rank's lines, and its clock: where a rank of its own device would be in time."""
+class SimulatedTransport(Transport):
+    """A simulated rank's transport, and its clock: where a rank of its own device would be in time."""
 
     shared_device = True
 
-    def __init__(self, meeting: _Meeting, rank: int, platform: Platform) -> None:
+    def __init__(self, meeting: _Meeting, rank: int, device: Device) -> None:
         self.rank, self.world = rank, meeting.grid.size
         self.clock = self.computing = self.waiting = 0.0
-        self._meeting, self._platform = meeting, platform
+        self._meeting, self._device = meeting, device
         self._resumed = time.perf_counter()
 
     def pause(self) -> None:
         """Put what was computed since the last turn on the clock."""
-        self._platform.synchronize()
+        self._device.synchronize()
         self._random = torch.get_rng_state()  # each rank draws the numbers that a process of its own would
         took = time.perf_counter() - self._resumed
         self.clock += took
@@ -171,7 +150,7 @@ class ThreadLines(Lines):
             for peer, tensor in receives:
                 content, sent = self._meeting.collect(peer, self.rank)
                 tensor.copy_(content)
-                arrivals.append(sent + self._meeting.link.seconds(content))
+                arrivals.append(sent + self._meeting.link.seconds(content.nbytes))
             self._resume(arrivals)
 
         return wait
@@ -179,7 +158,7 @@ class ThreadLines(Lines):
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         contents, last = self._all(scope, own)
         # Around a ring: each rank passes on one part after the other.
-        self._resume([last + (ranks - 1) * self._meeting.link.seconds(own)])
+        self._resume([last + (ranks - 1) * self._meeting.link.seconds(own.nbytes)])
         return contents
 
     def all_values(self, value: Value) -> list[Value]:

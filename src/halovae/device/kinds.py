@@ -33,16 +33,16 @@ NPU_CONVOLUTION_CELLS = 1280 * 720 // 4
 
 
 @dataclass(frozen=True)
-class Platform:
+class Device:
     """A device and what is known about its kind.
 
     The accelerators' modules (`torch.cuda`, `torch.npu`, `torch.xpu`) share the names that are called here.
     """
 
-    device: torch.device
+    torch_device: torch.device
 
     @classmethod
-    def default(cls, kind: str | None = None) -> Platform:
+    def default(cls, kind: str | None = None) -> Device:
         """This process's device: the local rank's accelerator where there is one, else the CPU.
 
         Args:
@@ -62,7 +62,7 @@ class Platform:
     @property
     def kind(self) -> str:
         """The device's type as torch names it."""
-        return self.device.type
+        return self.torch_device.type
 
     @property
     def module(self) -> Any:
@@ -84,12 +84,12 @@ class Platform:
     @property
     def backend(self) -> str:
         """The collective backend: gloo, nccl, hccl, xccl."""
-        return dist.get_default_backend_for_device(self.device)
+        return dist.get_default_backend_for_device(self.torch_device)
 
     def enter(self) -> None:
         """Make the device this process's current one, before its process group is made."""
         if self.kind != "cpu":
-            self.module.set_device(self.device)
+            self.module.set_device(self.torch_device)
 
     def choose_interfaces(self) -> None:
         """Make gloo and this device's backend listen on one network interface; before the process group is made.
@@ -111,7 +111,7 @@ class Platform:
     def synchronize(self) -> None:
         """Wait until the device has done all that is queued."""
         if self.kind != "cpu":
-            self.module.synchronize(self.device)
+            self.module.synchronize(self.torch_device)
 
     @contextmanager
     def repeatable(self) -> Iterator[None]:
@@ -148,7 +148,7 @@ class Platform:
         if self.kind == "cpu":
             host_memory = psutil.virtual_memory()
             return host_memory.available, host_memory.total
-        free, total = self.module.mem_get_info(self.device)
+        free, total = self.module.mem_get_info(self.torch_device)
         return int(free), int(total)
 
     def describe(self) -> dict[str, str]:
@@ -164,7 +164,7 @@ class Platform:
 
     def _name(self) -> str:
         if self.kind != "cpu":
-            return f"{self.module.get_device_name(self.device)} ({self.kind})"
+            return f"{self.module.get_device_name(self.torch_device)} ({self.kind})"
         return f"{_processor()} ({self.count} cores)"
 
 
@@ -224,20 +224,20 @@ def threads_per_rank(ranks: int) -> int:
 class Stopwatch:
     """Adds up the time that stretches of work take, on the device's own clock where it has one."""
 
-    def __init__(self, platform: Platform) -> None:
-        self._platform = platform
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count what is done, or queued on the current stream, meanwhile."""
-        if self._platform.kind == "cpu":
+        if self._device.kind == "cpu":
             begin = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - begin
         else:
-            module = self._platform.module
+            module = self._device.module
             begun, ended = module.Event(enable_timing=True), module.Event(enable_timing=True)
             begun.record()
             yield
@@ -246,7 +246,7 @@ class Stopwatch:
 
     def seconds(self) -> float:
         """The sum in seconds, once the device has done it all."""
-        self._platform.synchronize()
+        self._device.synchronize()
         while self._events:
             begun, ended = self._events.pop()
             self._seconds += begun.elapsed_time(ended) / 1000

@@ -21,7 +21,7 @@ from rich.console import Console
 from halovae.distributed.ranks import Ranks
 from halovae.kernels.native import ready
 from halovae.models.architectures import random_vae
-from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.vae import VAE
 
 # Family, width, height, frames.
 CASES = (
@@ -36,7 +36,7 @@ _held: dict[str, Any] = {}
 def hold(family: str) -> None:
     """On each rank."""
     _held["vae"] = random_vae(family)
-    _held["encoder"] = Autoencoder(random_vae(family))
+    _held["encoder"] = VAE(random_vae(family))
     ready(torch.device("cpu"), wait=True)
 
 

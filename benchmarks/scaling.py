@@ -27,7 +27,7 @@ from halovae.distributed.mesh import mesh_for
 from halovae.distributed.ranks import Ranks
 from halovae.models.architectures import MODELS, random_vae
 from halovae.plane import operators
-from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.vae import VAE
 
 
 def main() -> None:
@@ -90,13 +90,13 @@ def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, t
     )
 
 
-_models: dict[str, Autoencoder] = {}
+_models: dict[str, VAE] = {}
 
 
 def _decoded(model: str, latents: torch.Tensor, grid: Grid | None, meeting: bool) -> tuple[float, float]:
     """Seconds of this rank's decode, frames left where they are, and of its waiting, but for what `meeting` adds."""
     if model not in _models:
-        _models[model] = Autoencoder(random_vae(model))
+        _models[model] = VAE(random_vae(model))
         _models[model].warmup((1, *latents.shape[1:]), grid=grid or Grid(), gather="none")
     decoder = _models[model]
     if grid is None:

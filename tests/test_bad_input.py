@@ -14,7 +14,7 @@ from halovae.distributed.ranks import Ranks
 
 
 @pytest.fixture
-def decoder() -> halovae.Autoencoder:
+def decoder() -> halovae.VAE:
     return halovae.load(vae("wan2.1"))
 
 
@@ -27,9 +27,7 @@ def decoder() -> halovae.Autoencoder:
         (torch.zeros(1, 16, 1, 4, 4, dtype=torch.int64), TypeError, "int64; expected a floating dtype"),
     ],
 )
-def test_latents_of_the_wrong_kind(
-    decoder: halovae.Autoencoder, bad: Tensor, error: type[Exception], message: str
-) -> None:
+def test_latents_of_the_wrong_kind(decoder: halovae.VAE, bad: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         decoder.decode(bad)
 
@@ -46,20 +44,20 @@ def test_latents_of_the_wrong_kind(
     ],
 )
 def test_arguments_out_of_range(
-    decoder: halovae.Autoencoder, options: dict[str, Any], error: type[Exception], message: str
+    decoder: halovae.VAE, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         decoder.decode(latents("wan2.1"), **options)
 
 
-def test_arguments_are_refused_by_the_call_and_not_by_the_first_frame(decoder: halovae.Autoencoder) -> None:
+def test_arguments_are_refused_by_the_call_and_not_by_the_first_frame(decoder: halovae.VAE) -> None:
     with pytest.raises(ValueError, match="gather"):
         decoder.stream(latents("wan2.1"), gather="rank1")
     with pytest.raises(ValueError, match="needs 2 ranks"):
         decoder.stream(latents("wan2.1"), grid=Grid(rows=2))
 
 
-def test_nan_and_inf_warn_with_their_count_and_the_decode_goes_on(decoder: halovae.Autoencoder) -> None:
+def test_nan_and_inf_warn_with_their_count_and_the_decode_goes_on(decoder: halovae.VAE) -> None:
     z = latents("wan2.1")
     z[0, 0, 2, 0, 0], z[0, 3, 2, 1, 1] = torch.nan, torch.inf
     with pytest.warns(RuntimeWarning, match="2 NaN or infinite values among"):

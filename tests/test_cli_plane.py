@@ -19,8 +19,8 @@ from halovae.grid import Grid
 from halovae.io import latents as latents_file
 from halovae.models import zoo
 from halovae.plane import sharded
-from halovae.runtime.autoencoder import Autoencoder, load
 from halovae.runtime.simulate import simulate
+from halovae.runtime.vae import VAE, load
 
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
 SHAPES = {"AutoencoderKL": (1, 4, 12, 10), "AutoencoderKLCogVideoX": (1, 4, 5, 6, 5)}
@@ -192,7 +192,7 @@ def test_simulated_ranks_share_weights_and_no_caches(monkeypatch: pytest.MonkeyP
         return iter(["decoder"])
 
     monkeypatch.setattr(sharded, "hooked", hooked)
-    simulation = simulate(Autoencoder(module), z, Grid(rows=2))
+    simulation = simulate(VAE(module), z, Grid(rows=2))
     assert (simulation.frames - expected).abs().max() <= 1e-4
     assert used == {kept}
 

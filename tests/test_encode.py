@@ -15,9 +15,9 @@ from halovae.distributed.ranks import Ranks
 from halovae.errors import MemoryBudgetError
 from halovae.pipelines.within import share_encode
 from halovae.planning.graphs import traced
-from halovae.runtime.autoencoder import Autoencoder
 from halovae.runtime.plane_call import PlaneCall
 from halovae.runtime.sharing import Sharing
+from halovae.runtime.vae import VAE
 
 BOUND = 1e-4  # of the largest moment
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def reference(family: str, clip: Tensor) -> Tensor:
 
 def encoded(family: str, clip: Tensor, **options: Any) -> Tensor:
     """On each rank."""
-    moments = Autoencoder(vae(family)).encode(clip, **options)
+    moments = VAE(vae(family)).encode(clip, **options)
     assert moments is not None
     return moments
 

@@ -34,13 +34,13 @@ def change(folder: Path, **changes: Any) -> None:
     save_file(state, folder / WEIGHTS)
 
 
-def family_of(decoder: halovae.Autoencoder) -> str:
+def family_of(decoder: halovae.VAE) -> str:
     sizes = decoder.calls["decode"].sizes
     assert sizes is not None
     return sizes.family
 
 
-def check(decoder: halovae.Autoencoder, family: str) -> None:
+def check(decoder: halovae.VAE, family: str) -> None:
     """Check that it decodes as diffusers does."""
     frames = decoder.decode(latents(family))
     assert frames is not None

@@ -31,7 +31,7 @@ from halovae.distributed.launch import launch
 from halovae.distributed.ranks import Ranks
 from halovae.io import latents as latents_file
 from halovae.pipelines import tiny
-from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.vae import VAE
 from halovae.serving.lead import Lead
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp6").exists(), reason="reads Linux's tables of sockets")
@@ -146,7 +146,7 @@ def test_a_server_listens_on_loopback_only(folder: Path, tmp_path: Path) -> None
 
 
 def encode() -> tuple[list[int], str]:
-    moments = Autoencoder(vae("wan2.1")).encode(torch.zeros(1, 3, 1, 32, 32), mode="parallel")
+    moments = VAE(vae("wan2.1")).encode(torch.zeros(1, 3, 1, 32, 32), mode="parallel")
     assert moments is not None
     return list(moments.shape), os.environ["GLOO_SOCKET_IFNAME"]
 

@@ -11,11 +11,11 @@ from halovae.grid import Grid, Shard
 from halovae.pipelines.diffusers import parallelize, restore
 from halovae.pipelines.previews import Preview, previews
 from halovae.plane import shard
-from halovae.runtime.autoencoder import Autoencoder, load
+from halovae.runtime.vae import VAE, load
 
 __version__ = "0.1.0"
 __all__ = [
-    "Autoencoder",
+    "VAE",
     "CheckpointError",
     "Grid",
     "HalovaeError",

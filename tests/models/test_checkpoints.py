@@ -27,7 +27,7 @@ from halovae.models.checkpoint import recognize
 from halovae.models.layouts import LAYOUTS
 from halovae.models.wan import WanConfig
 from halovae.models.weights import Weights
-from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.vae import VAE
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -40,7 +40,7 @@ def latents_of(name: str, module: nn.Module) -> Tensor:
     return torch.randn(1, vae.config.latent_channels, *frames, 5, 7, generator=torch.Generator().manual_seed(1))
 
 
-def check(path: Path, name: str, module: nn.Module, dtype: torch.dtype = torch.float32) -> Autoencoder:
+def check(path: Path, name: str, module: nn.Module, dtype: torch.dtype = torch.float32) -> VAE:
     """The file's module decodes as `module` does, bit for bit."""
     loaded = halovae.load(path, dtype=dtype, device="cpu")
     assert type(loaded.module) is type(module)

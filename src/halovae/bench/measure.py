@@ -28,9 +28,9 @@ from halovae.models import zoo
 from halovae.models.classes import decode_options
 from halovae.models.load import diffusers_module
 from halovae.report import DecodeReport
-from halovae.runtime.autoencoder import Autoencoder, load
 from halovae.runtime.sharing import Call
 from halovae.runtime.simulate import Simulation, simulate
+from halovae.runtime.vae import VAE, load
 
 # What a contestant's processes hold between calls.
 _held: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def _hold_halovae(model: Model, options: dict[str, Any]) -> None:
 
 def _own_options(latents: Tensor) -> dict[str, Any]:
     """What this process's model needs besides latents."""
-    owner: Autoencoder = _held["owner"]
+    owner: VAE = _held["owner"]
     return decode_options(owner.module, latents)
 
 
@@ -202,7 +202,7 @@ class Contestant:
         kind: "halovae", "diffusers", or "tiled" for diffusers' tiling.
         compiled: whether diffusers' module is compiled.
         channels_last: whether channels lie side by side in diffusers' weights and latents.
-        options: of its decodes; see `Autoencoder.stream`.
+        options: of its decodes; see `VAE.stream`.
         report: halovae's of the last decode, by rank 0.
         taken: what each decode took, in order.
         out_of_memory: the bytes reserved when memory ran out; None while it has not.

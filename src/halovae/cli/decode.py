@@ -20,7 +20,7 @@ from halovae.io import latents as latents_file
 from halovae.io import media
 from halovae.models.classes import decode_options
 from halovae.models.load import CLASSES, find_model, read_alike, read_class, read_config
-from halovae.runtime.autoencoder import load
+from halovae.runtime.vae import load
 
 
 @dataclass(frozen=True)

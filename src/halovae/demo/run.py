@@ -21,7 +21,7 @@ from halovae.io import media
 from halovae.kernels.native import ready
 from halovae.models.architectures import DEMO
 from halovae.models.load import read_config
-from halovae.runtime.autoencoder import load
+from halovae.runtime.vae import load
 
 FRAMES, HEIGHT, WIDTH, FPS, SEED = 33, 192, 256, 12.0, 10_000_008
 # diffusers' tiles of 96 pixels that overlap by 24: several tiles each way at this size, as 256 would be at 720p.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from halovae.grid import Grid
 from halovae.models.classes import tiles_only
 from halovae.plane.results import Gather
-from halovae.runtime.autoencoder import replace_call
 from halovae.runtime.sharing import Mode, Sharing
+from halovae.runtime.vae import replace_call
 
 
 def parallelize(
@@ -34,7 +34,7 @@ def parallelize(
 
     Args:
         pipe_or_vae: a pipeline with a `vae`, or any diffusers autoencoder with rows and cols.
-        mode: how ranks share a latent, or pictures that are encoded; see `Autoencoder.stream`.
+        mode: how ranks share a latent, or pictures that are encoded; see `VAE.stream`.
         grid: instead of `mode`, for decoding.
         gather: "all" gives every rank the frames. "rank0" saves the other ranks the memory: they get black frames of
             the right shape, which take none.

@@ -27,8 +27,8 @@ from halovae.pipelines.diffusers import do_without_torchvision, gather_uneven_pa
 from halovae.pipelines.specs import Pipeline, Prompt
 from halovae.pipelines.within import SharedDecode, share_encode
 from halovae.report import DecodeReport
-from halovae.runtime.autoencoder import Autoencoder
 from halovae.runtime.sharing import Mode, Sharing
+from halovae.runtime.vae import VAE
 
 _CHECKER = "halovae.pipelines.tiny.safety"
 StepEnd = Callable[[Any, int, Any, dict[str, Any]], Any]  # diffusers' callback_on_step_end
@@ -61,7 +61,7 @@ class Generator:
             world's size, or 1: every rank then denoises all by itself, as it does where diffusers cannot share the
             transformer.
         offload: keep all but the VAE in the host's memory, each part but for the time it is used.
-        encode: how ranks share the pictures that a pipeline starts from, as a mode of `Autoencoder.encode`.
+        encode: how ranks share the pictures that a pipeline starts from, as a mode of `VAE.encode`.
 
     Raises:
         ValueError: a pipeline of another kind, degrees that do not match the world, or nowhere to offload from.
@@ -100,7 +100,7 @@ class Generator:
         if self.kind.whole:
             self._within = SharedDecode(self.pipeline.vae)
         else:
-            self.decoder = Autoencoder(self.pipeline.vae)
+            self.decoder = VAE(self.pipeline.vae)
         if self.kind.pictures.stop > 1:
             # Of its own: the decode of what was generated before may be under way in another thread.
             mesh = Mesh(Grid(rows=world_size()), device.torch_device)
@@ -143,7 +143,7 @@ class Generator:
             told: as for `denoise`.
             watch: as for `denoise`.
             dtype: uint8 for frames in 0..255, or a floating one for [0, 1].
-            options: `mode`, `grid` and `memory_budget` of the decode, as `Autoencoder.stream` has them.
+            options: `mode`, `grid` and `memory_budget` of the decode, as `VAE.stream` has them.
         """
         self._within.options = options
         frames = self._call(prompt, told, watch, "pt")[0]  # after it may come sound, or what a safety checker found

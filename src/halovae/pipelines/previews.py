@@ -26,7 +26,7 @@ from halovae.models.classes import (
     takes_frames,
     tiles_only,
 )
-from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Previews:
 
     def __init__(
         self, every: int, show: Callable[[Preview], None], side: int, size: tuple[int, int] | None,
-        decoder: Autoencoder,
+        decoder: VAE,
     ) -> None:  # fmt: skip
         self._every, self._show, self._side, self._size = every, show, side, size
         self._autoencoder, self._vae = decoder, decoder.module
@@ -141,7 +141,7 @@ def previews(
     show: Callable[[Preview], None],
     side: int = 256,
     size: tuple[int, int] | None = None,
-    decoder: nn.Module | Autoencoder | None = None,
+    decoder: nn.Module | VAE | None = None,
 ) -> Previews:
     """Make a `callback_on_step_end` that draws small pictures of what a pipeline makes, while its steps run.
 
@@ -159,7 +159,7 @@ def previews(
         side: of the longer side in pixels, at most, but for one latent.
         size: width and height in pixels of what is made; needed for packed latents.
         decoder: what decodes instead of `pipe.vae`, such as diffusers' `AutoencoderTiny` for the same latents, or an
-            `Autoencoder` that keeps its graphs from one call to the next.
+            `VAE` that keeps its graphs from one call to the next.
 
     Raises:
         TypeError: the pipeline has no VAE, or takes no callback; `show` is no function; or what decodes only knows
@@ -181,8 +181,8 @@ def previews(
         raise TypeError(f"show={show!r}: expected a function of a Preview")
     if size is not None and not (len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size)):
         raise ValueError(f"size={size!r}: expected width and height in pixels, such as (1024, 768)")
-    if not isinstance(decoder, Autoencoder):
-        decoder = Autoencoder(pipe.vae if decoder is None else decoder)
+    if not isinstance(decoder, VAE):
+        decoder = VAE(pipe.vae if decoder is None else decoder)
     if tiles_only(decoder.module):
         raise TypeError(f"{type(decoder.module).__name__} decodes tiles of one size: expected another decoder")
     return Previews(every, show, side, size, decoder)

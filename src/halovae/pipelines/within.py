@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from halovae.distributed.mesh import Mesh
 from halovae.models.classes import tiles_only
 from halovae.report import DecodeReport
-from halovae.runtime.autoencoder import Autoencoder
 from halovae.runtime.plane_call import PlaneCall
 from halovae.runtime.sharing import Sharing
+from halovae.runtime.vae import VAE
 
 
 class SharedDecode:
@@ -23,14 +23,14 @@ class SharedDecode:
         vae: a diffusers autoencoder; its instance's `decode` is replaced.
 
     Attributes:
-        options: of `Autoencoder.stream`, for the calls to come.
+        options: of `VAE.stream`, for the calls to come.
         report: of the last call, with all ranks; None before the first.
     """
 
     def __init__(self, vae: Any) -> None:
         self.options: dict[str, Any] = {}
         self.report: DecodeReport | None = None
-        autoencoder = Autoencoder(vae)
+        autoencoder = VAE(vae)
         call = autoencoder.calls["decode"]
         if tiles_only(vae):
             vae.enable_tiling()

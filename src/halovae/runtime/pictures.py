@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PictureStream(Iterator["Tensor | None"]):
-    """Finished frames of a decode, as `Autoencoder.stream` describes them.
+    """Finished frames of a decode, as `VAE.stream` describes them.
 
     A chunk is decoded when the next item is asked for. After the last one `report` says what the decode took.
 

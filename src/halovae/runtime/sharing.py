@@ -22,7 +22,7 @@ Mode = Literal["auto", "single", "parallel"]
 
 @dataclass(frozen=True)
 class Sharing:
-    """What a caller asks for; see `Autoencoder.stream`."""
+    """What a caller asks for; see `VAE.stream`."""
 
     mode: Mode = "auto"
     grid: Grid | None = None

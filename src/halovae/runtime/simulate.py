@@ -16,7 +16,7 @@ from halovae.distributed.simulated import SimulatedTransport, on_clocks
 from halovae.distributed.transport import Link
 from halovae.grid import Grid
 from halovae.kernels.native import ready
-from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Simulation:
     seconds: float
 
 
-def simulate(decoder: Autoencoder, latents: Tensor, grid: Grid, link: Link | None = None, **options: Any) -> Simulation:
+def simulate(decoder: VAE, latents: Tensor, grid: Grid, link: Link | None = None, **options: Any) -> Simulation:
     """Decode by `grid.size` ranks in this process, on the decoder's device.
 
     Args:
@@ -90,6 +90,6 @@ def simulate(decoder: Autoencoder, latents: Tensor, grid: Grid, link: Link | Non
     return Simulation(frames, grid, tuple(rank for _, rank, _ in done), max(clock for _, _, clock in done))
 
 
-def _own(decoder: Autoencoder) -> Autoencoder:
+def _own(decoder: VAE) -> VAE:
     """A decoder for one rank, with the same parameters: autoencoders may keep caches on themselves as they decode."""
-    return Autoencoder(copy.deepcopy(decoder.module, {id(one): one for one in decoder.module.parameters()}))
+    return VAE(copy.deepcopy(decoder.module, {id(one): one for one in decoder.module.parameters()}))

@@ -15,7 +15,7 @@ from halovae.device.kinds import Device
 from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.errors import MemoryBudgetError
 from halovae.report import DecodeReport
-from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.vae import VAE
 from halovae.serving.files import Batch, Order, Writer
 from halovae.serving.lead import IDLE, Lead
 from halovae.serving.line import RankLine
@@ -28,7 +28,7 @@ class Decoding(threading.Thread):
 
     Args:
         decoder: the VAE's.
-        options: of `Autoencoder.stream`.
+        options: of `VAE.stream`.
         most: how many latents to decode at once.
         lead: from rank 0, which chooses what is decoded next.
         line: to the front; None on other ranks.
@@ -37,9 +37,7 @@ class Decoding(threading.Thread):
         needs: bytes that a decode of latents of a shape `[B, C, T, H, W]` took on a rank, as last measured.
     """
 
-    def __init__(
-        self, decoder: Autoencoder, options: dict[str, Any], most: int, lead: Lead, line: RankLine | None
-    ) -> None:
+    def __init__(self, decoder: VAE, options: dict[str, Any], most: int, lead: Lead, line: RankLine | None) -> None:
         super().__init__(daemon=True, name="decoding")
         self._decoder, self._options, self._most, self._lead, self._line = decoder, options, most, lead, line
         self._writer = Writer(line) if line is not None else None

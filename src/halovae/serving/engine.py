@@ -26,7 +26,7 @@ from halovae.pipelines.generator import Generator, Made, StepEnd
 from halovae.pipelines.previews import Preview, previews
 from halovae.pipelines.specs import Prompt
 from halovae.planning.planner import USABLE
-from halovae.runtime.autoencoder import Autoencoder
+from halovae.runtime.vae import VAE
 from halovae.serving.decoding import Decoding, summary, survived
 from halovae.serving.files import Batch, Order, Writer
 from halovae.serving.lead import IDLE, Lead
@@ -85,7 +85,7 @@ class Engine:
             self._writer = Writer(line)
         self._needs: dict[tuple[Any, ...], int] = {}  # bytes that denoising took on a rank, by what was made
         self._free = 0
-        self._previews: Autoencoder | None = None
+        self._previews: VAE | None = None
 
     def warm_up(self, width: int, height: int, frames: int) -> None:
         """Generate something once, so that the first request need not wait for what is done only once."""
@@ -192,7 +192,7 @@ class Engine:
         if line is None or order.preview_every is None:
             return None
         if self._previews is None:
-            self._previews = Autoencoder(pipeline.vae)  # of its own, as a decode may be under way in another thread
+            self._previews = VAE(pipeline.vae)  # of its own, as a decode may be under way in another thread
 
         def show(preview: Preview) -> None:
             file = io.BytesIO()

@@ -25,7 +25,7 @@ from halovae.runtime.plane_call import PlaneCall
 from halovae.runtime.sharing import Call, Sharing
 
 
-class Autoencoder:
+class VAE:
     """A diffusers autoencoder that decodes and encodes on all ranks, with one process's result.
 
     Weights are shared with the module, which stays as it is. Every rank makes the same calls with the same tensors.
@@ -273,8 +273,8 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     encoder: bool = True,
-) -> Autoencoder:
-    """Make an `Autoencoder` of a diffusers VAE, a folder in diffusers layout, a file, or a hub id.
+) -> VAE:
+    """Make a `VAE` of a diffusers VAE, a folder in diffusers layout, a file, or a hub id.
 
     Args:
         source: a live diffusers autoencoder, whose parameters are shared, not copied; a folder with `config.json` and
@@ -291,9 +291,9 @@ def load(
     """
     if isinstance(source, nn.Module):
         try:
-            return Autoencoder(source)
+            return VAE(source)
         except TypeError as error:
             raise CheckpointError(str(error)) from error
     path = checkpoints.find_model(source, subfolder)
     target = Device.default().torch_device if device is None else torch.device(device)
-    return Autoencoder(checkpoints.diffusers_module(path, dtype, encoder).to(target))
+    return VAE(checkpoints.diffusers_module(path, dtype, encoder).to(target))

@@ -1,12 +1,12 @@
-"""What recorded graphs take on one accelerator: the plain module, its replay, and a rank of larger grids by itself.
+"""Time and memory of recorded graphs on one accelerator: the plain module, its replay, and one rank of larger grids.
 
     python benchmarks/accelerator.py --model flux --size 1024x1024 --grid 1x1,2x1,2x2,4x2
 
-The module runs as it is, with channels last, and with --compile compiled so. Replay runs queued operator by operator,
-and as a CUDA graph. With --profile, the kernels that replay spends its time in are listed.
+The module runs as it is, with channels last, and, with --compile, compiled with channels last. Replay runs operator by
+operator, and as a CUDA graph. With --profile, the kernels of a replay are listed by time.
 
-A rank of a larger grid runs its recorded graph for real, and gets halos of no meaning at once: its time is what it
-computes, without messages, and its peak what it allocates. With --check, ranks of small latents are simulated and
+A rank of a larger grid runs its recorded graph, and receives meaningless halos at once. Its time is that of its
+computation, without messages; its peak is what it allocates. With --check, ranks are simulated on small latents and
 compared with the plain module.
 """
 
@@ -43,18 +43,18 @@ def main() -> None:
     """Measure one model, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="flux")
-    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT of the pictures")
+    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels")
     parser.add_argument("--frames", type=int, default=1)
-    parser.add_argument("--grid", default="1x1,2x1,2x2,4x2", help="ROWSxCOLS, several by commas")
+    parser.add_argument("--grid", default="1x1,2x1,2x2,4x2", help="ROWSxCOLS; several comma-separated")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="the module by torch.compile, too")
+    parser.add_argument("--compile", action="store_true", help="also run the module with torch.compile")
     parser.add_argument("--profile", action="store_true", help="list the kernels of the first grid's replay")
     parser.add_argument("--check", default="", help="HxW of small latents: compare simulated ranks with the module")
     args = parser.parse_args()
     device, dtype = Device.default().torch_device, DTYPES[args.dtype]
     if device.type == "cpu":
-        parser.error("there is no accelerator here: benchmarks/scaling.py measures the CPU")
+        parser.error("no accelerator found; benchmarks/scaling.py measures the CPU")
     torch.manual_seed(0)
     module: Any = random_vae(args.model).to(device, dtype).eval().requires_grad_(False)
     width, height = map(int, args.size.split("x"))
@@ -78,8 +78,8 @@ def _check(module: nn.Module, z: Tensor, grids: list[Grid]) -> None:
         decode = shard(_decode(module), module)
 
         def rank(mesh: Mesh, decode: Any = decode) -> Tensor:
-            found: Tensor = decode(z, mesh=mesh)
-            return found
+            frames: Tensor = decode(z, mesh=mesh)
+            return frames
 
         error = max((one - expected).abs().max().item() for one in on_threads(grid, z.device, rank))
         print(f"latents {list(z.shape)} on {grid}: largest error {error / truth:.1e} of the largest value", flush=True)
@@ -117,7 +117,7 @@ def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list
             _profile(replay)
     taken: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, float] = {}
-    for turn in range(args.repeat + 1):  # the first warms up
+    for turn in range(args.repeat + 1):  # the first one warms up
         for name, run in cases.items():
             device.synchronize()
             if turn == 0:
@@ -157,7 +157,7 @@ def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list
 
 
 def _captured(replay: Callable[[], Any]) -> Callable[[], Any] | None:
-    """The same as a CUDA graph; None if it cannot be captured."""
+    """Return `replay` as a CUDA graph; None if it cannot be captured."""
     replay()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -174,10 +174,10 @@ def _profile(replay: Callable[[], Any]) -> None:
     replay()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities) as profile:
         replay()
         torch.cuda.synchronize()
-    print(found.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=90))
+    print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=90))
 
 
 def _local(z: Tensor, mesh: Mesh) -> Tensor:

@@ -1,11 +1,11 @@
-"""What mode "auto" chooses against every grid that it could have chosen, and its predictions against what was measured.
+"""Compare what mode "auto" chooses with every grid that it could have chosen, and its predictions with measurements.
 
     python benchmarks/auto.py [--output docs/benchmarks/auto.md]
 
-True-size models on seeded random weights, one thread a rank. In each case every grid decodes, and so does auto;
-all take turns, and times are medians. "4,096" is what a constant of that many latent elements a rank would have chosen:
-the rows shared by all ranks, or one rank. Predictions are of single items: a grid that the caller names decodes a batch
-at once, and auto its items one after the other.
+True-size models on seeded random weights, one thread per rank. In each case auto and every grid take turns; times are
+medians. "4,096" is what a threshold of that many latent elements per rank would have chosen: the rows shared by all
+ranks, or one rank. Predictions are of single items: a grid that the caller names decodes a batch at once, and auto
+decodes its items one after the other.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Way:
 
 @dataclass
 class Result:
-    """A case: its ways, auto first, and what the constant would choose."""
+    """A case: its ways, auto first, and the grid that the constant would choose."""
 
     title: str
     ways: list[Way]
@@ -76,12 +76,12 @@ class Result:
 
 
 def hold(folder: Path) -> None:
-    """On each rank."""
+    """Load the model on each rank."""
     _held["decoder"] = load(folder)
 
 
 def decode(latents: torch.Tensor, options: dict[str, Any]) -> tuple[float, DecodeReport]:
-    """Decode once on each rank: seconds until this one is done, and all ranks' report."""
+    """Decode once on each rank. Return the seconds until this rank is done, and the report of all ranks."""
     decoder = _held["decoder"]
     if dist.is_initialized():
         dist.barrier()
@@ -93,7 +93,7 @@ def decode(latents: torch.Tensor, options: dict[str, Any]) -> tuple[float, Decod
 
 
 def measure(ranks: Ranks, count: int, case: tuple[str, int, int, int], seconds: float, most: int) -> Result:
-    """Let all ways take turns for about so many seconds each, at least three times."""
+    """Let all ways take turns, at least three times, until auto has decoded for `seconds` or `most` times."""
     family, extent, frames, batch = case
     channels = 48 if family == "wan2.2-5b" else 16
     shape = (batch, channels, frames, extent, extent)
@@ -113,7 +113,7 @@ def measure(ranks: Ranks, count: int, case: tuple[str, int, int, int], seconds: 
 
 
 def predictions(result: Result) -> list[tuple[Way, dict[str, Any]]]:
-    """The ways of which auto made a prediction, and that."""
+    """Return the ways that auto made a prediction for, each with the prediction."""
     auto = result.auto.report
     assert auto is not None
     assert auto.decision is not None
@@ -125,31 +125,32 @@ def predictions(result: Result) -> list[tuple[Way, dict[str, Any]]]:
 
 
 def single(result: Result) -> Way:
-    """One rank."""
+    """Return the way with one rank."""
     return next(way for way in result.ways if way.name == "1x1")
 
 
 def over_constant(result: Result) -> float:
-    """What 4,096 would have chosen, over the best."""
+    """Return the time of what the constant would have chosen, over the best."""
     times = {way.name: way.median for way in result.ways}
     return times[result.constant] / result.best.median
 
 
 def row(result: Result) -> str:
-    """A line of the table."""
-    auto, best, alone, fixed = result.auto, result.best, single(result), over_constant(result)
+    """Return a row of the table."""
+    auto, best, one_rank, fixed = result.auto, result.best, single(result), over_constant(result)
     report = auto.report
     assert report is not None
     figures = (
         result.title, f"{auto.median:.3f}", report.grid, f"{best.median:.3f}", best.name,
-        f"{auto.median / best.median:.2f}", f"{alone.median:.3f}", f"{auto.median / alone.median:.2f}",
+        f"{auto.median / best.median:.2f}", f"{one_rank.median:.3f}",
+        f"{auto.median / one_rank.median:.2f}",
         f"{fixed:.2f} ({result.constant})",
     )  # fmt: skip
     return f"| {' | '.join(figures)} |"
 
 
 def lines(results: list[Result]) -> Iterator[str]:
-    """The report."""
+    """Yield the lines of the report."""
     yield HEAD
     yield from map(row, results)
     yield ""
@@ -162,14 +163,14 @@ def lines(results: list[Result]) -> Iterator[str]:
         yield f"- {name}: median {statistics.median(ratios):.3f}, worst {max(ratios):.3f}"
     times, peaks, exact = [], [], []
     for one in results:
-        for way, said in predictions(one):
+        for way, predicted in predictions(one):
             report = way.report
             assert report is not None
-            times.append(said["seconds"] / way.median)
+            times.append(predicted["seconds"] / way.median)
             rank = max(report.ranks, key=lambda rank: rank.memory.peak_allocated)
-            peaks.append(said["peak"] / rank.memory.peak_allocated)
+            peaks.append(predicted["peak"] / rank.memory.peak_allocated)
             sent = {(rank.messages, rank.bytes_sent) for rank in report.ranks}
-            exact.append((said["messages"], said["bytes_sent"]) in sent)
+            exact.append((predicted["messages"], predicted["bytes_sent"]) in sent)
     off = [abs(ratio - 1) for ratio in times]
     yield (
         f"- predicted over measured time, {len(times)} plans: median {statistics.median(times):.3f}, "
@@ -185,9 +186,9 @@ def lines(results: list[Result]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4, help="how long auto decodes in each case, about")
-    parser.add_argument("--most", type=int, default=15, help="rounds of a case")
-    parser.add_argument("--output", type=Path, help="write the report there as well")
+    parser.add_argument("--seconds", type=float, default=4, help="approximate seconds of auto in each case")
+    parser.add_argument("--most", type=int, default=15, help="the most rounds of a case")
+    parser.add_argument("--output", type=Path, help="also write the report to this file")
     args = parser.parse_args()
     results = []
     console = Console(stderr=True)

@@ -1,14 +1,14 @@
-"""Decode (or encode) time and peak memory, halovae on one and more ranks beside diffusers and SGLang, in one run.
+"""Decode (or encode) time and peak memory: halovae on one and more ranks, diffusers, and SGLang, in one run.
 
     python benchmarks/decode.py --model wan2.1 --shape 1x16x3x32x32 --ranks 1 2
     python benchmarks/decode.py --all
     python benchmarks/decode.py --all --only flux --peers DIR_OF_PEER_SCRIPTS --peers-python THEIR_PYTHON
 
-All contestants hold a true-size model on seeded random weights, each rank in a process and on threads of its own.
+All contestants have a true-size model on seeded random weights, each rank in a process and on threads of its own.
 diffusers is tried in four ways: eager, with channels last, with its decoder compiled, and with both. The fastest of
-them takes turns with the others (A B A B ...) once they are warm. Times are those of the slowest rank. Peak memory is a
-process's peak resident set; "above resting" is above the same process with the weights loaded and nothing decoded yet.
-`--all` runs the cases that have targets, and says which are reached.
+these takes turns with the other contestants (A B A B ...) after warming up. Times are those of the slowest rank. Peak
+memory is a process's peak resident set; "above resting" is relative to the process with the weights loaded and nothing
+decoded yet. `--all` runs the cases that have targets, and says which targets are reached.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from torch import Tensor
 from halovae.bench.measure import Contestant, Model
 from halovae.errors import RankError
 from halovae.models.architectures import MODELS, random_vae
-from halovae.runtime.sharing import Call
+from halovae.runtime.options import Call
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ONE, TWO = "halovae, 1 rank", "halovae, 2 ranks"
-TRIES = 2  # calls of each of diffusers' ways, of which the fastest one counts
+TRIES = 2  # calls of each of diffusers' ways; the fastest counts
 EAGER, BEST, SGLANG = "diffusers, eager", "diffusers, at its best", "SGLang, 2 ranks"
-# How else diffusers may run: channels last, and compiled.
+# Other ways to run diffusers: whether with channels last, and whether compiled.
 WAYS = {
     "diffusers, channels last": (True, False),
     "diffusers, compiled": (False, True),
@@ -47,7 +47,13 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is decoded and by whom, and how many times faster, or smaller, who must be than whom."""
+    """A decode, its contestants, and its targets.
+
+    Attributes:
+        peer: the model's name for SGLang's script; None to leave SGLang out.
+        faster: pairs of contestants, and how many times as fast the first must be as the second.
+        smaller: pairs of contestants, and the largest ratio of the first's memory above resting to the second's.
+    """
 
     model: str
     shape: str
@@ -86,7 +92,7 @@ ALL = (
 
 @dataclass
 class Figures:
-    """What one contestant took, over its calls."""
+    """The figures of one contestant over its calls. Memory is in MiB."""
 
     seconds: list[float] = field(default_factory=list)
     peak: float = 0
@@ -96,7 +102,7 @@ class Figures:
 
     @classmethod
     def of(cls, one: Contestant, reference: Tensor | None) -> Figures:
-        """Those of a contestant; the error is the largest absolute difference from a reference."""
+        """Return a contestant's figures. The error is the largest absolute difference from a reference."""
         assert one.frames is not None
         assert reference is not None
         return cls(
@@ -110,33 +116,33 @@ class Figures:
 
 @dataclass(frozen=True)
 class Peer:
-    """SGLang's spatially sharded decode, by a script that decodes `--latent` and prints a line of JSON."""
+    """SGLang's spatially sharded decode: a script that decodes `--latent` and prints a line of JSON."""
 
     script: Path
     python: str
 
     def decode(self, case: Case, into: Figures) -> None:
-        """Decode once in processes of its own, warmed up on a crop."""
+        """Decode once in new processes, warmed up on a crop."""
         command = [self.python, str(self.script), "--model", str(case.peer), "--mode", "spatial_shard"]
         command += ["--latent", case.shape, "--ranks", "2", "--threads", "1", "--reps", "1", "--smallwarm", "1"]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = done.stdout.strip().splitlines() or [done.stderr[-500:] or "nothing"]
-        said: dict[str, Any] = json.loads(lines[-1]) if lines[-1].startswith("{") else {"failed": lines[-1]}
-        if said.get("failed"):
-            raise SystemExit(f"{self.script}: {said}")
-        into.seconds.append(said["median_s"])
-        into.peak = max(said["peak_rss_mb_per_rank"])
-        rests = zip(said["peak_rss_mb_per_rank"], said["rss_before_decode_mb"], strict=True)
+        figures: dict[str, Any] = json.loads(lines[-1]) if lines[-1].startswith("{") else {"failed": lines[-1]}
+        if figures.get("failed"):
+            raise SystemExit(f"{self.script}: {figures}")
+        into.seconds.append(figures["median_s"])
+        into.peak = max(figures["peak_rss_mb_per_rank"])
+        rests = zip(figures["peak_rss_mb_per_rank"], figures["rss_before_decode_mb"], strict=True)
         into.above_resting = max(peak - rest for peak, rest in rests)
-        into.error = said["max_abs_err"]
+        into.error = figures["max_abs_err"]
 
 
 def measure(case: Case, repeat: int, peer: Peer | None, console: Console) -> dict[str, Figures]:
-    """Call `repeat` times by each in turn."""
+    """Let the contestants take turns, `repeat` times each, and return their figures."""
     shape = [int(extent) for extent in case.shape.split("x")]
     dtype = DTYPES[case.dtype]
-    given = torch.randn(shape, generator=torch.Generator().manual_seed(1234)).to(dtype)
-    given = given.clamp(-1, 1) if case.call == "encode" else given
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1234)).to(dtype)
+    x = x.clamp(-1, 1) if case.call == "encode" else x
     with TemporaryDirectory() as temporary, console.status("making the model") as status:
         random_vae(case.model).save_pretrained(temporary)
         model = Model(Path(temporary), MODELS[case.model].class_name, dtype, "cpu", call=case.call)
@@ -156,10 +162,10 @@ def measure(case: Case, repeat: int, peer: Peer | None, console: Console) -> dic
             for one in list(tried):
                 status.update(f"{case.title}: trying {one.name}")
                 try:
-                    one.warm_up(given)
+                    one.warm_up(x)
                     for _ in range(TRIES):
-                        one.decode(given, keep=True)
-                except RankError as error:  # what cannot be compiled is no contestant
+                        one.decode(x, keep=True)
+                except RankError as error:  # a module that cannot be compiled does not take part
                     console.print(f"{case.title}: {one.name} is left out: {str(error).strip().splitlines()[-1]}")
                     tried.remove(one)
             best = min(tried, key=lambda one: min(taken.seconds for taken in one.taken))
@@ -171,13 +177,13 @@ def measure(case: Case, repeat: int, peer: Peer | None, console: Console) -> dic
             contestants.insert(0, best)
             for one in contestants[1:]:
                 status.update(f"{case.title}: warming up {one.name}")
-                one.warm_up(given)
+                one.warm_up(x)
             if peer is not None and case.peer:
                 found[SGLANG] = Figures()
             for turn in range(repeat):
                 for one in contestants:
                     status.update(f"{case.title}: round {turn + 1} of {repeat}: {one.name}")
-                    one.decode(given, keep=turn == repeat - 1)
+                    one.decode(x, keep=turn == repeat - 1)
                 if peer is not None and case.peer:
                     status.update(f"{case.title}: round {turn + 1} of {repeat}: {SGLANG}")
                     peer.decode(case, found[SGLANG])
@@ -190,12 +196,12 @@ def measure(case: Case, repeat: int, peer: Peer | None, console: Console) -> dic
 
 
 def report(console: Console, case: Case, found: dict[str, Figures]) -> None:
-    """Print the table; ratios are of medians, against the best of diffusers' ways, and the first of halovae's."""
+    """Print the table. Ratios of medians are against diffusers at its best, and against halovae's first row."""
     best, eager = found[BEST], found[EAGER]
     single = next(figures for name, figures in found.items() if name.startswith("halovae"))
     table = Table(title=f"{case.title}, {case.threads} thread(s) a rank", title_justify="left")
     for column in (
-        "who", "median (s)", "all (s)", "speed / best", "speed / 1st halovae", "warm-up (s)",
+        "contestant", "median (s)", "all (s)", "speed / best", "speed / 1st halovae", "warm-up (s)",
         "peak (MiB)", "above resting (MiB)", "/ eager", "/ 1st halovae", "max error",
     ):  # fmt: skip
         table.add_column(column)
@@ -218,28 +224,28 @@ def report(console: Console, case: Case, found: dict[str, Figures]) -> None:
 
 
 def targets(case: Case, found: dict[str, Figures]) -> list[list[str]]:
-    """Lines of what was to be reached and what was, as far as both took part."""
+    """Return rows of targets and what was reached, for the pairs that both took part."""
     lines = []
-    for who, whom, bound in case.faster:
-        if who in found and whom in found:
-            reached = statistics.median(found[whom].seconds) / statistics.median(found[who].seconds)
+    for first, second, bound in case.faster:
+        if first in found and second in found:
+            reached = statistics.median(found[second].seconds) / statistics.median(found[first].seconds)
             verdict = "yes" if reached >= bound else "NO"
-            lines.append([case.title, f"{who} against {whom}", f">= {bound}x", f"{reached:.2f}x", verdict])
-    for who, whom, bound in case.smaller:
-        if who in found and whom in found:
-            reached = found[who].above_resting / found[whom].above_resting
+            lines.append([case.title, f"{first} against {second}", f">= {bound}x", f"{reached:.2f}x", verdict])
+    for first, second, bound in case.smaller:
+        if first in found and second in found:
+            reached = found[first].above_resting / found[second].above_resting
             verdict = "yes" if reached <= bound else "NO"
-            lines.append([case.title, f"memory, {who} / {whom}", f"<= {bound}", f"{reached:.2f}", verdict])
+            lines.append([case.title, f"memory, {first} / {second}", f"<= {bound}", f"{reached:.2f}", verdict])
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="all cases that have targets, instead of one")
-    parser.add_argument("--only", choices=list(MODELS), nargs="+", help="with --all: of these models")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="halovae's numbers of ranks")
+    parser.add_argument("--all", action="store_true", help="run all cases that have targets, instead of one")
+    parser.add_argument("--only", choices=list(MODELS), nargs="+", help="with --all, only these models")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks for halovae")
     parser.add_argument("--model", choices=list(MODELS), default="wan2.1")
-    parser.add_argument("--shape", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW, of latents, or of pictures")
+    parser.add_argument("--shape", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW of the latents or pictures")
     parser.add_argument("--call", choices=get_args(Call), default="decode")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="threads of each rank and of diffusers")

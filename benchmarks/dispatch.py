@@ -1,9 +1,9 @@
-"""What an operator on a plane tensor takes more than the same operator on this rank's part, outside of tracing.
+"""The overhead of an operator on a plane tensor over the same operator on the rank's shard, outside of tracing.
 
     python benchmarks/dispatch.py
 
-One rank of a simulated 2x1 grid, tiny tensors, no communication: what is measured is Python. The two take turns, and
-the least of several rounds counts. Eager calls take it for each operator; replayed graphs do not.
+One rank of a simulated 2x1 grid, tiny tensors, no communication: this measures Python. The two take turns, and the
+least of several rounds counts. Eager calls have this overhead for each operator; replayed graphs do not.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 def measured(names: Sequence[str], calls: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """The least microseconds of an operator on a plane tensor, and on this rank's part. All take turns."""
+    """Return the least microseconds of each operator on a plane tensor, and on the rank's shard. All take turns."""
     plane = Plane(Mesh(Grid(rows=2), torch.device("cpu"), TracedTransport(0, 2)))
     with plane.active():
         x, y = (plane.scatter(torch.randn(1, 8, 4, 4)) for _ in range(2))
@@ -69,7 +69,7 @@ def measured(names: Sequence[str], calls: int, rounds: int) -> dict[str, tuple[f
 
 
 def timed(operator: Callable[..., Any], tensors: tuple[Tensor, Tensor], calls: int) -> float:
-    """Microseconds of one of some calls."""
+    """Return the mean microseconds of a call."""
     begin = time.perf_counter()
     for _ in range(calls):
         operator(*tensors)
@@ -78,7 +78,7 @@ def timed(operator: Callable[..., Any], tensors: tuple[Tensor, Tensor], calls: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=100, help="of each operator in a round")
+    parser.add_argument("--calls", type=int, default=100, help="calls of each operator in a round")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--only", nargs="*", choices=list(OPERATORS), default=list(OPERATORS), metavar="OPERATOR")
     args = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
     with Console(stderr=True).status("measuring"):
         found = measured(args.only, args.calls, args.rounds)
     table = Table(title="microseconds of one call", title_justify="left")
-    for column in ("operator", "on the part", "on the plane tensor", "overhead"):
+    for column in ("operator", "on the shard", "on the plane tensor", "overhead"):
         table.add_column(column, justify="left" if column == "operator" else "right")
     for name, (ours, plain) in found.items():
         table.add_row(name, f"{plain:.1f}", f"{ours:.1f}", f"{ours - plain:.1f}")

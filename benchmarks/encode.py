@@ -1,8 +1,8 @@
-"""Encode time, halovae on one and two ranks beside diffusers, interleaved in one run.
+"""Encode time of halovae on one and two ranks, and of diffusers, interleaved in one run.
 
     python benchmarks/encode.py [--output docs/benchmarks/encode.md]
 
-True-size models on seeded random weights, one thread a rank, fp32, kernels compiled. Times are medians, of the slowest
+True-size models on seeded random weights, one thread per rank, fp32, compiled kernels. Times are medians of the slowest
 rank.
 """
 
@@ -34,7 +34,7 @@ _held: dict[str, Any] = {}
 
 
 def hold(family: str) -> None:
-    """On each rank."""
+    """Load the model on each rank."""
     _held["vae"] = random_vae(family)
     _held["encoder"] = VAE(random_vae(family))
     ready(torch.device("cpu"), wait=True)
@@ -42,7 +42,7 @@ def hold(family: str) -> None:
 
 @torch.inference_mode()
 def encode(pictures: torch.Tensor, mode: str) -> tuple[float, torch.Tensor]:
-    """Encode once on each rank: seconds until this one is done, and the moments."""
+    """Encode once on each rank. Return the seconds until this rank is done, and the moments."""
     if dist.is_initialized():
         dist.barrier()
     begin = time.perf_counter()
@@ -54,7 +54,7 @@ def encode(pictures: torch.Tensor, mode: str) -> tuple[float, torch.Tensor]:
 
 
 def row(ranks: dict[int, Ranks], case: tuple[str, int, int, int], repeat: int) -> str:
-    """Let all ways take turns."""
+    """Let all ways take turns, and return a row of the table."""
     family, width, height, frames = case
     pictures = 2 * torch.rand(1, 3, frames, height, width, generator=torch.Generator().manual_seed(1)) - 1
     ways = {"diffusers": 1, "single": 1, "parallel": 2, "auto": 2}
@@ -75,8 +75,8 @@ def row(ranks: dict[int, Ranks], case: tuple[str, int, int, int], repeat: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=3, help="rounds of a case, after the first")
-    parser.add_argument("--output", type=Path, help="write the table there as well")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds of a case after the first")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     table = [HEAD]
     console = Console(stderr=True)

@@ -1,12 +1,12 @@
-"""How far halovae's frames are from diffusers' own untiled decode, over families, grids, dtypes, passes on and off.
+"""Errors of halovae's frames against diffusers' untiled decode, by family, grid, dtype, and with passes on and off.
 
     python benchmarks/exactness.py
     python benchmarks/exactness.py --models wan2.1 AutoencoderKL --seeds 3
 
-Small models of the true architecture on seeded random weights; real gloo ranks, kernels compiled. An error is the
-largest absolute one over the largest value; the table has the mean over seeds. The status is 1 if a bound is broken: in
-fp32 1e-5; in fp64, where Winograd's convolution stays out, 1e-12 (1e-6 where the module itself casts to fp32); in bf16
-1.1 times the error of diffusers' own bf16 decode against its fp32 decode.
+Small models of the true architecture on seeded random weights, real gloo ranks, compiled kernels. An error is the
+largest absolute difference over the largest value; the table has the mean over seeds. The exit status is 1 if a bound
+is broken. Bounds: 1e-5 in fp32; 1e-12 in fp64, where Winograd's convolution is not used (1e-6 if the module itself
+casts to fp32); in bf16, 1.1 times the error of diffusers' own bf16 decode against its fp32 decode.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from halovae.models.architectures import FAMILIES, random_vae
 GRIDS = ("1x1", "2x1", "1x2", "3x1", "2x2")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 BOUNDS = {"fp32": 1e-5, "fp64": 1e-12}
-CASTS = 1e-6  # the bound in fp64 of a module that computes something in fp32
+CASTS = 1e-6  # the fp64 bound of a module that computes something in fp32
 BF16_BOUND = 1.1
 WIDTH = 16
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
-# Shapes of latents; of the zoo's models, whose own are smaller than some grids, as well.
+# Shapes of latents. The zoo's own shapes of its models are too small for some grids.
 SHAPES: dict[str, tuple[int, ...]] = {
     "wan2.1": (1, 16, 3, 12, 8),
     "wan2.2-5b": (1, 48, 3, 12, 8),
@@ -49,7 +49,7 @@ _vaes: dict[tuple[str, str], Any] = {}
 
 
 def vae_of(name: str, dtype: str) -> Any:
-    """The model, made once in each process."""
+    """Return the model, which each process makes once."""
     if (name, dtype) not in _vaes:
         vae = random_vae(name, WIDTH) if name in FAMILIES else zoo.build(ENTRIES[name])
         _vaes[name, dtype] = torch.nn.Module.to(vae, DTYPES[dtype])
@@ -61,7 +61,7 @@ def latents_of(name: str, dtype: str, seed: int) -> torch.Tensor:
 
 
 def decode(name: str, dtype: str, seeds: int, grid: str, passes: bool) -> list[torch.Tensor | None]:
-    """On each rank: the frames of each seed, on rank 0."""
+    """Decode the latents of each seed on each rank. Return the frames on rank 0."""
     os.environ.pop("HALOVAE_PASSES", None)
     if not passes:
         os.environ["HALOVAE_PASSES"] = ""
@@ -71,7 +71,7 @@ def decode(name: str, dtype: str, seeds: int, grid: str, passes: bool) -> list[t
 
 
 def error(frames: torch.Tensor | None, wanted: torch.Tensor) -> float:
-    """The largest error, over the largest value."""
+    """Return the largest error over the largest value."""
     assert frames is not None
     return float((frames.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 

@@ -1,11 +1,11 @@
-"""Every autoencoder class of diffusers on a plane that ranks share, against the module on its own: docs/models.md.
+"""Compare every autoencoder class of diffusers on a shared plane with the module on its own. Writes docs/models.md.
 
     python benchmarks/models.py
     python benchmarks/models.py --only Wan --output /tmp/models.md
 
 Tiny models of the true architecture on seeded random weights; ranks are threads. Each is called eagerly, and recorded
-and replayed. The status is 1 if a bound is broken: errors in fp64 are at most 1e-12, or 1e-6 where the module itself
-casts to fp32; in fp32 at most 1e-4; no operator falls back unless it is known to.
+and replayed. The exit status is 1 if a bound is broken. Errors are at most 1e-12 in fp64, or 1e-6 where the module
+itself casts to fp32, and at most 1e-4 in fp32. Only operators that are known to fall back may do so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from halovae.bench import on_grids
 from halovae.distributed.simulated import on_threads
 from halovae.errors import TraceError
 from halovae.models import zoo
+from halovae.models.architectures import MODELS
 from halovae.models.zoo import Direction
 from halovae.plane.program import Program
 from halovae.plane.trace import trace
@@ -41,41 +43,24 @@ GRIDS = ["2x1", "1x2", "2x2", "3x1"]
 FP32_BOUND = 1e-4
 DIRECTIONS: tuple[Direction, ...] = ("decode", "encode")
 
-FLUX = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "norm_num_groups": 32,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-HUNYUAN_IMAGE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 64,
-    "block_out_channels": (128, 256, 512, 512, 1024, 1024),
-    "layers_per_block": 2,
-    "spatial_compression_ratio": 32,
-    "sample_size": 2048,
-}
+FLUX = MODELS["flux"].config
+HUNYUAN_IMAGE = {**MODELS["hunyuan-image"].config, "sample_size": 2048}
 
 
 @dataclass(frozen=True)
 class Large:
-    """A model of the true size; only its shapes are computed.
+    """A model of the true size, of which only shapes are computed.
 
     Args:
-        name: the class, and what its configuration is.
-        config: differs from the class's own defaults.
+        name: the class, and a name for the configuration.
+        config: arguments that differ from the class's defaults.
         latents: shape of the latents.
-        pictures: shape of the pictures; None to leave `encode` out.
-        ratio: a picture has this many times the rows and columns of its latent.
+        pictures: shape of the pictures; None to leave out `encode`.
+        ratio: a picture has this many times the rows and cols of its latent.
     """
 
     name: str
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     latents: tuple[int, ...]
     pictures: tuple[int, ...] | None = None
     ratio: int = 8
@@ -97,33 +82,33 @@ LARGE = (
 
 @dataclass
 class Shares:
-    """What a rank of a 2x2 grid takes.
+    """What ranks of a 2x2 grid take, compared with a single rank.
 
     Attributes:
-        received: bytes received, as a share of those of all results.
-        flops: of the rank that has the most, times ranks, over those of one rank alone.
-        peak: of the rank that has the most, over that of one rank alone.
-        alone: FLOPs of one rank alone.
-        bytes_alone: its peak.
-        fallbacks: calls by operator.
-        gathered: bytes that fallbacks received, as a share of those of all results.
+        received: bytes that ranks received, as a share of the bytes of all results.
+        flops: FLOPs of the rank that has the most, times ranks, over those of a single rank.
+        peak: peak of the rank that has the most, over that of a single rank.
+        single_flops: FLOPs of a single rank.
+        single_peak: peak of a single rank in bytes.
+        fallbacks: calls of operators that fall back.
+        gathered: bytes that fallbacks received, as a share of the bytes of all results.
     """
 
     received: float = math.nan
     flops: float = math.nan
     peak: float = math.nan
-    alone: float = math.nan
-    bytes_alone: float = math.nan
+    single_flops: float = math.nan
+    single_peak: float = math.nan
     fallbacks: Counter[str] = field(default_factory=Counter)
     gathered: float = 0.0
 
 
 @dataclass
 class Row:
-    """What was measured of one entry and direction: errors by grid, and shares on 2x2.
+    """The results of one entry and direction: errors by grid, and shares on 2x2.
 
     Attributes:
-        refused: why it cannot be recorded.
+        refused: why the call cannot be recorded; empty if it can.
     """
 
     name: str
@@ -141,28 +126,28 @@ def quiet() -> None:
     diffusers.utils.logging.set_verbosity_error()
 
 
-def shares_of(alone: Program, programs: list[Program]) -> Shares:
-    """Shares by the programs of one rank alone and of all ranks of a grid."""
+def shares_of(single: Program, programs: list[Program]) -> Shares:
+    """Return the shares by the programs of a single rank and of all ranks of a grid."""
     computed = sum(program.computed for program in programs)
-    flops, alone_flops = max(program.flops for program in programs), alone.flops
+    flops = max(program.flops for program in programs)
     return Shares(
         received=sum(program.received for program in programs) / computed,
-        flops=flops * len(programs) / alone_flops if alone_flops else math.nan,
-        peak=max(program.peak for program in programs) / alone.peak,
-        alone=alone_flops,
-        bytes_alone=alone.peak,
+        flops=flops * len(programs) / single.flops if single.flops else math.nan,
+        peak=max(program.peak for program in programs) / single.peak,
+        single_flops=single.flops,
+        single_peak=single.peak,
         fallbacks=programs[0].fallbacks,
         gathered=sum(sum(program.gathered.values()) for program in programs) / computed,
     )
 
 
 def measure(name: str, direction: Direction) -> Row:
-    """Everything about one entry and direction."""
+    """Measure one entry and direction on all grids."""
     entry = next(one for one in zoo.ENTRIES if one.name == name)
     row = Row(name, direction)
     wide = on_grids.plain(entry, direction, torch.float64)
     narrow = on_grids.plain(entry, direction, torch.float32)
-    alone: Program | None = None
+    single: Program | None = None
     for text in GRIDS:
         grid = Grid.parse(text)
         found = on_grids.eager(entry, direction, torch.float32, grid)
@@ -178,7 +163,7 @@ def measure(name: str, direction: Direction) -> Row:
         if row.refused:
             continue
         try:
-            alone = alone or on_grids.record(entry, direction, torch.float64, Grid())[0]
+            single = single or on_grids.record(entry, direction, torch.float64, Grid())[0]
             programs = on_grids.record(entry, direction, torch.float64, grid)
         except TraceError as error:
             row.refused = str(error).split(", at ")[0]
@@ -186,21 +171,21 @@ def measure(name: str, direction: Direction) -> Row:
         row.replayed[text] = on_grids.error(on_grids.replay(programs, entry, direction, torch.float64, grid), wide)
         row.fallbacks |= programs[0].fallbacks
         if text == "2x2":
-            shares = shares_of(alone, programs)
+            shares = shares_of(single, programs)
             row.shares.flops, row.shares.peak = shares.flops, shares.peak
             row.shares.gathered = max(row.shares.gathered, shares.gathered)
     return row
 
 
 def measure_large(index: int, direction: Direction) -> Shares:
-    """Shares of a model of the true size in fp32. Neither weights nor maps take memory."""
+    """Return the shares of a model of the true size in fp32. Neither weights nor maps take memory."""
     large = LARGE[index]
     with torch.device("meta"):
         module = getattr(diffusers, large.name.split(" ")[0])(**large.config).eval().requires_grad_(False)
     shape, multiple = (large.latents, 1) if direction == "decode" else (large.pictures, large.ratio)
     assert shape is not None
     call, device = zoo.CALLS[direction], torch.device("cpu")
-    alone, *programs = [
+    single, *programs = [
         program
         for grid in (Grid(), Grid.parse("2x2"))
         for program in on_threads(
@@ -209,11 +194,11 @@ def measure_large(index: int, direction: Direction) -> Shares:
             lambda mesh: trace(lambda x: call(module, x), [module], mesh, shape, torch.float32, device, multiple),
         )
     ]
-    return shares_of(alone, programs)
+    return shares_of(single, programs)
 
 
 def broken(row: Row) -> list[str]:
-    """The bounds that a row breaks."""
+    """Return the bounds that a row breaks."""
     entry = next(one for one in zoo.ENTRIES if one.name == row.name)
     found = []
     for kind, errors, bound in (
@@ -248,7 +233,7 @@ def fallbacks(calls: Counter[str], gathered: float) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """The sentences above the tables."""
+    """Return the sentences above the tables."""
     classes = {row.name.split(" ")[0] for row in rows}
     casts = {entry.name for entry in zoo.ENTRIES if entry.factor_fp32}
     exact = [row for row in rows if row.name not in casts]
@@ -282,7 +267,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def page(rows: list[Row], large: list[tuple[Large, Direction, Shares]]) -> str:
-    """docs/models.md."""
+    """Return the text of docs/models.md."""
     casts = {entry.name for entry in zoo.ENTRIES if entry.factor_fp32}
     named = {id(row): row.name + (" †" if row.name in casts else "") for row in rows}
     first = [
@@ -307,7 +292,7 @@ def page(rows: list[Row], large: list[tuple[Large, Direction, Shares]]) -> str:
         [
             one.name, direction, "x".join(map(str, (one.latents if direction == "decode" else one.pictures or ())[1:])),
             fallbacks(shares.fallbacks, shares.gathered), number(100 * shares.received), number(shares.flops, "{:.3f}"),
-            number(shares.peak, "{:.3f}"), f"{shares.alone / 1e12:.1f}", f"{shares.bytes_alone / 2**30:.2f}",
+            number(shares.peak, "{:.3f}"), f"{shares.single_flops / 1e12:.1f}", f"{shares.single_peak / 2**30:.2f}",
         ]
         for one, direction, shares in large
     ]  # fmt: skip
@@ -363,9 +348,9 @@ is computed. The last two columns are one rank's alone. Other columns are as abo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="entries whose name contains this, and no true sizes")
+    parser.add_argument("--only", help="only entries whose name contains this, and no true sizes")
     parser.add_argument("--output", type=Path, default=Path("docs/models.md"))
-    parser.add_argument("--processes", type=int, default=2, help="that measure at once (default 2)")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes (default 2)")
     args = parser.parse_args()
     quiet()
     console, begun = Console(stderr=True), time.perf_counter()

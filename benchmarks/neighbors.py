@@ -1,4 +1,4 @@
-"""halovae's plane, torch's DTensor and PhysicsNeMo's ShardTensor on the same operators and VAEs: docs/neighbors.md.
+"""Run halovae's plane, DTensor, and PhysicsNeMo's ShardTensor on the same operators and VAEs: docs/neighbors.md.
 
     python -m venv /tmp/neighbors && /tmp/neighbors/bin/pip install -r benchmarks/neighbors.txt
     python benchmarks/neighbors.py --python /tmp/neighbors/bin/python
@@ -41,8 +41,8 @@ class Run:
     Attributes:
         system: its name in `neighbors_worker.py`.
         python: the environment's interpreter.
-        versions: of packages; empty until it ran.
-        found: by case and grid.
+        versions: versions of packages; empty until the system ran.
+        found: outcomes by case and grid.
     """
 
     system: str
@@ -55,7 +55,7 @@ class Run:
         return f"{NAMES[self.system]}, torch {self.versions['torch'].split('+')[0]}"
 
     def start(self, args: argparse.Namespace, console: Console) -> None:
-        """Run it on all cases and grids.
+        """Run the system on all cases and grids.
 
         Raises:
             RuntimeError: the environment lacks something.
@@ -75,51 +75,51 @@ class Run:
             for line in process.stdout:
                 if not line.startswith("{"):
                     continue
-                told = json.loads(line)
-                if "versions" in told:
-                    self.versions = told["versions"]
+                outcome = json.loads(line)
+                if "versions" in outcome:
+                    self.versions = outcome["versions"]
                     continue
-                self.found[told["case"], told["grid"]] = told
-                console.print(f"{self.name}, {told['grid']}, {told['case']}: {kind(told)}", highlight=False)
+                self.found[outcome["case"], outcome["grid"]] = outcome
+                console.print(f"{self.name}, {outcome['grid']}, {outcome['case']}: {kind(outcome)}", highlight=False)
         if process.returncode:
             raise RuntimeError(f"{self.python} {WORKER.name} {self.system}: exit status {process.returncode}")
 
 
-def kind(told: dict[str, Any]) -> str:
-    """A key of `KINDS`."""
+def kind(outcome: dict[str, Any]) -> str:
+    """Return the key in `KINDS` of an outcome."""
     for key, name in (("raised", "raises"), ("hangs", "hangs"), ("needs_cuda", "cuda")):
-        if told.get(key):
+        if outcome.get(key):
             return name
-    if told["labeled"] != told["expected"] or told["error"] is None:
+    if outcome["labeled"] != outcome["expected"] or outcome["error"] is None:
         return "wrong"
     # Rounding of fp32 or bf16 as plain torch has it, or of sums in another order.
-    if not told["error"] <= max(8 * told["plain"], 1e-6 * told["largest"]):
+    if not outcome["error"] <= max(8 * outcome["plain"], 1e-6 * outcome["largest"]):
         return "wrong"
-    return "replicated" if told["replicated"] else "right"
+    return "replicated" if outcome["replicated"] else "right"
 
 
 def size(count: int) -> str:
     return f"{count / 1024:.1f} KiB"
 
 
-def cell(told: dict[str, Any] | None, notes: list[str], system: str) -> str:
-    """What a system did, in a few words; the message of an error goes to the notes."""
-    if told is None:
+def cell(outcome: dict[str, Any] | None, notes: list[str], system: str) -> str:
+    """Return an outcome in a few words. The message of an error is added to the notes."""
+    if outcome is None:
         return "not run"
-    found = kind(told)
+    found = kind(outcome)
     if found == "raises":
-        note = f"{NAMES[system]}: `{told['raised'].replace('`', '')}`"
+        note = f"{NAMES[system]}: `{outcome['raised'].replace('`', '')}`"
         if note not in notes:
             notes.append(note)
-        return f"raises [{notes.index(note) + 1}]" + (", some ranks hang" if told["some_hang"] else "")
+        return f"raises [{notes.index(note) + 1}]" + (", some ranks hang" if outcome["some_hang"] else "")
     if found in ("hangs", "cuda"):
         return KINDS[found]
     if found == "wrong":
-        if told["error"] is None:
-            parts = ["x".join(map(str, told[key][-2:])) for key in ("full", "labeled")]
+        if outcome["error"] is None:
+            parts = ["x".join(map(str, outcome[key][-2:])) for key in ("full", "labeled")]
             return f"**wrong**: {parts[0]} labeled {parts[1]}"
-        return f"**wrong**: {told['error']:.0e}"
-    return f"{told['error']:.0e}, {'replicated, ' if found == 'replicated' else ''}{size(told['received'])}"
+        return f"**wrong**: {outcome['error']:.0e}"
+    return f"{outcome['error']:.0e}, {'replicated, ' if found == 'replicated' else ''}{size(outcome['received'])}"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -128,37 +128,39 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def listed(cases: dict[str, list[str]], grids: int) -> str:
-    """Cases with the grids that they are true of, unless these are all `grids`."""
+    """Return the cases, each with its grids unless these are all `grids`."""
     return "; ".join(name if len(on) == grids else f"{name} ({', '.join(on)})" for name, on in cases.items())
 
 
 def where(run: Run, wanted: Any) -> dict[str, list[str]]:
-    """The cases and their grids of which `wanted` is true."""
+    """Return the cases and their grids for which `wanted` is true."""
     cases: dict[str, list[str]] = {}
-    for (case, grid), told in run.found.items():
-        if wanted(case, grid, told):
+    for (case, grid), outcome in run.found.items():
+        if wanted(case, grid, outcome):
             cases.setdefault(case, []).append(grid)
     return cases
 
 
 def seen(runs: list[Run], grids: int) -> str:
-    """Sentences about the tables, from the numbers alone."""
+    """Return sentences about the tables, computed from the numbers."""
     own, *others = runs
     right = ("right", "replicated")
 
-    def better(case: str, grid: str, told: dict[str, Any]) -> bool:
+    def better(case: str, grid: str, outcome: dict[str, Any]) -> bool:
         mine = own.found.get((case, grid))
-        return mine is not None and kind(told) in right and kind(mine) not in right
+        return mine is not None and kind(outcome) in right and kind(mine) not in right
 
-    def cheaper(case: str, grid: str, told: dict[str, Any]) -> bool:
+    def cheaper(case: str, grid: str, outcome: dict[str, Any]) -> bool:
         mine = own.found.get((case, grid))
-        return mine is not None and kind(told) == kind(mine) == "right" and bool(told["received"] < mine["received"])
+        return (
+            mine is not None and kind(outcome) == kind(mine) == "right" and bool(outcome["received"] < mine["received"])
+        )
 
-    def silent(case: str, grid: str, told: dict[str, Any]) -> bool:
-        return kind(told) == "wrong"
+    def silent(case: str, grid: str, outcome: dict[str, Any]) -> bool:
+        return kind(outcome) == "wrong"
 
-    def hanging(case: str, grid: str, told: dict[str, Any]) -> bool:
-        return kind(told) == "hangs"
+    def hanging(case: str, grid: str, outcome: dict[str, Any]) -> bool:
+        return kind(outcome) == "hangs"
 
     lines: dict[tuple[str, str], list[str]] = {}
     for name, condition, some in (
@@ -175,17 +177,17 @@ def seen(runs: list[Run], grids: int) -> str:
 
 
 def agreement(runs: list[Run]) -> float:
-    """How far the reference results of environments are apart: the difference of their sums over the largest value."""
+    """Return how far the environments' references differ: the difference of their sums over the largest value."""
     sums: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        for key, told in run.found.items():
-            if "sum" in told:
-                sums.setdefault(key, []).append(told["sum"] / max(told["largest"], 1e-30))
+        for key, outcome in run.found.items():
+            if "sum" in outcome:
+                sums.setdefault(key, []).append(outcome["sum"] / max(outcome["largest"], 1e-30))
     return max((max(one) - min(one) for one in sums.values()), default=0.0)
 
 
 def page(runs: list[Run], args: argparse.Namespace) -> str:
-    """docs/neighbors.md."""
+    """Return the text of docs/neighbors.md."""
     shown = [run for run in runs if run.versions]
     cases = list(dict.fromkeys(case for run in shown for case, _ in run.found))
     notes: list[str] = []
@@ -194,10 +196,10 @@ def page(runs: list[Run], args: argparse.Namespace) -> str:
     for grid in args.grids:
         rows = []
         for case in cases:
-            told = [run.found.get((case, grid)) for run in runs]
-            plain = next((f"{one['plain']:.0e}" for one in told if one and "plain" in one), "-")
+            outcomes = [run.found.get((case, grid)) for run in runs]
+            plain = next((f"{one['plain']:.0e}" for one in outcomes if one and "plain" in one), "-")
             rows.append(
-                [case, plain, *(cell(one, notes, run.system) for one, run in zip(told, runs, strict=True))]
+                [case, plain, *(cell(one, notes, run.system) for one, run in zip(outcomes, runs, strict=True))]
             )  # fmt: skip
         tables.append(f"## {grid}\n\n{table(columns, rows)}")
     counts = [(run, Counter(map(kind, run.found.values()))) for run in shown]
@@ -208,8 +210,8 @@ def page(runs: list[Run], args: argparse.Namespace) -> str:
     versions += [f"PhysicsNeMo {run.versions['nvidia-physicsnemo']}" for run in shown if run.system == "shardtensor"]
     command = f"python benchmarks/neighbors.py{' --python PYTHON' if args.python else ''}"
     numbered = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
-    apart = agreement(shown)
-    agreeing = f"agree to {apart:.0e}" if apart else "are the same"
+    difference = agreement(shown)
+    agreeing = f"agree to {difference:.0e}" if difference else "are the same"
     return f"""# Neighbors
 
 Written by `{command}`, {datetime.date.today()}: {", ".join(versions)},
@@ -265,8 +267,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", help="interpreter of an environment with PhysicsNeMo and diffusers")
     parser.add_argument("--grids", nargs="+", default=["2x1", "1x2", "2x2"])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds of one case (default 30)")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one case (default 30)")
     parser.add_argument("--output", type=Path, default=Path("docs/neighbors.md"))
     parser.add_argument("--quiet", action="store_true", help="hide what the systems print")
     args = parser.parse_args()

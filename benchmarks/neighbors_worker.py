@@ -1,7 +1,7 @@
-"""One system of `neighbors.py` on all cases and grids: a JSON line for each on stdout.
+"""Run one system of `neighbors.py` on all cases and grids. Prints a JSON line for each.
 
-It needs torch and diffusers, and what the system needs, so that it runs in an environment without halovae. Each case
-has ranks and a process group of its own. They are forks of this process, so that imports take their time only once.
+It needs torch, diffusers, and the system, but not halovae unless that is the system. Each case has ranks and a process
+group of its own. Ranks are forks of this process, so that imports take their time only once.
 """
 
 from __future__ import annotations
@@ -96,14 +96,14 @@ class Case:
     """One operator or model.
 
     Args:
-        name: as in the table.
-        make: makes the module; its weights are seeded and perturbed afterwards.
-        shape: of the input, whose last two dims are partitioned.
+        name: the name in the table.
+        make: makes the module; its weights are seeded, and perturbed afterwards.
+        shape: shape of the input, whose last two dims are partitioned.
         run: calls the module.
-        dtype: of the input and the weights.
-        mean: of the input.
+        dtype: dtype of the input and the weights.
+        mean: mean of the input.
         multiple: halovae's bounds are multiples of it.
-        gradient: compare the gradient with respect to the input, of the sum of squares.
+        gradient: compare the gradient of the sum of squares with respect to the input.
     """
 
     name: str
@@ -159,7 +159,7 @@ CASES = (
 
 
 def prepared(case: Case) -> tuple[nn.Module, Tensor]:
-    """The module and its input; the same in every process."""
+    """Return the module and its input, the same in every process."""
     torch.manual_seed(0)
     module = case.make().eval()
     for one in module.parameters():
@@ -169,7 +169,7 @@ def prepared(case: Case) -> tuple[nn.Module, Tensor]:
 
 
 def result(case: Case, module: Any, x: Any) -> Any:
-    """What the case compares, in plain torch or with a system's tensors."""
+    """Return what the case compares, in plain torch or with a system's tensors."""
     if not case.gradient:
         with torch.no_grad():
             return case.run(module, x)
@@ -180,13 +180,13 @@ def result(case: Case, module: Any, x: Any) -> Any:
 
 @dataclass
 class Found:
-    """What a rank has.
+    """The result on one rank.
 
     Attributes:
-        labeled: the shape that the system tells.
+        labeled: the shape that the system reports.
         local: the shape of what this rank holds.
         full: the whole result.
-        received: bytes that this rank received for it, the input's and the whole result's distribution apart.
+        received: bytes that this rank received, without the distribution of the input and the whole result.
     """
 
     labeled: tuple[int, ...]
@@ -196,7 +196,7 @@ class Found:
 
 
 def received() -> int:
-    """Bytes that all TCP connections of this process have received, by the kernel."""
+    """Return the bytes that all TCP connections of this process have received, by the kernel's counters."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -209,7 +209,7 @@ def received() -> int:
 
 
 def second(function: Callable[[], Any]) -> tuple[Any, int]:
-    """The result of the second call, when connections and recorded graphs are there, and the bytes received."""
+    """Return the result of the second call, after connections and graphs are made, and the bytes received."""
     function()
     dist.barrier()
     before = received()
@@ -230,7 +230,7 @@ def halovae_system(case: Case, module: nn.Module, x: Tensor, rows: int, cols: in
 
 
 def placed(rows: int, cols: int) -> tuple[Any, list[Any]]:
-    """A device mesh of the dims that have several ranks, and the placements of a plane on it."""
+    """Return a device mesh of the dims that have several ranks, and the placements of a plane on it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
 
@@ -246,8 +246,8 @@ def dtensor_system(case: Case, module: nn.Module, x: Tensor, rows: int, cols: in
 
     mesh, placements = placed(rows, cols)
     distribute_module(module, mesh)
-    given = distribute_tensor(x, mesh, placements)
-    out, count = second(lambda: result(case, module, given))
+    sharded = distribute_tensor(x, mesh, placements)
+    out, count = second(lambda: result(case, module, sharded))
     return Found(tuple(out.shape), tuple(out.to_local().shape), out.full_tensor().detach(), count)
 
 
@@ -257,8 +257,8 @@ def shardtensor_system(case: Case, module: nn.Module, x: Tensor, rows: int, cols
     parallel = importlib.import_module("physicsnemo.domain_parallel")
     mesh, placements = placed(rows, cols)
     whole = parallel.ShardTensor.from_local(x, mesh, [Replicate()] * mesh.ndim)
-    given = whole.redistribute(mesh, [type(one)(one.dim + x.ndim) for one in placements])
-    out, count = second(lambda: result(case, module, given))
+    sharded = whole.redistribute(mesh, [type(one)(one.dim + x.ndim) for one in placements])
+    out, count = second(lambda: result(case, module, sharded))
     return Found(tuple(out.shape), tuple(out.to_local().shape), out.full_tensor().detach(), count)
 
 
@@ -266,25 +266,25 @@ SYSTEMS = {"halovae": halovae_system, "dtensor": dtensor_system, "shardtensor": 
 
 
 def text_of(error: BaseException) -> str:
-    """The class of an error and its first line, without what differs from run to run."""
+    """Return the class of an error and its first line, without what differs between runs."""
     lines = str(error).strip().splitlines()
-    told = re.sub(r"(?<![\w:/])/[\w./+-]*/([\w.+-]+)", r"\1", lines[0] if lines else "")
-    told = re.sub(r"\[?\d+\.\d+\.\d+\.\d+\]?:\d+", "another rank", told)
-    told = re.split(r" +\(Could this| +If you need", re.sub(r"0x[0-9a-f]+", "0x...", told))[0]
-    return f"{type(error).__name__}: {told[:200]}".rstrip(": ")
+    text = re.sub(r"(?<![\w:/])/[\w./+-]*/([\w.+-]+)", r"\1", lines[0] if lines else "")
+    text = re.sub(r"\[?\d+\.\d+\.\d+\.\d+\]?:\d+", "another rank", text)
+    text = re.split(r" +\(Could this| +If you need", re.sub(r"0x[0-9a-f]+", "0x...", text))[0]
+    return f"{type(error).__name__}: {text[:200]}".rstrip(": ")
 
 
 def rank_main(system: str, case: Case, rows: int, cols: int, rank: int, folder: Path) -> None:
-    """What one rank does. Its findings go to a file of its own."""
+    """Run a case on one rank. Its findings go to a file of its own."""
     torch.set_num_threads(1)
-    told: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     try:
         module, x = prepared(case)
         expected = result(case, copy.deepcopy(module).double(), x.double()).detach()
-        alone = result(case, copy.deepcopy(module), x).detach()
+        plain = result(case, copy.deepcopy(module), x).detach()
         module.zero_grad()
-        told |= {
-            "plain": (alone.double() - expected).abs().max().item(),
+        facts |= {
+            "plain": (plain.double() - expected).abs().max().item(),
             "largest": expected.abs().max().item(),
             "sum": expected.sum().item(),
             "numel": expected.numel(),
@@ -292,7 +292,7 @@ def rank_main(system: str, case: Case, rows: int, cols: int, rank: int, folder: 
         store = dist.FileStore(str(folder / "store"), rows * cols)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=rows * cols)
         found = SYSTEMS[system](case, module, x, rows, cols)
-        told |= {
+        facts |= {
             "expected": list(expected.shape),
             "labeled": list(found.labeled),
             "local": list(found.local),
@@ -300,17 +300,17 @@ def rank_main(system: str, case: Case, rows: int, cols: int, rank: int, folder: 
             "received": found.received,
         }
         if found.full.shape == expected.shape:
-            told["error"] = (found.full.double() - expected).abs().max().item()
+            facts["error"] = (found.full.double() - expected).abs().max().item()
         dist.barrier()  # a rank that leaves closes its connections
     except BaseException as error:
-        told |= {"raised": text_of(error), "time": time.time(), "trace": traceback.format_exc()[-3000:]}
-    (folder / f"{rank}.part").write_text(json.dumps(told))
+        facts |= {"raised": text_of(error), "time": time.time(), "trace": traceback.format_exc()[-3000:]}
+    (folder / f"{rank}.part").write_text(json.dumps(facts))
     (folder / f"{rank}.part").rename(folder / f"{rank}.json")
-    os._exit(0)  # nothing of a broken group is waited for
+    os._exit(0)  # without waiting for anything of a broken group
 
 
 def attempt(system: str, case: Case, rows: int, cols: int, timeout: float) -> list[dict[str, Any] | None]:
-    """What each rank of a new process group found; None for those that did not end in time, or crashed."""
+    """Return the findings of each rank of a new process group; None for a rank that was too slow or crashed."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -329,30 +329,30 @@ def attempt(system: str, case: Case, rows: int, cols: int, timeout: float) -> li
             one.join()
         files = [folder / f"{rank}.json" for rank in range(len(ranks))]
         found = [json.loads(file.read_text()) if file.exists() else None for file in files]
-        for one, told in zip(ranks, found, strict=True):
-            if told is None and one.exitcode not in (0, -signal.SIGKILL, None):
+        for one, facts in zip(ranks, found, strict=True):
+            if facts is None and one.exitcode not in (0, -signal.SIGKILL, None):
                 return [{"raised": f"a rank died of signal {-(one.exitcode or 0)}", "time": 0.0}]
         return found
 
 
 def outcome(found: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """What ranks found, together."""
+    """Combine the findings of all ranks."""
     raised = sorted((one for one in found if one and "raised" in one), key=lambda one: one["time"])
     if raised:
         # A rank that raises closes its connections, so that others raise later.
-        own = [one for one in raised if "onnection" not in one["raised"]] or raised
-        if "CUDA" in own[0]["raised"]:  # what a fork says where a process of its own would find no driver
+        first = ([one for one in raised if "onnection" not in one["raised"]] or raised)[0]
+        if "CUDA" in first["raised"]:  # the message of a fork; another process would find no driver
             return {"needs_cuda": True}
-        return {"raised": own[0]["raised"], "trace": own[0].get("trace", ""), "some_hang": None in found}
+        return {"raised": first["raised"], "trace": first.get("trace", ""), "some_hang": None in found}
     ranks = [one for one in found if one is not None]
     if len(ranks) < len(found):
         return {"hangs": True}
     first = ranks[0]
-    told = {key: first[key] for key in ("plain", "largest", "sum", "expected")}
+    facts = {key: first[key] for key in ("plain", "largest", "sum", "expected")}
     for key in ("labeled", "full"):
         wrong = [one[key] for one in ranks if one[key] != first["expected"]]
-        told[key] = wrong[0] if wrong else first[key]
-    return told | {
+        facts[key] = wrong[0] if wrong else first[key]
+    return facts | {
         "error": max(one["error"] for one in ranks) if all("error" in one for one in ranks) else None,
         "replicated": all(one["local"] == first["expected"] for one in ranks),
         "received": sum(one["received"] for one in ranks),
@@ -370,8 +370,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("--grids", nargs="+", default=["2x1"])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds of one case")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one case")
     args = parser.parse_args()
     diffusers = importlib.import_module("diffusers")
     diffusers.utils.logging.set_verbosity_error()
@@ -390,10 +390,10 @@ def main() -> None:
         for case in CASES:
             if args.only.lower() not in case.name.lower():
                 continue
-            told = outcome(attempt(args.system, case, rows, cols, args.timeout))
-            if told.get("hangs"):  # a busy machine is no reason
-                told = outcome(attempt(args.system, case, rows, cols, 2 * args.timeout))
-            print(json.dumps({"case": case.name, "grid": grid, **told}), flush=True)
+            facts = outcome(attempt(args.system, case, rows, cols, args.timeout))
+            if facts.get("hangs"):  # the machine may have been busy: try again
+                facts = outcome(attempt(args.system, case, rows, cols, 2 * args.timeout))
+            print(json.dumps({"case": case.name, "grid": grid, **facts}), flush=True)
 
 
 if __name__ == "__main__":

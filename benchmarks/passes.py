@@ -1,9 +1,10 @@
-"""A recorded graph with passes added one by one: time, peak of live tensors, nodes, and copies; beside the module.
+"""A recorded graph with passes added one by one, and the module: time, peak of live tensors, nodes, and copies.
 
     python benchmarks/passes.py
     python benchmarks/passes.py --model flux --latent 1x16x64x64 --repeat 3 --compiled
 
-One thread, in turns, medians. Kernels are compiled from the first pass on. Errors are relative to the largest value.
+One thread. All take turns; times are medians. Kernels are compiled from the first pass on. Errors are relative to the
+largest value.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ _held: dict[str, Any] = {}
 
 
 def steps() -> dict[str, tuple[str, ...]]:
-    """The passes of each step, by its name."""
+    """Return the passes of each step by its name."""
     names = list(PASSES)
     return {"recorded": (), **{f"+ {name}": tuple(names[: index + 1]) for index, name in enumerate(names)}}
 
 
 def hold(name: str, latents: Tensor) -> None:
-    """Make a model and its reference, in the process that decodes."""
+    """Make a model and its reference in the process that decodes."""
     _held.clear()
     _held["module"] = random_vae(name)
     with torch.no_grad():
@@ -59,7 +60,7 @@ def hold(name: str, latents: Tensor) -> None:
 
 
 def record(step: str, latents: Tensor) -> tuple[int, int, int, float]:
-    """Record a step's program, and run it; returns the peak, nodes and copies, and its error."""
+    """Record a step's program, and run it. Return its peak, nodes, copies, and error."""
     os.environ["HALOVAE_PASSES"] = ",".join(steps()[step])
     module, mesh = _held["module"], Mesh(Grid(), CPU)
     program: Program = trace(lambda z: zoo.decode(module, z), [module], mesh, latents.shape, latents.dtype, CPU)
@@ -72,7 +73,7 @@ def record(step: str, latents: Tensor) -> tuple[int, int, int, float]:
 
 
 def run(step: str, latents: Tensor) -> float:
-    """Seconds of one decode."""
+    """Return the seconds of one decode by a recorded program."""
     mesh, x = Mesh(Grid(), CPU), latents.clone()
     begin = time.perf_counter()
     _held[step](x, mesh, kernels=compiled())
@@ -80,7 +81,7 @@ def run(step: str, latents: Tensor) -> float:
 
 
 def run_module(kind: str, latents: Tensor) -> float:
-    """Seconds of one decode by the module itself."""
+    """Return the seconds of one decode by the module itself."""
     if kind not in _held:
         module = random_vae(_held["module_name"]) if "channels" in kind else _held["module"]
         if "channels" in kind:
@@ -99,21 +100,21 @@ def run_module(kind: str, latents: Tensor) -> float:
 
 
 def name_module(name: str) -> None:
-    """Say which model modules are made of."""
+    """Set the model that `run_module` makes."""
     _held["module_name"] = name
 
 
 def main() -> None:
     """Measure in turns, and print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), help="one model, instead of five")
+    parser.add_argument("--model", choices=list(MODELS), help="one model instead of five")
     parser.add_argument("--latent", help="BxCxTxHxW or BxCxHxW, with --model")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(
-        "--compiled", action="store_true", help="also the module compiled by Inductor, which takes long"
+        "--compiled", action="store_true", help="also run the module compiled by Inductor, which takes long"
     )
     parser.add_argument("--brief", action="store_true", help="only without passes, and with all of them")
-    parser.add_argument("--output", type=Path, help="where to write the tables, as Markdown")
+    parser.add_argument("--output", type=Path, help="also write the tables to this file, as Markdown")
     args = parser.parse_args()
     cases = CASES if args.model is None else {args.model: args.latent or CASES.get(args.model, "1x16x32x32")}
     console, text = Console(width=120), []

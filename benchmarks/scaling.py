@@ -1,12 +1,12 @@
-"""What two ranks could gain at most: halves decoded apart at once, without any message, beside a shared decode.
+"""The most that two ranks could gain: two halves decoded at once without messages, compared with a shared decode.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --model flux --latent 1x16x64x64
 
-The plain module on one rank stands beside them. On a machine whose cores share caches and memory, two processes are
-slower than one twice over, whatever they decode. What the shared decode takes beyond the halves' time is what halos
-and waiting cost. Halves that meet at each GroupNorm show the waiting alone: an exact decode has to meet there. Models
-without GroupNorm do not.
+The plain module on one rank is measured, too. On a machine whose cores share caches and memory, two processes are
+slower than half the work of one, whatever they decode. The time of the shared decode beyond the halves' time is the
+cost of halos and waiting. Halves that meet at each GroupNorm show only the waiting: an exact decode has to meet there.
+Models without GroupNorm do not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     """Measure in turns, and print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="wan2.1")
-    parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW, of an even H")
+    parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW with an even H")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     whole = torch.randn(*map(int, args.latent.split("x")), generator=torch.Generator().manual_seed(0))
@@ -62,7 +62,7 @@ def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, t
         for turn in range(repeat + 1):
             for name, (ranks, latents, grid, meeting) in cases.items():
                 outcomes = groups[ranks].run(_decoded, model, latents, grid, meeting)
-                if turn:  # the first records and warms up
+                if turn:  # the first one records and warms up
                     taken[name].append((max(one for one, _ in outcomes), max(one for _, one in outcomes)))
     finally:
         for group in groups.values():
@@ -79,14 +79,15 @@ def _measure(model: str, whole: torch.Tensor, half: torch.Tensor, repeat: int, t
     )
     shared, met = (
         statistics.median(
-            apart / own for (apart, _), (own, _) in zip(taken["a half each, no messages"], taken[name], strict=True)
+            separate / own
+            for (separate, _), (own, _) in zip(taken["a half each, no messages"], taken[name], strict=True)
         )
         for name in ("whole, 2x1", "a half each, meeting at norms")
     )
     faster = medians["whole, 1 rank"] / medians["whole, 2x1"]
     table.caption = (
         f"replay: {replay:.3f} of the plain module's time; 2x1: {faster:.3f}x one rank, {shared:.3f} of what two "
-        f"halves apart reach, halves that meet at norms {met:.3f} (medians of the turns' ratios)"
+        f"separate halves reach, halves that meet at norms {met:.3f} (medians of the turns' ratios)"
     )
 
 
@@ -94,7 +95,7 @@ _models: dict[str, VAE] = {}
 
 
 def _decoded(model: str, latents: torch.Tensor, grid: Grid | None, meeting: bool) -> tuple[float, float]:
-    """Seconds of this rank's decode, frames left where they are, and of its waiting, but for what `meeting` adds."""
+    """Return the seconds of this rank's decode, without gathering, and of its waiting without that of `meeting`."""
     if model not in _models:
         _models[model] = VAE(random_vae(model))
         _models[model].warmup((1, *latents.shape[1:]), grid=grid or Grid(), gather="none")
@@ -113,11 +114,11 @@ def _decoded(model: str, latents: torch.Tensor, grid: Grid | None, meeting: bool
 _statistics = operators.statistics
 
 
-def _met(*args: Any, **given: Any) -> torch.Tensor:
-    """The statistics of a GroupNorm, once the other rank has its own."""
-    found = _statistics(*args, **given)
-    mesh_for(Grid(rows=2), found.device).transport.all_gather("rows", found.flatten(), 2)
-    return found
+def _met(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return the statistics of a GroupNorm after the other rank has its own."""
+    result = _statistics(*args, **kwargs)
+    mesh_for(Grid(rows=2), result.device).transport.all_gather("rows", result.flatten(), 2)
+    return result
 
 
 if __name__ == "__main__":

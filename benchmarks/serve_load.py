@@ -1,11 +1,11 @@
-"""A server under load while its ranks and its front are killed, and what batching of decodes gives it.
+"""A server under load while its ranks and its front are killed, and the effect of batched decodes.
 
     python benchmarks/serve_load.py [--jobs 200] [--clients 16] [--output docs/benchmarks/serve_load.md]
 
-A tiny pipeline on two ranks. First jobs from all clients while 5 ranks and the front are killed at random moments:
-every job that was accepted must end as completed, with files that play, or as failed with a code. Then rounds without
-kills, `--decode-batch` 4 and 1 in turns, for the throughput of each: of jobs that take longer to decode than to
-denoise, as only these wait for one another.
+A tiny pipeline runs on two ranks. First, all clients submit jobs while 5 ranks and the front are killed at random
+moments. Every accepted job must end as completed, with files that play, or as failed with a code. Then rounds without
+kills measure throughput with `--decode-batch` 4 and 1 in turn. Their jobs take longer to decode than to denoise, as
+only such jobs wait for one another.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ console = Console(stderr=True)
 
 
 class Work(NamedTuple):
-    """What clients ask for: sizes in turns, and steps."""
+    """The jobs of the clients: their sizes, in turn, and their number of steps."""
 
     sizes: tuple[str, ...]
     steps: int
@@ -56,7 +56,7 @@ MIXED, DECODES = Work(("64x48", "80x48", "64x64"), 4), Work(("96x96",), 1)
 
 @dataclass
 class Server:
-    """`halovae serve`, which may be killed and started again over the same jobs."""
+    """A `halovae serve` process. It can be killed and restarted with the same jobs."""
 
     model: Path
     output: Path
@@ -87,7 +87,7 @@ class Server:
         assert self.process is not None
         with suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.process.pid).children(recursive=True)
-            return [one for one in children if one.is_running() and len(_spawned_by_spawned(one)) == 2]
+            return [child for child in children if child.is_running() and len(_spawned(child)) == 2]
         return []
 
     def kill(self) -> None:
@@ -101,9 +101,10 @@ class Server:
         self.process.wait(30)
 
 
-def _spawned_by_spawned(process: psutil.Process) -> list[psutil.Process]:
-    """Of a process and its parent those that multiprocessing has spawned: both of them, for a rank."""
-    return [one for one in (process, process.parent()) if one is not None and "spawn_main" in " ".join(one.cmdline())]
+def _spawned(child: psutil.Process) -> list[psutil.Process]:
+    """Return a process and its parent, as far as multiprocessing spawned them. It spawned both for a rank."""
+    pair = child, child.parent()
+    return [process for process in pair if process is not None and "spawn_main" in " ".join(process.cmdline())]
 
 
 def _free_port() -> int:
@@ -113,7 +114,10 @@ def _free_port() -> int:
 
 
 def submit(server: Server, work: Work, index: int) -> str:
-    """Ask until the server accepts; a connection that breaks leaves open whether it did, so the seed tells."""
+    """Submit a job until the server accepts it, and return its id.
+
+    A broken connection leaves open whether the job was accepted. It is then submitted again, with the same seed.
+    """
     body = {
         "prompt": f"job {index}", "size": work.sizes[index % len(work.sizes)], "num_frames": FRAMES,
         "num_inference_steps": work.steps, "seed": index,
@@ -131,7 +135,7 @@ def submit(server: Server, work: Work, index: int) -> str:
 
 
 def ended(server: Server, video: str) -> dict[str, Any]:
-    """The job once it is completed or failed. A job that is unknown was lost."""
+    """Wait until the job is completed or failed, and return it. A job that the server does not know is lost."""
     while True:
         with suppress(httpx.TransportError):
             answer = httpx.get(f"{server.url}/v1/videos/{video}", timeout=30)
@@ -144,12 +148,12 @@ def ended(server: Server, video: str) -> dict[str, Any]:
 
 
 def client(server: Server, work: Work, jobs: range) -> list[dict[str, Any]]:
-    """One client, which has one job at a time."""
+    """Run one client. It has one job at a time."""
     return [ended(server, submit(server, work, index)) for index in jobs]
 
 
 def plays(server: Server, shown: dict[str, Any]) -> bool:
-    """Whether a completed job's file holds the frames that it should."""
+    """Whether a completed job's file contains the expected frames."""
     content = httpx.get(f"{server.url}/v1/videos/{shown['id']}/content", timeout=30).content
     try:
         with av.open(io.BytesIO(content), "r") as container:
@@ -161,7 +165,7 @@ def plays(server: Server, shown: dict[str, Any]) -> bool:
 
 
 def disturb(server: Server, rng: random.Random, done: threading.Event, log: list[str]) -> None:
-    """Kill ranks and the front at random moments, each once the last one's work goes on."""
+    """Kill ranks and the front at random moments, each after the server has recovered from the last kill."""
     kills = ["rank"] * KILLED_RANKS + ["front"] * KILLED_FRONTS
     rng.shuffle(kills)
     begin = time.monotonic()
@@ -178,7 +182,7 @@ def disturb(server: Server, rng: random.Random, done: threading.Event, log: list
 
 
 def run(server: Server, work: Work, jobs: int, clients: int) -> tuple[list[dict[str, Any]], float]:
-    """All jobs, shared by the clients: what became of each, and the seconds it took."""
+    """Run all jobs, shared by the clients. Return the ended jobs and the seconds that all took."""
     begin = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
         futures = [pool.submit(client, server, work, range(first, jobs, clients)) for first in range(clients)]
@@ -191,8 +195,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=2, help="rounds with and without batching")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments at which something is killed")
-    parser.add_argument("--output", type=Path, help="a file for the figures")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments of kills")
+    parser.add_argument("--output", type=Path, help="file for the figures")
     args = parser.parse_args()
     lines = [
         "# The server under load\n",
@@ -210,31 +214,31 @@ def main() -> None:
         done.set()
         killer.join()
         server.wait()
-        known = httpx.get(f"{server.url}/metrics").text
+        metrics = httpx.get(f"{server.url}/metrics").text
         statuses = Counter(shown["status"] for shown in results)
         codes = Counter(shown["error"]["code"] for shown in results if shown["status"] == "failed")
         broken = [shown["id"] for shown in results if shown["status"] == "completed" and not plays(server, shown)]
         left = [
-            row for row in known.splitlines() if row.startswith(('halovae_jobs{status="q', 'halovae_jobs{status="i'))
+            row for row in metrics.splitlines() if row.startswith(('halovae_jobs{status="q', 'halovae_jobs{status="i'))
         ]
         lines.append(f"- {args.jobs} jobs of {args.clients} clients in {seconds:.0f} s; killed: {', '.join(log)}")
         lines.append(f"- ended as: {dict(statuses)}, failed with: {dict(codes)}; broken files: {len(broken)}")
         server.stop()
-        parts = [path.name for path in server.output.rglob(".*.partial")]
-        lines.append(f"- left at the end: {'; '.join(left)}; unfinished files: {len(parts)}")
+        partial = [path.name for path in server.output.rglob(".*.partial")]
+        lines.append(f"- left at the end: {'; '.join(left)}; unfinished files: {len(partial)}")
         rates: dict[int, list[float]] = {4: [], 1: []}
         batches: list[int] = []
         for round_ in range(args.repeat):
             for batch in rates:
                 quiet = Server(home / "model", home / f"quiet-{batch}-{round_}", batch).start().wait()
-                run(quiet, DECODES, args.clients, args.clients)  # what is done only once
+                run(quiet, DECODES, args.clients, args.clients)  # one-time work
                 results, seconds = run(quiet, DECODES, args.jobs, args.clients)
                 rates[batch].append(args.jobs / seconds)
                 if batch > 1:
                     batches += [shown["decode"]["batch"] for shown in results]
                 quiet.stop()
         if args.repeat:
-            medians = {batch: statistics.median(own) for batch, own in rates.items()}
+            medians = {batch: statistics.median(values) for batch, values in rates.items()}
             lines.append(
                 f"- {DECODES.sizes[0]}, {DECODES.steps} step: --decode-batch 4: {medians[4]:.2f} jobs/s, 1: "
                 f"{medians[1]:.2f} jobs/s ({medians[4] / medians[1]:.2f}x); jobs by batch: "

@@ -1,9 +1,9 @@
-"""Peak memory of a decode that streams to a file, over longer and longer clips: it must not grow with the length.
+"""Peak memory of decodes of ever longer clips that stream to a file. It must not grow with the length.
 
     python benchmarks/streaming.py
 
-The demo model, latents of 24 x 32 (pictures of 192 x 256), chunk by chunk into an mp4; beside it, the same decode with
-all frames held in memory. Each in a process of its own.
+The demo model decodes latents of 24 x 32 (pictures of 192 x 256) chunk by chunk into an mp4. For comparison, the same
+decode holds all frames in memory. Each decode has a process of its own.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from halovae.models.architectures import DEMO
 
 
 def peak(frames: int, stream: bool) -> int:
-    """Bytes above the resting process."""
+    """Return the peak in bytes above the resting process."""
     decoder = load(DEMO, device="cpu")
     latents = torch.randn(1, 16, frames, 24, 32, generator=torch.Generator().manual_seed(0))
-    decoder.decode(latents[:, :, :2, :4, :4])  # what is only loaded or made the first time
+    decoder.decode(latents[:, :, :2, :4, :4])  # loads or makes what only the first decode does
     with tempfile.TemporaryDirectory() as folder:
         warm = media.Sink(Path(folder) / "warm.mp4", 16)
-        warm.write(torch.zeros(3, 40, 192, 256, dtype=torch.uint8))  # the encoder's look-ahead is full
+        warm.write(torch.zeros(3, 40, 192, 256, dtype=torch.uint8))  # fills the encoder's look-ahead
         warm.close(whole=True)
         memory = MemoryMeter(Device(decoder.device))
         if stream:

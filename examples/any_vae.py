@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 examples/any_vae.py --model flux --grid 2x2
 
-The VAE has its true size and random weights (the same on all ranks); `--model` takes a folder or hub id too. Rank 0
-prints the error, the times, and the live bytes of each rank beside those of one that decodes alone.
+The VAE has its true size and random weights (the same on all ranks); `--model` also takes a folder or hub id. Rank 0
+prints the error, the times, and the live bytes of each rank and of a decode on one rank.
 """
 
 import argparse
@@ -50,30 +50,30 @@ def main() -> None:
     latents = latents.to(memory_format=torch.channels_last)
     decode = halovae.shard(lambda z: vae.decode(z, return_dict=False)[0], vae)
 
-    mine = LiveBytes()
-    with mine:
+    own = LiveBytes()
+    with own:
         frames = decode(latents, grid=args.grid, gather="rank0")
     assert decode.report is not None
     report = decode.report
-    peaks: list[int] = [mine.peak] * args.grid.size
+    peaks: list[int] = [own.peak] * args.grid.size
     if args.grid.size > 1:
-        dist.all_gather_object(peaks, mine.peak)
-    # One process with the same threads: rank 0 alone, while the others wait.
+        dist.all_gather_object(peaks, own.peak)
+    # One process with the same threads: rank 0 decodes while the others wait.
     if rank == 0:
         live = LiveBytes()
         begin = time.perf_counter()
         with torch.no_grad(), live:
             expected = vae.decode(latents, return_dict=False)[0]
-        alone = time.perf_counter() - begin
+        one_rank = time.perf_counter() - begin
         assert frames is not None
         error = (frames.double() - expected.double()).abs().max().item() / expected.abs().max().item()
         print(
             f"grid {args.grid}, {'recorded' if not report.eager else report.eager}, fallbacks {dict(report.fallbacks)}"
         )
         print(f"largest error / largest value: {error:.2g}")
-        print(f"seconds: {report.seconds:.2f} on {args.grid.size} ranks, {alone:.2f} on one")
+        print(f"seconds: {report.seconds:.2f} on {args.grid.size} ranks, {one_rank:.2f} on one")
         print(f"messages sent by rank 0: {report.messages}, {report.bytes_sent / 2**20:.1f} MiB")
-        shares = ", ".join(f"{one / 2**20:.0f}" for one in peaks)
+        shares = ", ".join(f"{peak / 2**20:.0f}" for peak in peaks)
         print(f"peak live MiB: {shares} by rank, {live.peak / 2**20:.0f} on one: {max(peaks) / live.peak:.3f} of it")
     if args.grid.size > 1:
         dist.barrier()

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/qwen_image.py --prompt "a cat on a roof" -o cat.png
 
-Every rank runs the same pipeline with the same seed, and decodes its part of the picture; rank 0 writes it.
+Every rank runs the same pipeline with the same seed, and decodes its shard of the picture; rank 0 writes the picture.
 """
 
 import argparse
@@ -44,14 +44,14 @@ def main() -> None:
             generator=torch.Generator().manual_seed(0), output_type="np",
         ).images[0]  # fmt: skip
 
-    wanted = generate() if args.compare else None
+    expected = generate() if args.compare else None
     halovae.parallelize(pipe, gather="rank0")
     picture = generate()
     if transport.world_size() == 1 or dist.get_rank() == 0:
         Image.fromarray((picture * 255).round().astype(np.uint8)).save(args.output)
         print(f"wrote {args.output}")
-        if wanted is not None:
-            print(f"largest difference to diffusers: {np.abs(picture - wanted).max():.1e} of 1")
+        if expected is not None:
+            print(f"largest difference to diffusers: {np.abs(picture - expected).max():.1e} of 1")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/wan_text_to_video.py --prompt "a cat on a roof" -o cat.mp4
 
-Every rank runs the same pipeline with the same seed (here the transformer is not shared out), and decodes its part of
-the picture; rank 0 writes the clip.
+Every rank runs the same pipeline with the same seed (the transformer is not shared here), and decodes its shard of the
+clip; rank 0 writes the clip.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
             generator=torch.Generator().manual_seed(0), output_type="np",
         ).frames[0]  # fmt: skip
 
-    wanted = generate() if args.compare else None
+    expected = generate() if args.compare else None
     halovae.parallelize(pipe, gather="rank0")
     frames = generate()
     if transport.world_size() == 1 or dist.get_rank() == 0:
@@ -54,8 +54,8 @@ def main() -> None:
         sink.write(torch.from_numpy(frames * 255).round().to(torch.uint8).permute(3, 0, 1, 2))
         sink.close(whole=True)
         print(f"wrote {args.output}")
-        if wanted is not None:
-            print(f"largest difference to diffusers: {np.abs(frames - wanted).max():.1e} of 1")
+        if expected is not None:
+            print(f"largest difference to diffusers: {np.abs(frames - expected).max():.1e} of 1")
     if dist.is_initialized():
         dist.destroy_process_group()
 

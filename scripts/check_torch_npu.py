@@ -1,9 +1,9 @@
-"""Check that every name which halovae calls on an accelerator's module is in torch_npu, without importing that.
+"""Check that torch_npu has every name that halovae calls on an accelerator's module, without importing torch_npu.
 
     pip download torch_npu --no-deps --only-binary=:all: --platform manylinux_2_28_aarch64 --python-version 3.11
     python scripts/check_torch_npu.py torch_npu-*.whl
 
-torch_npu imports on machines with Ascend's drivers only; its published wheel can be read anywhere.
+torch_npu can only be imported on machines with Ascend's drivers. Its published wheel can be read anywhere.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-# How our sources call torch's module for a device.
+# Expressions for torch's module of a device in our sources.
 MODULES = ("module", "_module(name)", "_module(kind)", "utils")
 SOURCES = Path(__file__).parent.parent / "src" / "halovae" / "device"
 
 
 def names_called() -> set[str]:
-    """Attributes that `kinds.py` and `memory.py` take from a device's module, or from its `utils`."""
+    """Return the attributes that `kinds.py` and `memory.py` use of a device's module, or of its `utils`."""
     names = set()
     for path in (SOURCES / "kinds.py", SOURCES / "memory.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -30,7 +30,7 @@ def names_called() -> set[str]:
 
 
 def names_offered(wheel: Path) -> dict[str, str]:
-    """What `torch_npu.npu` and its files define or import, by the file where it was found."""
+    """Return the names that `torch_npu.npu` and its files define, each with the file that has it."""
     offered = {}
     with zipfile.ZipFile(wheel) as files:
         for name in files.namelist():

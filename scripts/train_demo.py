@@ -1,9 +1,9 @@
-"""Train the demo model: a small Wan-architecture VAE, on clips that `halovae.demo.clips` makes.
+"""Train the demo model, a small Wan-architecture VAE, on clips that `halovae.demo.clips` makes.
 
     python scripts/train_demo.py --out src/halovae/models/demo
 
 Two cores take about 45 minutes, the first stage 36 of them. The last line printed is the PSNR on held-out clips, over
-photographs never trained on.
+photographs that were never trained on.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ HELD_OUT_SEEDS = range(10_000_000, 10_000_008)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of tensors in [-1, 1] (peak-to-peak 2)."""
+    """Return the peak signal-to-noise ratio in dB of tensors in [-1, 1] (peak-to-peak 2)."""
     return 10 * math.log10(4 / F.mse_loss(a, b).item())
 
 
 @torch.inference_mode()
 def evaluate(vae: AutoencoderKLWan, frames: int = 17, height: int = 128, width: int = 160) -> list[float]:
-    """PSNR of each held-out clip, encoded to the posterior's mode and decoded again."""
+    """Return the PSNR of each held-out clip, encoded to the posterior's mode and decoded again."""
     photos = photographs(HELD_OUT)
     scores = []
     for seed in HELD_OUT_SEEDS:
@@ -46,10 +46,10 @@ def evaluate(vae: AutoencoderKLWan, frames: int = 17, height: int = 128, width: 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the optimizer: `steps` of `clips` clips of `frames` frames, `size` pixels square.
+    """One run of the optimizer: `steps` steps on `clips` clips of `frames` frames, `size` pixels square.
 
-    The learning rate rises to `rate` over 100 steps and falls along a cosine to 2 % of it. The first `images` steps are
-    on single frames, six times as many.
+    The learning rate rises to `rate` over 100 steps and falls along a cosine to 2 % of it. The first `images` steps use
+    single frames, six times as many as clips.
     """
 
     steps: int
@@ -60,8 +60,8 @@ class Stage:
     images: int = 0
 
 
-# Space first, then motion over three latent frames, the least in which a causal convolution of three taps sees three;
-# then long clips, because the convolutions together see much further back than that.
+# The first stage trains space, and motion over three latent frames: a causal convolution of three taps needs three to
+# see real frames only. The second trains long clips, because the convolutions together see much further back.
 STAGES = (
     Stage(steps=3200, clips=2, frames=9, size=64, rate=2e-3, images=400),
     Stage(steps=400, clips=1, frames=33, size=48, rate=1e-3),
@@ -122,9 +122,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan(**CONFIG)
     if args.resume is None:
-        with (
-            torch.no_grad()
-        ):  # start with little posterior noise: the first steps would otherwise learn from noise alone
+        # Start with little posterior noise: the first steps would otherwise learn from noise only.
+        with torch.no_grad():
             vae.quant_conv.bias[CONFIG["z_dim"] :].fill_(-6.0)
     else:
         vae.load_state_dict(AutoencoderKLWan.from_pretrained(args.resume, torch_dtype=torch.float32).state_dict())

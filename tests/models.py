@@ -1,4 +1,4 @@
-"""Small models of the true architecture, latents for them, and what diffusers makes of those."""
+"""Small models of the true architecture, latents for them, and diffusers' decodes."""
 
 from functools import cache
 from typing import Any
@@ -25,7 +25,7 @@ def latents(family: str, frames: int = 3, height: int = 7, width: int = 6, batch
 
 def reference(family: str, z: Tensor) -> Tensor:
     """Diffusers' own untiled decode."""
-    model = vae(family)  # not in inference mode: it is kept
+    model = vae(family)  # built outside of inference mode, since it is cached
     with torch.inference_mode():
         frames: Tensor = model.decode(z).sample
     return frames

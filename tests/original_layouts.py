@@ -1,7 +1,7 @@
-"""Files as the models' authors write them, made from diffusers modules.
+"""Files in the layouts of the models' authors, made from diffusers modules.
 
-Each map lists modules in the order in which the original code builds them, as (original name, diffusers' name). It is
-written from that code and shares nothing with what loads the files.
+Each map lists modules in the order in which the original code builds them, as (original name, diffusers' name). It was
+written from that code and shares nothing with the code that loads the files.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ State = dict[str, Tensor]
 
 
 def written(module: nn.Module, pairs: Callable[[nn.Module], Pairs]) -> State:
-    """The state of `module` by original names; all of it, contiguous."""
+    """Return the whole state of `module` by original names, contiguous."""
     state, out = dict(module.state_dict()), {}
     for original, name in pairs(module):
         for leaf in (".weight", ".bias", ".gamma", ".running_mean", ".running_var", ".num_batches_tracked", ""):
@@ -28,7 +28,7 @@ def written(module: nn.Module, pairs: Callable[[nn.Module], Pairs]) -> State:
 
 
 def same_names(module: nn.Module) -> Pairs:
-    """diffusers' own; and Tencent's HunyuanVideo, whose hyvideo/vae/unet_causal_3d_blocks.py names modules likewise."""
+    """diffusers' own names. Tencent's hyvideo/vae/unet_causal_3d_blocks.py (HunyuanVideo) uses the same."""
     yield from ((key, key) for key in module.state_dict())
 
 
@@ -52,8 +52,8 @@ def _wan_outside() -> Pairs:
     for half in ("encoder", "decoder"):
         yield f"{half}.conv1", f"{half}.conv_in"
         yield from _wan_residual(f"{half}.middle.0", f"{half}.mid_block.resnets.0")
-        for part in ("norm", "to_qkv", "proj"):
-            yield f"{half}.middle.1.{part}", f"{half}.mid_block.attentions.0.{part}"
+        for layer in ("norm", "to_qkv", "proj"):
+            yield f"{half}.middle.1.{layer}", f"{half}.mid_block.attentions.0.{layer}"
         yield from _wan_residual(f"{half}.middle.2", f"{half}.mid_block.resnets.1")
         yield f"{half}.head.0", f"{half}.norm_out"
         yield f"{half}.head.2", f"{half}.conv_out"
@@ -69,8 +69,8 @@ def wan21(module: nn.Module) -> Pairs:
             yield from _wan_residual(f"encoder.downsamples.{index}", f"encoder.down_blocks.{index}")
             index += 1
         if level != levels - 1:
-            for part in ("resample.1", "time_conv"):
-                yield f"encoder.downsamples.{index}.{part}", f"encoder.down_blocks.{index}.{part}"
+            for layer in ("resample.1", "time_conv"):
+                yield f"encoder.downsamples.{index}.{layer}", f"encoder.down_blocks.{index}.{layer}"
             index += 1
     index = 0
     for level in range(levels):
@@ -78,8 +78,8 @@ def wan21(module: nn.Module) -> Pairs:
             yield from _wan_residual(f"decoder.upsamples.{index}", f"decoder.up_blocks.{level}.resnets.{block}")
             index += 1
         if level != levels - 1:
-            for part in ("resample.1", "time_conv"):
-                yield f"decoder.upsamples.{index}.{part}", f"decoder.up_blocks.{level}.upsamplers.0.{part}"
+            for layer in ("resample.1", "time_conv"):
+                yield f"decoder.upsamples.{index}.{layer}", f"decoder.up_blocks.{level}.upsamplers.0.{layer}"
             index += 1
 
 
@@ -92,16 +92,16 @@ def wan22(module: nn.Module) -> Pairs:
             start = f"{half}.{down}samples.{level}.{down}samples"
             for block in range(count):
                 yield from _wan_residual(f"{start}.{block}", f"{half}.{down}_blocks.{level}.resnets.{block}")
-            for part in ("resample.1", "time_conv"):
-                yield f"{start}.{count}.{part}", f"{half}.{down}_blocks.{level}.{down}sampler.{part}"
+            for layer in ("resample.1", "time_conv"):
+                yield f"{start}.{count}.{layer}", f"{half}.{down}_blocks.{level}.{down}sampler.{layer}"
 
 
 # CompVis' ldm/modules/diffusionmodules/model.py, and Black Forest Labs' flux/modules/autoencoder.py.
 
 
 def _ldm_resnet(original: str, name: str) -> Pairs:
-    for part in ("norm1", "conv1", "norm2", "conv2"):
-        yield f"{original}.{part}", f"{name}.{part}"
+    for layer in ("norm1", "conv1", "norm2", "conv2"):
+        yield f"{original}.{layer}", f"{name}.{layer}"
     yield f"{original}.nin_shortcut", f"{name}.conv_shortcut"
 
 
@@ -129,14 +129,14 @@ def latent_diffusion(module: nn.Module) -> Pairs:
 
 
 def flux2(module: nn.Module) -> Pairs:
-    """With the outer convolutions inside, and the statistics of packed latents."""
+    """latent diffusion's names, with the outer convolutions inside, and the statistics of packed latents."""
     moved = {"quant_conv": "encoder.quant_conv", "post_quant_conv": "decoder.post_quant_conv"}
     yield from ((moved.get(original, original), name) for original, name in latent_diffusion(module))
     yield "bn", "bn"
 
 
 def with_convolutions(state: State) -> State:
-    """Attention projections as convolutions of 1x1."""
+    """Return the state with attention projections as 1x1 convolutions."""
     return {key: one[:, :, None, None] if ".attn_1." in key and one.ndim == 2 else one for key, one in state.items()}
 
 
@@ -144,9 +144,9 @@ def with_convolutions(state: State) -> State:
 
 
 def _ltx_block(original: str, name: str) -> Pairs:
-    """ResnetBlock3D: within `res_x`, or `res_x_y` by itself."""
-    for part in ("conv1.conv", "conv2.conv", "scale_shift_table", "per_channel_scale1", "per_channel_scale2"):
-        yield f"{original}.{part}", f"{name}.{part}"
+    """ResnetBlock3D: in `res_x`, or on its own as `res_x_y`."""
+    for layer in ("conv1.conv", "conv2.conv", "scale_shift_table", "per_channel_scale1", "per_channel_scale2"):
+        yield f"{original}.{layer}", f"{name}.{layer}"
     yield f"{original}.conv_shortcut", f"{name}.conv_shortcut.conv"
     yield f"{original}.norm3.norm", f"{name}.norm3"
 
@@ -182,8 +182,8 @@ def ltx(module: nn.Module) -> Pairs:
         yield from _ltx_blocks(f"encoder.down_blocks.{index}", name[:-1])
         index += 1
         if has(f"{name}downsamplers.0."):
-            for part in ("conv", "conv.conv"):
-                yield f"encoder.down_blocks.{index}.{part}", f"{name}downsamplers.0.{part}"
+            for layer in ("conv", "conv.conv"):
+                yield f"encoder.down_blocks.{index}.{layer}", f"{name}downsamplers.0.{layer}"
             index += 1
         if has(f"{name}conv_out."):
             yield from _ltx_block(f"encoder.down_blocks.{index}", f"{name}conv_out")
@@ -204,15 +204,15 @@ def ltx(module: nn.Module) -> Pairs:
         level += 1
 
 
-# Tiny models of the layouts above that diffusers decodes.
+# Tiny models, decoded by diffusers, for the layouts above.
 
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
-WIDTHS = {"block_out_channels": (32, 32, 64), "norm_num_groups": 32}  # of true groups: files do not tell them
+WIDTHS = {"block_out_channels": (32, 32, 64), "norm_num_groups": 32}  # the true groups, which files do not show
 KL: dict[str, Any] = {**tiny_configs.BLOCKS_2D, **WIDTHS}
 
 
 def tiny(name: str, **config: Any) -> nn.Module:
-    """A module of the zoo, or one of its class with another config, with seeded weights."""
+    """Build a module of the zoo, or one of its class with another config, with seeded weights."""
     entry = ENTRIES[name]
     if config:
         import diffusers
@@ -233,7 +233,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     ),
     "ltx-video 0.9.0": lambda: tiny(
         "AutoencoderKLLTXVideo (0.9.0)",
-        **{  # widths that change between blocks, as the true ones do
+        **{  # widths that change between blocks, as in the true model
             **tiny_configs.LTX,
             "block_out_channels": (4, 8, 12, 12),
             "decoder_block_out_channels": (4, 8, 12, 12),
@@ -246,7 +246,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "ltx-video 0.9.5": lambda: tiny("AutoencoderKLLTXVideo (0.9.5)"),
     "ltx-2": lambda: tiny("AutoencoderKLLTX2Video"),
 }
-# The map that writes each.
+# The map for each module.
 MAPS: dict[str, Callable[[nn.Module], Pairs]] = {
     "sd": latent_diffusion,
     "flux": latent_diffusion,

@@ -1,4 +1,4 @@
-"""`halovae serve` as its users run it: a process with ranks of its own."""
+"""`halovae serve` as users run it: a process that starts its own ranks."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from stub_ranks import free_port
 
 
 def _is_spawned(process: psutil.Process) -> bool:
-    """Whether multiprocessing has begun it, and it lives."""
+    """Whether multiprocessing started the process, and it is running."""
     try:
         return "spawn_main" in " ".join(process.cmdline())
     except psutil.Error:
@@ -22,7 +22,7 @@ def _is_spawned(process: psutil.Process) -> bool:
 
 
 class Server:
-    """A running server; `output` may hold another one's jobs."""
+    """A running server. `output` may hold jobs of an earlier server."""
 
     def __init__(self, model: Path, output: Path, *options: str, ranks: int = 2, port: int = 0) -> None:
         self.port = port or free_port()
@@ -37,7 +37,7 @@ class Server:
             )
 
     def wait(self) -> "Server":
-        """Wait until its ranks work."""
+        """Wait until the ranks are ready."""
         while True:
             assert self.process.poll() is None, self.log.read_text()
             try:
@@ -48,10 +48,10 @@ class Server:
             time.sleep(0.05)
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that compute: the agent's children, oldest first."""
+        """Return the rank processes: the agent's children, oldest first."""
         try:
-            agents = [one for one in psutil.Process(self.process.pid).children() if _is_spawned(one)]
-            return [one for agent in agents for one in agent.children() if _is_spawned(one)]
+            agents = [child for child in psutil.Process(self.process.pid).children() if _is_spawned(child)]
+            return [child for agent in agents for child in agent.children() if _is_spawned(child)]
         except psutil.NoSuchProcess:
             return []
 
@@ -62,7 +62,7 @@ class Server:
         return str(answer.json()["id"])
 
     def ended(self, video: str) -> dict[str, Any]:
-        """The video once it is completed or failed."""
+        """Wait until the video is completed or failed, and return it."""
         while (shown := self.video(video))["status"] not in ("completed", "failed"):
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.05)
@@ -73,7 +73,7 @@ class Server:
         return answer
 
     def stop(self, by: signal.Signals = signal.SIGINT) -> int:
-        """End it, and give its exit status."""
+        """End the server, and return its exit status."""
         if self.process.poll() is None:
             os.kill(self.process.pid, by)
         return self.process.wait(30)

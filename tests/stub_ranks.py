@@ -1,4 +1,4 @@
-"""A front over HTTP, and ranks that only pretend: they write frames without any model."""
+"""A front over HTTP, and stub ranks that write frames without any model."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ from PIL import Image
 from halovae.io import media
 from halovae.pipelines.specs import Pipeline
 from halovae.serving.app import make_app
-from halovae.serving.line import RankLine
+from halovae.serving.channel import RankChannel
 from halovae.serving.settings import FrontSettings, RankSettings
 
 DECODE = {
@@ -39,12 +39,12 @@ def free_port() -> int:
 
 
 class StubRanks(threading.Thread):
-    """Serves orders like rank 0; while `held` is set it stays at the first step, and orders fail if it `fails`."""
+    """Serves attempts like rank 0. While `held` is set, it stays at the first step; if `fails`, attempts fail."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(daemon=True)
-        self.line = RankLine(endpoint)
-        self.line.ready = True
+        self.channel = RankChannel(endpoint)
+        self.channel.ready = True
         self.held = threading.Event()
         self.fails = False
         self.seen: list[dict[str, Any]] = []
@@ -52,29 +52,29 @@ class StubRanks(threading.Thread):
 
     def run(self) -> None:
         while True:
-            order = self.line.orders.get()
-            self.seen.append(order)
-            self.line.tell("started", order["order"])
-            self.line.tell("progress", order["order"], stage="denoising", done=1)
-            if order["preview_every"] == 1:
-                self.line.tell("preview", order["order"], step=1, picture=base64.b64encode(PREVIEW).decode())
-            while self.held.is_set() and order["order"] not in self.line.cancelled:
+            attempt = self.channel.attempts.get()
+            self.seen.append(attempt)
+            self.channel.send("started", attempt["attempt"])
+            self.channel.send("progress", attempt["attempt"], stage="denoising", done=1)
+            if attempt["preview_every"] == 1:
+                self.channel.send("preview", attempt["attempt"], step=1, picture=base64.b64encode(PREVIEW).decode())
+            while self.held.is_set() and attempt["attempt"] not in self.channel.cancelled:
                 time.sleep(0.01)
-            if order["order"] in self.line.cancelled:
-                self.line.tell("cancelled", order["order"])
+            if attempt["attempt"] in self.channel.cancelled:
+                self.channel.send("cancelled", attempt["attempt"])
                 continue
             if self.fails:
-                self.line.tell("failed", order["order"], code="out_of_memory", message="no plan fits")
+                self.channel.send("failed", attempt["attempt"], code="out_of_memory", message="no plan fits")
                 continue
-            self.line.tell("denoised", order["order"], seconds=0.1)
-            width, height = (min(side, 64) for side in order["prompt"]["size"])  # however much a fuzzer asks for
-            frames = torch.zeros(3, min(order["prompt"]["frames"], 5), height, width, dtype=torch.uint8)
-            for path in order["paths"]:
-                sink = media.Sink(Path(path), order["fps"])
+            self.channel.send("denoised", attempt["attempt"], seconds=0.1)
+            width, height = (min(side, 64) for side in attempt["prompt"]["size"])  # however much a fuzzer asks for
+            frames = torch.zeros(3, min(attempt["prompt"]["frames"], 5), height, width, dtype=torch.uint8)
+            for path in attempt["paths"]:
+                sink = media.Sink(Path(path), attempt["fps"])
                 sink.write(frames)
                 sink.close(whole=True)
-            self.line.tell("progress", order["order"], stage="decoding", done=frames.shape[1])
-            self.line.tell("finished", order["order"], decode=DECODE)
+            self.channel.send("progress", attempt["attempt"], stage="decoding", done=frames.shape[1])
+            self.channel.send("finished", attempt["attempt"], decode=DECODE)
 
 
 def rank_settings(model: Path, output: Path) -> RankSettings:
@@ -95,7 +95,7 @@ def rank_settings(model: Path, output: Path) -> RankSettings:
 
 
 def front_settings(model: Path, **options: Any) -> FrontSettings:
-    """For one machine and everyone on it, but for what `options` say."""
+    """Settings of a front that only this machine reaches, without a key. `options` replaces some of them."""
     front = FrontSettings(
         "tiny", Pipeline.read(model), "127.0.0.1", free_port(), None, max_queue=100, max_body=2**20,
         expire_after=3600.0, max_output=None, allow_url_inputs=False,
@@ -105,7 +105,7 @@ def front_settings(model: Path, **options: Any) -> FrontSettings:
 
 @contextmanager
 def served(model: Path, output: Path, stub: bool = True, **options: Any) -> Iterator[tuple[str, StubRanks | None]]:
-    """A front for a model's folder: its URL, and its ranks."""
+    """Run a front for a model's folder, and yield its URL and its stub ranks; None without `stub`."""
     output.mkdir(exist_ok=True)
     ranks = rank_settings(model, output)
     front = front_settings(model, **options)

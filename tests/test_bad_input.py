@@ -52,7 +52,7 @@ def test_arguments_out_of_range(
 
 def test_arguments_are_refused_by_the_call_and_not_by_the_first_frame(decoder: halovae.VAE) -> None:
     with pytest.raises(ValueError, match="gather"):
-        decoder.stream(latents("wan2.1"), gather="rank1")
+        decoder.stream(latents("wan2.1"), gather="rank1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs 2 ranks"):
         decoder.stream(latents("wan2.1"), grid=Grid(rows=2))
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from halovae import Grid
 from halovae.bench import validate as validation
-from halovae.bench.compare import compare, seam_band
+from halovae.bench.compare import compare, seam_mask
 from halovae.bench.measure import Contestant, Model
 from halovae.bench.report import Row, conclusions
 from halovae.bench.run import subject_of
@@ -43,7 +43,7 @@ def halovae(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def test_bench_writes_a_table_json_and_plots_and_keeps_those_of_an_earlier_run(folder: Path, tmp_path: Path) -> None:
+def test_bench_writes_a_table_json_and_plots_and_keeps_files_of_earlier_runs(folder: Path, tmp_path: Path) -> None:
     command = ("bench", "--model", folder, "--size", "48x64", "--frames", 9, "--repeat", 2, "-o", tmp_path)
     done = halovae(*command, "--modes", "single,parallel,tiled,auto", "--num-gpus", "1,2", "--simulate-ranks", "4")
     assert done.exit_code == 0, done.output
@@ -60,7 +60,10 @@ def test_bench_writes_a_table_json_and_plots_and_keeps_those_of_an_earlier_run(f
             assert row["remaining"] > 0
     assert rows["parallel", 2]["peak_allocated"] <= 0.6 * rows["single", 1]["peak_allocated"]
     assert rows["simulated", 4]["peak_allocated"] < rows["parallel", 2]["peak_allocated"]
-    assert any("parallel, 2 ranks (2x1) against single: decoding latency" in said for said in results["conclusions"])
+    assert any(
+        "parallel, 2 ranks (2x1) against single: decoding latency" in conclusion
+        for conclusion in results["conclusions"]
+    )
     assert results["torch"] == torch.__version__
     assert not results["random_weights"]
     for name in ("results-time.png", "results-memory.png"):
@@ -80,7 +83,7 @@ def test_bench_writes_a_table_json_and_plots_and_keeps_those_of_an_earlier_run(f
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--size", "50x64"), "size 50x64: wan2.1 makes multiples of 8, such as 48x64"),
         (("--frames", "8"), "8 frames: wan2.1 makes 1 + a multiple of 4: 5 or 9"),
@@ -93,12 +96,12 @@ def test_bench_writes_a_table_json_and_plots_and_keeps_those_of_an_earlier_run(f
     ],
 )
 def test_bench_refuses_bad_input_before_it_measures(
-    folder: Path, tmp_path: Path, options: tuple[str, ...], said: str
+    folder: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     base = ("bench", "--model", folder, "--size", "48x64", "--frames", 9, "-o", tmp_path)
     done = halovae(*base, "--modes", "single,parallel", "--num-gpus", "1,2", *options)
     assert done.exit_code == 2
-    assert said in " ".join(done.output.split())
+    assert message in " ".join(done.output.split())
     assert not list(tmp_path.iterdir())
 
 
@@ -112,11 +115,11 @@ def kill_soon() -> None:
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
-def test_a_mode_that_runs_out_of_memory_says_how_far_it_came(folder: Path) -> None:
+def test_a_mode_that_runs_out_of_memory_reports_reserved_bytes(folder: Path) -> None:
     model = Model(folder, "AutoencoderKLWan", torch.float32, "cpu")
     contestant = Contestant("single", model, 1, 1)
     contestant.warm_up(latents("wan2.1"))
-    contestant.group.run(limit_memory)
+    contestant.processes.run(limit_memory)
     contestant.decode(latents("wan2.1", frames=3, height=64, width=64))
     assert contestant.out_of_memory is not None
     assert contestant.out_of_memory > 64 * 2**20
@@ -124,9 +127,9 @@ def test_a_mode_that_runs_out_of_memory_says_how_far_it_came(folder: Path) -> No
     assert contestant.taken == []
 
 
-def test_a_rank_that_the_system_kills_is_taken_for_out_of_memory(folder: Path) -> None:
+def test_a_rank_that_the_system_kills_counts_as_out_of_memory(folder: Path) -> None:
     contestant = Contestant("parallel", Model(folder, "AutoencoderKLWan", torch.float32, "cpu"), 2, 1)
-    contestant.group.run(kill_soon)
+    contestant.processes.run(kill_soon)
     contestant.decode(latents("wan2.1", frames=400))
     assert contestant.out_of_memory == 0
 
@@ -138,9 +141,9 @@ def lose_rank_1() -> None:
     raise RuntimeError("connection reset by peer")
 
 
-def test_a_killed_rank_is_the_cause_even_if_another_one_fails_before() -> None:
+def test_a_killed_rank_is_the_cause_even_if_another_rank_fails_first() -> None:
     with Ranks(2) as ranks:
-        ranks.run(os.getpid)  # both are there
+        ranks.run(os.getpid)  # both have started
         with pytest.raises(RankError, match="rank 0 failed") as raised:
             ranks.run(lose_rank_1)
     assert raised.value.killed
@@ -174,7 +177,7 @@ def test_encodes_are_measured_as_decodes_are(tmp_path: Path) -> None:
     assert min(one.memory("peak_reserved") for one in (theirs, ours)) > 0
 
 
-def test_rows_that_ran_out_of_memory_are_shown_and_concluded() -> None:
+def test_rows_that_ran_out_of_memory_are_in_the_table_and_the_conclusions() -> None:
     case: dict[str, Any] = {"size": "64x48", "frames": 9, "batch": 1}
     memory: dict[str, Any] = {"peak_reserved": 4e9, "peak_allocated": 3e9, "pool_overhead": 1e9, "remaining": 4e9}
     single = Row("single", 1, "1x1", **case, seconds=10.0, decodes=1, **memory)
@@ -182,10 +185,10 @@ def test_rows_that_ran_out_of_memory_are_shown_and_concluded() -> None:
     halved = {name: size / 2 for name, size in memory.items()}
     parallel = Row("parallel", 2, "2x1", **case, seconds=7.1, decodes=1, **halved)
     assert tiled.cells() == ["tiled", "OOM", "7.00", "-", "-", "-"]
-    said = conclusions([single, tiled, parallel])
-    assert said[0] == "64x48, 9 frames, batch 1: tiled ran out of memory"
-    assert "decoding latency -29 %, peak memory -50 %" in said[1]
-    assert "memory left at the peak -50 %" in said[1]
+    sentences = conclusions([single, tiled, parallel])
+    assert sentences[0] == "64x48, 9 frames, batch 1: tiled ran out of memory"
+    assert "decoding latency -29 %, peak memory -50 %" in sentences[1]
+    assert "memory left at the peak -50 %" in sentences[1]
 
 
 def test_validate_reports_on_a_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -211,7 +214,7 @@ def test_validate_reports_on_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     assert (simulated["name"], simulated["grid"], simulated["taken"]) == ("simulated", "6x1", None)
 
 
-def test_validate_ends_with_1_if_a_model_falls_short(
+def test_validate_exits_with_1_if_a_model_is_not_supported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--model-path", folder, "--size", "32x16", "--simulate-ranks", 2, "-o", tmp_path)
@@ -238,29 +241,29 @@ def test_validate_runs_a_whole_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--models", "Wan3"), "--models Wan3: expected some of Wan2.1,Wan2.2-A14B"),
         (("--prompt", "a cat"), "--prompt needs --model-path"),
         (("--device", "cuda"), "device 'cuda' is not here"),
     ],
 )
-def test_validate_refuses_bad_input(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+def test_validate_refuses_bad_input(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     done = halovae("validate", "-o", tmp_path, *options)
     assert done.exit_code == 2
-    assert said in " ".join(done.output.split())
+    assert message in " ".join(done.output.split())
 
 
-def test_seam_bands_lie_around_the_borders_between_ranks() -> None:
-    band = seam_band(Grid(rows=3, cols=2), 7 * 8, 4 * 8, 8)  # 7 rows of cells: 3 2 2
-    rows = [row for row in range(56) if band[row].all()]
-    cols = [col for col in range(32) if band[:, col].all()]
+def test_seams_lie_around_the_borders_between_ranks() -> None:
+    seams = seam_mask(Grid(rows=3, cols=2), 7 * 8, 4 * 8, 8)  # 7 rows of cells: 3 2 2
+    rows = [row for row in range(56) if seams[row].all()]
+    cols = [col for col in range(32) if seams[:, col].all()]
     assert rows == [*range(16, 32), *range(32, 48)]
     assert cols == [*range(8, 24)]
-    assert not seam_band(Grid(), 16, 16, 8).any()
+    assert not seam_mask(Grid(), 16, 16, 8).any()
 
 
-def test_a_difference_is_told_apart_at_seams_and_elsewhere() -> None:
+def test_differences_at_seams_and_elsewhere_are_separate() -> None:
     torch.manual_seed(0)
     reference = torch.rand(1, 3, 2, 32, 16) * 2 - 1
     frames = reference.clone()
@@ -274,7 +277,7 @@ def test_a_difference_is_told_apart_at_seams_and_elsewhere() -> None:
     assert compare(reference, reference, Grid(), 8).psnr is None
 
 
-def test_latents_are_those_of_the_size_asked_for(folder: Path) -> None:
+def test_latents_have_the_requested_size(folder: Path) -> None:
     assert subject_of(folder, (1280, 720), 81, 2).latents.shape == (2, 16, 21, 90, 160)
 
 

@@ -1,4 +1,4 @@
-"""The commands as users type them: one rank in this process, several as real ones."""
+"""The commands as users type them: one rank in this process, several in processes of their own."""
 
 import os
 import shutil
@@ -71,16 +71,16 @@ def test_frames_are_those_of_diffusers(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("grid", ["2x1", "1x2"])
-def test_ranks_of_its_own(folder: Path, tmp_path: Path, grid: str) -> None:
+def test_the_command_starts_ranks(folder: Path, tmp_path: Path, grid: str) -> None:
     words = ["decode", folder / "video.safetensors", "--model", folder / "wan", "-o"]
-    alone = shell(*words, tmp_path / "alone")
+    single = shell(*words, tmp_path / "single")
     done = shell(*words, tmp_path / "frames", "--num-gpus", 2, "--grid", grid)
-    assert alone.returncode == done.returncode == 0, done.stderr
-    assert np.abs(pictures(tmp_path / "frames").astype(int) - pictures(tmp_path / "alone")).max() <= 1
+    assert single.returncode == done.returncode == 0, done.stderr
+    assert np.abs(pictures(tmp_path / "frames").astype(int) - pictures(tmp_path / "single")).max() <= 1
     assert f"(grid {grid} of 2 ranks)" in done.stderr
 
 
-def test_under_torchrun_its_world_is_used(folder: Path, tmp_path: Path) -> None:
+def test_the_world_of_torchrun_is_used(folder: Path, tmp_path: Path) -> None:
     words = [
         "decode",
         folder / "video.safetensors",
@@ -187,7 +187,7 @@ def test_latents_of_another_family_are_refused(folder: Path, tmp_path: Path) -> 
     assert "qwen-image model" in done.output.replace("\n", " ")
 
 
-def test_encode_cuts_and_scales_to_what_the_model_takes(folder: Path, tmp_path: Path) -> None:
+def test_encode_crops_and_scales_to_what_the_model_takes(folder: Path, tmp_path: Path) -> None:
     sink = media.Sink(tmp_path / "clip.mp4", 10)
     ramp = torch.linspace(0, 255, 42 * 54).view(1, 1, 42, 54).expand(3, 7, 42, 54)
     sink.write(ramp.to(torch.uint8))
@@ -208,7 +208,7 @@ def test_encode_cuts_and_scales_to_what_the_model_takes(folder: Path, tmp_path: 
     assert latents_file.read_header(output).shape == (1, 16, 2, 2, 4)
 
 
-def test_encode_refuses_what_is_no_clip(folder: Path, tmp_path: Path) -> None:
+def test_encode_refuses_files_that_are_not_clips(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_text("no video")
     done = halovae("encode", tmp_path / "clip.mp4", "--model", folder / "wan", "-o", tmp_path / "z.safetensors")
     assert done.exit_code == 2
@@ -216,7 +216,7 @@ def test_encode_refuses_what_is_no_clip(folder: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["clip.mp4"]
 
 
-def test_inspect_tells_family_and_needs(folder: Path) -> None:
+def test_inspect_shows_the_family_and_what_a_decode_needs(folder: Path) -> None:
     done = halovae("inspect", folder / "wan", "--size", "64x48", "--frames", 9, "--grid", "2x1")
     assert done.exit_code == 0, done.output
     facts = "wan2.1", "AutoencoderKLWan, unmodified", "8x in space, 4x in time", "[1, 16, 3, 6, 8]", "grid 2x1"
@@ -236,7 +236,7 @@ def test_help_and_version() -> None:
 
 
 @pytest.mark.parametrize("command", [["demo"], ["bench", "--model", "demo"], ["validate"]])
-def test_what_is_not_installed_is_named_before_any_work(
+def test_missing_modules_are_named_before_any_work(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "find_spec", lambda name: None if name == "skimage" else True)
@@ -269,7 +269,7 @@ def test_a_model_without_an_encoder_decodes_and_cannot_encode(folder: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "message"),
     [
         ({}, "Error: no"),
         ({"RANK": "0"}, "Error: no"),
@@ -280,8 +280,8 @@ def test_a_model_without_an_encoder_decodes_and_cannot_encode(folder: Path, tmp_
         ({"RANK": "9", "LOCAL_RANK": "1"}, ""),
     ],
 )
-def test_under_torchrun_one_rank_of_each_host_says_why_it_ends(
-    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_under_torchrun_one_rank_of_each_host_prints_the_error(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for variable in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
@@ -290,4 +290,4 @@ def test_under_torchrun_one_rank_of_each_host_says_why_it_ends(
     with pytest.raises(typer.Exit) as ended:
         common.fail("no", 2)
     assert ended.value.exit_code == 2
-    assert capsys.readouterr().err.strip() == said
+    assert capsys.readouterr().err.strip() == message

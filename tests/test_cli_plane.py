@@ -1,4 +1,4 @@
-"""The command line with models whose sizes only their own configs know."""
+"""The command line with models whose sizes are only in their configs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = {"AutoencoderKL": (1, 4, 12, 10), "AutoencoderKLCogVideoX": (1, 4, 5, 6
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
-    """Each model's folder, with latents in it, and what diffusers makes of them in [0, 255]."""
+    """Each model's folder, with latents in it, and the frames in [0, 255] that diffusers decodes them to."""
     made = {}
     for name, shape in SHAPES.items():
         folder, module = tmp_path_factory.mktemp(name), zoo.build(ENTRIES[name])
@@ -55,7 +55,7 @@ def test_a_picture(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path, grid
     assert (found - expected[0]).abs().max() <= 0.51
 
 
-def test_a_clip_and_its_way_back(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
+def test_a_clip(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     folder, expected = folders["AutoencoderKLCogVideoX"]
     options = ["--grid", "1x2", "--report", tmp_path / "report.json"]
     result = halovae("decode", folder / "z.safetensors", "--model", folder, "-o", tmp_path / "frames", *options)
@@ -91,12 +91,12 @@ def test_latents_that_are_scaled_by_another_rule_are_refused(tmp_path: Path) -> 
     latents_file.save(tmp_path / "z.safetensors", torch.zeros(entry.latents), entry.name, scaled=True, fps=1.0)
     result = halovae("decode", tmp_path / "z.safetensors", "--model", tmp_path / "vae", "-o", tmp_path / "out.mp4")
     assert result.exit_code == 2, result.output
-    said = " ".join(result.output.split())
-    assert "AutoencoderKLMochi is not normalized by a scaling_factor alone" in said
+    output = " ".join(result.output.split())
+    assert "AutoencoderKLMochi is not normalized by a scaling_factor alone" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vae", "z.safetensors"]
 
 
-def test_encode_takes_what_the_model_does(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
+def test_encode_crops_to_what_the_model_takes(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     folder, _ = folders["AutoencoderKL"]
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (43, 50, 3), dtype=np.uint8)).save(tmp_path / "in.png")
     result = halovae("encode", tmp_path / "in.png", "--model", folder, "-o", tmp_path / "z.safetensors")
@@ -108,11 +108,11 @@ def test_encode_takes_what_the_model_does(folders: dict[str, tuple[Path, Tensor]
     assert header.family == "AutoencoderKL"
 
 
-def test_inspect_tells_what_a_rank_needs(folders: dict[str, tuple[Path, Tensor]]) -> None:
+def test_inspect_shows_what_a_rank_needs(folders: dict[str, tuple[Path, Tensor]]) -> None:
     result = halovae("inspect", folders["AutoencoderKL"][0], "--size", "256x256", "--grid", "2x2")
     assert result.exit_code == 0, result.output
-    for said in ("AutoencoderKL, unmodified", "none: every operator is partitioned", "messages per rank"):
-        assert said in result.output
+    for text in ("AutoencoderKL, unmodified", "none: every operator is partitioned", "messages per rank"):
+        assert text in result.output
 
 
 def test_more_ranks_than_rows_are_refused(folders: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_latents_of_another_shape_are_refused(folders: dict[str, tuple[Path, Ten
     latents_file.save(tmp_path / "z.safetensors", torch.zeros(1, 7, 4, 4), "AutoencoderKL", scaled=False, fps=1.0)
     result = halovae("decode", tmp_path / "z.safetensors", "--model", folder, "-o", tmp_path / "out.png")
     assert result.exit_code == 2
-    said = " ".join(result.output.split())
-    assert "latents of shape [1, 7, 4, 4]; expected [B, C, H, W] with 4 channels" in said
+    output = " ".join(result.output.split())
+    assert "latents of shape [1, 7, 4, 4]; expected [B, C, H, W] with 4 channels" in output
 
 
 def test_pictures_with_an_alpha_channel_are_refused(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_vae_that_takes_a_timestep_is_validated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_simulated_ranks_make_the_pictures_of_one_process(folders: dict[str, tuple[Path, Tensor]], name: str) -> None:
+def test_simulated_ranks_decode_what_one_process_does(folders: dict[str, tuple[Path, Tensor]], name: str) -> None:
     folder, expected = folders[name]
     z = latents_file.read(folder / "z.safetensors")
     simulation = simulate(load(folder), z, Grid(rows=2, cols=2), dtype=torch.uint8)
@@ -187,7 +187,7 @@ def test_simulated_ranks_share_weights_and_no_caches(monkeypatch: pytest.MonkeyP
     kept = next(module.parameters()).data_ptr()
     used = set()
 
-    def hooked(seen: Any) -> Any:  # such modules are not recorded: all ranks call them at once
+    def hooked(seen: Any) -> Any:  # modules with hooks are not recorded: all ranks call them at once
         used.add(next(seen.parameters()).data_ptr())
         return iter(["decoder"])
 

@@ -1,4 +1,4 @@
-"""What a recorded graph is predicted to take, against real decodes."""
+"""Predicted costs of recorded graphs, against real decodes."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_flops_are_those_of_a_real_decode(family: str, frames: int) -> None:
     with FlopCounterMode(display=False) as counter:
         decoder.decode(z)
     cost = cost_of(family, tuple(z.shape), Grid())
-    # The counter does not know the attention that runs on the CPU.
+    # The counter does not count the attention that runs on the CPU.
     attention = cost.kinds()["scaled_dot_product_attention"].flops
     assert cost.flops - attention == counter.get_total_flops()
     assert 0 < attention < 0.01 * cost.flops
@@ -44,9 +44,9 @@ def test_weights_are_counted_in_bytes() -> None:
 
 
 def test_the_peak_falls_with_the_ranks() -> None:
-    alone, shared = (cost_of("wan2.1", (1, 16, 3, 32, 32), Grid(rows=rows)) for rows in (1, 4))
-    assert shared.peak <= 0.35 * alone.peak
-    assert shared.weights == alone.weights
+    single, shared = (cost_of("wan2.1", (1, 16, 3, 32, 32), Grid(rows=rows)) for rows in (1, 4))
+    assert shared.peak <= 0.35 * single.peak
+    assert shared.weights == single.weights
 
 
 def test_live_bytes_of_a_stream_do_not_grow_with_its_length() -> None:
@@ -57,12 +57,12 @@ def test_live_bytes_of_a_stream_do_not_grow_with_its_length() -> None:
         with LiveBytes() as live:
             for _ in decoder.stream(z, dtype=torch.uint8):
                 pass
-        peaks.append(live.peak - z.nbytes)  # the module may write to its latents: it has a copy. All else is a chunk's
+        peaks.append(live.peak - z.nbytes)  # without the copy of the latents that the module may write to
     assert max(peaks) - min(peaks) <= 0.01 * min(peaks)
 
 
 class Described(TorchDispatchMode):
-    """Notes the kinds of operators that run."""
+    """Records the kinds of operators that run."""
 
     def __init__(self) -> None:
         super().__init__()

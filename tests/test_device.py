@@ -1,4 +1,4 @@
-"""Devices: the CPU as it is, and Ascend's rules against a stand-in for torch_npu."""
+"""Devices: the CPU itself, and Ascend's rules against a stand-in for torch_npu."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ import halovae
 from halovae import Grid
 from halovae.device.kinds import Device, Stopwatch
 from halovae.kernels import halves
-from halovae.kernels.pool import Pool
+from halovae.kernels.pool import BufferPool
 from halovae.runtime.simulate import simulate
 
 CPU = Device(torch.device("cpu"))
@@ -28,12 +28,10 @@ def test_the_cpu() -> None:
     assert CPU.layout(5) == torch.channels_last_3d
     assert CPU.layout(1) == torch.contiguous_format
     assert CPU.convolution_cells is None
-    assert CPU.supports(torch.bfloat16)
-    assert not CPU.supports(torch.int8)
     assert CPU.describe()["torch"] == torch.__version__
 
 
-def test_a_device_that_is_not_here_is_refused_with_those_that_are() -> None:
+def test_a_missing_device_is_refused_with_a_list_of_those_present() -> None:
     with pytest.raises(ValueError, match=r"device 'npu' is not here; there is .*cpu"):
         Device.default("npu")
 
@@ -60,8 +58,8 @@ def test_a_stopwatch_adds_up() -> None:
     assert watch.seconds() > first > 0
 
 
-# A module with torch_npu's names for what is asked of it (scripts/check_torch_npu.py holds them against its wheel), and
-# nothing else, registered as torch_npu registers its own; memory figures are made up.
+# A module that has only the names of torch_npu that halovae calls (scripts/check_torch_npu.py looks them up in its
+# wheel), registered as torch_npu registers its own. Memory figures are invented.
 STAND_IN = """
 import os, sys, types
 import torch, torch.distributed as dist
@@ -77,7 +75,6 @@ npu.memory_reserved = lambda device=None: 3 << 30
 npu.max_memory_reserved = lambda device=None: 10 << 30
 npu.max_memory_allocated = lambda device=None: 8 << 30
 npu.reset_peak_memory_stats = lambda device=None: calls.append(("reset", str(device)))
-npu.is_bf16_supported = lambda: True
 npu.get_device_name = lambda device=None: "Ascend910B3"
 npu.utils = types.SimpleNamespace(get_cann_version=lambda: "8.5.0")
 class Event:
@@ -103,7 +100,7 @@ def with_stand_in(script: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_npu_is_chosen_where_torch_npu_is_there_one_for_each_local_rank() -> None:
+def test_each_local_rank_gets_its_npu_if_torch_npu_is_installed() -> None:
     script = """
         from halovae.device.kinds import Device
         device = Device.default()
@@ -147,18 +144,18 @@ def test_the_npus_rules() -> None:
     script = """
         from halovae.device.kinds import Device
         device = Device.default()
-        print(device.layout(5), device.layout(4), device.convolution_cells, device.supports(torch.bfloat16))
+        print(device.layout(5), device.layout(4), device.convolution_cells)
         print(device.describe())
         """
     rules, described = with_stand_in(script).splitlines()
-    assert rules == "torch.contiguous_format torch.contiguous_format 230400 True"
+    assert rules == "torch.contiguous_format torch.contiguous_format 230400"
     assert "'device': 'Ascend910B3 (npu)'" in described
     assert "'CANN': '8.5.0'" in described
 
 
 @pytest.mark.parametrize(("family", "grid"), [("wan2.1", "1x1"), ("wan2.2-5b", "2x2")])
 def test_decodes_by_the_npus_rules_equal_diffusers(family: str, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contiguous maps, and convolutions cut into bands of rows, here on the CPU."""
+    """Contiguous feature maps, and convolutions split by rows, here on the CPU."""
     largest = 300
     monkeypatch.setattr(Device, "layout", lambda self, ndim=5: torch.contiguous_format)
     monkeypatch.setattr(Device, "convolution_cells", property(lambda self: largest))
@@ -174,7 +171,7 @@ def test_decodes_by_the_npus_rules_equal_diffusers(family: str, grid: str, monke
     z = latents(family)
     frames = simulate(halovae.load(vae(family)), z, Grid.parse(grid)).frames
     assert 0 < max(made) <= largest
-    assert Pool(torch.device("meta")).empty((1, 8, 2, 3, 4), torch.float32).is_contiguous()
+    assert BufferPool(torch.device("meta")).empty((1, 8, 2, 3, 4), torch.float32).is_contiguous()
     monkeypatch.undo()
     assert (frames - reference(family, z)).abs().max() <= 1e-4
 
@@ -183,7 +180,7 @@ def test_decodes_by_the_npus_rules_equal_diffusers(family: str, grid: str, monke
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("padding", [0, 1, 4])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_rows_that_a_device_cannot_convolve_at_once_are_cut(
+def test_convolutions_too_large_for_a_device_are_split_by_rows(
     kernel: int, stride: int, padding: int, dilation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = torch.randn(4, 2, kernel, kernel, dtype=torch.float64)
@@ -192,9 +189,9 @@ def test_rows_that_a_device_cannot_convolve_at_once_are_cut(
     expected = torch.ops.aten.convolution.default(x, weight, None, *given)
     monkeypatch.setattr(Device, "convolution_cells", property(lambda self: 2 * expected.shape[-1]))
     torch.testing.assert_close(halves.convolution(x, weight, None, *given), expected)
-    line = [stride], [padding], [dilation], False, [0], 1
-    expected = torch.ops.aten.convolution.default(x[..., 0], weight[..., 0], None, *line)
-    torch.testing.assert_close(halves.convolution(x[..., 0], weight[..., 0], None, *line), expected)
+    flat = [stride], [padding], [dilation], False, [0], 1
+    expected = torch.ops.aten.convolution.default(x[..., 0], weight[..., 0], None, *flat)
+    torch.testing.assert_close(halves.convolution(x[..., 0], weight[..., 0], None, *flat), expected)
 
 
 def test_what_is_sent_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:

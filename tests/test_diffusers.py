@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that decode through halovae on two ranks: same frames, same manners."""
+"""Pipelines of diffusers that decode through halovae on two ranks: same frames, same interface."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from halovae.distributed.ranks import Ranks
 from halovae.errors import CheckpointError
 from halovae.models.architectures import random_vae
 from halovae.pipelines.tiny import TEXT_DIM, make_model, transformer
-from halovae.runtime.sharing import Choice, Sharing
+from halovae.runtime.options import Choice, Sharing
 
 BOUND = 1e-4
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -34,14 +34,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def generate(pipe: Any, **options: Any) -> np.ndarray:
-    """A pipeline's frames as numpy, quiet and seeded."""
+    """Return a pipeline's frames as numpy, without progress bars, from a fixed seed."""
     pipe.set_progress_bar_config(disable=True)
     output = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np", **options)
     return np.asarray(output.frames if hasattr(output, "frames") else output.images)
 
 
 def both_ways(pipe: Any, **options: Any) -> tuple[float, list[int], np.ndarray]:
-    """On each rank: the largest difference that halovae makes, the shape, and the frames."""
+    """Return the largest difference between halovae's and diffusers' frames, the shape, and halovae's frames."""
     wanted = generate(pipe, **options)
     try:
         frames = generate(halovae.parallelize(pipe, grid=Grid(rows=2)), **options)
@@ -102,7 +102,7 @@ def wan_from_a_video() -> Any:
 
 
 def wan_under_control() -> Any:
-    """A clip of which the right half is to be made anew, as WanVACE takes it."""
+    """A clip whose right half is to be replaced, as WanVACE takes it."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanVACEPipeline, WanVACETransformer3DModel
     from PIL import Image
 
@@ -137,17 +137,17 @@ def qwen_inpaint() -> Any:
 
 
 def qwen_layers(folder: Path) -> Any:
-    """A picture taken apart into two layers with alpha."""
+    """A picture split into two layers with alpha."""
     import diffusers
 
-    parts = diffusers.QwenImagePipeline.from_pretrained(folder).components
+    components = diffusers.QwenImagePipeline.from_pretrained(folder).components
     torch.manual_seed(0)
-    parts["vae"] = diffusers.AutoencoderKLQwenImage(base_dim=8, input_channels=4, num_res_blocks=1).eval()
-    parts["transformer"] = diffusers.QwenImageTransformer2DModel(
+    components["vae"] = diffusers.AutoencoderKLQwenImage(base_dim=8, input_channels=4, num_res_blocks=1).eval()
+    components["transformer"] = diffusers.QwenImageTransformer2DModel(
         num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=TEXT_DIM,
         axes_dims_rope=(4, 6, 6), use_additional_t_cond=True, use_layer3d_rope=True,
     ).eval()  # fmt: skip
-    pipe = diffusers.QwenImageLayeredPipeline(**parts, processor=None)
+    pipe = diffusers.QwenImageLayeredPipeline(**components, processor=None)
     (image,) = clip(1)
     return both_ways(pipe, image=image.convert("RGBA"), prompt="a cat", layers=2)
 
@@ -185,7 +185,7 @@ def test_qwen_inpaint(ranks: Callable[[int], Ranks]) -> None:
 
 @pytest.mark.slow
 def test_qwen_layered(ranks: Callable[[int], Ranks], folders: dict[str, Path]) -> None:
-    """Slow: its pictures have 640 x 640 pixels at least."""
+    """Slow: its pictures have at least 640 x 640 pixels."""
     check(ranks(2).run(qwen_layers, folders["qwen"]), [1, 2, 736, 544, 4])
 
 
@@ -215,8 +215,8 @@ def test_examples_run_under_torchrun(
     assert difference <= BOUND
 
 
-def manners(family: str, z: Tensor) -> dict[str, Any]:
-    """On each rank: what `vae.decode` gives in its several forms, before, during and after."""
+def results_of_decode(family: str, z: Tensor) -> dict[str, Any]:
+    """Return what `vae.decode` returns in its several forms, before, during, and after `parallelize`."""
     from diffusers.models.autoencoders.vae import DecoderOutput
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
@@ -244,8 +244,8 @@ def manners(family: str, z: Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decode_keeps_its_manners(ranks: Callable[[int], Ranks], family: str) -> None:
-    first, second = ranks(2).run(manners, family, latents(family))
+def test_decode_keeps_its_interface(ranks: Callable[[int], Ranks], family: str) -> None:
+    first, second = ranks(2).run(results_of_decode, family, latents(family))
     for seen in (first, second):
         for name in ("whole", "plain", "restored"):
             assert seen[name].dtype == seen["wanted"].dtype
@@ -255,7 +255,7 @@ def test_decode_keeps_its_manners(ranks: Callable[[int], Ranks], family: str) ->
     assert (second["lean"] == -1).all()
 
 
-def test_frames_for_the_ranks_that_get_none_take_no_memory() -> None:
+def test_black_frames_take_no_memory() -> None:
     z, call = latents("wan2.1"), halovae.load(random_vae("wan2.1", WIDTH)).calls["decode"]
     for _ in call.stream(z, Choice(Grid(), 1), Sharing(), {}):
         pass

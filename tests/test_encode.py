@@ -15,8 +15,8 @@ from halovae.distributed.ranks import Ranks
 from halovae.errors import MemoryBudgetError
 from halovae.pipelines.within import share_encode
 from halovae.planning.graphs import traced
+from halovae.runtime.options import Sharing
 from halovae.runtime.plane_call import PlaneCall
-from halovae.runtime.sharing import Sharing
 from halovae.runtime.vae import VAE
 
 BOUND = 1e-4  # of the largest moment

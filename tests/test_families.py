@@ -42,7 +42,7 @@ def prompt_for(folder: Path) -> Prompt:
 
 
 def generated(folder: Path, prompt: Prompt, ulysses: int) -> tuple[Tensor | None, str, list[int], bool]:
-    """On each rank: frames in [0, 1], the decode's grid, each rank's messages, whether the transformer is shared."""
+    """Return frames in [0, 1], the decode's grid, each rank's messages, and whether the transformer is shared."""
     generator = Generator(folder, torch.float32, torch.float32, ulysses)
     made = generator.make(prompt, dtype=torch.float32, mode="parallel")
     shared = getattr(getattr(generator.pipeline, "transformer", None), "_parallel_config", None) is not None
@@ -50,7 +50,7 @@ def generated(folder: Path, prompt: Prompt, ulysses: int) -> tuple[Tensor | None
 
 
 def by_diffusers(folder: Path, prompt: Prompt) -> Tensor:
-    """What diffusers' own pipeline makes, `[B, 3, T, H, W]` in [0, 1], on white."""
+    """Return the result of diffusers' own pipeline, `[B, 3, T, H, W]` in [0, 1], on white."""
     from diffusers import DiffusionPipeline
 
     import halovae.pipelines.tiny.safety  # noqa: F401 Cosmos' tiny pipeline names a class in it
@@ -85,13 +85,13 @@ def test_two_ranks_make_what_diffusers_makes(
     assert frames is not None
     assert grid == "2x1"
     assert shared == name.startswith("flux")
-    assert min(messages) > 5  # halos, not only the parts of the result
+    assert min(messages) > 5  # halos, not only shards of the result
     expected = by_diffusers(folder, prompt)
     assert frames.shape == expected.shape
     assert list(frames.shape[2:]) == [prompt.frames, *reversed(prompt.size or ())]
     assert expected.std() > 0.05
     difference = (frames - expected).abs()
-    if name == "cosmos":  # whose safety check rounds to 255 steps
+    if name == "cosmos":  # its safety check rounds to 255 steps
         assert (difference > 1e-4).double().mean() <= 1e-3
         assert difference.max() <= 1.01 / 255
     else:
@@ -129,7 +129,7 @@ def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wish", "field", "words"),
+    ("name", "request_fields", "field", "words"),
     [
         ("flux", {"negative": "blurred"}, "negative", "takes none"),
         ("hunyuan-image", {"guidance": 3.0}, "guidance", "takes none"),
@@ -139,11 +139,11 @@ def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
         ("allegro", {"size": (64, 64)}, "size", "makes 128x128 pixels, and 48 more cols"),
     ],
 )
-def test_bad_wishes_are_refused(
-    name: str, wish: dict[str, Any], field: str, words: str, models: Callable[[str], Path]
+def test_invalid_requests_are_refused(
+    name: str, request_fields: dict[str, Any], field: str, words: str, models: Callable[[str], Path]
 ) -> None:
     with pytest.raises(PromptError, match=words) as refused:
-        Pipeline.read(models(name)).fitted(Prompt("a cat", **wish))
+        Pipeline.read(models(name)).fitted(Prompt("a cat", **request_fields))
     assert refused.value.field == field
 
 
@@ -155,33 +155,33 @@ def test_the_command_makes_and_generates(ranks: int, tmp_path: Path, capfd: pyte
     words += ["--size", "100x64", "--num-inference-steps", "2", "--num-gpus", str(ranks)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    said = done.output + capfd.readouterr().err  # of this process, or of rank 0's
-    assert "made 96x64, 1 frame(s), 2 steps, seed 0" in said
+    output = done.output + capfd.readouterr().err  # of this process, or of rank 0's
+    assert "made 96x64, 1 frame(s), 2 steps, seed 0" in output
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.size == SIZE
 
 
 def check_served(folder: Path, output: Path) -> None:
-    """A server on two ranks makes what diffusers makes."""
+    """Check that a server on two ranks makes what diffusers makes."""
     prompt = prompt_for(folder)
     assert prompt.size is not None
-    asked = {"prompt": prompt.text, "size": "{}x{}".format(*prompt.size), "num_inference_steps": 2, "seed": 3}
+    body = {"prompt": prompt.text, "size": "{}x{}".format(*prompt.size), "num_inference_steps": 2, "seed": 3}
     expected = (by_diffusers(folder, prompt)[0].movedim(0, -1) * 255).round()
     with Server(folder, output, "--vae-parallel", "on") as server:
         server.wait()
         if Pipeline.read(folder).makes_video:
-            doomed = server.submit(**{**asked, "num_inference_steps": 1000})
+            doomed = server.submit(**{**body, "num_inference_steps": 1000})
             while server.video(doomed)["progress"] == 0:
                 time.sleep(0.01)
             assert httpx.delete(f"{server.url}/v1/videos/{doomed}", timeout=30).json()["deleted"]
-            shown = server.ended(server.submit(**asked, num_frames=prompt.frames))
+            shown = server.ended(server.submit(**body, num_frames=prompt.frames))
             assert shown["status"] == "completed", shown
             content = httpx.get(f"{server.url}/v1/videos/{shown['id']}/content", timeout=30).content
             with av.open(io.BytesIO(content), "r") as container:
                 frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
             assert np.stack(frames).shape == expected.shape
         else:
-            answer = httpx.post(f"{server.url}/v1/images/generations", json={**asked, "n": 2}, timeout=60)
+            answer = httpx.post(f"{server.url}/v1/images/generations", json={**body, "n": 2}, timeout=60)
             assert answer.status_code == 200, answer.text
             shown = answer.json()
             first, second = (

@@ -1,4 +1,4 @@
-"""Prompts to files: tiny pipelines made by the command, on one rank and on two, against diffusers' own pipelines."""
+"""From prompts to files: tiny pipelines on one and two ranks against diffusers' own pipelines."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from halovae.pipelines.diffusers import do_without_torchvision
 from halovae.pipelines.generator import Generator
 from halovae.pipelines.specs import Prompt
 
-SIZE = (80, 48)  # 15 tokens a frame, which no two ranks divide
+SIZE = (80, 48)  # 15 tokens per frame, which two ranks cannot split evenly
 
 
 def picture(folder: Path) -> Path:
@@ -69,7 +69,7 @@ def test_two_ranks_make_what_diffusers_makes(
 
 
 def tokens_seen(source: Path, prompt: Prompt, ulysses: int) -> int:
-    """How many tokens of the picture this rank takes through the transformer's first block."""
+    """Count the picture tokens that this rank passes through the transformer's first block."""
     generator = Generator(source, torch.float32, torch.float32, ulysses)
     seen: list[int] = []
     first = generator.pipeline.transformer.blocks[0].ffn
@@ -80,8 +80,8 @@ def tokens_seen(source: Path, prompt: Prompt, ulysses: int) -> int:
 
 def test_ranks_share_the_sequence(models: Callable[[str], Path], ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     prompt = prompt_for("wan2.1", tmp_path)
-    alone = tokens_seen(models("wan2.1"), prompt, 1)
-    assert ranks(2).run(tokens_seen, models("wan2.1"), prompt, 2) == [alone - alone // 2, alone // 2]
+    tokens = tokens_seen(models("wan2.1"), prompt, 1)
+    assert ranks(2).run(tokens_seen, models("wan2.1"), prompt, 2) == [tokens - tokens // 2, tokens // 2]
 
 
 def test_the_command_writes_a_video_that_plays(
@@ -93,7 +93,7 @@ def test_the_command_writes_a_video_that_plays(
     for _ in range(2):  # the second run replaces the first one's output
         done = CliRunner().invoke(app, [str(word) for word in words])
         assert done.exit_code == 0, done.output
-        assert "made 64x48, 5 frame(s), 2 steps, seed 0" in capfd.readouterr().err  # of rank 0, a process
+        assert "made 64x48, 5 frame(s), 2 steps, seed 0" in capfd.readouterr().err  # from rank 0's process
     with av.open(str(clip)) as container:
         frames = list(container.decode(video=0))
     assert (len(frames), frames[0].width, frames[0].height) == (5, 64, 48)
@@ -114,7 +114,7 @@ def test_the_command_writes_a_video_that_plays(
         ("wan2.1", ["--model-path", "."], "expected a pipeline's folder"),
     ],
 )
-def test_bad_wishes_are_refused(
+def test_invalid_requests_are_refused(
     name: str, words: list[str], message: str, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     words = [str(picture(tmp_path)) if word == "given.png" else word for word in words]

@@ -14,20 +14,20 @@ def grids(draw: st.DrawFn) -> Grid:
     return Grid(batch, rows, draw(st.integers(1, 64 // (batch * rows))))
 
 
-@given(length=st.integers(1, 500), parts=st.integers(1, 64))
-def test_split_covers_everything_once_and_evenly(length: int, parts: int) -> None:
-    assume(parts <= length)
-    spans = split(length, parts)
+@given(length=st.integers(1, 500), count=st.integers(1, 64))
+def test_split_covers_everything_once_and_evenly(length: int, count: int) -> None:
+    assume(count <= length)
+    spans = split(length, count)
     assert [index for span in spans for index in range(span.start, span.stop)] == list(range(length))
     sizes = [span.size for span in spans]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("parts", [0, 6, -1])
-def test_split_refuses_empty_parts(parts: int) -> None:
+@pytest.mark.parametrize("count", [0, 6, -1])
+def test_split_refuses_empty_spans(count: int) -> None:
     with pytest.raises(ValueError, match="1 to 5"):
-        split(5, parts)
+        split(5, count)
 
 
 @given(grid=grids(), data=st.data())

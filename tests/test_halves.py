@@ -1,4 +1,4 @@
-"""Products in half precision by way of fp32, on CPUs that have no units for them."""
+"""Half-precision products computed in fp32, on CPUs without units for half precision."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +42,7 @@ def test_products_are_computed_in_fp32_where_there_are_no_units(dtype: torch.dty
 @pytest.mark.parametrize("cells", [(3, 4), (1, 1), (1, 5), (2, 3, 4), (1, 1, 1)])
 @pytest.mark.parametrize("step", [1, 2])
 @torch.inference_mode()
-def test_light_maps_are_convolved_in_the_plain_layout_and_lie_as_before(cells: tuple[int, ...], step: int) -> None:
+def test_small_maps_are_convolved_contiguous_and_keep_their_layout(cells: tuple[int, ...], step: int) -> None:
     torch.manual_seed(0)
     ndim = len(cells)
     form = torch.channels_last if ndim == 2 else torch.channels_last_3d
@@ -65,11 +65,11 @@ def test_light_maps_are_convolved_in_the_plain_layout_and_lie_as_before(cells: t
     assert seen == [True]
 
 
-@pytest.mark.parametrize("around", [2, 7])  # rows of the result may lie in the padding alone
+@pytest.mark.parametrize("around", [2, 7])  # rows of the result may see only padding
 @pytest.mark.parametrize("values", [1, 100, 10**6])
 @pytest.mark.parametrize("shape", [(2, 8, 9, 7), (2, 8, 3, 9, 7)])
 @torch.inference_mode()
-def test_rows_in_fp32_make_the_same_as_all_at_once(
+def test_row_blocks_in_fp32_equal_all_rows_at_once(
     shape: tuple[int, ...], values: int, around: int, units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(halves, "_VALUES", values)
@@ -92,9 +92,9 @@ def test_rows_in_fp32_make_the_same_as_all_at_once(
 
 
 @pytest.mark.parametrize("answer", [True, False, None])
-def test_onednn_is_asked_for_units_if_it_is_there(answer: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {} if answer is None else dict.fromkeys(halves._ASKED.values(), lambda: answer)
-    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**asked))
+def test_units_need_onednn_support(answer: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = {} if answer is None else dict.fromkeys(halves._ASKED.values(), lambda: answer)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**queries))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64"}, raising=False)
     for dtype in HALF:
         assert halves.has_units.__wrapped__(dtype) is bool(answer)
@@ -113,14 +113,14 @@ def test_onednn_is_asked_for_units_if_it_is_there(answer: bool | None, monkeypat
 def test_bf16_on_x86_needs_instructions_for_it(
     capabilities: dict[str, Any], units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = dict.fromkeys(halves._ASKED.values(), lambda: True)
-    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**asked))
+    queries = dict.fromkeys(halves._ASKED.values(), lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**queries))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert halves.has_units.__wrapped__(torch.bfloat16) is units
     assert halves.has_units.__wrapped__(torch.float16)
 
 
-def test_onednn_alone_is_asked_where_torch_knows_no_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_support_suffices_where_torch_has_no_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**dict.fromkeys(halves._ASKED.values(), lambda: True)))
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert halves.has_units.__wrapped__(torch.bfloat16)
@@ -157,7 +157,7 @@ def test_small_clips_are_convolved_without_a_copy_of_each_cell(stride: Any, padd
 
 
 @pytest.mark.parametrize("how", ["strided", "expanded", "fp64"])
-def test_a_bias_may_lie_anywhere_and_be_of_any_dtype_that_pytorch_takes(how: str) -> None:
+def test_a_bias_may_have_any_strides_and_any_dtype_that_pytorch_takes(how: str) -> None:
     x, weight, wide = (torch.arange(size.numel()).view(size).sin() for size in map(torch.Size, SIZES))
     bias = {"strided": wide[:, 1], "expanded": wide[:1, 0].expand(6), "fp64": wide[:, 0].double()}[how]
     three = [[one] * 3 for one in (1, 0, 1, 0)]

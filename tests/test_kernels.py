@@ -1,4 +1,4 @@
-"""Compiled passes over memory: what PyTorch's operators compute; and where they come from."""
+"""Compiled kernels: their results against those of PyTorch's operators, and how they are compiled and cached."""
 
 import os
 import subprocess
@@ -51,22 +51,23 @@ def close(found: Tensor, expected: Tensor) -> None:
 @torch.inference_mode()
 def test_transforms(scheme: str, dtype: torch.dtype, channels: int, frames: int, rows: int, cols: int) -> None:
     how = SCHEMES[scheme]
-    inputs = len(how.spread[0])
+    inputs = len(how.input_transform[0])
     height, width = ((tiles - 1) * how.step + inputs for tiles in (rows, cols))
     generator = torch.Generator().manual_seed(0)
-    band = torch.randn(frames, height + 2, width, channels, generator=generator).to(dtype)[:, 1:-1]
+    block = torch.randn(frames, height + 2, width, channels, generator=generator).to(dtype)[:, 1:-1]
     memory = torch.empty(how.products * frames * rows * max(width, how.results * cols) * channels)
-    spread = [torch.full((how.products**2, frames, rows * cols, channels), torch.nan) for _ in range(2)]
-    for made, out in zip((EAGER, compiled()), spread, strict=True):
-        made.spread(band, rows, how, memory, out)
-    close(spread[1], spread[0])
+    transformed = [torch.full((how.products**2, frames, rows * cols, channels), torch.nan) for _ in range(2)]
+    for kernels, out in zip((EAGER, compiled()), transformed, strict=True):
+        kernels.input_transform(block, rows, how, memory, out)
+    close(transformed[1], transformed[0])
 
     bias = torch.randn(channels, generator=generator)
     whole = torch.randn(frames, rows * how.results, cols * how.results, 2 * channels, generator=generator).to(dtype)
     for add in (False, True):
         outs = [whole.clone() for _ in range(2)]
-        for made, out in zip((EAGER, compiled()), outs, strict=True):
-            made.merge(spread[0], rows, how, memory, bias, out[..., channels:], add)  # a block of the channels
+        for kernels, out in zip((EAGER, compiled()), outs, strict=True):
+            block = out[..., channels:]  # of the channels
+            kernels.output_transform(transformed[0], rows, how, memory, bias, block, add)
             assert torch.equal(out[..., :channels], whole[..., :channels])
         if dtype == torch.float32:
             torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-4)
@@ -89,7 +90,7 @@ def test_norms(dtype: torch.dtype, shape: tuple[int, ...], silu: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = (4 * torch.randn(shape, generator=generator)).to(dtype)
     x.view(-1, shape[-1])[0] = 0
-    x.view(-1)[-3:] = torch.tensor([60.0, -60.0, -6e4]).to(dtype)  # of which the last one's SiLU underflows
+    x.view(-1)[-3:] = torch.tensor([60.0, -60.0, -6e4]).to(dtype)  # SiLU of the last one underflows
     factors, terms = torch.randn(2, shape[0], shape[-1], generator=generator)
     framed = torch.zeros(*shape[:-3], shape[-3] + 2, shape[-2] + 2, shape[-1], dtype=dtype)
     inner = framed[..., 1:-1, 1:-1, :]
@@ -135,7 +136,7 @@ def test_moments_do_not_depend_on_the_default_dtype(default: torch.dtype, reques
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
+def test_nan_and_infinity_propagate(dtype: torch.dtype) -> None:
     x = torch.zeros(1, 1, 1, 16, dtype=dtype)
     x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     one, zero = torch.ones(1, 16), torch.zeros(1, 16)
@@ -155,7 +156,7 @@ def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
     assert norms().moments(x)[:, 0, :1].isnan().all()
 
 
-def test_what_they_take() -> None:
+def test_which_maps_norms_take() -> None:
     x = torch.randn(1, 4, 4, 32)
     assert norms().takes(x)
     for other in (x.double(), x[..., :24], x[..., :16], x[..., ::2, :], x.transpose(-1, -2), x.to("meta")):
@@ -164,14 +165,14 @@ def test_what_they_take() -> None:
 
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, and a process that has attempted nothing."""
+    """An empty cache folder, and a process that has not tried to compile."""
     monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(native, "_attempted", cache(native._Attempt))
     return tmp_path / "cache"
 
 
 def kernels_of(folder: Path) -> list[Path]:
-    """The libraries in a cache folder."""
+    """Return the libraries in a cache folder."""
     return list(folder.glob("kernels-*.so"))
 
 
@@ -189,13 +190,12 @@ def test_the_library_is_kept(built: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert path.stat().st_mtime_ns == before
     monkeypatch.setattr(compiler, "_FLAGS", tuple(flag for flag in compiler._FLAGS if flag != "-O3"))
     compiler.loaded()
-    assert len(kernels_of(built)) == 2  # made in another way
+    assert len(kernels_of(built)) == 2  # compiled with other flags
 
 
 def test_a_broken_library_is_replaced(built: Path) -> None:
-    load = (
-        "from halovae.kernels.compiler import loaded; loaded()"  # a process that has loaded it must not see it broken
-    )
+    # In processes of their own: one that has loaded the library would crash once it is broken.
+    load = "from halovae.kernels.compiler import loaded; loaded()"
     subprocess.run([sys.executable, "-c", load], check=True)
     (path,) = kernels_of(built)
     size = path.stat().st_size
@@ -209,11 +209,11 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
     monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert native._Library(compiler.loaded()).takes(torch.zeros(1, 2, 2, 16))
-    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("command", "message"),
     [
         ("false", "false failed"),
         ("no-such-compiler", r"no C\+\+ compiler"),
@@ -221,25 +221,27 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
         ("sleep 9", "took"),
     ],
 )
-def test_without_a_compiler_it_is_said(built: Path, asked: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", asked)
+def test_compiler_failures_are_reported_once(
+    built: Path, command: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", command)
     monkeypatch.setattr(compiler, "_COMPILERS", ())
     monkeypatch.setattr(compiler, "_FLAGS", ())
     monkeypatch.setattr(compiler, "_NATIVE", ((),))
     monkeypatch.setattr(compiler, "_SECONDS", 0.5)
-    if asked == "sleep 9":
+    if command == "sleep 9":
         monkeypatch.setenv("CXX", script(built.parent / "slow", "sleep 9"))
     assert not ready(CPU, wait=True)
-    with pytest.warns(RuntimeWarning, match=said):
+    with pytest.warns(RuntimeWarning, match=message):
         native.explain(CPU)
-    native.explain(CPU)  # it is not said again
-    with pytest.raises(OSError, match=said):
+    native.explain(CPU)  # no second warning
+    with pytest.raises(OSError, match=message):
         compiled()
     assert not kernels_of(built)
 
 
-def test_nobody_waits_for_the_compiler(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What says how it calls things answers at once; what compiles waits for a file."""
+def test_calls_do_not_wait_for_the_compiler(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler prints its macros at once; to compile, it waits for a file."""
     go, log = built.parent / "go", built.parent / "log"
     wait = f'case "$*" in *-dM*) ;; *) echo >>{log}; while [ ! -e {go} ]; do sleep 0.02; done ;; esac; exec g++ "$@"'
     monkeypatch.setenv("CXX", script(built.parent / "compiler", wait))
@@ -261,9 +263,9 @@ def test_a_process_that_ends_early_leaves_the_library_to_later_ones(built: Path)
         "import torch; from halovae.kernels import native; native._LOOKING = 60; "
         "print(native.ready(torch.device('cpu')))"
     )
-    for said in ("False", "True"):
+    for answer in ("False", "True"):
         done = subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True)
-        assert done.stdout.strip() == said
+        assert done.stdout.strip() == answer
     assert len(kernels_of(built)) == 1
 
 
@@ -276,14 +278,14 @@ def test_other_devices_need_no_kernels(built: Path) -> None:
     assert not built.exists()
 
 
-def test_the_next_compiler_is_asked_where_one_fails(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_compiler_is_tried_where_one_fails(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     assert native._Library(compiler.loaded()).takes(torch.zeros(1, 2, 2, 16))
     assert len(kernels_of(built)) == 1
 
 
-def test_what_a_compiler_does_not_know_is_left_out(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenMP, and the name of this machine's instructions."""
+def test_flags_that_a_compiler_does_not_know_are_left_out(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP, and the flag for this machine's instructions."""
     text = 'case "$*" in *native*|*openmp*) echo no >&2; exit 1; esac; exec g++ "$@"'
     monkeypatch.setattr(compiler, "_COMPILERS", (script(built.parent / "compiler", text),))
     assert native._Library(compiler.loaded()).takes(torch.zeros(1, 2, 2, 16))
@@ -292,7 +294,7 @@ def test_what_a_compiler_does_not_know_is_left_out(built: Path, monkeypatch: pyt
 
 
 def decoded(options: dict[str, Any], having: tuple[int, ...]) -> tuple[bool, Tensor | None, str]:
-    """Whether a decode used compiled kernels where these ranks have them, what it gave, and the grid."""
+    """Decode where these ranks have compiled kernels; return whether it used them, the frames, and the grid."""
     z, has = latents("wan2.1", 2, 16, 16), int(os.environ["RANK"]) in having
     decoder = halovae.load(vae("wan2.1"))
     ready = lambda device, wait=False: has  # noqa: E731
@@ -316,7 +318,7 @@ def test_ranks_use_compiled_kernels_where_all_have_them(
 
 
 def test_a_decoder_turns_to_compiled_kernels_once_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while a decode that began before is half done, which ends as it began; plans are made for either."""
+    """A decode that began before keeps its eager kernels; there are plans for both kinds of kernels."""
     has = False
     for module in (sharded, plane_call):
         monkeypatch.setattr(module, "ready", lambda device, wait=False: has)
@@ -324,9 +326,9 @@ def test_a_decoder_turns_to_compiled_kernels_once_they_are_there(monkeypatch: py
     wanted, used = reference("wan2.1", z), []
     original = sharded.Sharded._chunks
 
-    def watched(self: Any, *given: Any) -> Any:
-        used.append(given[-1])
-        return original(self, *given)
+    def watched(self: Any, *arguments: Any) -> Any:
+        used.append(arguments[-1])
+        return original(self, *arguments)
 
     monkeypatch.setattr(sharded.Sharded, "_chunks", watched)
     for options in ({"grid": Grid()}, {"memory_budget": 2**30}):
@@ -335,7 +337,7 @@ def test_a_decoder_turns_to_compiled_kernels_once_they_are_there(monkeypatch: py
         first = next(early)
         has = True
         late = decoder.decode(z, **options)
-        frames = torch.cat([one for one in (first, *early) if one is not None], 2)
+        frames = torch.cat([chunk for chunk in (first, *early) if chunk is not None], 2)
         for found in (frames, late):
             assert found is not None
             assert (found - wanted).abs().max() < 1e-4
@@ -352,7 +354,7 @@ def test_loading_begins_to_compile(built: Path) -> None:
 
 
 def test_one_process_compiles_for_all(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that come later wait, and then load; what a killed one left is removed."""
+    """Later processes wait, then load the library; the remains of a killed process are removed."""
     log = built.parent / "log"
     monkeypatch.setenv(
         "CXX", script(built.parent / "compiler", f'case "$*" in *-dM*) ;; *) echo >>{log} ;; esac; exec g++ "$@"')
@@ -360,14 +362,14 @@ def test_one_process_compiles_for_all(built: Path, monkeypatch: pytest.MonkeyPat
     (built / "kernels-abc.tmp").mkdir(parents=True)
     load = "from halovae.kernels.native import compiled; compiled()"
     running = [subprocess.Popen([sys.executable, "-c", load]) for _ in range(2)]
-    assert [one.wait() for one in running] == [0, 0]
+    assert [process.wait() for process in running] == [0, 0]
     assert log.read_text() == "\n"
     assert len(kernels_of(built)) == 1
     assert not list(built.glob("*.tmp"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_fork_that_cuts_an_attempt_off_makes_its_own(built: Path) -> None:
+def test_a_fork_during_an_attempt_makes_its_own(built: Path) -> None:
     script_text = (
         "import os, torch; from halovae.kernels import native; cpu = torch.device('cpu'); native.prepare(cpu); "
         "child = os.fork(); done = native.ready(cpu, wait=True); "

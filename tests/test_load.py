@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def change(folder: Path, **changes: Any) -> None:
-    """Rewrite the weights: a tensor replaces or adds one, None drops it."""
+    """Rewrite the weights: a tensor replaces or adds a weight, None removes one."""
     state = load_file(folder / WEIGHTS)
     for key, tensor in changes.items():
         name = key.replace("__", ".")
@@ -79,7 +79,7 @@ def test_a_pipelines_folder_is_searched_for_its_vae(folder: Path) -> None:
         halovae.load(folder.parent, subfolder="unet")
 
 
-def test_weights_get_the_dtype_that_is_asked_for(folder: Path) -> None:
+def test_weights_get_the_requested_dtype(folder: Path) -> None:
     module = halovae.load(folder, dtype=torch.bfloat16).module
     assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -88,7 +88,7 @@ def test_weights_get_the_dtype_that_is_asked_for(folder: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dropped", [("encoder.", "quant_conv."), ("encoder.",)])
-def test_a_folder_of_the_decoders_half_decodes(tmp_path: Path, family: str, dropped: tuple[str, ...]) -> None:
+def test_a_folder_with_only_the_decoder_decodes(tmp_path: Path, family: str, dropped: tuple[str, ...]) -> None:
     vae(family).save_pretrained(tmp_path)
     state = load_file(tmp_path / WEIGHTS)
     save_file({key: tensor for key, tensor in state.items() if not key.startswith(dropped)}, tmp_path / WEIGHTS)
@@ -111,11 +111,11 @@ def test_without_its_encoder_a_folder_decodes_and_takes_less(tmp_path: Path, fam
 def test_an_index_of_several_files_is_followed(folder: Path) -> None:
     state = load_file(folder / WEIGHTS)
     names = sorted(state)
-    parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
-    for file, keys in parts.items():
+    files = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, keys in files.items():
         save_file({key: state[key] for key in keys}, folder / file)
     (folder / WEIGHTS).unlink()
-    weight_map = {key: file for file, keys in parts.items() for key in keys}
+    weight_map = {key: file for file, keys in files.items() for key in keys}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert family_of(halovae.load(folder)) == "wan2.1"
 
@@ -123,15 +123,15 @@ def test_an_index_of_several_files_is_followed(folder: Path) -> None:
 def test_a_hub_id_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def download(repo: str, allow_patterns: list[str]) -> str:
-        asked.append((repo, allow_patterns))
+        requests.append((repo, allow_patterns))
         return str(folder.parent)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert family_of(halovae.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")) == "wan2.1"
-    ((repo, patterns),) = asked
+    ((repo, patterns),) = requests
     assert repo == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert "vae/config.json" in patterns
 

@@ -53,7 +53,7 @@ def test_a_leftover_of_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "frames").touch()
-    with pytest.raises(ValueError, match="holds other things"):
+    with pytest.raises(ValueError, match="holds files other than numbered frames"):
         media.check_output(tmp_path / "frames")
     (tmp_path / "clip.mp4").mkdir()
     with pytest.raises(IsADirectoryError, match="is a folder"):

@@ -1,4 +1,4 @@
-"""The page at / in a real browser, over ranks that only pretend."""
+"""The page at / in a real browser, over stub ranks."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def page_of(browser: Browser, url: str, viewport: Any = DESKTOP) -> Iterator[Page]:
-    """The page, which may call nothing but its own server, and whose script may not fail."""
+    """Open the page, and check that it calls only its own server and that its script raises no error."""
     context = browser.new_context(viewport=viewport, has_touch=viewport is PHONE, is_mobile=viewport is PHONE)
     page = context.new_page()
     called: list[str] = []
@@ -45,14 +45,14 @@ def page_of(browser: Browser, url: str, viewport: Any = DESKTOP) -> Iterator[Pag
 
 
 def plays(page: Page) -> dict[str, float]:
-    """Size and length of the first video, once it has run for a moment."""
-    found: dict[str, float] = page.locator("video").first.evaluate(
+    """Play the first video for a moment, and return its size and length."""
+    video: dict[str, float] = page.locator("video").first.evaluate(
         """async video => {
             await video.play();
             return { width: video.videoWidth, height: video.videoHeight, seconds: video.duration };
         }"""
     )
-    return found
+    return video
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
@@ -74,7 +74,7 @@ def test_a_video_is_asked_for_followed_played_and_deleted(
         expect(card.locator("strong")).to_have_text("Making: 20 %")
         expect(card.locator("progress")).to_be_visible()
         assert stub.seen[-1]["preview_every"] == 5
-        stub.line.tell("preview", stub.seen[-1]["order"], step=1, picture=base64.b64encode(PREVIEW).decode())
+        stub.channel.send("preview", stub.seen[-1]["attempt"], step=1, picture=base64.b64encode(PREVIEW).decode())
         expect(card.get_by_alt_text("preview")).to_have_js_property("naturalWidth", 24)
         stub.held.clear()
         expect(card.locator("strong")).to_have_text("Done")
@@ -93,7 +93,9 @@ def test_a_video_is_asked_for_followed_played_and_deleted(
         assert httpx.get(f"{url}/v1/videos").json()["data"] == []
 
 
-def test_what_others_ask_for_appears_and_a_failure_tells_why(browser: Browser, home: Path, tmp_path: Path) -> None:
+def test_jobs_of_other_clients_appear_and_a_failure_shows_its_reason(
+    browser: Browser, home: Path, tmp_path: Path
+) -> None:
     with served(home / "wan2.1", tmp_path) as (url, stub), page_of(browser, url) as page:
         assert isinstance(stub, StubRanks)
         expect(page.locator("#none")).to_be_visible()
@@ -123,7 +125,7 @@ def test_a_picture_is_edited_once_the_key_is_given(browser: Browser, home: Path,
         page.get_by_label("Prompt").fill("make it blue")
         page.get_by_label("Size").fill("64x48")
         page.get_by_role("button", name="Generate").click()
-        expect(page.locator("article")).to_have_count(0)  # the browser asks for the picture
+        expect(page.locator("article")).to_have_count(0)  # the browser asks for a picture first
         given: FilePayload = {"name": "a.png", "mimeType": "image/png", "buffer": picture.getvalue()}
         page.get_by_label("Picture").set_input_files(given)
         page.get_by_role("button", name="Generate").click()

@@ -1,4 +1,4 @@
-"""Plans, their predictions against real decodes, and what happens where memory ends."""
+"""Plans, their predictions against real decodes, and decodes that run out of memory."""
 
 import os
 import resource
@@ -44,7 +44,7 @@ SLOW = replace(QUICK, exchange={"host": Link(1, 0)}, gather={"host": Link(1, 0)}
 
 
 def decided(shape: tuple[int, ...], world: int, calibration: Calibration, budget: int | None = None) -> Decision:
-    """What is decided about `shape[0]` latents `[C, T, H, W]`."""
+    """Return the decision about `shape[0]` latents `[C, T, H, W]`."""
     model, (batch, *item) = vae("wan2.1"), shape
     search = Search(
         lambda z: zoo.decode(model, z), model, (1, *item), torch.float32, calibration, batch=batch, budget=budget
@@ -52,22 +52,22 @@ def decided(shape: tuple[int, ...], world: int, calibration: Calibration, budget
     return search.decide(world)
 
 
-def test_where_messages_cost_nothing_all_ranks_share_and_where_they_cost_all_none_do() -> None:
+def test_all_ranks_share_where_messages_are_free_and_none_where_they_are_expensive() -> None:
     assert decided((1, 16, 1, 12, 12), 4, QUICK).chosen.grid.size == 4
     assert decided((1, 16, 1, 12, 12), 4, SLOW).chosen.grid.size == 1
 
 
-def test_whole_items_travel_least() -> None:
+def test_sharing_whole_items_needs_no_messages() -> None:
     chosen = decided((4, 16, 1, 12, 12), 2, SLOW).chosen
     assert str(chosen.grid) == "2x1x1"
     assert chosen.messages == 0
 
 
-def test_idle_ranks_are_left_over_where_they_would_not_help() -> None:
+def test_ranks_that_would_not_help_stay_idle() -> None:
     assert decided((4, 16, 1, 1, 1), 5, QUICK).chosen.grid.size == 4
 
 
-def test_a_decision_names_its_losers() -> None:
+def test_a_decision_explains_the_other_grids() -> None:
     decision = decided((1, 16, 5, 8, 8), 2, SLOW)
     assert decision.chosen.verdict.startswith("chosen")
     assert all(one.verdict and not one.verdict.startswith("chosen") for one in decision.candidates[1:])
@@ -87,15 +87,18 @@ def test_a_budget_is_kept_or_refused_with_what_would_fit() -> None:
 
 
 @pytest.mark.parametrize("name", list(shipped()))
-def test_shipped_calibrations_are_whole_and_say_where_they_are_from(name: str) -> None:
+def test_shipped_calibrations_are_complete_and_say_where_they_are_from(name: str) -> None:
     one = read(name)
     assert "estimated" in one.origin or "measured" in one.origin
     assert Calibration.from_json(one.as_json()) == one
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"name": 1}', QUICK.as_json().replace("1e-09", "-1")])
-def test_broken_calibrations_are_refused_and_measured_anew(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no calibration"):
+OLDER = QUICK.as_json().replace('"single"', '"alone"')  # as an earlier version wrote it
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"name": 1}', QUICK.as_json().replace("1e-09", "-1"), OLDER])
+def test_broken_and_older_calibrations_are_refused_and_measured_again(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a calibration"):
         Calibration.from_json(text)
     (tmp_path / "one.json").write_text(text)
     assert calibrate.stored(tmp_path / "one.json") is None
@@ -122,7 +125,7 @@ def calibrated(folder: str) -> tuple[Calibration, Calibration, list[str]]:
     with (
         patch.dict(os.environ, HALOVAE_CACHE=folder),
         patch.object(calibrate, "SAMPLES", calibrate.SAMPLES[:1]),
-        patch.object(calibrate, "_meeting", lambda *given: 100 + meeting(*given)),  # beyond what anything else takes
+        patch.object(calibrate, "_meeting", lambda *args: 100 + meeting(*args)),  # more than anything else takes
     ):
         first = calibrate.calibrated(mesh, torch.float32, native.EAGER)
         return first, calibrate.calibrated(mesh, torch.float32, native.EAGER), os.listdir(folder)
@@ -160,7 +163,7 @@ def test_predictions_are_what_ranks_take(
 ) -> None:
     batch, frames, height, width = shape
     z, layout = latents("wan2.1", frames, height, width, batch), Grid.parse(grid)
-    ranks(2).run(decoded, z, {"grid": layout, "gather": gather}, 8)  # records its graph
+    ranks(2).run(decoded, z, {"grid": layout, "gather": gather}, 8)  # records the graph
     results = ranks(2).run(decoded, z, {"grid": layout, "gather": gather}, 8)
     whole, model = reference("wan2.1", z), vae("wan2.1")
     for rank, (out, report) in enumerate(results):
@@ -177,7 +180,7 @@ def test_predictions_are_what_ranks_take(
             assert cost.peak == pytest.approx(took.memory.peak_allocated, rel=0.1)
 
 
-def test_auto_decides_alike_on_all_ranks_and_tells(ranks: Callable[[int], Ranks]) -> None:
+def test_auto_decides_the_same_on_all_ranks_and_reports_it(ranks: Callable[[int], Ranks]) -> None:
     z = latents("wan2.1", 3, 24, 24)
     results = ranks(2).run(decoded, z, {}, 8)
     reports = [report for _, report in results]
@@ -189,9 +192,9 @@ def test_auto_decides_alike_on_all_ranks_and_tells(ranks: Callable[[int], Ranks]
 
 
 def test_a_budget_holds_in_a_real_decode(ranks: Callable[[int], Ranks]) -> None:
-    z = latents("wan2.1", 5, 24, 24)  # maps that take more than Winograd's scratch memory, which is no less on a half
-    alone = ranks(2).run(decoded, z, {"mode": "single"}, 16)[0][1]
-    budget = int(0.8 * alone.ranks[0].memory.peak_allocated)
+    z = latents("wan2.1", 5, 24, 24)  # maps larger than Winograd's scratch memory, which is as large on a half
+    single = ranks(2).run(decoded, z, {"mode": "single"}, 16)[0][1]
+    budget = int(0.8 * single.ranks[0].memory.peak_allocated)
     out, report = ranks(2).run(decoded, z, {"memory_budget": budget}, 16)[0]
     assert report.grid in ("2x1", "1x2")
     assert max(rank.memory.peak_allocated for rank in report.ranks) <= budget
@@ -200,9 +203,9 @@ def test_a_budget_holds_in_a_real_decode(ranks: Callable[[int], Ranks]) -> None:
 
 
 def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]:
-    """A decode in which rank 1 cannot have what the fastest plan needs, until all ranks have turned to another."""
+    """Decode while rank 1 has too little memory for the fastest plan, until all ranks have turned to another."""
     decoder = halovae.load(random_vae("wan2.1", width))
-    decoder.decode(z)  # oneDNN has made its code by then: a thread in which that once failed can never make any again
+    decoder.decode(z)  # so that oneDNN has made its code: a thread in which it failed once never makes any again
     stream = decoder.stream(z)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     if int(os.environ["RANK"]) == 1:
@@ -221,9 +224,9 @@ def short_of_memory(z: Tensor, width: int) -> tuple[Tensor | None, DecodeReport]
 
 def test_when_memory_runs_out_on_one_rank_all_fall_back_together(tmp_path: Path) -> None:
     z = latents("wan2.1", 5, 12, 20)  # two rows of ranks take a little more than two cols
-    ideal = tmp_path / "ideal.json"  # by which so small a model is shared as well
+    ideal = tmp_path / "ideal.json"  # with these rates even a small model is shared
     ideal.write_text(QUICK.as_json())
-    with Ranks(2, 1, {**RANK_ENVIRONMENT, "HALOVAE_CALIBRATION": str(ideal)}) as ranks:  # maps are given back at once
+    with Ranks(2, 1, {**RANK_ENVIRONMENT, "HALOVAE_CALIBRATION": str(ideal)}) as ranks:
         (out, report), (_, other) = ranks.run(short_of_memory, z, 16)
     assert report.fell_back == other.fell_back != ""
     assert report.decision is not None
@@ -248,7 +251,7 @@ def test_bad_plans_are_refused(options: dict[str, Any], message: str) -> None:
         halovae.load(vae("wan2.1")).decode(latents("wan2.1"), **options)
 
 
-def test_what_all_fall_back_on_takes_less() -> None:
+def test_the_grid_to_fall_back_on_takes_less() -> None:
     decision = decided((1, 16, 5, 8, 8), 2, SLOW)
     taken = {one.grid: one.peak or 0 for one in decision.candidates}
     leaner = decision.leaner()
@@ -262,10 +265,10 @@ def shell(*words: object) -> str:
 
 
 def test_the_command_ranks_plans_without_a_device() -> None:
-    said = shell("plan", "--model", "wan2.1", "--size", "64x64", "--frames", 5, "--num-gpus", 2, "--dtype", "fp32")
-    assert said.startswith("0")
-    assert "chosen: the fastest" in said
-    assert "estimated from data sheets" in said
+    output = shell("plan", "--model", "wan2.1", "--size", "64x64", "--frames", 5, "--num-gpus", 2, "--dtype", "fp32")
+    assert output.startswith("0")
+    assert "chosen: the fastest" in output
+    assert "estimated from data sheets" in output
 
 
 def test_the_command_draws_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +290,6 @@ def test_the_command_draws_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_the_command_refuses_what_it_cannot_plan(options: list[str], message: str) -> None:
-    said = shell("plan", "--model", "wan2.1", "--frames", 1, *options)
-    assert said.startswith("2")
-    assert message in said.replace("\n", " ")
+    output = shell("plan", "--model", "wan2.1", "--frames", 1, *options)
+    assert output.startswith("2")
+    assert message in output.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Plans of any autoencoder: what its traced graphs predict is what its ranks do; the command lists and explains it."""
+"""Plans of any autoencoder: traced graphs predict what ranks do, and the command lists and explains the plans."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ CASES = list(zip(TINY, ["2x2", "3x1", "2x1", "1x3"], strict=True))
 
 
 def measured(name: str, grid: Grid) -> list[tuple[int, int, int]]:
-    """Messages, bytes sent, and peak of live bytes of each rank that replays its program."""
+    """Return the messages, bytes sent, and peak of live bytes of each rank that replays its program."""
     shape, module = TINY[name], zoo.build(ENTRIES[name])
     x = torch.randn(shape)
 
@@ -58,8 +58,8 @@ def measured(name: str, grid: Grid) -> list[tuple[int, int, int]]:
     return on_threads(grid, CPU, rank)
 
 
-def test_what_modules_make_when_they_are_imported_has_data() -> None:
-    """Cosmos' module has wavelets. It is imported when its class is first asked for, which a plan may do."""
+def test_tensors_that_modules_make_on_import_have_data() -> None:
+    """Cosmos' module has wavelets. It is imported at the first use of its class, which may be in a plan."""
     script = (
         "import torch; from halovae.models.architectures import meta_vae; meta_vae('cosmos', torch.bfloat16); "
         "from diffusers.models.autoencoders import autoencoder_kl_cosmos as cosmos; "
@@ -70,7 +70,7 @@ def test_what_modules_make_when_they_are_imported_has_data() -> None:
 
 @pytest.mark.parametrize(("name", "grid"), CASES)
 def test_predictions_are_what_ranks_take(name: str, grid: str) -> None:
-    assert getattr(diffusers, ENTRIES[name].class_name)  # imported by that, before
+    assert getattr(diffusers, ENTRIES[name].class_name)  # imports the module first
     with torch.device("meta"):
         module = ENTRIES[name].make().requires_grad_(False)
     for rank, (messages, sent, peak) in enumerate(measured(name, Grid.parse(grid))):
@@ -80,7 +80,7 @@ def test_predictions_are_what_ranks_take(name: str, grid: str) -> None:
 
 
 def test_a_call_that_repeats_counts_each_time() -> None:
-    """It is traced once; what is counted is what the module computes."""
+    """It is traced once, but its FLOPs are counted as often as the module computes them."""
     name = "AutoencoderKLHunyuanVideo"
     module = zoo.build(ENTRIES[name])
     found = traced(lambda z: zoo.decode(module, z), module, TINY[name], torch.float32, Grid())
@@ -92,14 +92,14 @@ def test_a_call_that_repeats_counts_each_time() -> None:
 
 
 def search(shape: tuple[int, ...] = (1, 16, 32, 32), **options: Any) -> Search:
-    """A tiny autoencoder's, on ranks that take as long as their FLOPs say, with messages at almost no cost."""
-    assert diffusers.AutoencoderKL  # imported by that, before
+    """Return a search for a tiny autoencoder. Time is proportional to FLOPs, and messages cost only a latency."""
+    assert diffusers.AutoencoderKL  # imports the module first
     with torch.device("meta"):
         module = ENTRIES["AutoencoderKL (no quant_conv)"].make()
     rates = {OTHER: Rates(flops=1e-9), "convolution": Rates(flops=1e-9), "linear": Rates(flops=1e-9)}
     exchange = {"host": Link(options.pop("latency", 0), 0)}
     free = {"host": Link(0, 0)}
-    ideal = replace(read("cuda-h200"), alone=rates, together=rates, exchange=exchange, gather=free)
+    ideal = replace(read("cuda-h200"), single=rates, together=rates, exchange=exchange, gather=free)
     return Search(lambda z: zoo.decode(module, z), module, shape, torch.float32, ideal, **options)
 
 
@@ -111,11 +111,11 @@ def test_more_ranks_are_chosen_where_messages_cost_little() -> None:
     for decision in decisions.values():
         assert decision.candidates[0].verdict.startswith("chosen")
         unseen = [one for one in decision.candidates if one.peak is None]
-        assert all(one.verdict.startswith("not looked at") for one in unseen)
+        assert all(one.verdict.startswith("not traced") for one in unseen)
         assert all(one.seconds * (1 + WORTH) >= decision.chosen.seconds for one in unseen)
     assert found.price(Grid(rows=3)).seconds >= next(
         one.seconds for one in decisions[4].candidates if str(one.grid) == "3x1"
-    )  # what was not looked at takes at least what was said
+    )  # a grid that was not traced takes at least the time that was given
 
 
 def test_one_rank_is_chosen_where_messages_cost_more_than_they_save() -> None:
@@ -125,13 +125,13 @@ def test_one_rank_is_chosen_where_messages_cost_more_than_they_save() -> None:
 def test_whole_items_need_no_messages() -> None:
     found = search(batch=4, latency=1e-3)
     assert str(found.decide(4).chosen.grid) == "4x1x1"
-    alone, shared = found.price(Grid()), found.price(Grid(batch=2, rows=2))
-    assert alone.seconds == pytest.approx(4 * found.price(Grid(batch=4)).seconds)
+    single, shared = found.price(Grid()), found.price(Grid(batch=2, rows=2))
+    assert single.seconds == pytest.approx(4 * found.price(Grid(batch=4)).seconds)
     assert shared.messages == 2 * (found.traced(Grid(rows=2)).cost.messages)
     assert shared.peak == found.traced(Grid(rows=2)).cost.peak
 
 
-def test_a_budget_is_kept_and_a_shortage_says_what_would_fit() -> None:
+def test_a_budget_is_kept_and_an_error_says_what_would_fit() -> None:
     halves = search().price(Grid(rows=2)).peak
     assert halves is not None
     found = search(latency=1, budget=int(halves * (1 + MARGIN)) + 1)  # one rank would be faster
@@ -142,7 +142,7 @@ def test_a_budget_is_kept_and_a_shortage_says_what_would_fit() -> None:
         found.decide(1)
 
 
-def test_what_runs_replicated_is_named() -> None:
+def test_replicated_operators_are_named() -> None:
     class Sorted(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.linalg.matrix_exp(x)
@@ -153,7 +153,7 @@ def test_what_runs_replicated_is_named() -> None:
     assert any("aten.linalg_matrix_exp.default runs replicated" in verdict for verdict in verdicts)
 
 
-def test_what_depends_on_data_cannot_be_planned() -> None:
+def test_a_module_that_depends_on_data_cannot_be_planned() -> None:
     class Branching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum().item() > 0 else -x
@@ -197,35 +197,35 @@ def shell(*words: object) -> str:
 
 
 def test_the_command_plans_for_several_numbers_of_devices() -> None:
-    said = shell("--model", "flux", "--size", "256x256", "--num-gpus", "1,2")
-    assert said.startswith("0")
-    assert said.count("chosen: the fastest") == 2
-    assert "flux, latents 1x16x32x32" in said
-    said = shell("--model", "qwen-image", "--size", "64x64", "--frames", 1, "--num-gpus", "1,2")
-    assert said.startswith("0")
-    assert said.count("chosen: the fastest") == 2
+    output = shell("--model", "flux", "--size", "256x256", "--num-gpus", "1,2")
+    assert output.startswith("0")
+    assert output.count("chosen: the fastest") == 2
+    assert "flux, latents 1x16x32x32" in output
+    output = shell("--model", "qwen-image", "--size", "64x64", "--frames", 1, "--num-gpus", "1,2")
+    assert output.startswith("0")
+    assert output.count("chosen: the fastest") == 2
 
 
 def test_the_command_plans_clips() -> None:
-    said = shell("--model", "hunyuan-video", "--size", "128x128", "--frames", 5, "--num-gpus", 2)
-    assert said.startswith("0")
-    assert "latents 1x16x2x16x16, up to 2 ranks" in said
+    output = shell("--model", "hunyuan-video", "--size", "128x128", "--frames", 5, "--num-gpus", 2)
+    assert output.startswith("0")
+    assert "latents 1x16x2x16x16, up to 2 ranks" in output
 
 
 def test_the_command_says_where_nothing_fits() -> None:
     options = ["--model", "flux", "--size", "256x256", "--memory-budget", "60MiB"]
-    said = shell(*options, "--num-gpus", "1,4")
-    assert said.startswith("0")
-    assert "nothing fits: the leanest grid (1x1) takes" in said
-    assert said.count("chosen: ") == 1
+    output = shell(*options, "--num-gpus", "1,4")
+    assert output.startswith("0")
+    assert "nothing fits: the leanest grid (1x1) takes" in output
+    assert output.count("chosen: ") == 1
     assert shell(*options, "--num-gpus", "1").startswith("2")
 
 
 def test_the_command_plans_a_folder_of_any_autoencoder(tmp_path: Path) -> None:
     zoo.build(ENTRIES["AutoencoderTiny"]).save_config(tmp_path)  # type: ignore[operator]
-    said = shell("--model", tmp_path, "--size", "64x64", "--num-gpus", 2)
-    assert said.startswith("0")
-    assert "AutoencoderTiny, latents 1x4x16x16" in said
+    output = shell("--model", tmp_path, "--size", "64x64", "--num-gpus", 2)
+    assert output.startswith("0")
+    assert "AutoencoderTiny, latents 1x4x16x16" in output
 
 
 @pytest.mark.parametrize(
@@ -239,9 +239,9 @@ def test_the_command_plans_a_folder_of_any_autoencoder(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_refuses_what_it_cannot_plan(options: list[str], message: str) -> None:
-    said = shell(*options)
-    assert said.startswith("2")
-    assert message in said
+    output = shell(*options)
+    assert output.startswith("2")
+    assert message in output
 
 
 @pytest.mark.parametrize(
@@ -255,9 +255,9 @@ def test_the_command_refuses_what_it_cannot_plan(options: list[str], message: st
 )
 def test_the_command_refuses_models_that_have_no_plan(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
-    said = shell("--model", tmp_path, "--size", "64x64")
-    assert said.startswith("2")
-    assert message in said
+    output = shell("--model", tmp_path, "--size", "64x64")
+    assert output.startswith("2")
+    assert message in output
 
 
 @pytest.mark.slow
@@ -275,15 +275,15 @@ def test_true_sizes_are_planned(words: str) -> None:
     )
 
 
-def test_what_stands_for_the_compiler_leaves_functions_as_they_are() -> None:
+def test_the_stand_in_for_the_compiler_leaves_functions_as_they_are() -> None:
     stand_in = plan_command._Compiler()
     assert stand_in.disable(abs) is abs
     assert stand_in.disable(recursive=False)(abs) is abs
     assert not hasattr(stand_in, "__wrapped__")
-    assert stand_in.config is torch._dynamo.config  # more than that is the compiler's
+    assert stand_in.config is torch._dynamo.config  # anything else comes from the compiler
 
 
-def test_the_compiler_can_be_used_in_place_of_what_stands_for_it() -> None:
+def test_the_compiler_replaces_its_stand_in() -> None:
     code = (
         "import sys, torch; from halovae.cli.plan import _Compiler; sys.modules['torch._dynamo'] = _Compiler(); "
         "from torch._dynamo.utils import counters; import torch._dynamo.config; "

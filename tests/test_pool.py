@@ -1,4 +1,4 @@
-"""The memory of a decode's maps on the CPU."""
+"""The buffer pool: memory of a decode's maps on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from halovae.device.memory import LiveBytes
-from halovae.kernels.pool import Pool
+from halovae.kernels.pool import BufferPool
 
 CPU = torch.device("cpu")
 SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
@@ -24,8 +24,8 @@ SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 3), st.i
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_maps_that_are_held_stay_as_they_are(data: st.DataObject) -> None:
-    pool = Pool(CPU)
+def test_referenced_maps_are_not_overwritten(data: st.DataObject) -> None:
+    pool = BufferPool(CPU)
     held: list[tuple[Tensor, float]] = []
     for value in range(data.draw(st.integers(1, 25))):
         ends, clears = data.draw(st.booleans()), data.draw(st.booleans())
@@ -40,11 +40,11 @@ def test_maps_that_are_held_stay_as_they_are(data: st.DataObject) -> None:
         assert made.movedim(1, -1).is_contiguous()
         assert pool.holds(made)
         held.append((made.fill_(value), value))
-        assert all(bool((one == number).all()) for one, number in held)
+        assert all(bool((map_ == number).all()) for map_, number in held)
 
 
-def test_memory_that_nobody_holds_serves_maps_of_other_sizes() -> None:
-    pool = Pool(CPU)
+def test_unreferenced_memory_is_reused_for_maps_of_other_sizes() -> None:
+    pool = BufferPool(CPU)
     first, view = pool.empty((1, 4, 1, 8, 8), torch.float32), None
     begin, view = first.data_ptr(), first[:, :, 0]
     del first
@@ -58,14 +58,14 @@ def test_memory_that_nobody_holds_serves_maps_of_other_sizes() -> None:
 
 
 def test_a_map_outlives_its_pool() -> None:
-    pool = Pool(CPU)
+    pool = BufferPool(CPU)
     made = pool.empty((1, 2, 1, 2, 2), torch.float32).fill_(3)
     del pool
     assert made.sum() == 24
 
 
-def test_a_pool_gives_memory_back_between_chunks() -> None:
-    pool, size = Pool(CPU), 64 * 2**20
+def test_clearing_a_pool_returns_memory() -> None:
+    pool, size = BufferPool(CPU), 64 * 2**20
     held = pool.empty((1, 1, 1, 1, 7), torch.float32).fill_(5)
     pool.empty((1, 1, 1, 1, size // 4), torch.float32).fill_(1)
     before = psutil.Process().memory_info().rss
@@ -74,8 +74,8 @@ def test_a_pool_gives_memory_back_between_chunks() -> None:
     assert held.sum() == 35
 
 
-def test_large_scratch_memory_is_given_back_once_less_is_needed() -> None:
-    pool, size = Pool(CPU), 128 * 2**20
+def test_large_scratch_memory_is_returned_once_less_is_needed() -> None:
+    pool, size = BufferPool(CPU), 128 * 2**20
     for _ in range(2):
         pool.scratch(size // 4).fill_(1)
     before = psutil.Process().memory_info().rss
@@ -86,9 +86,9 @@ def test_large_scratch_memory_is_given_back_once_less_is_needed() -> None:
     assert before - psutil.Process().memory_info().rss > 0.9 * size
 
 
-def test_a_process_forks_beside_pools() -> None:
-    pools = [Pool(CPU) for _ in range(2)]
-    held = [one.empty((1, 1, 1, 1, 1), torch.float32, kept=kept).fill_(1) for one in pools for kept in (False, True)]
+def test_a_process_with_pools_can_fork() -> None:
+    pools = [BufferPool(CPU) for _ in range(2)]
+    held = [pool.empty((1, 1, 1, 1, 1), torch.float32, kept=kept).fill_(1) for pool in pools for kept in (False, True)]
     process = multiprocessing.get_context("fork").Process(target=os._exit, args=(7,))
     process.start()
     process.join()
@@ -96,12 +96,12 @@ def test_a_process_forks_beside_pools() -> None:
     assert len(held) == 4
 
 
-def test_where_the_system_refuses_addresses_maps_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_have_their_own_memory_where_the_system_refuses_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError("Cannot allocate memory")
 
     monkeypatch.setattr(mmap, "mmap", refuse)
-    pool = Pool(CPU)
+    pool = BufferPool(CPU)
     first, second = (pool.empty((1, 2, 1, 3, 3), torch.float32).fill_(value) for value in (1, 2))
     assert (int(first.sum()), int(second.sum())) == (18, 36)
     assert not pool.holds(first)
@@ -109,7 +109,7 @@ def test_where_the_system_refuses_addresses_maps_have_memory_of_their_own(monkey
 
 
 def test_maps_are_counted_while_they_live() -> None:
-    pool, shape = Pool(CPU), (1, 4, 2, 8, 8)
+    pool, shape = BufferPool(CPU), (1, 4, 2, 8, 8)
     size = 4 * math.prod(shape)
     with LiveBytes() as live:
         made = [pool.empty(shape, torch.float32) for _ in range(3)]

@@ -32,7 +32,7 @@ from halovae.distributed.ranks import Ranks
 from halovae.io import latents as latents_file
 from halovae.pipelines import tiny
 from halovae.runtime.vae import VAE
-from halovae.serving.lead import Lead
+from halovae.serving.broadcast import RankZeroBroadcast
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp6").exists(), reason="reads Linux's tables of sockets")
 
@@ -166,7 +166,7 @@ def all_lines() -> tuple[list[int], str | None]:
         name, which on some machines is a loopback address too.
     """
     mesh = Mesh(Grid(rows=2), torch.device("cpu"))
-    Lead().say("a word")
+    RankZeroBroadcast().send("a word")
     return mesh.transport.all_values(mesh.rank), os.environ.get("GLOO_SOCKET_IFNAME")
 
 

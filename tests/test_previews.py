@@ -31,7 +31,7 @@ def loaded(folder: Path) -> Any:
 
 
 def made(pipe: Any, **options: Any) -> Any:
-    """What a pipeline makes in four steps, `[H, W, 3]`, uint8; the first frame of a video."""
+    """Return a pipeline's result after four steps, `[H, W, 3]`, uint8; the first frame of a video."""
     takes = inspect.signature(pipe.__call__).parameters
     given: dict[str, Any] = dict(FAMILIES[type(pipe).__name__].always) if type(pipe).__name__ in FAMILIES else {}
     if "num_frames" in takes:
@@ -52,15 +52,15 @@ def made(pipe: Any, **options: Any) -> Any:
     ["wan2.1", "wan2.2-5b", "qwen-image-edit", "flux", "flux.2-klein", "sd1.5", "sdxl", "sana", "qwen-image-2.1"],
 )
 def test_the_last_preview_is_the_picture(name: str, models: Callable[[str], Path]) -> None:
-    """Nothing is left of the noise then, and nothing is made smaller here."""
+    """No noise is left after the last step, and this preview has full size."""
     pipe, seen = loaded(models(name)), list[Preview]()
     if name == "sd1.5":
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     plain = made(pipe)
     watched = made(pipe, callback_on_step_end=halovae.previews(pipe, every=2, show=seen.append, side=96, size=SIZE))
     assert (plain == watched).all()
-    assert [one.step for one in seen] == [2, 4]
-    assert {one.picture.size for one in seen} == {SIZE}
+    assert [preview.step for preview in seen] == [2, 4]
+    assert {preview.picture.size for preview in seen} == {SIZE}
     difference = np.abs(np.asarray(seen[-1].picture).astype(int) - plain)
     assert difference.max() <= 1
     assert plain.std() > 1
@@ -100,8 +100,8 @@ class Oracle:
     ids=lambda one: type(one).__name__,
 )
 @pytest.mark.parametrize("every", [1, 2])
-def test_noise_is_taken_off(scheduler: Any, every: int) -> None:
-    """Where a model is right at each step, each preview is what it makes at last, but for the first step's."""
+def test_noise_is_removed(scheduler: Any, every: int) -> None:
+    """With a model that is right at each step, each preview except the first step's equals the result."""
     picture = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     pipe, seen = Oracle(scheduler, picture), list[Preview]()
     pipe(callback_on_step_end=halovae.previews(pipe, every=every, show=seen.append))
@@ -112,7 +112,7 @@ def test_noise_is_taken_off(scheduler: Any, every: int) -> None:
         assert np.abs(np.asarray(one.picture) - last).max() <= 1
 
 
-def test_pictures_are_as_small_as_asked_for() -> None:
+def test_pictures_have_the_requested_size() -> None:
     pipe = Oracle(diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 4, 16, 24))
     factor, seen = 2 ** (len(pipe.vae.config.block_out_channels) - 1), list[Preview]()
     pipe(callback_on_step_end=halovae.previews(pipe, every=6, show=seen.append, side=12 * factor))
@@ -131,7 +131,7 @@ def test_a_tiny_autoencoder_may_decode() -> None:
     assert np.abs(np.asarray(seen[0].picture) - expected.detach().numpy()).max() <= 1
 
 
-def test_a_pipeline_goes_on_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_continues_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, seen = Oracle(diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 4, 8, 12)), list[Preview]()
     drawn = Previews._drawn
 
@@ -142,7 +142,7 @@ def test_a_pipeline_goes_on_where_memory_runs_out(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Previews, "_drawn", short)
     watch = halovae.previews(pipe, every=1, show=seen.append)
-    with pytest.warns(RuntimeWarning, match="no more previews: memory ran out"):
+    with pytest.warns(RuntimeWarning, match="no more previews: out of memory"):
         pipe(callback_on_step_end=watch)
     assert [one.step for one in seen] == [1, 2]
     monkeypatch.undo()
@@ -153,7 +153,7 @@ def test_a_pipeline_goes_on_where_memory_runs_out(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_clip_of_pictures_shows_its_first_frame() -> None:
-    """As AnimateDiff has it: latents of a clip, which a decoder of pictures takes one by one."""
+    """As in AnimateDiff: latents of a clip, whose frames a decoder of pictures takes one by one."""
     clip = torch.randn(1, 4, 3, 8, 12)
     pipe, seen = Oracle(diffusers.FlowMatchEulerDiscreteScheduler(), clip), list[Preview]()
     pipe(callback_on_step_end=halovae.previews(pipe, show=seen.append))
@@ -178,46 +178,46 @@ def test_a_clip_of_pictures_shows_its_first_frame() -> None:
     ],
     ids=lambda one: type(one).__name__,
 )
-def test_no_line_is_drawn_where_steps_are_not_on_one(scheduler: Any) -> None:
+def test_noise_is_not_removed_if_steps_are_not_on_a_line(scheduler: Any) -> None:
     scheduler.set_timesteps(4)
     if hasattr(scheduler, "sigmas"):
         scheduler._step_index = 1
     assert _sigma(scheduler) is None
 
 
-def test_what_fails_while_steps_run_is_told_once() -> None:
+def test_a_failure_while_steps_run_is_reported_once() -> None:
     pipe = Oracle(diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 4, 8, 12))
 
     def show(preview: Preview) -> None:
         raise OSError("no space")
 
-    with pytest.warns(RuntimeWarning, match=r"no more previews: OSError \(no space\)") as told:
+    with pytest.warns(RuntimeWarning, match=r"no more previews: OSError \(no space\)") as warned:
         pipe(callback_on_step_end=halovae.previews(pipe, every=1, show=show))
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
-def refused_by_all(folder: Path) -> str:
+def refusal(folder: Path) -> str:
     pipe = halovae.parallelize(loaded(folder))
     with pytest.raises(ValueError, match="previews of") as refused:
         made(pipe, callback_on_step_end=halovae.previews(pipe, show=print))
     return str(refused.value)
 
 
-def test_all_ranks_refuse_alike(models: Callable[[str], Path], ranks: Callable[[int], Ranks]) -> None:
-    first, other = ranks(2).run(refused_by_all, models("flux"))
+def test_all_ranks_refuse(models: Callable[[str], Path], ranks: Callable[[int], Ranks]) -> None:
+    first, other = ranks(2).run(refusal, models("flux"))
     assert first == other
     assert "its latents are packed, expected size=(width, height)" in first
 
 
-def watched_by_all(folder: Path) -> tuple[list[int], Any, Any]:
+def plain_and_watched(folder: Path) -> tuple[list[int], Any, Any]:
     pipe, seen = halovae.parallelize(loaded(folder)), list[Preview]()
     plain = made(pipe)
     watched = made(pipe, callback_on_step_end=halovae.previews(pipe, every=1, show=seen.append, size=SIZE, side=48))
-    return [one.step for one in seen], plain, watched
+    return [preview.step for preview in seen], plain, watched
 
 
 def test_rank_0_draws_and_nothing_else_changes(models: Callable[[str], Path], ranks: Callable[[int], Ranks]) -> None:
-    (first, plain, watched), (other, *_) = ranks(2).run(watched_by_all, models("flux"))
+    (first, plain, watched), (other, *_) = ranks(2).run(plain_and_watched, models("flux"))
     assert (first, other) == ([1, 2, 3, 4], [])
     assert (plain == watched).all()
 

@@ -1,4 +1,4 @@
-"""What a decode says it took: on one rank, on two, and on the command line."""
+"""Reports of decodes: on one rank, on two, and on the command line."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def reported() -> DecodeReport:
     return stream.shared_report()
 
 
-def test_every_rank_knows_what_all_ranks_took(ranks: Callable[[int], Ranks]) -> None:
+def test_every_rank_has_the_report_of_all_ranks(ranks: Callable[[int], Ranks]) -> None:
     report, other = ranks(2).run(reported)
     assert report == other
     assert [rank.rank for rank in report.ranks] == [0, 1]
@@ -51,7 +51,7 @@ def test_every_rank_knows_what_all_ranks_took(ranks: Callable[[int], Ranks]) -> 
     assert "wan2.1 1x16x3x7x6 on 2x1 (cpu, float32)" in console.export_text()
 
 
-def test_a_report_is_there_when_the_frames_have_been_taken() -> None:
+def test_a_report_is_complete_after_the_last_frames() -> None:
     decoder = halovae.load(vae("wan2.1"))
     stream = decoder.stream(latents("wan2.1"))
     next(stream)
@@ -65,7 +65,7 @@ def test_a_report_is_there_when_the_frames_have_been_taken() -> None:
     assert again.report.ranks[0].messages == 0
 
 
-def test_time_between_chunks_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callers_time_between_chunks_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     stream = halovae.load(vae("wan2.1")).stream(latents("wan2.1"))
@@ -77,7 +77,7 @@ def test_time_between_chunks_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> 
     assert stream.report.seconds < 1000
 
 
-def test_live_bytes_are_those_of_the_tensors_that_live() -> None:
+def test_live_bytes_are_those_of_live_tensors() -> None:
     with LiveBytes() as live:
         a = torch.zeros(1000)
         b = a.view(10, 100)[2:].add_(1)  # views and in-place work take nothing
@@ -91,7 +91,7 @@ def test_live_bytes_are_those_of_the_tensors_that_live() -> None:
     assert live.live == 0
 
 
-def taken_and_given_back() -> Memory:
+def allocated_and_freed() -> Memory:
     meter = MemoryMeter(Device(torch.device("cpu")))
     with meter.counting():
         taken = torch.ones(64 * 2**18)  # 64 MiB
@@ -99,9 +99,9 @@ def taken_and_given_back() -> Memory:
     return meter.read()
 
 
-def test_a_meter_sees_what_is_taken_and_given_back() -> None:
-    with Ranks(1) as ranks:  # in a process of its own: malloc would hand out again what earlier tests left
-        (memory,) = ranks.run(taken_and_given_back)
+def test_a_meter_sees_memory_that_was_allocated_and_freed() -> None:
+    with Ranks(1) as ranks:  # in a process of its own: malloc would reuse memory that earlier tests freed
+        (memory,) = ranks.run(allocated_and_freed)
     assert memory.peak_allocated == 64 * 2**20
     assert 60 * 2**20 < memory.above_resting < 200 * 2**20
     assert memory.pool_overhead == max(0, memory.above_resting - memory.peak_allocated)

@@ -1,4 +1,4 @@
-"""`halovae serve` with real ranks: what it makes, and what happens when ranks, fronts and disks fail."""
+"""`halovae serve` with real ranks: its results, and its behavior when ranks, fronts, and disks fail."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ LONG = {"num_inference_steps": 1000}
 
 @pytest.fixture(scope="module")
 def server(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two ranks that serve Wan2.1."""
+    """A server of Wan2.1 on two ranks."""
     with Server(models("wan2.1"), tmp_path_factory.mktemp("server") / "out") as running:
         yield running.wait()
 
@@ -47,14 +47,14 @@ def content(server: Server, video: str) -> bytes:
 
 
 def picture() -> tuple[str, bytes, str]:
-    """A file to start from."""
+    """Return a picture file to start from."""
     file = io.BytesIO()
     Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).save(file, "png")
     return "given.png", file.getvalue(), "image/png"
 
 
 def made_by_openai(server: Server, extra: dict[str, Any], **given: Any) -> Any:
-    """A video that openai's client has asked for and waited for."""
+    """Make a video with OpenAI's client, and wait for it."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     body = {"num_inference_steps": 2, "num_frames": 5, "size": "64x48", **extra}
     return client.videos.create_and_poll(prompt="a cat", extra_body=body, **given)
@@ -109,13 +109,13 @@ def test_previews_are_drawn_while_steps_run(server: Server) -> None:
     httpx.delete(f"{server.url}/v1/videos/{video}", timeout=30)
 
 
-def test_what_is_served_is_what_one_rank_generates(
+def test_the_server_makes_what_one_rank_generates(
     server: Server, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Several results, decoded together, each with its seed. Their mp4 files are as close to it as one made of it.
+    """Several results, decoded together, match the frames that one rank generates with the same seeds.
 
-    The frames of two such files may differ by more: where one value in a thousand differs by 1, x264 takes other ways,
-    and the mean difference is 1.3.
+    Each served mp4 file is as close to these frames as an mp4 file made directly from them. The two files may differ by
+    more: where one value in a thousand differs by 1, x264 decides differently, and the mean difference is 1.3.
     """
     shown = server.ended(server.submit(n=2, seed=11))
     generator = Generator(models("wan2.1"), torch.float32, torch.float32)
@@ -127,14 +127,14 @@ def test_what_is_served_is_what_one_rank_generates(
         sink.write(made[0])
         sink.close(whole=True)
         served = httpx.get(f"{server.url}/v1/videos/{shown['id']}/content?index={index}", timeout=30).content
-        own = frames_of((tmp_path / "one.mp4").read_bytes())
-        for found, expected, frame in zip(frames_of(served), own, made[0].unbind(1), strict=True):
+        direct = frames_of((tmp_path / "one.mp4").read_bytes())
+        for actual, expected, frame in zip(frames_of(served), direct, made[0].unbind(1), strict=True):
             exact = frame.permute(1, 2, 0).int().numpy()
-            assert abs(found - exact).mean() < abs(expected - exact).mean() + 0.1
+            assert abs(actual - exact).mean() < abs(expected - exact).mean() + 0.1
 
 
 def test_the_page_shows_what_was_made(server: Server, browser: Browser, tmp_path: Path) -> None:
-    """With HALOVAE_SCREENSHOTS=docs/images it draws the picture in docs/serving.md."""
+    """With HALOVAE_SCREENSHOTS=docs/images, this test draws the picture in docs/serving.md."""
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.goto(server.url)
     page.get_by_label("Prompt").fill("A calico cat playing a piano on stage")
@@ -160,14 +160,14 @@ def test_a_running_job_is_deleted_within_a_step(server: Server) -> None:
     assert httpx.delete(f"{server.url}/v1/videos/{long}").json()["deleted"]
     short = server.ended(server.submit())
     assert short["status"] == "completed"
-    assert short["completed_at"] - short["created_at"] < 10  # what took 1000 steps is gone
+    assert short["completed_at"] - short["created_at"] < 10  # the job of 1000 steps no longer runs
 
 
 @pytest.mark.slow
 def test_a_rank_that_fails_alone_ends_all_and_its_job_is_tried_again(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """By memory that it really cannot have."""
+    """The rank fails because its address space is limited."""
     with Server(models("wan2.1"), tmp_path / "out") as server:
         before = server.wait().ranks()
         all_it_has = before[1].memory_info().vms
@@ -178,7 +178,7 @@ def test_a_rank_that_fails_alone_ends_all_and_its_job_is_tried_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wan2.1", "wan2.1-i2v"])  # one that starts from nothing, one from a picture
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.1-i2v"])  # without and with an input picture
 def test_a_server_serves_once_it_is_warm(name: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     with Server(models(name), tmp_path / "out", "--warmup", "64x48x5") as server:
         server.wait()
@@ -187,7 +187,7 @@ def test_a_server_serves_once_it_is_warm(name: str, models: Callable[[str], Path
 
 
 @pytest.mark.slow
-def test_what_all_ranks_refuse_fails_and_they_go_on(models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_job_that_all_ranks_refuse_fails_and_they_go_on(models: Callable[[str], Path], tmp_path: Path) -> None:
     with Server(models("wan2.1"), tmp_path / "out", "--memory-budget", "64KiB") as server:
         before = server.wait().ranks()
         for _ in range(2):
@@ -206,17 +206,15 @@ def test_a_killed_rank_costs_an_attempt_and_two_the_job(server: Server) -> None:
         assert len(before) == 2
         before[victim].kill()
         while server.ranks() == before or server.video(fatal)["progress"] > 0:
-            assert httpx.get(f"{server.url}/health").status_code in (200, 503)  # the front answers all the while
+            assert httpx.get(f"{server.url}/health").status_code in (200, 503)  # the front keeps answering
             time.sleep(0.05)
         assert not set(server.ranks()) & set(before)
     assert server.ended(fatal)["error"]["code"] == "interrupted"
     assert server.ended(waiting)["status"] == "completed"
 
 
-def test_a_killed_front_takes_its_ranks_along_and_another_goes_on(
-    server: Server, models: Callable[[str], Path]
-) -> None:
-    """The last one of this server."""
+def test_a_killed_front_ends_its_ranks_and_another_goes_on(server: Server, models: Callable[[str], Path]) -> None:
+    """This must be the last test that uses `server`."""
     made = [server.submit(num_inference_steps=steps) for steps in (300, 2, 2)]
     started(server, made[0])
     processes = psutil.Process(server.process.pid).children(recursive=True)
@@ -224,8 +222,8 @@ def test_a_killed_front_takes_its_ranks_along_and_another_goes_on(
     assert not psutil.wait_procs(processes, timeout=10)[1]
     with Server(models("wan2.1"), server.output) as second:
         second.wait()
-        assert [second.ended(one)["status"] for one in made] == ["completed"] * 3
-        assert all(frames_of(content(second, one)) for one in made)
+        assert [second.ended(video)["status"] for video in made] == ["completed"] * 3
+        assert all(frames_of(content(second, video)) for video in made)
         assert second.stop() == 0
 
 
@@ -274,7 +272,7 @@ def test_the_other_models_are_served(name: str, models: Callable[[str], Path], t
         assert Image.open(io.BytesIO(png)).size == (64, 48)
 
 
-def test_what_cannot_start_ends_with_a_reason(models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_says_why(models: Callable[[str], Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     tiny.make_model("wan2.1", broken)
     (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")

@@ -13,11 +13,11 @@ from halovae.serving.settings import FrontSettings
 
 @pytest.fixture
 def fronts(monkeypatch: pytest.MonkeyPatch) -> list[FrontSettings]:
-    """What fronts were begun with; none is really begun."""
-    begun: list[FrontSettings] = []
+    """Return a list that collects the settings of fronts instead of starting them."""
+    started: list[FrontSettings] = []
     monkeypatch.delenv("HALOVAE_API_KEY", raising=False)
-    monkeypatch.setattr(serve, "_run_front", lambda _ranks, front, _start: begun.append(front))
-    return begun
+    monkeypatch.setattr(serve, "_run_front", lambda _ranks, front, _start: started.append(front))
+    return started
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def served(model: Path, *options: str) -> tuple[int, str]:
-    """The exit status, and what was said."""
+    """Run `halovae serve`, and return its exit status and output."""
     words = ["serve", "--model-path", str(model), "--output-dir", str(model.parent / "out"), *options]
     done = CliRunner().invoke(app, words)
     return done.exit_code, " ".join(done.output.split())
@@ -49,12 +49,12 @@ def served(model: Path, *options: str) -> tuple[int, str]:
         (["--host", ""], None, "--no-auth"),
         (["--host", "192.168.1.1"], None, "--no-auth"),
         (["--host", "example.com"], None, "--no-auth"),
-        (["--no-auth", "--api-key", "secret"], None, "leave one out"),
-        (["--no-auth"], "secret", "leave one out"),
+        (["--no-auth", "--api-key", "secret"], None, "omit one"),
+        (["--no-auth"], "secret", "omit one"),
     ],
 )
 @pytest.mark.parametrize("under_torchrun", [False, True])
-def test_a_server_without_the_key_it_needs_does_not_begin(
+def test_a_server_without_the_key_it_needs_does_not_start(
     options: list[str], variable: str | None, words: str, under_torchrun: bool, model: Path,
     fronts: list[FrontSettings], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -65,9 +65,9 @@ def test_a_server_without_the_key_it_needs_does_not_begin(
     if under_torchrun:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "1")
-    status, said = served(model, *options)
-    assert (status, fronts, ranks) == (2, [], []), said
-    assert words in said
+    status, output = served(model, *options)
+    assert (status, fronts, ranks) == (2, [], []), output
+    assert words in output
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,6 @@ def test_a_server_asks_for_the_key_it_was_given(
 ) -> None:  # fmt: skip
     if variable is not None:
         monkeypatch.setenv("HALOVAE_API_KEY", variable)
-    status, said = served(model, *options)
-    assert status == 0, said
+    status, output = served(model, *options)
+    assert status == 0, output
     assert [front.api_key for front in fronts] == [key]

@@ -1,4 +1,4 @@
-"""The HTTP surface, over ranks that only pretend: OpenAI's client, bad requests, full queues, pictures of all kinds."""
+"""The HTTP API over stub ranks: OpenAI's client, bad requests, full queues, pictures of all kinds."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ from serving import SMALL, finished
 from stub_ranks import PREVIEW, StubRanks, served
 
 from halovae.pipelines import tiny
-from halovae.serving.jobs import Job, Jobs, Wish
+from halovae.serving.jobs import Job, Jobs, JobSpec
 
 Server = tuple[str, StubRanks]
 
@@ -84,7 +84,7 @@ def test_openais_client_makes_lists_fetches_and_deletes_videos(videos: Server) -
     assert gone.value.param == "video_id"
 
 
-def test_previews_are_there_while_a_video_is_made(videos: Server) -> None:
+def test_a_running_video_has_previews(videos: Server) -> None:
     url, stub = videos
     stub.held.set()
     ids = [
@@ -110,7 +110,7 @@ def test_previews_are_there_while_a_video_is_made(videos: Server) -> None:
 
 def test_openais_client_edits_images(edits: Server) -> None:
     url, stub = edits
-    edit: Any = client(url).images.edit  # its types know OpenAI's sizes only
+    edit: Any = client(url).images.edit  # its types allow only OpenAI's sizes
     answer = edit(image=("a.png", picture()), prompt="bluer", size="64x48", n=2, extra_body={"seed": 5})
     assert [Image.open(io.BytesIO(base64.b64decode(one.b64_json))).size for one in answer.data] == [(64, 48)] * 2
     assert stub.seen[-1]["prompt"]["seed"] == 5
@@ -166,7 +166,7 @@ def test_bad_fields_are_named(body: dict[str, Any], param: str, words: str, vide
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe"])
-def test_what_is_no_json_object_is_refused(body: bytes, videos: Server) -> None:
+def test_a_body_that_is_no_json_object_is_refused(body: bytes, videos: Server) -> None:
     answer = httpx.post(f"{videos[0]}/v1/videos", content=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
@@ -190,7 +190,7 @@ def test_unicode_prompts_arrive_whole(videos: Server) -> None:
     ],
     ids=["text", "empty", "cut off", "gif", "bomb"],
 )
-def test_pictures_that_are_none_are_refused(data: bytes, edits: Server) -> None:
+def test_invalid_pictures_are_refused(data: bytes, edits: Server) -> None:
     answer = httpx.post(f"{edits[0]}/v1/images/edits", data={"prompt": "a"}, files={"image": data})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
 
@@ -226,25 +226,25 @@ def test_pictures_of_all_kinds_become_plain(
         waiting.join()
 
 
-def test_a_client_that_leaves_takes_its_pictures_along(edits: Server) -> None:
+def test_a_client_that_leaves_cancels_its_pictures(edits: Server) -> None:
     url, stub = edits
     stub.held.set()
     before = len(stub.seen)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/images/edits", data={"prompt": "a"}, files={"image": picture()}, timeout=0.5)
-    while len(stub.seen) == before or stub.seen[-1]["order"] not in stub.line.cancelled:
+    while len(stub.seen) == before or stub.seen[-1]["attempt"] not in stub.channel.cancelled:
         time.sleep(0.01)
-        if not stub.line._known:
-            break  # the stub was faster: it has let go of the order already
+        if not stub.channel._known:
+            break  # the stub was faster: it has already ended the attempt
     stub.held.clear()
     assert httpx.get(f"{url}/health").json()["jobs"]["queued"] == 0
 
 
-def test_a_client_that_leaves_within_its_upload_leaves_nothing(videos: Server) -> None:
+def test_a_client_that_leaves_during_its_upload_leaves_nothing(videos: Server) -> None:
     url = httpx.URL(videos[0])
     before = httpx.get(f"{url}/metrics").text
-    with socket.create_connection((url.host, url.port or 0)) as line:
-        line.sendall(
+    with socket.create_connection((url.host, url.port or 0)) as connection:
+        connection.sendall(
             b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"
         )
     assert httpx.get(f"{url}/health").status_code == 200
@@ -259,7 +259,7 @@ def test_a_body_too_large_is_refused(videos: Server) -> None:
     assert (chunked.status_code, chunked.json()["error"]["code"]) == (413, "body_too_large")
 
 
-def test_a_full_queue_answers_when_to_come_again(home: Path, tmp_path: Path) -> None:
+def test_a_full_queue_says_when_to_retry(home: Path, tmp_path: Path) -> None:
     with served(home / "wan2.1", tmp_path, stub=False, max_queue=2) as (url, _):
         answers = [httpx.post(f"{url}/v1/videos", json={"prompt": "a", **SMALL}) for _ in range(3)]
         assert [one.status_code for one in answers] == [200, 200, 429]
@@ -284,7 +284,7 @@ def test_a_job_that_was_running_is_tried_once_more(
     attempts: int, status: str, code: str | None, home: Path, tmp_path: Path
 ) -> None:
     jobs = Jobs(tmp_path / "jobs.sqlite")
-    job = Job.new("video", "tiny", Wish("a", (64, 48), 5, 2, 0))
+    job = Job.new("video", "tiny", JobSpec("a", (64, 48), 5, 2, 0))
     jobs.add(job)
     jobs.update(job, status="in_progress", attempts=attempts)
     jobs.close()
@@ -298,20 +298,20 @@ def test_a_job_that_was_running_is_tried_once_more(
         assert not partial.exists()
 
 
-def test_a_running_job_is_given_up_when_it_is_deleted(videos: Server) -> None:
+def test_deleting_a_running_job_cancels_it(videos: Server) -> None:
     url, stub = videos
     stub.held.set()
     video = httpx.post(f"{url}/v1/videos", json={"prompt": "a", **SMALL}).json()["id"]
     while httpx.get(f"{url}/v1/videos/{video}").json()["progress"] == 0:
         time.sleep(0.01)
-    order = stub.seen[-1]
+    attempt = stub.seen[-1]
     early = httpx.get(f"{url}/v1/videos/{video}/content")
     assert (early.status_code, early.json()["error"]["code"]) == (404, "video_not_ready")
     httpx.delete(f"{url}/v1/videos/{video}")
-    while order["order"] in stub.line._known:
+    while attempt["attempt"] in stub.channel._known:
         time.sleep(0.01)
     stub.held.clear()
-    assert not Path(order["paths"][0]).exists()
+    assert not Path(attempt["paths"][0]).exists()
 
 
 def test_keys_are_asked_for(home: Path, tmp_path: Path) -> None:
@@ -350,12 +350,12 @@ def test_old_and_large_output_goes(home: Path, tmp_path: Path) -> None:
         assert not list(tmp_path.rglob("*.mp4"))
 
 
-def test_jobs_are_told_as_they_change(videos: Server) -> None:
+def test_changes_of_jobs_are_streamed(videos: Server) -> None:
     url, _ = videos
     seen: list[dict[str, Any]] = []
     with httpx.stream("GET", f"{url}/v1/jobs", timeout=30) as events:
         lines = events.iter_lines()
-        video = httpx.post(f"{url}/v1/videos", json={"prompt": "told", **SMALL}).json()["id"]
+        video = httpx.post(f"{url}/v1/videos", json={"prompt": "streamed", **SMALL}).json()["id"]
         while not (seen and seen[-1]["id"] == video and seen[-1]["status"] == "completed"):
             line = next(lines)
             if line.startswith("data: "):
@@ -375,7 +375,7 @@ def test_figures_for_prometheus(videos: Server) -> None:
 
 @pytest.mark.parametrize("model", ["wan2.1", "qwen-image-edit"])
 def test_no_request_makes_the_front_fail(model: str, home: Path, tmp_path: Path) -> None:
-    """schemathesis makes requests from the description that the server gives of itself, right and wrong ones."""
+    """schemathesis makes valid and invalid requests from the server's own OpenAPI description."""
     with served(home / model, tmp_path, max_queue=10_000) as (url, _):
         words = ["run", f"{url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "20", "--seed", "1"]
         words += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "30"]

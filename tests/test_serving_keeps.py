@@ -1,4 +1,4 @@
-"""What a server keeps: the files of others, its results, and what became of each job."""
+"""What a server keeps: the files of other programs, its results, and the end of each job."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ from halovae.io import media
 from halovae.pipelines import tiny
 from halovae.serving import app
 from halovae.serving.dispatch import Dispatcher
-from halovae.serving.jobs import Job, Jobs, Wish
+from halovae.serving.jobs import Job, Jobs, JobSpec
 
 ID = "0123456789abcdef" * 2
 
@@ -49,27 +49,27 @@ def model(home: Path) -> Path:
 
 
 class Rank:
-    """Rank 0 as the front knows it, for tests that say each word themselves."""
+    """Rank 0 as the front knows it, for tests that send each message themselves."""
 
     def __init__(self, model: Path, output: Path) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVTIMEO, 60_000)
         self._socket.connect(rank_settings(model, output).endpoint)
-        self.tell("beat", ready=True)
-        assert self.hear()["kind"] == "welcome"
+        self.send("beat", ready=True)
+        assert self.receive()["kind"] == "welcome"
 
-    def tell(self, kind: str, **facts: Any) -> None:
+    def send(self, kind: str, **facts: Any) -> None:
         self._socket.send(json.dumps({"kind": kind, **facts}).encode())
 
-    def hear(self) -> dict[str, Any]:
-        said: dict[str, Any] = json.loads(self._socket.recv())
-        return said
+    def receive(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self._socket.recv())
+        return message
 
 
 @pytest.fixture
 def heard(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`heard(kind)` waits until the front has taken the next message of this kind."""
+    """`heard(kind)` waits until the front has handled the next message of this kind."""
     kinds: queue.Queue[str] = queue.Queue()
     take = Dispatcher._take
 
@@ -89,7 +89,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture
 def swept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], BaseException | None]:
-    """`swept()` waits for the next sweep to end, and gives the error that it ended with."""
+    """`swept()` waits for the next sweep to end, and returns its error, or None."""
     ends: queue.Queue[BaseException | None] = queue.Queue()
     expire = Dispatcher.expire
 
@@ -110,7 +110,7 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], BaseException | None]
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Another process, such as a backup, that keeps everyone from writing to the database."""
+    """Hold the database's write lock, as another process, such as a backup, would."""
     other = sqlite3.connect(output / "jobs.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     try:
@@ -127,7 +127,7 @@ def locked(output: Path) -> Iterator[None]:
         ".video_draft-1.mp4.partial", f".video_{ID}-0.mp4.partial.bak", f".video_{ID}-0.mp4.partial/",
     ],
 )  # fmt: skip
-def test_a_start_leaves_what_the_server_has_not_made(name: str, folder: str, model: Path, tmp_path: Path) -> None:
+def test_a_start_leaves_other_files(name: str, folder: str, model: Path, tmp_path: Path) -> None:
     theirs = tmp_path / folder / name
     theirs.parent.mkdir(exist_ok=True)
     if name.endswith("/"):
@@ -168,9 +168,9 @@ def test_a_lost_database_costs_no_result(model: Path, tmp_path: Path) -> None:
 
 
 def test_results_of_an_earlier_version_are_found(model: Path, tmp_path: Path) -> None:
-    """It kept them in the output folder itself."""
+    """An earlier version kept results in the output folder itself."""
     jobs = Jobs(tmp_path / "jobs.sqlite")
-    job = Job.new("video", "tiny", Wish("a", (64, 48), 5, 2, 0))
+    job = Job.new("video", "tiny", JobSpec("a", (64, 48), 5, 2, 0))
     jobs.add(job)
     jobs.update(job, status="completed", completed=job.created, files=job.names())
     jobs.close()
@@ -181,9 +181,9 @@ def test_results_of_an_earlier_version_are_found(model: Path, tmp_path: Path) ->
     assert [path.parent.name for path in tmp_path.rglob("*.mp4")] == ["results"]
 
 
-def test_what_is_not_on_disk_is_not_believed(tmp_path: Path) -> None:
+def test_a_change_that_is_not_on_disk_is_not_in_memory(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path / "jobs.sqlite")
-    job = Job.new("video", "tiny", Wish("a", (64, 48), 5, 2, 0))
+    job = Job.new("video", "tiny", JobSpec("a", (64, 48), 5, 2, 0))
     jobs.add(job)
     jobs.close()
     with pytest.raises(sqlite3.ProgrammingError):
@@ -197,12 +197,12 @@ def test_jobs_that_end_while_the_database_is_locked_end(
     with served(model, tmp_path, stub=False) as (url, _):
         rank = Rank(model, tmp_path)
         videos = [submitted(url) for _ in range(2)]
-        orders = [rank.hear()["order"] for _ in videos]
+        attempts = [rank.receive()["attempt"] for _ in videos]
         with locked(tmp_path):
-            for order in orders:
-                rank.tell("started", order=order)
-            rank.tell("finished", order=orders[0], decode=DECODE)
-            rank.tell("failed", order=orders[1], code="out_of_memory", message="no plan fits \ud800")
+            for attempt in attempts:
+                rank.send("started", attempt=attempt)
+            rank.send("finished", attempt=attempts[0], decode=DECODE)
+            rank.send("failed", attempt=attempts[1], code="out_of_memory", message="no plan fits \ud800")
             heard("failed")
             assert [finished(url, video, 0)["status"] for video in videos] == ["queued"] * 2
         shown = [finished(url, video) for video in videos]
@@ -214,13 +214,13 @@ def test_ranks_have_work_while_the_database_is_locked(model: Path, tmp_path: Pat
     with served(model, tmp_path, stub=False) as (url, _):
         rank = Rank(model, tmp_path)
         videos = [submitted(url) for _ in range(3)]
-        orders = [rank.hear()["order"] for _ in range(2)]
+        attempts = [rank.receive()["attempt"] for _ in range(2)]
         with locked(tmp_path):
-            rank.tell("started", order=orders[0])
-            rank.tell("denoised", order=orders[0], seconds=0.1)
-            orders.append(rank.hear()["order"])
-        for order in orders:
-            rank.tell("finished", order=order, decode=DECODE)
+            rank.send("started", attempt=attempts[0])
+            rank.send("denoised", attempt=attempts[0], seconds=0.1)
+            attempts.append(rank.receive()["attempt"])
+        for attempt in attempts:
+            rank.send("finished", attempt=attempt, decode=DECODE)
         assert [finished(url, video)["status"] for video in videos] == ["completed"] * 3
 
 
@@ -241,21 +241,21 @@ def test_pictures_that_are_made_while_the_database_is_locked_are_answered(
         assert httpx.get(answer.json()["data"][0]["url"]).content.startswith(b"\x89PNG")
 
 
-def test_what_ranks_had_when_they_ended_is_tried_again_though_the_database_was_locked(
+def test_jobs_of_ended_ranks_are_tried_again_after_the_database_was_locked(
     model: Path, tmp_path: Path, heard: Callable[[str], None]
 ) -> None:
     with served(model, tmp_path, stub=False) as (url, _):
         first = Rank(model, tmp_path)
         video = submitted(url)
-        first.tell("started", order=first.hear()["order"])
+        first.send("started", attempt=first.receive()["attempt"])
         heard("beat")
         heard("started")
         with locked(tmp_path):
             second = Rank(model, tmp_path)
             heard("beat")
-        order = second.hear()["order"]
-        second.tell("started", order=order)
-        second.tell("finished", order=order, decode=DECODE)
+        attempt = second.receive()["attempt"]
+        second.send("started", attempt=attempt)
+        second.send("finished", attempt=attempt, decode=DECODE)
         assert finished(url, video)["status"] == "completed"
 
 
@@ -265,15 +265,15 @@ def test_an_end_that_is_not_written_when_the_ranks_end_is_kept(
     with served(model, tmp_path, stub=False) as (url, _):
         first = Rank(model, tmp_path)
         video = submitted(url)
-        order = first.hear()["order"]
+        attempt = first.receive()["attempt"]
         with locked(tmp_path):
-            first.tell("failed", order=order, code="input_lost", message="no picture")  # before it was started
+            first.send("failed", attempt=attempt, code="input_lost", message="no picture")  # before the attempt started
             heard("failed")
             second = Rank(model, tmp_path)
         shown = finished(url, video, 10)
         assert (shown["status"], shown["error"]) == ("failed", {"code": "input_lost", "message": "no picture"})
         other = submitted(url)
-        assert other in second.hear()["paths"][0]  # the first job was not ordered again
+        assert other in second.receive()["paths"][0]  # the first job was not sent again
 
 
 def test_the_job_of_a_client_that_leaves_while_the_database_is_locked_is_removed(
@@ -310,10 +310,10 @@ def test_a_job_deleted_before_its_end_is_on_disk_stays_deleted(
     with served(model, tmp_path, stub=False) as (url, _):
         rank = Rank(model, tmp_path)
         video, other = submitted(url), submitted(url)
-        orders = [rank.hear()["order"] for _ in range(2)]
+        attempts = [rank.receive()["attempt"] for _ in range(2)]
         with locked(tmp_path):
-            rank.tell("finished", order=orders[0], decode=DECODE)
-            rank.tell("finished", order=orders[1], decode=DECODE)
+            rank.send("finished", attempt=attempts[0], decode=DECODE)
+            rank.send("finished", attempt=attempts[1], decode=DECODE)
             heard("finished")
             heard("finished")
             refused = httpx.delete(f"{url}/v1/videos/{video}", timeout=30)
@@ -346,7 +346,7 @@ def test_a_job_for_which_the_disk_has_no_room_is_refused(
 
     def no_room(self: Jobs, path: Path) -> None:
         begin(self, path)
-        self._db.execute("PRAGMA max_page_count = 1")  # it never holds less than it does
+        self._db.execute("PRAGMA max_page_count = 1")  # below the current size, so that the database cannot grow
 
     monkeypatch.setattr(Jobs, "__init__", no_room)
     with served(model, tmp_path, stub=False) as (url, _):
@@ -364,13 +364,13 @@ def test_a_job_that_ends_while_the_disk_is_full_ends_once_there_is_room(
         with served(model, tmp_path, stub=False) as (url, _):
             rank = Rank(model, tmp_path)
             video = submitted(url)
-            order = rank.hear()["order"]
+            attempt = rank.receive()["attempt"]
             filling = tmp_path / "filling"
             with filling.open("wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(4096))
-            rank.tell("started", order=order)
-            rank.tell("finished", order=order, decode=DECODE)
+            rank.send("started", attempt=attempt)
+            rank.send("finished", attempt=attempt, decode=DECODE)
             heard("finished")
             assert finished(url, video, 0)["status"] == "queued"
             filling.unlink()
@@ -427,7 +427,7 @@ def test_a_server_that_no_longer_hears_its_ranks_ends(
         raise zmq.ContextTerminated
 
     async def agent_gone() -> None:
-        """Ends a server that would live on."""
+        """End a server that would otherwise keep running."""
         await asyncio.sleep(20)
 
     monkeypatch.setattr(Dispatcher, "run", broken)
@@ -442,7 +442,7 @@ def test_a_server_that_no_longer_hears_its_ranks_ends(
     assert "the dispatcher ended (ContextTerminated" in errors[0]
 
 
-def test_what_no_waiting_mends_ends_the_dispatcher(
+def test_a_damaged_database_ends_the_dispatcher(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def damaged(self: Jobs, job: Job, **changes: Any) -> None:
@@ -452,9 +452,9 @@ def test_what_no_waiting_mends_ends_the_dispatcher(
     with served(model, tmp_path, stub=False) as (url, _):
         rank = Rank(model, tmp_path)
         submitted(url)
-        rank.tell("started", order=rank.hear()["order"])
+        rank.send("started", attempt=rank.receive()["attempt"])
         deadline = time.monotonic() + 20
-        while "the dispatcher ended: so does the server" not in caplog.text and time.monotonic() < deadline:
+        while "the dispatcher ended: the server ends too" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.02)
-    assert "the dispatcher ended: so does the server" in caplog.text
+    assert "the dispatcher ended: the server ends too" in caplog.text
     assert "malformed" in caplog.text

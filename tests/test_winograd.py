@@ -1,4 +1,4 @@
-"""Fewer multiplications, the same convolution: against PyTorch's own in double precision."""
+"""Winograd's convolution, against PyTorch's in double precision."""
 
 import copy
 from functools import cache
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import halovae
 from halovae.kernels import compiler, native, winograd
-from halovae.kernels.pool import Pool
+from halovae.kernels.pool import BufferPool
 from halovae.kernels.schemes import PLAIN, UPSAMPLING, Scheme
 
 LAST = torch.channels_last_3d
@@ -23,7 +23,7 @@ def convolve(
     add: bool = False,
 ) -> None:  # fmt: skip
     made = native.compiled() if compiled else native.EAGER
-    winograd.convolve(scheme, window, weight, bias, out, made, Pool(torch.device("cpu")), add=add)
+    winograd.convolve(scheme, window, weight, bias, out, made, BufferPool(torch.device("cpu")), add=add)
 
 
 def maps(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -32,7 +32,7 @@ def maps(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def weights(outputs: int, channels: int, taps: int) -> tuple[Tensor, Tensor]:
-    # Both always the same ones: by the bias, largest errors below vary by 5 %.
+    # Both are always the same: the largest errors below vary by 5 % with the bias.
     bias = torch.randn(outputs, generator=torch.Generator().manual_seed(5))
     return maps(outputs, channels, taps, 3, 3, seed=1) / (9 * taps * channels) ** 0.5, bias
 
@@ -51,7 +51,7 @@ def test_it_is_the_same_convolution(
     monkeypatch: pytest.MonkeyPatch,
     batch: int, channels: int, outputs: int, taps: int, frames: int, height: int, width: int, rows: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(winograd, "ROWS", rows)  # few: several bands of rows
+    monkeypatch.setattr(winograd, "ROWS", rows)  # few: several row blocks
     monkeypatch.setattr(winograd, "WEIGHTS", 36 * taps * channels * rows // 8)  # few: several blocks of channels
     window, (weight, bias) = (
         maps(batch, channels, frames + taps - 1, height + 2, width + 2),
@@ -66,14 +66,14 @@ def test_it_is_the_same_convolution(
 
 
 @pytest.mark.parametrize("scheme", [PLAIN, UPSAMPLING])
-def test_blocks_of_channels_are_such_as_compiled_kernels_take(scheme: Scheme) -> None:
+def test_compiled_kernels_support_blocks_of_channels(scheme: Scheme) -> None:
     for channels, taps in ((512, 3), (640, 3), (1024, 3), (1024, 1), (2048, 3)):
         weight = torch.empty(channels, channels, taps, 3, 3, device="meta")
-        assert winograd._Plan.block_of(scheme, weight) % native.LANES == 0
+        assert winograd._Plan.channels_of(scheme, weight) % native.LANES == 0
 
 
 @torch.inference_mode()
-def test_rounding_errors_are_within_a_few_times_those_of_the_direct_way() -> None:
+def test_rounding_errors_are_within_a_few_times_those_of_direct_convolution() -> None:
     window, (weight, bias) = maps(1, 96, 6, 34, 34), weights(96, 96, 3)
     wanted = wide(window, weight, bias)
     out = torch.empty(wanted.shape).contiguous(memory_format=LAST)
@@ -101,11 +101,11 @@ def test_the_flops_of_the_operator_are_those_of_its_matrix_multiplications() -> 
     with FlopCounterMode(display=False) as whole:
         convolve(PLAIN, window, weight, bias, out)
     scratch = torch.empty(winograd._Plan.of(PLAIN, weight, out, 0).scratch)
-    with FlopCounterMode(display=False) as inside:  # not through the operator, so that what it does is seen
+    with FlopCounterMode(display=False) as inside:  # not through the operator, so that the counter sees its products
         winograd._convolve(
             window[0].movedim(0, -1), weight, bias, out[0].movedim(0, -1), scratch, "plain", False, False, False
         )
-    transform = 2 * 36 * 9 * 3 * 16 * 24  # of the weights
+    transform = 2 * 36 * 9 * 3 * 16 * 24  # the filter transform
     assert whole.get_total_flops() == inside.get_total_flops() - transform == 2 * 36 * (4 * 8) * 2 * 3 * 16 * 24
 
 
@@ -135,12 +135,12 @@ def test_compiled_kernels_do_what_eager_ones_do(channels: int, outputs: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("shape", "mode", "said"),
+    ("shape", "mode", "message"),
     [((1, 16, 3, 8), "auto", "expected 5"), ((1, 4, 3, 8, 8), "auto", "4 channels"), ((1, 16, 3, 8, 8), "no", "mode=")],
 )
-def test_warming_up_refuses_what_cannot_be_decoded(shape: tuple[int, ...], mode: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        halovae.load(vae("wan2.1")).warmup(shape, mode=mode)
+def test_warming_up_refuses_what_cannot_be_decoded(shape: tuple[int, ...], mode: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        halovae.load(vae("wan2.1")).warmup(shape, mode=mode)  # type: ignore[arg-type]
 
 
 def test_without_a_compiler_warming_up_says_so_and_decodes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +150,9 @@ def test_without_a_compiler_warming_up_says_so_and_decodes_go_on(monkeypatch: py
     monkeypatch.setattr(compiler, "loaded", broken)
     monkeypatch.setattr(native, "_attempted", cache(native._Attempt))
     decoder, z = halovae.load(vae("wan2.1")), latents("wan2.1", frames=2)
-    with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler") as said:
+    with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler") as warnings:
         assert decoder.warmup(z.shape) > 0
-    assert len(said) == 1
+    assert len(warnings) == 1
     frames = decoder.decode(z)
     assert frames is not None
     assert (frames - reference("wan2.1", z)).abs().max() < 1e-4

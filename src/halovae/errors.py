@@ -1,38 +1,38 @@
-"""What halovae raises of its own. Arguments that are wrong in themselves raise ValueError or TypeError."""
+"""The exceptions that halovae defines. Invalid arguments raise ValueError or TypeError."""
 
 from __future__ import annotations
 
 
 class HalovaeError(Exception):
-    """The base of all of these."""
+    """The base class of halovae's exceptions."""
 
 
 class CheckpointError(HalovaeError, ValueError):
-    """A model cannot be loaded: which file, what is wrong with it, and what would be accepted."""
+    """A model cannot be loaded. The message names the file, what is wrong with it, and what would be accepted."""
 
 
 class MemoryBudgetError(HalovaeError, ValueError):
-    """No way to share a call fits into the memory budget, or into what is free: says what would."""
+    """No plan for a call fits into the memory budget or the free memory. The message says what would fit."""
 
 
 class UnplannableError(HalovaeError, ValueError):
-    """A call cannot be planned, since it cannot be recorded without data. Calls themselves run eagerly then."""
+    """A call cannot be planned, because it cannot be recorded without data. The call itself still runs, eagerly."""
 
 
 class TraceError(HalovaeError, RuntimeError):
-    """A function cannot be recorded: what it does depends on the values in its input. Says where."""
+    """A function cannot be recorded: what it does depends on the values in its input. The message says where."""
 
 
 class RankOutOfMemoryError(HalovaeError, RuntimeError):
-    """A rank ran out of memory, and all ranks stopped after the same chunk. Raised where a leaner way was asked for."""
+    """A rank ran out of memory, and all ranks stopped after the same chunk. Raised if a leaner plan can be tried."""
 
 
 class RankError(HalovaeError, RuntimeError):
-    """A rank failed, and the others were ended. The message holds the failing rank's traceback or signal.
+    """A rank failed, and the others were stopped. The message holds the failing rank's traceback or signal.
 
     Attributes:
-        cause: the exception that ended the rank, where it is known.
-        killed: whether the system ended it (SIGKILL), as it does when the host's memory runs out.
+        cause: the exception that ended the rank, if it is known.
+        killed: whether the system killed the rank (SIGKILL), as it does when the host runs out of memory.
     """
 
     def __init__(self, message: str, cause: Exception | None = None, killed: bool = False) -> None:
@@ -42,10 +42,10 @@ class RankError(HalovaeError, RuntimeError):
 
 
 class PromptError(HalovaeError, ValueError):
-    """Something that a pipeline cannot be asked for.
+    """A prompt that a pipeline does not support.
 
     Attributes:
-        field: which of the prompt's attributes is wrong.
+        field: the prompt's attribute that is wrong.
     """
 
     def __init__(self, field: str, message: str) -> None:

@@ -26,52 +26,52 @@ class Span:
         return slice(self.start, self.stop)
 
     def scaled(self, factor: int) -> Span:
-        """The same range after every cell became `factor` cells."""
+        """The same range after every cell has become `factor` cells."""
         return Span(self.start * factor, self.stop * factor)
 
     def grown(self, before: int, after: int) -> Span:
-        """The range with `before` more indices in front and `after` more behind."""
+        """The range, extended by `before` indices at its start and `after` indices at its end."""
         return Span(self.start - before, self.stop + after)
 
 
-def split(length: int, parts: int) -> tuple[Span, ...]:
-    """Cut `length` indices into `parts` adjoining spans whose sizes differ by one at most, the larger ones first.
+def split(length: int, count: int) -> tuple[Span, ...]:
+    """Split `length` indices into `count` adjoining spans whose sizes differ by at most one, larger spans first.
 
     Raises:
-        ValueError: `parts` is not in 1..length, which would leave a part empty.
+        ValueError: `count` is not in 1..length, so a span would be empty.
     """
-    if not 1 <= parts <= length:
-        raise ValueError(f"cannot cut {length} into {parts} non-empty parts: parts must be 1 to {length}")
-    size, larger = divmod(length, parts)
-    starts = [index * size + min(index, larger) for index in range(parts + 1)]
+    if not 1 <= count <= length:
+        raise ValueError(f"cannot split {length} into {count} non-empty spans: their number must be 1 to {length}")
+    size, larger = divmod(length, count)
+    starts = [index * size + min(index, larger) for index in range(count + 1)]
     return tuple(Span(*pair) for pair in pairwise(starts))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a latent, or of a feature map made from it, that one rank owns."""
+    """The index ranges of a latent, or of a feature map made from it, that one rank owns."""
 
     batch: Span
     rows: Span
     cols: Span
 
     def scaled(self, factor: int) -> Shard:
-        """The same part of the map after a spatial upsampling by `factor`."""
+        """The same shard after a spatial upsampling by `factor`."""
         return Shard(self.batch, self.rows.scaled(factor), self.cols.scaled(factor))
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Picks this shard out of a full tensor `[B, C, T, H, W]`."""
+        """The index of this shard in a full tensor `[B, C, T, H, W]`."""
         return (self.batch.slice, slice(None), slice(None), self.rows.slice, self.cols.slice)
 
     def shape(self, channels: int, frames: int) -> tuple[int, int, int, int, int]:
-        """The shape `[B, C, T, H, W]` of this shard of a map with so many channels and frames."""
+        """The shape `[B, C, T, H, W]` of this shard of a feature map with this many channels and frames."""
         return (self.batch.size, channels, frames, self.rows.size, self.cols.size)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How many ranks stand along the batch, the rows (H) and the cols (W) of a latent.
+    """The numbers of ranks along the batch, the rows (H), and the cols (W) of a latent.
 
     Ranks are numbered with cols fastest: rank = (batch index * rows + row) * cols + col.
 
@@ -109,24 +109,24 @@ class Grid:
         return self.batch * self.rows * self.cols
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """Where `rank` stands: (batch index, row, col)."""
+        """The position of `rank`: (batch index, row, col)."""
         plane, col = divmod(rank, self.cols)
         return (*divmod(plane, self.rows), col)
 
     def shards(self, batch: int, height: int, width: int) -> tuple[Shard, ...]:
-        """Every rank's shard of `batch` latents of `height` x `width` cells, in the order of ranks.
+        """Every rank's shard of `batch` latents of `height` x `width` cells, by rank.
 
         Raises:
-            ValueError: more ranks along an axis than there is to share out; says what is possible.
+            ValueError: a mesh dim has more ranks than its latent dim has indices; the message says what is possible.
         """
-        for axis, ranks, length, unit in (
+        for dim, ranks, length, unit in (
             ("batch", self.batch, batch, "latents"),
             ("rows", self.rows, height, "latent rows"),
             ("cols", self.cols, width, "latent cols"),
         ):
             if ranks > length:
                 raise ValueError(
-                    f"grid {self} puts {ranks} ranks along {axis}, but there are only {length} {unit}: "
+                    f"grid {self} puts {ranks} ranks along {dim}, but there are only {length} {unit}: "
                     f"at most {length} ranks fit there (batch {batch}, {height} rows, {width} cols in all)"
                 )
         return tuple(

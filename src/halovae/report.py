@@ -1,4 +1,4 @@
-"""What a decode took: seconds, memory and messages, per rank, with what was decoded and how."""
+"""Reports of decodes: seconds, memory, and messages of each rank, and what was decoded and how."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class RankReport:
     """What one rank took.
 
     Attributes:
-        rank: its number.
-        seconds: from its first chunk's start to its last chunk's end, without what the caller did in between.
-        waiting: seconds of these spent on halos, and on the keys and values of other ranks.
-        messages: how many it sent, frames to be gathered included; likewise `bytes_sent`.
-        memory: its peaks.
+        rank: the rank's number.
+        seconds: from the start of its first chunk to the end of its last, without the caller's time in between.
+        waiting: how many of these it waited for halos, and for keys and values of other ranks.
+        messages: how many messages it sent, including frames to be gathered.
+        bytes_sent: the bytes of these messages.
+        memory: the rank's peaks.
     """
 
     rank: int
@@ -37,17 +38,17 @@ class DecodeReport:
     """What a decode took.
 
     Attributes:
-        family: the model's, or the class of its VAE.
-        latents: their shape, `[B, C, T, H, W]` or `[B, C, H, W]`.
-        frames: `[B, 3, T', H', W']`, the shape of what they decode to.
-        dtype: what was computed in.
-        device: its kind.
-        grid: ranks along the rows x cols, or batch x rows x cols.
+        family: the model's family, or the class of its VAE.
+        latents: the shape of the latents, `[B, C, T, H, W]` or `[B, C, H, W]`.
+        frames: the shape of the decoded frames, `[B, 3, T', H', W']`.
+        dtype: the dtype of computation.
+        device: the kind of device.
+        grid: ranks along rows x cols, or along batch x rows x cols.
         first_use: whether this shape had not been decoded this way before, so that its graph was recorded first.
         compiled: whether passes over memory were compiled, on the CPU.
-        decision: why it was decoded that way, as `Decision` has it; None if the caller said how.
+        decision: why the grid was chosen, from `Decision.as_dict`; None if the caller chose it.
         fell_back: which grid was given up when memory ran out; empty if none was.
-        ranks: one for each rank, in order; a single one for a rank that has not asked the others.
+        ranks: a report per rank, in order; only this rank's if it has not asked the others.
     """
 
     family: str
@@ -64,23 +65,23 @@ class DecodeReport:
 
     @property
     def seconds(self) -> float:
-        """The slowest rank's."""
+        """The slowest rank's seconds."""
         return max(rank.seconds for rank in self.ranks)
 
     @property
     def memory(self) -> Memory:
-        """The highest ranks' peaks, and what the tightest one had left."""
+        """The highest peaks of any rank, and the least memory that any had left."""
         return Memory.over([rank.memory for rank in self.ranks])
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, and the figures over all ranks, as JSON can hold them."""
+        """All fields, and seconds and memory over all ranks, as JSON can hold them."""
         return {**asdict(self), "seconds": self.seconds, "memory": asdict(self.memory)}
 
     def as_json(self) -> str:
         return json.dumps(self.as_dict(), indent=2)
 
     def table(self) -> Table:
-        """A table with a line per rank, for a terminal."""
+        """A table with a row per rank, for a terminal."""
         from rich.table import Table
 
         title = f"{self.family} {'x'.join(map(str, self.latents))} on {self.grid} ({self.device}, {self.dtype})"

@@ -1,4 +1,4 @@
-"""VAEs in single files of their authors' layouts: what they are recognized as, and that they decode as they did."""
+"""VAEs in single files of their authors' layouts: recognition, and decodes that equal the original module's."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def latents_of(name: str, module: nn.Module) -> Tensor:
 
 
 def check(path: Path, name: str, module: nn.Module, dtype: torch.dtype = torch.float32) -> VAE:
-    """The file's module decodes as `module` does, bit for bit."""
+    """Check that the file's module decodes as `module` does, bit for bit."""
     loaded = halovae.load(path, dtype=dtype, device="cpu")
     assert type(loaded.module) is type(module)
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
@@ -52,7 +52,7 @@ def check(path: Path, name: str, module: nn.Module, dtype: torch.dtype = torch.f
 
 
 def check_wan(path: Path, module: nn.Module, family: str) -> WanConfig:
-    """The same of a Wan file, whose sizes it gives."""
+    """As `check`, for a Wan file; return its sizes."""
     loaded = halovae.load(path, device="cpu")
     z = latents(family, frames=2, height=3, width=4)
     frames, expected = loaded.decode(z), halovae.load(module).decode(z)
@@ -75,8 +75,8 @@ def test_an_original_file_decodes_as_the_module_it_was_written_from(name: str, t
 def test_wans_original_file_decodes_as_the_module_it_was_written_from(family: str, tmp_path: Path) -> None:
     save_file(written(vae(family), WAN[family]), tmp_path / "file")
     sizes = check_wan(tmp_path / "file", vae(family), family)
-    assert sizes.family == ("wan2.1" if family == "qwen-image" else family)  # those files are alike
-    if family != "wan2.2-5b":  # whose true means diffusers' config.json has, and not its defaults
+    assert sizes.family == ("wan2.1" if family == "qwen-image" else family)  # their files cannot be distinguished
+    if family != "wan2.2-5b":  # its true means are in diffusers' config.json, not in the defaults
         config = halovae.load(tmp_path / "file", device="cpu").config
         assert tuple(config.latents_mean) == tuple(vae(family).config.latents_mean)
 
@@ -150,17 +150,17 @@ def test_of_a_full_checkpoint_only_the_vae_is_read(
     own = {prefix + key: one for key, one in original(name, module).items()}
     others = {beside: torch.ones(3, dtype=torch.uint8), "model.diffusion_model.out.2.weight": torch.ones(4, 4)}
     save_file(own | others | {f"{prefix}loss.logvar": torch.ones(())}, tmp_path / "file")
-    asked: list[str] = []
+    requested: list[str] = []
     read = Weights.read
 
     def recorded(self: Weights, names: Any) -> Iterator[tuple[str, Tensor]]:
         names = list(names)
-        asked.extend(names)
+        requested.extend(names)
         return read(self, names)
 
     monkeypatch.setattr(Weights, "read", recorded)
     config = check(tmp_path / "file", name, module).config
-    assert sorted(asked) == sorted(own)
+    assert sorted(requested) == sorted(own)
     assert (config.scaling_factor, config.shift_factor) == (factor, shift)
 
 
@@ -198,13 +198,13 @@ def test_other_widths_and_depths(tmp_path: Path) -> None:
     check(tmp_path / "wider", "sd", wider)
 
 
-def test_means_of_other_latents_are_not_made_up(tmp_path: Path) -> None:
+def test_means_of_other_latents_are_not_invented(tmp_path: Path) -> None:
     module = diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1).eval()
     save_file(written(module, layouts.wan21), tmp_path / "file")
     decoder = halovae.load(tmp_path / "file", device="cpu")
     z = torch.zeros(1, 4, 1, 2, 2)
     assert decoder.decode(z) is not None
-    with pytest.raises(ValueError, match="no latents_mean and latents_std are known of this AutoencoderKLWan"):
+    with pytest.raises(ValueError, match="no latents_mean and latents_std are known for this AutoencoderKLWan"):
         decoder.decode(z, denormalize=True)
 
 
@@ -293,8 +293,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         halovae.load(tmp_path / "short", subfolder="vae")
 
 
-def hollow(module: nn.Module, pairs: Callable[[nn.Module], layouts.Pairs] | None, path: Path) -> None:
-    """Write a file of true size that takes no room on disk: names and shapes, then a hole."""
+def write_sparse(module: nn.Module, pairs: Callable[[nn.Module], layouts.Pairs] | None, path: Path) -> None:
+    """Write a file of true size that takes no space on disk: names and shapes, then a hole."""
     state = module.state_dict() if pairs is None else layouts.with_convolutions(written(module, pairs))
     header, end = {}, 0
     for key, tensor in state.items():
@@ -326,7 +326,7 @@ def test_true_sizes_are_read_from_names_and_shapes(
     name: str, pairs: Callable[[nn.Module], layouts.Pairs], named: str, tmp_path: Path
 ) -> None:
     module: Any = meta_vae(name, torch.float32)
-    hollow(module, pairs if named == "original" else None, tmp_path / "file")
+    write_sparse(module, pairs if named == "original" else None, tmp_path / "file")
     found = recognize(tmp_path / "file")
     assert {key: one.shape for key, one in module.state_dict().items()} == {
         key: shape for key, (_, shape) in found.keys.items()
@@ -347,7 +347,7 @@ def test_diffusers_converter_of_wan_agrees_where_it_serves(tmp_path: Path) -> No
 
     module = meta_vae("wan2.1", torch.float32)
     state = written(module, layouts.wan21)
-    hollow(module, layouts.wan21, tmp_path / "file")
+    write_sparse(module, layouts.wan21, tmp_path / "file")
     theirs = {name: id(one) for name, one in convert_wan_vae_to_diffusers(state).items()}
     ours = {name: id(state[key]) for name, (key, _) in recognize(tmp_path / "file").keys.items()}
     assert ours == theirs
@@ -361,22 +361,22 @@ def run(*words: object) -> str:
 
 def test_inspect_says_what_a_file_is(tmp_path: Path) -> None:
     save_file({key: one.half() for key, one in written(vae("wan2.1"), layouts.wan21).items()}, tmp_path / "file")
-    said = run("inspect", tmp_path / "file")
-    assert "file Wan2.1 or Qwen-Image, Wan-AI's and ComfyUI's names stored as fp16 family wan2.1" in said
+    output = run("inspect", tmp_path / "file")
+    assert "file Wan2.1 or Qwen-Image, Wan-AI's and ComfyUI's names stored as fp16 family wan2.1" in output
     state = {f"first_stage_model.{key}": one for key, one in original("sd", MODULES["sd"]()).items()}
     save_file(state | {"conditioner.x": torch.ones(1), "conditioner.embedders.0": torch.ones(1)}, tmp_path / "full")
-    said = run("inspect", tmp_path / "full", "--size", "64x64")
-    assert "Stable Diffusion, SDXL, SD3 or FLUX.1, latent diffusion's names" in said
-    assert "2 tensors; its keys begin with 'first_stage_model.'" in said
-    assert "scaling SDXL's scaling_factor 0.13025 class AutoencoderKL" in said
+    output = run("inspect", tmp_path / "full", "--size", "64x64")
+    assert "Stable Diffusion, SDXL, SD3 or FLUX.1, latent diffusion's names" in output
+    assert "2 tensors; its keys begin with 'first_stage_model.'" in output
+    assert "scaling SDXL's scaling_factor 0.13025 class AutoencoderKL" in output
     save_file(original("flux", MODULES["flux"]()), tmp_path / "ae")
     with torch.inference_mode():
         assert recognize(tmp_path / "ae").keys["decoder.mid_block.attentions.0.to_q.weight"] == (
             "decoder.mid.attn_1.q.weight",
             (64, 64),
         )
-    said = run("inspect", tmp_path / "ae", "--size", "64x64")
-    assert "(or Stable Diffusion 3's scaling_factor 1.5305, shift_factor 0.0609: files do not tell)" in said
+    output = run("inspect", tmp_path / "ae", "--size", "64x64")
+    assert "(or Stable Diffusion 3's scaling_factor 1.5305, shift_factor 0.0609: the file does not say)" in output
 
 
 def test_commands_take_a_file(tmp_path: Path) -> None:
@@ -396,5 +396,5 @@ def test_commands_take_a_file(tmp_path: Path) -> None:
     assert torch.equal(
         *(subject_of(tmp_path / model, (64, 64), 1, clips=False).latents for model in ("folder", "file"))
     )
-    said = run("plan", "--model", tmp_path / "file", "--size", "64x64", "--num-gpus", "2")
-    assert "AutoencoderKLWan, latents 1x16x" in said
+    output = run("plan", "--model", tmp_path / "file", "--size", "64x64", "--num-gpus", "2")
+    assert "AutoencoderKLWan, latents 1x16x" in output

@@ -1,4 +1,4 @@
-"""Compiles the kernels for a Hopper device, which need not be here, and prints how many; for a process of its own."""
+"""Compile the kernels for a Hopper device, which need not be present, and print their number; run as a script."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ def compile_one(function: Any, *arguments: Any) -> None:
     kinds: dict[str, str] = {}
     constants = {}
     for index, (parameter, value) in enumerate(zip(function.params, arguments, strict=True)):
-        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        fixed = parameter.is_constexpr or value is None or one
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        fixed = parameter.is_constexpr or value is None or is_one
         kinds[parameter.name] = "constexpr" if fixed else value if isinstance(value, str) else _integer(value)
         if fixed:
             constants[(index,)] = value

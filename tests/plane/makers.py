@@ -439,7 +439,7 @@ def pooling(s: Source, x: Tensor) -> Step:
 
 @maker(2, 5)
 def writes(s: Source, x: Tensor) -> Step:
-    """Writes to a tensor or to views of it, of whatever they are views in plain PyTorch."""
+    """Writes to a tensor or through chains of slices and views of it."""
     start = s.one(["clone", "twice", "permuted", "zeros", "new_zeros", "joined"])
     order = shuffled(s, x.ndim)
     path, seen = list[Step](), x.clone()

@@ -1,4 +1,4 @@
-"""Random programs of one operator or several, on random grids and layouts: what the property tests compare."""
+"""Random programs of one or several operators, on random grids and layouts, for the property tests."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ GRIDS = tuple(map(Grid.parse, ("2x1", "1x2", "2x2", "3x1", "1x3", "3x2")))
 
 @dataclass
 class Step:
-    """An operator with its arguments. `call` takes a tensor, and how to partition others."""
+    """An operator with its arguments. `call` takes a tensor, and a function that partitions others."""
 
     text: str
     call: Callable[[Tensor, Place], Any] = field(repr=False)
@@ -29,13 +29,14 @@ class Step:
 
 @dataclass
 class Program:
-    """Operators one after the other, and what they start from.
+    """A sequence of operators, and their input.
 
     Attributes:
         grid: the ranks.
-        layout: the input's.
+        layout: the input's layout.
+        shape: the input's shape.
         steps: the operators.
-        want: what plain PyTorch computes; its error if it refuses.
+        want: the result of plain PyTorch, or its error.
     """
 
     grid: Grid
@@ -50,7 +51,7 @@ class Program:
         return f"Program on {self.grid} of {self.shape} in {self.layout}, which {outcome}:\n  {steps}"
 
     def check(self) -> None:
-        """Compare all ranks with plain PyTorch, which refuses what they refuse."""
+        """Compare all ranks with plain PyTorch, in results or in errors."""
 
         def work(plane: Plane) -> Any:
             def place(x: Tensor, layout: Layout) -> Tensor:
@@ -71,12 +72,12 @@ class Program:
 
 
 def guarded(outcome: Outcome) -> bool:
-    """Whether the rank refused to write in place to what is no view of the whole."""
+    """Whether the rank refused to write in place to a tensor that is no view of the whole tensor."""
     return isinstance(outcome.error, RuntimeError) and "cannot write in place" in str(outcome.error)
 
 
 def computed(steps: Sequence[Step], x: Tensor, place: Place) -> Any:
-    """What a program returns."""
+    """Return the result of a program."""
     result: Any = x
     for step in steps:
         result = step.call(result, place)
@@ -84,7 +85,7 @@ def computed(steps: Sequence[Step], x: Tensor, place: Place) -> Any:
 
 
 class Source:
-    """Draws what a program is made of."""
+    """Draws the values that make up a program."""
 
     def __init__(self, draw: Callable[..., Any], grid: Grid) -> None:
         self.draw, self.grid, self.seed = draw, grid, 0
@@ -173,10 +174,10 @@ def programs(draw: Callable[..., Any], makers: Sequence[Maker], ndim: tuple[int,
     """Programs of `length` operators at most, each made by one of the makers.
 
     Args:
-        draw: hypothesis's.
-        makers: of operators.
+        draw: hypothesis's function.
+        makers: the makers of operators.
         ndim: the fewest and the most dims of the input.
-        length: of the longest program.
+        length: length of the longest program.
     """
     source = Source(draw, draw(st.sampled_from(GRIDS)))
     dims = source.integer(*ndim)

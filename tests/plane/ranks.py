@@ -1,4 +1,4 @@
-"""Functions of plane tensors on every rank of a grid, against the same functions of plain tensors."""
+"""Compare functions of plane tensors on every rank of a grid with the same functions of plain tensors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Outcome:
-    """What one rank has of a function's results.
+    """The results of a function on one rank.
 
     Attributes:
         plane: the rank's plane.
-        results: all of each result.
+        results: the full data of each result.
         layouts: how each result was partitioned; None for a plain tensor.
         error: what the function raised.
     """
@@ -40,11 +40,11 @@ class Outcome:
 
 
 class Gone:
-    """What a rank that is done leaves for those that still wait for it: they fail instead of waiting forever."""
+    """A rank that is done sends this to ranks that still wait for it: they fail instead of waiting forever."""
 
 
 def on_ranks(function: Callable[[Plane], Any], grid: Grid) -> list[Outcome]:
-    """Call a function on each rank. What it raises is kept for each.
+    """Call a function on each rank. Errors are kept in the outcomes.
 
     Raises:
         AssertionError: a rank waits for one that is done.
@@ -85,7 +85,7 @@ def run(function: Function, x: Tensor, grid: Grid) -> list[Outcome]:
 
 
 def assert_exact(outcomes: Sequence[Outcome], want: Any, tolerance: float = 1e-12) -> None:
-    """All ranks have the same bits, and these are what plain PyTorch computes, up to rounding."""
+    """Check that all ranks have the same bits, and that these equal plain PyTorch's result up to rounding."""
     for outcome in outcomes:
         if outcome.error is not None:
             raise AssertionError(f"a rank failed: {outcome.error!r}") from outcome.error
@@ -101,7 +101,7 @@ def assert_exact(outcomes: Sequence[Outcome], want: Any, tolerance: float = 1e-1
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
-    """Equal up to rounding errors, relative to the largest value."""
+    """Check equality up to rounding errors, relative to the largest value."""
     assert got.shape == want.shape, f"shape {tuple(got.shape)} for {tuple(want.shape)}"
     assert got.dtype == want.dtype, f"{got.dtype} for {want.dtype}"
     if not want.numel():

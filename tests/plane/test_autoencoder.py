@@ -1,4 +1,4 @@
-"""Decodes of any autoencoder as users ask for them: planned, within memory, in chunks, as pictures, with a report."""
+"""Decodes of any autoencoder by the public API: planned, within memory, in chunks, as pictures, with a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
 
 
 def made(name: str, *shape: int) -> tuple[Any, Tensor, Tensor]:
-    """A decoder, latents, and what one process makes of them."""
+    """A decoder, latents, and the result of one process."""
     module, plain = zoo.build(ENTRIES[name], torch.float64), zoo.build(ENTRIES[name], torch.float64)
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_a_budget_makes_ranks_share_what_each_of_them_could_not_hold(ranks: Grou
     for error, decision, grid, budget in ranks(2).run(within):
         assert error < 1e-12
         assert Grid.parse(grid).rows * Grid.parse(grid).cols == 2  # items go one after the other
-        assert decision["chosen"]["peak"] * 1.15 < decision["budget"] < budget  # pictures apart
+        assert decision["chosen"]["peak"] * 1.15 < decision["budget"] < budget  # without pictures
         assert any(one["peak"] is not None and one["peak"] > decision["budget"] for one in decision["others"])
 
 
@@ -96,7 +96,7 @@ def test_clips_come_chunk_by_chunk(ranks: Group) -> None:
     assert sum(size[2] for size in sizes) == frames[2]
 
 
-def alone() -> tuple[bool, list[int], bool]:
+def on_one_rank() -> tuple[bool, list[int], bool]:
     decoder, x, expected = made("AutoencoderKL", 1, 4, 5, 5)
     found = decoder.decode(x, grid=Grid(), gather="rank0")
     equal = found is None or bool((found - expected).abs().max() < 1e-12)
@@ -104,7 +104,7 @@ def alone() -> tuple[bool, list[int], bool]:
 
 
 def test_on_one_rank_the_others_compute_nothing(ranks: Group) -> None:
-    first, second = ranks(2).run(alone)
+    first, second = ranks(2).run(on_one_rank)
     assert (first[0], second[0]) == (False, True)
     assert first[1] == second[1]
     assert first[2]
@@ -131,7 +131,8 @@ def test_arguments_that_make_no_sense() -> None:
 def with_a_generator() -> float:
     """As pipelines of Stable Diffusion pass theirs."""
     decoder, x, expected = made("AutoencoderKL", 1, 4, 9, 8)
-    found = decoder.decode(x, gather="all", generator=torch.Generator().manual_seed(0))
+    options = {"generator": torch.Generator().manual_seed(0)}
+    found = decoder.decode(x, gather="all", module_kwargs=options)
     return float((found - expected).abs().max())
 
 
@@ -198,7 +199,7 @@ def test_ranks_draw_in_step_where_one_of_them_decodes(ranks: Group) -> None:
 
 
 class Cropped(torch.nn.Module):
-    """Crops a row that the last rank alone has: it alone could not hand out chunks."""
+    """Crops a row that only the last rank has: only that rank could not hand out chunks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +251,7 @@ def refused_by_one(what: str) -> str:
     ("what", "message"),
     [
         ("mode", "mode='fast': expected one of"),
-        ("option", "unexpected keyword argument 'tmeb'"),
+        ("option", "unknown option tmeb; expected mode, grid, gather"),
         ("dtype", "dtype=torch.int8: expected"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Masks between all cells of a plane: each rank computes the rows that it needs, and no more."""
+"""Masks between all cells of a plane: each rank computes only the rows that it needs."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Convolutions that compute while halos travel, and their edges again: exact, with the messages of those that wait."""
+"""Convolutions that compute while halos travel, then their edges again: exact, with the same messages as without."""
 
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_many_convolutions_of_any_layout_are_exact(data: st.DataObject) -> None:
 def test_ranks_that_wait_and_ranks_that_do_not_understand_each_other(
     grid: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a rank sends does not depend on how it computes: each decides by its own part."""
+    """Messages do not depend on how a rank computes: each rank decides by its own shard."""
     monkeypatch.setattr(convolution, "_EXTENT_TO_HALO", 6)
     weight = numbers(3, 4, 3, 3)
     size = {"2x1": (11, 9), "3x1": (17, 6), "2x2": (11, 11)}[grid]  # the last rank has a row, or a col, too few
@@ -131,7 +131,7 @@ def test_a_copy_is_taken_where_weights_are_larger_than_the_map(monkeypatch: pyte
 
 
 def test_a_map_keeps_the_format_that_plain_pytorch_gives_it() -> None:
-    """Attention leaves a map whose batch of one has an odd stride. It is not channels last: nor are maps made of it."""
+    """Attention's map has an odd stride for a batch of one. Neither it nor maps made of it are channels last."""
     norm, convolve = nn.GroupNorm(2, 4).double(), nn.Conv2d(4, 4, 3, padding=1).double()
 
     def function(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What cannot be done exactly is refused by name; what runs replicated is reported; random numbers are the same."""
+"""Inexact operators raise errors that name them; replicated operators are reported; random numbers are the same."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +49,7 @@ def test_a_write_that_plain_pytorch_would_see_elsewhere_is_refused_by_name(
     refused(outcomes, name)
 
 
-def test_a_part_of_the_input_is_not_written_to() -> None:
+def test_a_shard_of_the_input_is_not_written_to() -> None:
     x = numbers(1, 4, 7, 6)
     before = x.clone()
     refused(run(lambda x: x.mul_(2), x, Grid(rows=2)), "aten.mul_")

@@ -1,4 +1,4 @@
-"""Layouts are integers: which cells each rank owns, and what views make of that."""
+"""Layouts are integers: the cells that each rank owns, and the layouts of views."""
 
 import math
 from itertools import pairwise, product
@@ -38,7 +38,7 @@ QUICK = settings(max_examples=50, deadline=None, derandomize=True, database=None
 
 @st.composite
 def factors(draw: Any) -> tuple[Grid, list[Factor]]:
-    """Factors in any order, whole ones and ones of size 1 among them; each mesh dim partitions one at most."""
+    """Factors in any order, including replicated ones and ones of size 1; each mesh dim partitions one at most."""
     grid = draw(st.sampled_from(GRIDS))
     found, names = [], draw(st.permutations(["rows", "cols"]))
     for name, ranks in ((name, grid.rows if name == "rows" else grid.cols) for name in names):
@@ -62,7 +62,7 @@ def places(grid: Grid) -> list[Coordinates]:
 
 
 def cells(dim: Dim, coordinates: Coordinates) -> list[int]:
-    """Which indices of a dim a rank owns, in the order in which its part has them."""
+    """The indices of a dim that a rank owns, in the order of its shard."""
     found = [0]
     for factor in dim:
         own = range(factor.size)
@@ -72,8 +72,8 @@ def cells(dim: Dim, coordinates: Coordinates) -> list[int]:
     return found
 
 
-def part(x: Tensor, layout: Layout, coordinates: Coordinates) -> Tensor:
-    """A rank's part of a tensor."""
+def shard(x: Tensor, layout: Layout, coordinates: Coordinates) -> Tensor:
+    """Return a rank's shard of a tensor."""
     for dim, factors in enumerate(layout):
         x = x.index_select(dim, torch.tensor(cells(factors, coordinates)))
     return x
@@ -85,21 +85,21 @@ def indices(sizes: tuple[int, ...]) -> Tensor:
 
 @QUICK
 @given(layouts(), st.data())
-def test_a_regrouped_part_has_the_cells_of_the_view_in_order(drawn: tuple[Grid, Layout], data: st.DataObject) -> None:
+def test_a_regrouped_shard_has_the_cells_of_the_view_in_order(drawn: tuple[Grid, Layout], data: st.DataObject) -> None:
     grid, layout = drawn
     whole = indices(shape(layout))
     sizes = tuple(Source(data.draw, grid).factorization(whole.numel()))
     try:
         view = regrouped(layout, sizes)
     except Uneven:
-        assert any(True for _ in partitioned(layout)), "views of what every rank has are never in the way"
+        assert any(True for _ in partitioned(layout)), "views of replicated tensors are always possible"
         return
     assert shape(view) == sizes
     assert all(joined(dim) == dim for dim in view)
     for place in places(grid):
-        own = part(whole, layout, place)
+        own = shard(whole, layout, place)
         assert tuple(own.shape) == local_shape(layout, place)
-        assert torch.equal(own.reshape(local_shape(view, place)), part(whole.reshape(sizes), view, place))
+        assert torch.equal(own.reshape(local_shape(view, place)), shard(whole.reshape(sizes), view, place))
 
 
 @QUICK
@@ -114,14 +114,14 @@ def test_a_view_and_its_inverse_cancel(drawn: tuple[Grid, Layout]) -> None:
 
 @QUICK
 @given(layouts(), st.data())
-def test_parts_are_disjoint_and_make_up_the_whole(drawn: tuple[Grid, Layout], data: st.DataObject) -> None:
+def test_shards_are_disjoint_and_make_up_the_whole(drawn: tuple[Grid, Layout], data: st.DataObject) -> None:
     grid, layout = drawn
     whole = indices(shape(layout))
     mesh_dims: set[MeshDim | None] = {factor.mesh_dim for _, factor in partitioned(layout)}
     several: list[Coordinates] = [
         place for place in places(grid) if all(name in mesh_dims or at == 0 for name, at in place.items())
     ]
-    found = torch.cat([part(whole, layout, place).flatten() for place in several])
+    found = torch.cat([shard(whole, layout, place).flatten() for place in several])
     assert torch.equal(found.sort()[0], whole.flatten())
 
 

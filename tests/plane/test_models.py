@@ -1,4 +1,4 @@
-"""Every autoencoder class of diffusers on a plane that ranks share, against the module on its own."""
+"""Every autoencoder class of diffusers on a partitioned plane, compared with the plain module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +41,7 @@ TWO_RANKS = {
     "AutoencoderKLWan (2.2)",
     "Kandinsky6SRVAE",
 }
-"""Have so many operators that the fast tests run them on two ranks only."""
+"""These have so many operators that the fast tests run them on two ranks only."""
 REPLAYED = [
     "AutoencoderKL",
     "AutoencoderKL (attention blocks)",
@@ -61,7 +61,7 @@ REPLAYED = [
 
 
 def is_fast(name: str, direction: Direction) -> bool:
-    """Decodes, and the encodes of pictures, which are cheap."""
+    """Decodes, and encodes of pictures, which are cheap."""
     pictures = BY_NAME[name].pictures
     return name not in SLOW and (direction == "decode" or (pictures is not None and len(pictures) == 4))
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_recorded_says_so(name: str, direction: Direction) -> Non
 
 
 def test_every_class_has_an_entry_or_a_reason() -> None:
-    """A new release of diffusers that brings a class fails here."""
+    """This test fails if a new release of diffusers adds a class."""
     folder: Any = diffusers.models.autoencoders
     found = {
         name
@@ -137,7 +137,7 @@ def test_every_class_has_an_entry_or_a_reason() -> None:
 
 
 def without_halos(fetch: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`operators.fetch`, but what other ranks own arrives as zeros."""
+    """`operators.fetch`, but cells of other ranks arrive as zeros."""
 
     def broken(x: Tensor, dim: int, mesh_dim: Any, bounds: Any, wanted: Any) -> Tensor:
         out = fetch(x, dim, mesh_dim, bounds, wanted)

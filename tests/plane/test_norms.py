@@ -1,4 +1,4 @@
-"""Norms of maps: over each cell's channels, compiled and by PyTorch's operators, and GroupNorm some cells at once."""
+"""Norms: over each cell's channels, compiled and by PyTorch's operators; and GroupNorm of some cells at a time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MESH = Mesh(Grid(), torch.device("cpu"))
         ((1e-12, 0.0, 4.0), True, True),
         ((0.0, 16 * 1e-6, 4.0), True, False),
         ((0.5, 0.0, 1.0), False, True),
-        ((1e-30, 0.0, 1.0), False, False),  # its square is no number of fp32
+        ((1e-30, 0.0, 1.0), False, False),  # underflows when squared
     ],
 )
 @torch.inference_mode()
-def test_one_loop_normalizes_as_operators_do(dtype: torch.dtype, norm: norms.Cells, gamma: bool, silu: bool) -> None:
+def test_loops_normalize_as_operators_do(dtype: torch.dtype, norm: norms.Cells, gamma: bool, silu: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 16, 3, 5, 6, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last_3d)
     x[0, :, 1, 2] *= 1e-3
@@ -39,23 +39,23 @@ def test_one_loop_normalizes_as_operators_do(dtype: torch.dtype, norm: norms.Cel
 
 
 @torch.inference_mode()
-def test_a_map_is_normalized_over_itself() -> None:
+def test_a_map_is_normalized_in_place() -> None:
     x = torch.randn(1, 16, 4, 5).contiguous(memory_format=torch.channels_last)
     norm = 1e-12, 0.0, 4.0
     with context.on(MESH):
         expected = norms.activated(x.clone(), None, None, None, norm, True, False)
     for kernels in (EAGER, compiled()):
-        given = x.clone()
+        reused = x.clone()
         with context.on(MESH, kernels):
-            found = norms.activated(given, None, None, None, norm, True, True)
+            found = norms.activated(reused, None, None, None, norm, True, True)
         torch.testing.assert_close(found, expected)
-        assert found.data_ptr() == given.data_ptr()
+        assert found.data_ptr() == reused.data_ptr()
 
 
-@pytest.mark.parametrize("values", [1, 200, 10**6])  # one cell at once, some with fewer in the last part, all of them
+@pytest.mark.parametrize("values", [1, 200, 10**6])  # one cell at a time; some, with fewer in the last part; all
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @torch.inference_mode()
-def test_group_norm_of_some_cells_at_once(values: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_norm_of_some_cells_at_a_time(values: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "_VALUES", values)
     monkeypatch.setattr(moments, "_VALUES_ON_CPU", values)
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +71,7 @@ def test_group_norm_of_some_cells_at_once(values: int, dtype: torch.dtype, monke
     inner = window[:, :, 1:-1, 1:-1]
     with context.on(MESH):
         norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, inner)
-        norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, x)  # over itself
+        norms.write(x, None, gamma, beta, (4, 1e-5, "plane", ()), True, x)  # in place
     tolerance = 64 * torch.finfo(dtype).eps
     torch.testing.assert_close(inner.double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(x.double(), expected, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""Operators that decoders use, on every grid and odd sizes: exact, and which of them run replicated."""
+"""Operators that decoders use, on every grid and odd sizes: they are exact, and known ones run replicated."""
 
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +96,7 @@ def with_noise(x: Tensor) -> Tensor:
     return x + torch.randn_like(x)
 
 
-def spread(x: Tensor) -> Tensor:
+def outer(x: Tensor) -> Tensor:
     return x.mean(3)[:, :, :, None] * x.mean(2)[:, :, None, :]
 
 
@@ -167,7 +167,7 @@ LOCAL: dict[str, Function] = {
     "sort": lambda x: x.sort(-1)[0],
     "argmax": lambda x: x.argmax(1),
     "topk": lambda x: x.topk(2, 1)[0],
-    "outer": spread,
+    "outer": outer,
     "matmul": lambda x: x @ x.transpose(-1, -2),
     "item": lambda x: x * float(x.sum()),
     "noise": with_noise,
@@ -304,7 +304,7 @@ def test_blending_tiles_is_exact_or_refused(grid: Grid, rows: bool) -> None:
         assert all(isinstance(error, RuntimeError) and "cannot write in place" in str(error) for error in errors)
 
 
-def test_a_partitioned_map_is_a_part_of_the_whole_on_each_rank() -> None:
+def test_each_rank_has_a_shard_of_a_partitioned_map() -> None:
     def local(plane: Plane) -> Tensor:
         x = plane.scatter(numbers(1, 4, 7, 6))
         assert isinstance(x, PlaneTensor)
@@ -318,8 +318,8 @@ def test_a_partitioned_map_is_a_part_of_the_whole_on_each_rank() -> None:
 
 @pytest.mark.parametrize("grid", ["3x2", "2x2", "4x1", "1x3"])
 @pytest.mark.parametrize("size", [(4, 3), (5, 4), (3, 3)])
-def test_gathered_maps_lie_alike_on_all_ranks(grid: str, size: tuple[int, int]) -> None:
-    """Parts of one row or col do not say how a map lies, and convolutions of other layouts give other bits."""
+def test_gathered_maps_have_the_same_strides_on_all_ranks(grid: str, size: tuple[int, int]) -> None:
+    """Shards of one row or col do not show the memory format, and convolutions of other formats give other bits."""
 
     def turned(*dims: int) -> Function:
         weight = weights(3, size[dims[1] - 2], 1, 1)

@@ -15,8 +15,8 @@ from torch import Tensor
 from halovae.grid import Grid
 from halovae.plane import operators, sharded, windows
 from halovae.plane.results import Gather
+from halovae.runtime.options import Choice, Sharing
 from halovae.runtime.pictures import PictureStream
-from halovae.runtime.sharing import Choice, Sharing
 
 PLACES = {
     "exchange": (operators, "fetching"), "convolution": (windows, "_plain"), "result": (sharded, "gathered"),
@@ -27,7 +27,7 @@ PICTURES = ("AutoencoderKL", 2, 4, 12, 10)
 
 
 def running_out(function: Callable[..., Any], calls: int, error: Exception) -> Callable[..., Any]:
-    """The function, but for the one call after so many in which memory runs out."""
+    """Wrap a function: after some calls, one call runs out of memory."""
     left = [calls]
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ def running_out(function: Callable[..., Any], calls: int, error: Exception) -> C
 def short(
     model: tuple[Any, ...], grids: tuple[str, str], items: int, gather: Gather, place: str, rank: int, calls: int
 ) -> tuple[float, int, str, str]:
-    """What a decode is apart from one process's, its pieces, the grid it gave up, and the one that it ended with."""
+    """The error against one process, the number of pieces, the grid that was given up, and the final grid."""
     decoder, x, expected = made(*model)
     call = decoder.calls["decode"]
     first, second = map(Grid.parse, grids)
@@ -52,7 +52,8 @@ def short(
     failing = running_out(getattr(where, name), calls, MemoryError("std::bad_alloc"))
     mine = int(os.environ["RANK"]) == rank
     with patch.object(where, name, failing if mine else getattr(where, name)):
-        stream = PictureStream(x, choice, call.stream(x, choice, Sharing(gather=gather), {}), call)
+        sharing = Sharing(gather=gather)
+        stream = PictureStream(x, choice, call.stream(x, choice, sharing, {}), call, call.everyone(sharing))
         found: list[Tensor] = [one for one in stream if one is not None]
     whole = torch.cat(found, 2 if x.ndim == 5 else 0) if found else expected
     report = stream.shared_report()

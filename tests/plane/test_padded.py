@@ -1,4 +1,4 @@
-"""Maps padded with a value keep their channels last, and are what PyTorch pads them to."""
+"""Maps padded with a value stay channels last, and equal PyTorch's."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ def test_padded_maps_keep_their_channels_last(shape: tuple[int, ...]) -> None:
     with context.on(MESH), torch.inference_mode():
         found = windows.padded(x, (0, 1, 0, 1, 0, 0, 0, 0))
         assert is_channels_last(found)
-        # What PyTorch makes of such a picture, as modules cut it out of a clip of one frame, does not.
+        # PyTorch's result does not for such a picture, which modules cut out of a clip of one frame.
         frame = torch.randn(1, 1, 6, 5, 8).permute(0, 1, 4, 2, 3).reshape(1, 8, 6, 5)
         assert windows.padded(frame, (0, 1, 0, 1)).stride(1) == 1

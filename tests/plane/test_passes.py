@@ -1,4 +1,4 @@
-"""Passes over recorded graphs: each alone and all together, exact on any grid, with the messages that graphs tell."""
+"""Passes over recorded graphs: each on its own and all together, exact on any grid, with the predicted messages."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from halovae.kernels.halves import multiplied
 from halovae.kernels.native import EAGER, compiled
 from halovae.plane import Sharded, context, operators, passes, windows
 from halovae.plane import program as lowering
-from halovae.plane.agreement import conversations
+from halovae.plane.agreement import message_digests
 from halovae.plane.live import root
 from halovae.plane.passes import residuals
 from halovae.plane.program import Program
 
 aten = torch.ops.aten
-# A block has nothing for them.
+# Passes that change nothing in a `Block`.
 UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "products", "residuals")
 GRIDS = tuple(map(Grid.parse, ("1x1", "2x1", "1x2", "2x2", "3x1")))
 
 
 class Block(nn.Module):
-    """A residual block as autoencoders have it, with its shortcut and an upsampling before."""
+    """A residual block of an autoencoder, with its shortcut, and an upsampling after it."""
 
     def __init__(self, channels: int = 4, outputs: int = 8) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class Causal(nn.Conv3d):
-    """A convolution in time that pads in front, as Wan's."""
+    """A convolution with causal padding in time, as in Wan."""
 
     def __init__(self) -> None:
         super().__init__(3, 4, 3)
@@ -64,7 +64,7 @@ class Causal(nn.Conv3d):
 
 
 class Around(nn.Module):
-    """A convolution of a map whose own edges are around it, as HunyuanVideo's and LTX-2's."""
+    """A convolution of a map padded with its own edges, as in HunyuanVideo and LTX-2."""
 
     def __init__(self, mode: str, ndim: int = 3, before: int = 0) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Around(nn.Module):
 
 
 class Repeated(nn.Module):
-    """A residual block of LTX's kind: a root mean square over channels, and the first and last frame repeated."""
+    """A residual block as in LTX: a root mean square norm over channels, and the first and last frame repeated."""
 
     def __init__(self, moved: bool = True, before: int = 1, after: int = 1) -> None:
         super().__init__()
@@ -89,11 +89,11 @@ class Repeated(nn.Module):
         inner = F.silu(inner.movedim(-1, 1) if self.moved else inner)
         before, after = self.times
         first, last = inner[:, :, :1].repeat(1, 1, before, 1, 1), inner[:, :, -1:].repeat(1, 1, after, 1, 1)
-        return x + self.conv(torch.cat([one for one in (first, inner, last) if one.shape[2]], 2))
+        return x + self.conv(torch.cat([part for part in (first, inner, last) if part.shape[2]], 2))
 
 
 class Causally(nn.Module):
-    """A convolution in time of a map whose first frame is repeated, one by one, as CogVideoX's."""
+    """A convolution in time of a map whose first frame is repeated, one by one, as in CogVideoX."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def check(module: nn.Module, x: Tensor, grids: tuple[Grid, ...] = GRIDS, atol: f
         for full, program, mesh in recorded(module, x, grid, module):
             torch.testing.assert_close(full, expected, rtol=0, atol=atol * float(expected.abs().max()))
             assert (program.messages, program.bytes_sent) == (mesh.traffic.messages, mesh.traffic.bytes)
-            assert len(conversations(program, mesh)) <= grid.size  # what ranks compare before they run it
+            assert len(message_digests(program, mesh)) <= grid.size  # what ranks compare before they run it
             programs.append(program)
     return programs
 
@@ -139,13 +139,13 @@ def targets(program: Program) -> list[Any]:
 
 @pytest.mark.parametrize("name", [*passes.PASSES, "all"])
 def test_a_block_is_exact_with_each_pass_and_with_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name != "all":  # some build on convolutions' own operator
+    if name != "all":  # some passes need the operators of this one
         monkeypatch.setenv("HALOVAE_PASSES", f"convolutions,{name}")
     for program in check(seeded(Block), picture(1, 4, 13, 11)):
         assert program.changes.get(name, 1) or name in UNUSED
 
 
-def test_without_passes_a_graph_has_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_passes_a_graph_stays_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALOVAE_PASSES", "")
     (program,) = check(seeded(Block), picture(1, 4, 13, 11), (Grid(),))
     assert not program.changes
@@ -168,7 +168,7 @@ def test_a_block_becomes_four_operators_and_a_sum() -> None:
     assert (two.kwargs["norm"], two.kwargs["silu"]) == ((4, 1e-5, "plane", ()), True)
 
 
-def test_a_map_that_others_need_is_not_written_over() -> None:
+def test_a_map_with_other_users_is_not_overwritten() -> None:
     def function(x: Tensor) -> Tensor:
         first = x + 1
         view, second = first[..., :1], first + 2
@@ -181,7 +181,7 @@ def test_a_map_that_others_need_is_not_written_over() -> None:
         assert program.changes["in-place"] == 2  # the sums of `second` and `third`
 
 
-def test_an_input_is_never_written_over() -> None:
+def test_an_input_is_never_overwritten() -> None:
     class Module(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return F.silu(x[:, :, 1:-1] if x.shape[2] > 8 else x) * 2
@@ -192,7 +192,7 @@ def test_an_input_is_never_written_over() -> None:
     assert torch.equal(x, before)
 
 
-def test_what_is_written_to_keeps_its_copies() -> None:
+def test_tensors_written_in_place_keep_their_copies() -> None:
     class Module(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             neutral = x * 1
@@ -226,7 +226,7 @@ def test_norms_over_channels_are_part_of_a_convolution(least: float, frames: int
 
 
 class HalfCells(Cells):
-    """The same in half precision, with the quotient in fp32, upsampled by way of fp32, and a product of matrices."""
+    """`Cells` in half precision, with the quotient and upsampling in fp32, and a matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,22 +241,22 @@ class HalfCells(Cells):
 
 
 @pytest.mark.parametrize("units", [False, True])
-def test_half_precision_goes_by_way_of_fp32_and_its_casts_go(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for asker in (halves, lowering, winograd):
-        monkeypatch.setattr(asker, "has_units", lambda dtype: units or dtype.itemsize > 2)
+def test_casts_to_fp32_and_back_are_removed(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module_ in (halves, lowering, winograd):
+        monkeypatch.setattr(module_, "has_units", lambda dtype: units or dtype.itemsize > 2)
     module, x = seeded(HalfCells, torch.bfloat16), picture(1, 3, 1, 13, 9).bfloat16()
     with torch.no_grad():
         exact, theirs = copy.deepcopy(module).double()(x.double()), module(x)
     for grid in GRIDS:
-        for full, one, _ in recorded(module, x, grid, module):
-            assert {windows.convolution, windows.upsampled_convolution} < {*targets(one)}
-            assert aten._to_copy.default not in targets(one)
-            assert aten.linalg_vector_norm.default not in targets(one)
+        for full, program, _ in recorded(module, x, grid, module):
+            assert {windows.convolution, windows.upsampled_convolution} < {*targets(program)}
+            assert aten._to_copy.default not in targets(program)
+            assert aten.linalg_vector_norm.default not in targets(program)
             assert (full - exact).square().mean() <= 1.1 * (theirs - exact).square().mean()
-            assert any(node.target is multiplied for node in one._module.graph.nodes) is not units
+            assert any(node.target is multiplied for node in program._module.graph.nodes) is not units
 
 
-def test_what_only_resembles_a_norm_over_channels_stays() -> None:
+def test_graphs_that_resemble_a_norm_over_channels_stay() -> None:
     class Module(nn.Module):
         def __init__(self, how: str) -> None:
             super().__init__()
@@ -273,7 +273,7 @@ def test_what_only_resembles_a_norm_over_channels_stays() -> None:
         check(Module(how).double(), picture(1, 4, 8, 7), GRIDS[:3])
 
 
-def test_a_sum_lies_as_the_convolution_does_and_not_as_the_attention() -> None:
+def test_a_sum_has_the_layout_of_the_convolution_not_of_the_attention() -> None:
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -285,13 +285,13 @@ def test_a_sum_lies_as_the_convolution_does_and_not_as_the_attention() -> None:
             return found + self.conv(x)
 
     for program in check(seeded(Module), picture(1, 4, 8, 7)):
-        (node,) = (one for one in program.nodes() if one.target in (aten.add.Tensor, aten.add_.Tensor))
+        (node,) = (node for node in program.nodes() if node.target in (aten.add.Tensor, aten.add_.Tensor))
         assert program.changes["channels-last"] == 1
         assert node.all_input_nodes[0].target is windows.convolution
 
 
 class Loop(nn.Module):
-    """Calls a submodule for each frame, which returns a view of what it gets."""
+    """Calls a submodule for each frame. The submodule returns a view of its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,22 +308,22 @@ class Loop(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         found, views = [], []
-        for one in torch.split(z, 1, 2):
-            larger = F.silu(one * 2)
+        for frame in torch.split(z, 1, 2):
+            larger = F.silu(frame * 2)
             y, view = self.decoder(larger)
             found.append(y + F.silu(larger) + 0)
             views.append(view)
         return torch.cat(found, 2) + torch.cat(views, 2)
 
 
-def test_what_a_called_graph_returns_a_view_of_is_not_written_over() -> None:
+def test_a_map_whose_view_a_called_graph_returns_is_not_overwritten() -> None:
     for program in check(seeded(Loop), picture(1, 2, 5, 6, 7)):
         assert program.bodies
         assert program.changes["in-place"]
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
-def test_taps_that_meet_only_zeros_go(frames: int) -> None:
+def test_taps_that_meet_only_zeros_are_removed(frames: int) -> None:
     module = seeded(Causal)
     for program in check(module, picture(1, 3, frames, 7, 9)):
         (node,) = (node for node in program.nodes() if node.target is windows.convolution)
@@ -334,10 +334,10 @@ def test_taps_that_meet_only_zeros_go(frames: int) -> None:
 
 
 class Chunks(nn.Module):
-    """Two chunks of a clip: what the first one keeps comes before the second one's frames.
+    """Two chunks of a clip, with a feature cache between them.
 
     Args:
-        kept: what is kept of an activated map, and of what was kept before.
+        kept: computes the feature cache from an activated map and the feature cache before it.
     """
 
     def __init__(self, kept: Callable[[Tensor, Tensor | None], Tensor]) -> None:
@@ -384,7 +384,7 @@ def twice(y: Tensor, past: Tensor | None) -> Tensor:
     (last, 8, 2), (last_one, 8, 2), (last_one, 2, 2), (whole, 2, 2), (not_last, 6, 0), (a_view, 8, 0), (twice, 8, 0),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_frames_are_put_together_by_the_convolution(
+def test_the_convolution_joins_its_frames(
     kept: Callable[[Tensor, Tensor | None], Tensor], frames: int, nodes: int, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -392,13 +392,13 @@ def test_frames_are_put_together_by_the_convolution(
         monkeypatch.setattr(winograd, "is_profitable", lambda *_: True)
     x = picture(1, 3, frames, 13, 9).to(dtype)
     for program in check(seeded(lambda: Chunks(kept), dtype), x, atol=2e-5 if dtype == torch.float32 else 1e-12):
-        made = [node for node in program.nodes() if node.target is windows.convolution]
-        assert ["past" in node.kwargs for node in made] == [False, True]
+        convolutions = [node for node in program.nodes() if node.target is windows.convolution]
+        assert ["past" in node.kwargs for node in convolutions] == [False, True]
         assert targets(program).count(windows.kept) == nodes
-        assert all(("norm" in node.kwargs) is (nodes > 0) for node in made)
+        assert all(("norm" in node.kwargs) is (nodes > 0) for node in convolutions)
 
 
-def test_what_a_convolution_needs_itself_does_not_come_after_it() -> None:
+def test_a_convolutions_own_input_does_not_move_after_it() -> None:
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -414,7 +414,7 @@ def test_what_a_convolution_needs_itself_does_not_come_after_it() -> None:
 
 
 class Exchanged(nn.Module):
-    """Between a copy and the convolution, ranks exchange a row: one sends it, the other only receives."""
+    """Ranks exchange a row between a copy and the convolution: one rank sends, the other only receives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -435,7 +435,7 @@ def test_ranks_move_nothing_past_an_exchange() -> None:
 
 
 class Padded(nn.Conv2d):
-    """Pads its input in some way, and convolves it."""
+    """Pads its input by a function, and convolves it."""
 
     def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
         super().__init__(4, 4, 3)
@@ -470,7 +470,7 @@ Steps = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Written(nn.Module):
-    """Writes to tensors that passes would look through."""
+    """Writes in place to tensors that passes would skip over."""
 
     def __init__(self, steps: Steps) -> None:
         super().__init__()
@@ -519,22 +519,22 @@ def through_a_view(module: Any, x: Tensor) -> Tensor:
         through_a_view,
     ],
 )
-def test_what_modules_write_in_place_is_seen(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_in_place_are_respected(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     check(seeded(lambda: Written(steps)), picture(1, 4, 12, 10))
     monkeypatch.setattr(winograd, "is_profitable", lambda scheme, weight, *_: weight.dtype == torch.float32)
     check(seeded(lambda: Written(steps), torch.float32), picture(1, 4, 12, 10).float(), atol=2e-5)
 
 
-def test_expanded_maps_and_numbers_are_not_written_over() -> None:
+def test_expanded_maps_and_numbers_are_not_overwritten() -> None:
     steps: list[Steps] = [
         lambda m, x: F.silu(m.conv(x)[:, :1].expand(-1, 4, -1, -1)),  # type: ignore[operator]
         lambda m, x: torch.add(1.0, m.conv(x)),  # type: ignore[operator]
     ]
-    for one in steps:
-        check(seeded(lambda one=one: Written(one)), picture(1, 4, 9, 8))  # type: ignore[misc]
+    for step in steps:
+        check(seeded(lambda step=step: Written(step)), picture(1, 4, 9, 8))  # type: ignore[misc]
 
 
-def test_casts_stay_those_that_were_recorded() -> None:
+def test_autocast_adds_no_casts_after_recording() -> None:
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -553,7 +553,7 @@ def test_casts_stay_those_that_were_recorded() -> None:
     torch.testing.assert_close(full, expected, rtol=0, atol=1e-6)
 
 
-# Rank by rank these record different operators: only one crops, only those at the border pad.
+# These record different operators on different ranks: only one rank crops, only ranks at the border pad.
 UNEVEN: dict[str, Steps] = {
     "cropped": lambda m, x: m.conv(larger(x * 2)[:, :, :-2]),  # type: ignore[operator]
     "padded below": lambda m, x: m.conv(F.pad(larger(x * 2), (0, 0, 0, 2))),  # type: ignore[operator]
@@ -571,7 +571,7 @@ UNLIKE = {"padded with ones": "3x1", "reflected": "3x1"}  # of two ranks, both a
 
 
 def fitted(x: Tensor) -> Tensor:
-    """Cropped or padded to 24 x 20 or 12 x 10 cells."""
+    """Crop or pad a map to 24 x 20 or 12 x 10 cells."""
     rows, cols = (24, 20) if x.shape[2] > 16 else (12, 10)
     x = x[:, :, :rows, :cols]
     return F.pad(x, (0, cols - x.shape[3], 0, rows - x.shape[2]))
@@ -585,10 +585,10 @@ def test_ranks_agree_on_messages_before_any_is_sent(name: str, grid: str) -> Non
         expected = module(x)
 
     def rank(mesh: Mesh) -> tuple[Tensor | None, dict[str, int]]:
-        one = Sharded(module, [module])
-        found = one(x, mesh=mesh)
-        assert one.report is not None
-        return found, dict(one.report.passes)
+        sharded = Sharded(module, [module])
+        found = sharded(x, mesh=mesh)
+        assert sharded.report is not None
+        return found, dict(sharded.report.passes)
 
     for found, changes in on_threads(Grid.parse(grid), torch.device("cpu"), rank):
         assert found is not None
@@ -598,14 +598,14 @@ def test_ranks_agree_on_messages_before_any_is_sent(name: str, grid: str) -> Non
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("grid", ["2x1", "3x1", "2x2"])
-def test_frames_of_zeros_do_not_travel(grid: str) -> None:
+def test_frames_of_zeros_are_not_exchanged(grid: str) -> None:
     module = seeded(lambda: nn.Conv3d(3, 4, 3, padding=1), torch.float32)
     check(module, picture(1, 3, 4, 15, 12).float(), (Grid.parse(grid),), atol=2e-5)
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Winograd for any map in fp32, by eager kernels."""
+    """Use Winograd for any map in fp32, by eager kernels."""
     monkeypatch.setattr(winograd, "is_profitable", lambda scheme, weight, *_: weight.dtype == torch.float32)
 
 
@@ -613,7 +613,9 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("rows", [8, 256])
 def test_winograd_is_exact_on_any_grid(layout: torch.memory_format, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "ROWS", rows)  # few: several bands, some of which are computed while halos travel
+    monkeypatch.setattr(
+        winograd, "ROWS", rows
+    )  # few: several row blocks, some of them computed during the halo exchange
     module = seeded(Block, torch.float32)
     for size in ((13, 11), (16, 24), (9, 8)):
         check(module, picture(2, 4, *size).float().contiguous(memory_format=layout), atol=2e-5)
@@ -631,7 +633,7 @@ def test_winograd_of_frames_is_exact_on_any_grid(frames: int) -> None:
 
 
 @pytest.mark.usefixtures("always")
-def test_ranks_that_use_winograd_and_ranks_that_do_not_understand_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_some_ranks_may_use_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         winograd, "is_profitable", lambda scheme, weight, cells, *_: cells > 40 and weight.dtype != torch.float64
     )
@@ -639,12 +641,15 @@ def test_ranks_that_use_winograd_and_ranks_that_do_not_understand_each_other(mon
 
 
 @pytest.mark.usefixtures("always")
-def test_a_convolution_writes_over_the_map_that_only_it_reads() -> None:
+def test_a_convolution_overwrites_a_map_without_other_users() -> None:
     module = seeded(Block, torch.float32)
     x = picture(1, 4, 16, 16).float().contiguous(memory_format=torch.channels_last)
     program = check(module, x, (Grid(),), atol=2e-5)[0]
     one, two = (node for node in program.nodes() if node.target is windows.convolution)
-    assert (one.kwargs.get("spare"), two.kwargs["spare"]) == (None, True)  # the first one's map goes to the shortcut
+    assert (one.kwargs.get("spare"), two.kwargs["spare"]) == (
+        None,
+        True,
+    )  # the first one's input is also the shortcut's
     assert root(two) is one
     mesh, found = Mesh(Grid(), x.device), []
 
@@ -688,7 +693,7 @@ def test_compiled_kernels_are_exact() -> None:
 
 
 class Residual(nn.Module):
-    """A map, and what two convolutions make of it, added as `add` does it."""
+    """A map and the result of two convolutions of it, added by `add`."""
 
     def __init__(self, add: Callable[[Any, Tensor], Tensor], ndim: int = 2) -> None:
         super().__init__()
@@ -721,7 +726,7 @@ def residual_of_a_shortcut(module: Any, x: Tensor) -> Tensor:
 
 def residual_of_chunks(module: Any, x: Tensor) -> Tensor:
     past, found = None, []
-    for chunk in x.split(2, 2):  # without calls of modules, which become graphs of their own
+    for chunk in x.split(2, 2):  # no calls of modules, which would become separate graphs
         y = F.conv3d(chunk, module.first.weight, padding=1)
         inner = F.silu(F.conv3d(y, module.one.weight, padding=1))
         taken = inner if past is None else torch.cat([past, inner], 2)
@@ -757,9 +762,9 @@ def test_a_convolution_adds_to_the_residual(
     if merged == 2:
         assert ["keep" in node.kwargs for node in nodes] == [True, False]
     monkeypatch.setenv("HALOVAE_PASSES", ",".join(passes.PASSES.keys() - {"residuals"}))
-    for one, before in zip(programs, check(module, x, atol=2e-5), strict=True):
-        assert one.flops == before.flops
-        assert one.peak <= before.peak
+    for program, before in zip(programs, check(module, x, atol=2e-5), strict=True):
+        assert program.flops == before.flops
+        assert program.peak <= before.peak
 
 
 def residual_of_another_size(module: Any, x: Tensor) -> Tensor:
@@ -836,7 +841,7 @@ def residual_that_is_the_input(module: Any, x: Tensor) -> Tensor:
         residual_that_is_the_input,
     ],
 )
-def test_a_convolution_adds_to_nothing_that_is_not_free(add: Callable[[Any, Tensor], Tensor]) -> None:
+def test_a_convolution_does_not_add_to_maps_in_use(add: Callable[[Any, Tensor], Tensor]) -> None:
     x = picture(1, 4, 13, 11).float()
     before = x.clone()
     for program in check(seeded(lambda: Residual(add), torch.float32), x, GRIDS[:4], atol=2e-5):
@@ -858,8 +863,8 @@ class Called(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         found = []
-        for one in torch.split(z, 1, 2):
-            larger = F.silu(one * 2)
+        for frame in torch.split(z, 1, 2):
+            larger = F.silu(frame * 2)
             result = self.decoder(larger)
             found.append(F.silu(larger) + (result if isinstance(result, Tensor) else result[0] * result[1]))
         return torch.cat(found, 2)
@@ -870,7 +875,7 @@ class Called(nn.Module):
     ("add", "merged"),
     [(residual_first, True), (residual_that_is_the_input, False), (residual_that_is_returned, False)],
 )
-def test_a_called_graph_adds_to_nothing_of_its_caller(add: Callable[[Any, Tensor], Any], merged: bool) -> None:
+def test_a_called_graph_does_not_add_to_maps_of_its_caller(add: Callable[[Any, Tensor], Any], merged: bool) -> None:
     x = picture(1, 4, 5, 6, 7).float()
     for program in check(seeded(lambda: Called(add), torch.float32), x, atol=2e-5):
         assert program.bodies
@@ -944,14 +949,12 @@ def test_many_networks_are_exact(data: st.DataObject) -> None:
     drawn(data)
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("by_winograd", [False, True])
 @pytest.mark.parametrize("name", list(AROUND))
-def test_what_is_around_a_map_is_written_by_its_convolution(
-    name: str, folded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(winograd, "is_profitable", lambda *args: folded)
+def test_a_convolution_pads_its_map(name: str, by_winograd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "is_profitable", lambda *args: by_winograd)
     make, ndim = AROUND[name]
-    dtype, atol = (torch.float32, 1e-5) if folded else (torch.float64, 1e-12)
+    dtype, atol = (torch.float32, 1e-5) if by_winograd else (torch.float64, 1e-12)
     x = picture(2, 4, *(3, 13, 11)[-ndim:]).to(dtype)
     for program in check(seeded(make, dtype), x, atol=atol):
         (node,) = (node for node in program.nodes() if node.target is windows.convolution)
@@ -961,7 +964,7 @@ def test_what_is_around_a_map_is_written_by_its_convolution(
 
 
 class Rearranged(nn.Module):
-    """A convolution whose channels become rows and cols, with a shortcut whose channels are repeated before."""
+    """A convolution whose channels become rows and cols, with a shortcut that repeats channels first."""
 
     def __init__(self, ndim: int, repeat: Callable[[Tensor], Tensor], rearrange: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -974,12 +977,12 @@ class Rearranged(nn.Module):
 
 
 def as_ltx(x: Tensor) -> Tensor:
-    """Channels are the slowest of what becomes frames, rows and cols."""
+    """Move channels to frames, rows and cols; the remaining channels vary slowest."""
     return x.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def as_hunyuan(x: Tensor) -> Tensor:
-    """Channels are the fastest."""
+    """Move channels to frames, rows and cols; the remaining channels vary fastest."""
     items, _, frames, rows, cols = x.shape
     parts = x.reshape(items, 2, 2, 2, -1, frames, rows, cols).permute(0, 4, 5, 1, 6, 2, 7, 3).contiguous()
     return parts.reshape(items, -1, 2 * frames, 2 * rows, 2 * cols)
@@ -993,7 +996,7 @@ REARRANGED: dict[str, tuple[int, Callable[[Tensor], Tensor], Callable[[Tensor], 
 
 
 @pytest.mark.parametrize("name", list(REARRANGED))
-def test_copies_lie_channels_last(name: str) -> None:
+def test_copies_are_channels_last(name: str) -> None:
     ndim, repeat, rearrange, copies = REARRANGED[name]
     module = seeded(lambda: Rearranged(ndim, repeat, rearrange), torch.float32)
     x = picture(1, 8, *(3, 9, 8)[-ndim:]).float()
@@ -1010,11 +1013,11 @@ def test_copies_lie_channels_last(name: str) -> None:
                 terms.extend(self.fetch_args_kwargs_from_env(n)[0])
             return super().run_node(n)
 
-    (program,) = (one for _, one, _ in recorded(module, x, Grid(), module))
+    ((_, program, _),) = recorded(module, x, Grid(), module)
     last = x.contiguous(memory_format=torch.channels_last if ndim == 2 else torch.channels_last_3d)
     with context.on(Mesh(Grid(), torch.device("cpu")), EAGER), torch.inference_mode():
         Watched(program._module).run(last)
-    assert [one.stride(1) for one in terms] == [1, 1]
+    assert [term.stride(1) for term in terms] == [1, 1]
 
 
 class Of(nn.Module):
@@ -1030,18 +1033,18 @@ class Of(nn.Module):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_any_copy_that_is_reshaped_keeps_its_values(data: st.DataObject) -> None:
+def test_any_reshaped_copy_keeps_its_values(data: st.DataObject) -> None:
     items = data.draw(st.integers(1, 2))
     sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=4, max_size=7))
     order = data.draw(st.permutations(range(1, len(sizes) + 1)))
     moved = [[items, *sizes][dim] for dim in order]
     cuts = sorted(data.draw(st.sets(st.integers(1, len(sizes) - 1), max_size=5)))
     merged = [math.prod(moved[a:b]) for a, b in pairwise([0, *cuts, len(moved)])]
-    copied, apart = data.draw(st.booleans()), data.draw(st.booleans())
+    copied, activated = data.draw(st.booleans()), data.draw(st.booleans())
 
     def function(x: Tensor) -> Tensor:
         parts = F.silu(x).reshape(items, *sizes).permute(0, *order)
-        parts = F.silu(parts) if apart else parts
+        parts = F.silu(parts) if activated else parts
         return (parts.contiguous() if copied else parts).reshape(items, *merged) * 2.0
 
     check(Of(function), picture(items, math.prod(sizes), 1, 1), (Grid(),))
@@ -1066,7 +1069,7 @@ def test_copies_that_only_resemble_these_keep_their_values(name: str) -> None:
 
 
 class Normed(nn.Module):
-    """A convolution, and after it the norm over channels with a bias that DC-AE has, or Wan's without."""
+    """A convolution, then a norm over channels: with a bias as in DC-AE, or without as in Wan."""
 
     def __init__(self, biased: bool) -> None:
         super().__init__()
@@ -1083,7 +1086,7 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_norms_over_channels_that_no_convolution_takes_are_one_operator(biased: bool) -> None:
+def test_norms_over_channels_without_a_convolution_after_them_are_one_operator(biased: bool) -> None:
     for program in check(seeded(lambda: Normed(biased)), picture(2, 4, 13, 11)):
         assert [target for target in targets(program) if target is not aten.permute.default] == [
             windows.convolution, windows.normalized, aten.add.Tensor,
@@ -1093,7 +1096,7 @@ def test_norms_over_channels_that_no_convolution_takes_are_one_operator(biased: 
 
 
 class Gated(nn.Module):
-    """A linear layer over the channels of a map, and one half of its result that gates the other, as DC-AE has them."""
+    """A linear layer over the channels of a map; one half of its result gates the other, as in DC-AE."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1110,13 +1113,13 @@ def test_a_linear_layer_over_channels_is_one_product() -> None:
         assert aten.bmm.default not in targets(program)
 
 
-def test_of_two_maps_the_one_without_gaps_is_written_over() -> None:
+def test_the_one_of_two_maps_without_gaps_is_overwritten() -> None:
     for program in check(seeded(Gated), picture(2, 4, 13, 11)):
         (product,) = (node for node in program.nodes() if node.target is aten.mul_.Tensor)
-        assert [one.target for one in product.all_input_nodes] == [aten.silu.default, aten.slice.Tensor]
+        assert [factor.target for factor in product.all_input_nodes] == [aten.silu.default, aten.slice.Tensor]
 
 
-def test_what_is_added_times_a_number_stays_second() -> None:
+def test_a_term_with_a_factor_stays_second() -> None:
     class Weighted(Gated):
         def forward(self, x: Tensor) -> Tensor:
             inner, gate = self.linear(x.movedim(1, -1)).movedim(-1, 1).chunk(2, 1)
@@ -1126,29 +1129,29 @@ def test_what_is_added_times_a_number_stays_second() -> None:
 
 
 class Modulated(Repeated):
-    """A residual block of LTX-Video's from 0.9.1 on: what is computed of a timestep changes what was normalized."""
+    """A residual block as in LTX-Video from 0.9.1 on: a scale and a shift from a timestep modulate the norm."""
 
-    def __init__(self, apart: bool = False) -> None:
+    def __init__(self, per_item: bool = False) -> None:
         super().__init__()
-        self.apart = apart  # it changes each item in its own way
+        self.per_item = per_item  # modulate each item differently
         self.table = nn.Parameter(torch.randn(2, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         inner = x.movedim(1, -1)
         inner = (inner * torch.rsqrt(inner.pow(2).mean(-1, keepdim=True) + 1e-3)).movedim(-1, 1)
         shift, scale = (self.table[None, ..., None, None, None] * 0.5).unbind(1)
-        inner = F.silu(inner * (1 + (scale + x.mean((2, 3, 4), keepdim=True) if self.apart else scale)) + shift)
+        inner = F.silu(inner * (1 + (scale + x.mean((2, 3, 4), keepdim=True) if self.per_item else scale)) + shift)
         return x + self.conv(torch.cat([inner[:, :, :1], inner, inner[:, :, -1:]], 2))
 
 
-def test_what_modulates_a_norm_is_part_of_the_convolution() -> None:
-    for apart, items in ((False, 1), (False, 2), (True, 1)):
-        for program in check(seeded(partial(Modulated, apart)), picture(items, 4, 3, 9, 8)):
+def test_the_modulation_of_a_norm_is_part_of_the_convolution() -> None:
+    for per_item, items in ((False, 1), (False, 2), (True, 1)):
+        for program in check(seeded(partial(Modulated, per_item)), picture(items, 4, 3, 9, 8)):
             (node,) = (node for node in program.nodes() if node.target is windows.convolution)
             assert node.kwargs.keys() >= {"gamma", "beta", "norm", "silu", "repeats"}
 
 
-def test_what_modulates_each_item_in_its_own_way_stays_as_it_is() -> None:
+def test_a_modulation_per_item_stays() -> None:
     for program in check(seeded(lambda: Modulated(True)), picture(2, 4, 3, 9, 8)):
         (node,) = (node for node in program.nodes() if node.target is windows.convolution)
         assert "norm" not in node.kwargs
@@ -1166,13 +1169,13 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", list(NORMS))
-def test_norms_that_no_convolution_takes_keep_their_values(name: str) -> None:
+def test_norms_without_a_convolution_after_them_keep_their_values(name: str) -> None:
     check(Of(NORMS[name]), picture(2, 6, 7, 6), (Grid(),))
 
 
-def test_a_norm_that_writes_over_its_map_needs_no_memory() -> None:
+def test_a_norm_that_overwrites_its_map_needs_no_memory() -> None:
     for program in check(Of(lambda x: F.normalize(F.silu(x), dim=1) * 2.0), picture(1, 6, 7, 6), (Grid(),)):
-        assert program.peak == 2 * picture(1, 6, 7, 6).nbytes  # the input, and a map of its own
+        assert program.peak == 2 * picture(1, 6, 7, 6).nbytes  # the input and one map
 
 
 def test_products_with_different_matrices_stay() -> None:
@@ -1184,7 +1187,7 @@ def test_products_with_different_matrices_stay() -> None:
         assert aten.bmm.default in targets(program)
 
 
-def test_a_frame_that_is_repeated_twice_over_is_erased_once(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_frame_that_is_repeated_twice_is_erased_once(recwarn: pytest.WarningsRecorder) -> None:
     class Twice(Causally):
         def forward(self, x: Tensor) -> Tensor:
             inner = F.silu(x)
@@ -1194,10 +1197,10 @@ def test_a_frame_that_is_repeated_twice_over_is_erased_once(recwarn: pytest.Warn
     for program in check(seeded(Twice), picture(1, 4, 3, 9, 8)):
         (node,) = (node for node in program.nodes() if node.target is windows.convolution)
         assert node.kwargs["repeats"] == (3, 0)
-    assert not [one for one in recwarn if "erase" in str(one.message)]
+    assert not [warning for warning in recwarn if "erase" in str(warning.message)]
 
 
-def test_a_norm_over_channels_that_two_take_is_computed_once() -> None:
+def test_a_norm_over_channels_with_two_users_is_computed_once() -> None:
     class Both(Normed):
         def forward(self, x: Tensor) -> Tensor:
             normed = F.normalize(x, dim=1) * 2.0
@@ -1207,7 +1210,7 @@ def test_a_norm_over_channels_that_two_take_is_computed_once() -> None:
         assert targets(program).count(windows.normalized) == 1
 
 
-def test_a_norm_in_a_narrower_dtype_than_its_map_stays_as_it_is() -> None:
+def test_a_norm_in_a_narrower_dtype_than_its_map_stays() -> None:
     class Narrow(Repeated):
         def forward(self, x: Tensor) -> Tensor:
             squares = x.float().pow(2).mean(1, keepdim=True)
@@ -1230,7 +1233,7 @@ def test_ranks_agree_on_convolutions_that_write_their_edges() -> None:
 
 
 class Odd(nn.Module):
-    """Graphs that look like those that passes rewrite, and are others."""
+    """Graphs that resemble those that passes rewrite, but differ."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -1266,7 +1269,7 @@ ODD = ("twice", "past", "all dims", "no map", "rounded", "one value", "zeros rep
 
 
 @pytest.mark.parametrize("how", ODD)
-def test_graphs_that_only_look_like_known_ones_stay_right(how: str) -> None:
+def test_graphs_that_resemble_known_ones_stay_exact(how: str) -> None:
     check(seeded(lambda: Odd(how)), picture(1, 4, 3, 9, 8))
 
 

@@ -57,7 +57,7 @@ def test_many_chains_of_operators_are_exact(program: Program) -> None:
     program.check()
 
 
-# What these found.
+# Cases that these tests found.
 
 
 def on_layout(function: Any, layout: Layout, shape: tuple[int, ...], grid: Grid) -> None:
@@ -78,7 +78,7 @@ def refused(function: Any, x: Tensor, grid: Grid) -> None:
     assert all(isinstance(outcome.error, RuntimeError) for outcome in run(function, x, grid))
 
 
-def test_a_window_may_lie_outside_of_a_map_that_is_whole() -> None:
+def test_a_window_may_lie_outside_of_a_replicated_map() -> None:
     weight = numbers(1, 1, 1, 2)
     check(lambda x: F.conv2d(x, weight, padding=(0, 3), dilation=(1, 2)), numbers(1, 1, 1, 1), Grid(cols=3))
 

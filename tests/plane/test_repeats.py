@@ -1,4 +1,4 @@
-"""Calls that repeat: recorded once, with what modules keep between them, and handed out chunk by chunk."""
+"""Repeated calls: recorded once, with the state that modules keep between them, and handed out chunk by chunk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.simulated import on_threads
 from halovae.grid import Grid
-from halovae.kernels.pool import Pool
+from halovae.kernels.pool import BufferPool
 from halovae.models import zoo
 from halovae.plane import Plane, context, shard
 from halovae.plane import program as lowering
@@ -89,7 +89,7 @@ def picture(*shape: int) -> Tensor:
 def replayed(
     function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module, grid: Grid = ROWS
 ) -> tuple[Tensor, Program]:
-    """All of the second replay's result, and the first rank's program."""
+    """The full result of the second replay, and the first rank's program."""
 
     def rank(mesh: Mesh) -> tuple[Tensor, Program]:
         program = trace(function, [module], mesh, x.shape, x.dtype, CPU)
@@ -126,13 +126,13 @@ def test_a_graph_does_not_grow_with_the_clip() -> None:
     assert sorted(len(body.nodes) for body in short.bodies.values()) == sorted(
         len(body.nodes) for body in long.bodies.values()
     )
-    assert len(short.bodies) == 3  # the first chunk, further ones, and the last, whose caches nobody uses
+    assert len(short.bodies) == 3  # the first chunk, further ones, and the last, whose caches are unused
     assert len(long.graph.nodes) < 12 * 40
-    assert long.peak - short.peak == 2 * (40 - 5) * 3 * 3 * 8  # the clip that goes in
+    assert long.peak - short.peak == 2 * (40 - 5) * 3 * 3 * 8  # the input clip
 
 
 class Growing(nn.Module):
-    """Puts each frame behind those before, as Wan's does."""
+    """Appends each frame to the earlier ones, as Wan's decoder does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,22 +177,22 @@ def test_chunks_come_as_they_are_computed() -> None:
 
 
 def test_all_chunks_of_a_clip_share_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Pool] = []
+    made: list[BufferPool] = []
 
-    class Counted(Pool):
+    class Counted(BufferPool):
         def __init__(self, device: torch.device) -> None:
             super().__init__(device)
             if device == CPU:  # and not for a recording
                 made.append(self)
 
-    monkeypatch.setattr(lowering, "Pool", Counted)
-    monkeypatch.setattr(context, "Pool", Counted)  # where none is given
+    monkeypatch.setattr(lowering, "BufferPool", Counted)
+    monkeypatch.setattr(context, "BufferPool", Counted)  # where none is given
     assert len(list(shard(Video([("list", 3)])).stream(picture(1, 2, 6, 4, 4), grid=Grid()))) == 6
     assert len(made) == 1
 
 
 class Odd(Video):
-    """Keeps its cache where it cannot be followed, or writes into what it is given."""
+    """Keeps its cache where it cannot be tracked, or writes to its inputs."""
 
     def __init__(self, kind: str) -> None:
         super().__init__([("list", 2)])
@@ -257,7 +257,7 @@ def test_diffusers_clips_are_rolled_up(name: str) -> None:
 
 
 class Joined(nn.Module):
-    """Puts chunks together in odd ways."""
+    """Concatenates chunks in unusual ways."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -266,10 +266,10 @@ class Joined(nn.Module):
         self.decoder = nn.Conv3d(2, 2, (1, 3, 3), padding=(0, 1, 1), dtype=torch.float64)
 
     def forward(self, z: Tensor) -> Tensor:
-        parts = torch.split(z, 1, 2)
+        chunks = torch.split(z, 1, 2)
         if self.how == "backward":
-            return torch.cat([self.decoder(one) for one in reversed(parts)][::-1], 2)
-        made = [self.decoder(one) for one in parts]
+            return torch.cat([self.decoder(one) for one in reversed(chunks)][::-1], 2)
+        made = [self.decoder(one) for one in chunks]
         if self.how == "twice":
             return torch.cat([made[0], made[1], made[0], made[2]], 2)
         if self.how == "first frame again":
@@ -282,7 +282,7 @@ class Joined(nn.Module):
         if self.how == "cast late":
             return torch.cat([made[0].float(), *made[1:]], 2)
         before, found = None, []
-        for one in parts:  # each from the one before
+        for one in chunks:  # each from the one before
             before = self.decoder(one if before is None else one + before)
             found.append(before)
         return torch.cat(found, 2)
@@ -308,7 +308,7 @@ def test_chunks_are_in_order_and_belong_to_who_gets_them(how: str) -> None:
 
 
 class Shares(nn.Module):
-    """Its decoder returns memory that it was given, or two results in one memory, which are then written to."""
+    """Its decoder returns its input's memory, or two results in the same memory, and these are written to."""
 
     def __init__(self, how: str) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ def picture(*shape: int) -> Tensor:
 
 
 def decoded(name: str, call: str, grid: Grid | None, gather: str) -> tuple[float, list[int] | None, Any]:
-    """The error of an entry's call on this rank, the result's shape, and the report."""
+    """Return the error of an entry's call on this rank, the result's shape, and the report."""
     entry = ENTRIES[name]
     module, plain = zoo.build(entry, torch.float64), zoo.build(entry, torch.float64)
     shape = entry.latents if call == "decode" else entry.pictures
@@ -80,9 +80,9 @@ def test_a_result_goes_where_it_is_wanted(ranks: Group) -> None:
     assert report.messages > 0
     assert not report.eager
     assert not report.fallbacks
-    parts = [shape for _, shape, _ in ranks(2).run(decoded, KL.name, "decode", Grid(cols=2), "none")]
-    assert [part[-1] for part in parts if part] == [16, 12]
-    assert all(part[:-1] == whole[:-1] for part in parts if part)
+    shapes = [shape for _, shape, _ in ranks(2).run(decoded, KL.name, "decode", Grid(cols=2), "none")]
+    assert [shape[-1] for shape in shapes if shape] == [16, 12]
+    assert all(shape[:-1] == whole[:-1] for shape in shapes if shape)
 
 
 def shared_batch() -> float:
@@ -98,7 +98,7 @@ def test_ranks_share_the_items_of_a_batch(ranks: Group) -> None:
 
 
 def through_a_pipeline_call() -> list[float]:
-    """What pipelines do with a VAE: by name, as tuple, with a generator; then without halovae again."""
+    """Call a VAE as pipelines do: by name, as tuple, with a generator; then without halovae again."""
     plain, vae = zoo.build(KL, torch.float64), zoo.build(KL, torch.float64)
     vae_: Any = halovae.parallelize(vae)
     x = picture(*KL.latents or ())
@@ -137,14 +137,14 @@ def other_weights(rank_seed: bool) -> None:
     halovae.shard(module)(picture(1, 3, 6, 4))
 
 
-def test_ranks_with_other_weights_are_told(ranks: Group) -> None:
+def test_ranks_with_other_weights_raise_errors(ranks: Group) -> None:
     ranks(2).run(other_weights, False)
     with pytest.raises(RankError, match="all ranks must ask for the same"):
         Ranks(2).run(other_weights, True)
 
 
 def weights_digested() -> list[int]:
-    """How often the weights had been digested after each of some calls."""
+    """Return how often the weights had been digested after each of some calls."""
     import torch.distributed as dist
 
     from halovae.distributed.transport import join_world
@@ -173,19 +173,19 @@ def test_weights_are_digested_once_until_they_change(ranks: Group) -> None:
     assert ranks(2).run(weights_digested) == [[1, 1, 1, 2, 3, 4]] * 2
 
 
-def digested_alone_and_together() -> tuple[str, str]:
+def digested_in_two_worlds() -> tuple[str, str]:
     from halovae.distributed.transport import join_world
 
     join_world(torch.device("cpu"))
     digest = keys.WeightsDigest([small()])
     with patch.object(keys, "world_size", lambda: 1):
-        alone = digest()
-    return alone, digest()
+        single = digest()
+    return single, digest()
 
 
 def test_weights_are_digested_again_in_another_world(ranks: Group) -> None:
-    for alone, together in ranks(2).run(digested_alone_and_together):
-        assert not alone
+    for single, together in ranks(2).run(digested_in_two_worlds):
+        assert not single
         assert together
 
 
@@ -198,7 +198,7 @@ def refused(what: str) -> str:
         elif what == "world":
             shard(x, grid=Grid(rows=3))
         elif what == "gather":
-            shard(x, gather="some")
+            shard(x, gather="some")  # type: ignore[arg-type]
         elif what == "integers":
             shard(torch.zeros(1, 3, 6, 4, dtype=torch.int64))
         elif what == "gradients":
@@ -225,8 +225,8 @@ def refused(what: str) -> str:
     ],
 )
 def test_bad_input_is_refused_by_all_ranks(ranks: Group, what: str, message: str) -> None:
-    for said in ranks(2).run(refused, what):
-        assert re.search(message, said), said
+    for error in ranks(2).run(refused, what):
+        assert re.search(message, error), error
 
 
 def test_a_function_reads_values_of_its_input_and_runs_eagerly() -> None:
@@ -279,7 +279,7 @@ def test_a_folder_of_any_class_is_loaded(tmp_path: Any) -> None:
 
 
 class Holder(nn.Module):
-    """Reads all kinds of state."""
+    """Depends on all kinds of state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ def test_what_a_module_is_changed_to_is_recorded_again(what: str) -> None:
     assert type(module.b) is Tensor
 
 
-def test_options_are_told_apart_by_value() -> None:
+def test_options_are_compared_by_value() -> None:
     module = Holder().eval()
     shard, x = halovae.shard(module), picture(1, 3, 6, 4)
     one, two = (shard(x, options={"opt": [value]}) for value in (1.0, 2.0))
@@ -338,7 +338,7 @@ def test_options_are_told_apart_by_value() -> None:
     assert torch.equal(one * 2, two)
 
 
-def test_autocast_is_part_of_what_is_recorded() -> None:
+def test_a_graph_depends_on_autocast() -> None:
     module = small().float()
     shard, x = halovae.shard(module), torch.randn(1, 3, 6, 4)
     plain = shard(x)

@@ -1,4 +1,4 @@
-"""Recorded graphs on disk: what is read equals what was traced, and what could differ is traced again."""
+"""Graphs on disk: a stored graph equals the traced one, and a graph that could differ is traced again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Patch = pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: Patch) -> Path:
-    """Where graphs are kept."""
+    """The folder of stored graphs."""
     monkeypatch.setenv("HALOVAE_CACHE", str(tmp_path))
     monkeypatch.delenv("HALOVAE_GRAPHS")
     monkeypatch.setattr(fingerprint, "_OWN_SOURCES", "fixed")
@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: Patch) -> Path:
 
 @pytest.fixture
 def traces(monkeypatch: Patch) -> Traces:
-    """Grows by one with each trace."""
+    """A list that grows by one with each trace."""
     found: Traces = []
     original = vars(sharded)["trace"]
 
@@ -78,7 +78,7 @@ def programs(name: str, grid: Grid) -> list[tuple[Program, Tensor]]:
 
 
 def described(program: Program) -> list[Any]:
-    """Nodes in words."""
+    """Describe nodes as text."""
     graphs = {"": program.graph, **program.bodies}
     return [
         (name, node.op, node.name, str(node.target), str(node.args), str(node.kwargs), sorted(node.meta.items()))
@@ -127,7 +127,7 @@ def test_an_encoder_is_kept_beside_a_hand_written_decoder(traces: Traces) -> Non
 
 
 def key(module: nn.Module) -> str:
-    """Of an autoencoder's decode."""
+    """The key of an autoencoder's decode."""
     return fingerprint.fingerprint(PlaneCall(module, "decode")._run, [module], "PlaneCall.decode", ("settings",))
 
 
@@ -137,7 +137,7 @@ from test_stored import *
 fingerprint._OWN_SOURCES = "fixed"
 print("keys", *(key(zoo.build(ENTRIES[name])) for name in STABLE))
 """
-STABLE = [name for name in ENTRIES if "RAE" not in name]  # its transformers' modules hold sets of objects
+STABLE = [name for name in ENTRIES if "RAE" not in name]  # modules of transformers in it hold sets of objects
 
 
 def test_autoencoders_have_keys_that_hold_in_other_processes() -> None:
@@ -217,14 +217,14 @@ REFUSED: dict[str, Callable[[Any, Patch], Any]] = {
     "a disguised subclass": lambda vae, _: subclass(vae, type(vae.decoder).__module__),
     "an unknown object": lambda vae, _: setattr(vae, "noise", random.Random(0)),
     "a function": lambda vae, _: setattr(vae, "notes", mine),
-    "a module of nobody": lambda vae, _: setattr(vae, "others", [nn.Identity()]),
+    "an unregistered module": lambda vae, _: setattr(vae, "others", [nn.Identity()]),
     "a large tensor": lambda vae, _: setattr(vae, "table", torch.ones(2**19)),
     "newer files": lambda _, patch: patch.setattr(fingerprint, "_STARTED", 0.0),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_known_for_sure_has_no_key(name: str, flux2: nn.Module, monkeypatch: Patch) -> None:
+def test_unstable_dependencies_have_no_key(name: str, flux2: nn.Module, monkeypatch: Patch) -> None:
     vae = copy.deepcopy(flux2)
     key(vae)
     fingerprint._digest.cache_clear()
@@ -245,7 +245,7 @@ def run(function: Any, modules: Any = (), width: int = 4, **options: Any) -> Any
 
 
 def picture(width: int = 4) -> Tensor:
-    """What goes in."""
+    """The input."""
     return torch.linspace(-1, 1, 18 * width).view(1, 3, 6, width)
 
 
@@ -258,7 +258,7 @@ def test_weights_are_the_live_ones(traces: Traces) -> None:
         assert len(traces) == count
 
 
-def test_what_a_call_depends_on_is_part_of_the_key(traces: Traces) -> None:
+def test_the_key_depends_on_everything_that_a_call_depends_on(traces: Traces) -> None:
     module = nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
     calls = (
         lambda: run(module),

@@ -1,4 +1,4 @@
-"""Recording and replaying: what a graph holds, and what it must not."""
+"""Recording and replaying: what a graph holds, and what it must not hold."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_weights_may_be_laid_out_differently_later() -> None:
 
 
 def test_a_rank_that_wants_nothing_still_sends() -> None:
-    """A rank whose part of a fetch is empty must not leave it out: others wait for what it sends."""
+    """A rank that receives nothing in a fetch must still take part: other ranks wait for its messages."""
 
     def function(x: Tensor) -> Tensor:
         return torch.cat([x[:, :, 3:], x[:, :, :3]], 2)

@@ -1,4 +1,4 @@
-"""The kernels for CUDA devices, by Triton's interpreter on the CPU: against PyTorch, and in graphs on grids."""
+"""The Triton kernels for CUDA devices, in Triton's interpreter on the CPU: against PyTorch, and in graphs on grids."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ kernels: Any = pytest.importorskip("halovae.plane.triton_kernels", exc_type=Impo
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs take the kernels on the CPU, too."""
+    """Use the kernels on the CPU, too."""
     monkeypatch.setattr(backends, "kernels", lambda kind: None if kind == "meta" else kernels)
 
 
 class Norms(nn.Module):
-    """A block of Wan's kind, whose norms divide by the norm of each cell's channels, over frames."""
+    """A block as in Wan, with a norm over each cell's channels and a causal convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.data())
-def test_group_norm_is_pytorchs_and_writes_nothing_beside_its_part(data: st.DataObject) -> None:
+def test_group_norm_equals_pytorchs_and_writes_only_to_its_output(data: st.DataObject) -> None:
     x, groups = maps(data)
     weight, bias = torch.randn(2, x.shape[1], dtype=x.dtype)
     silu = data.draw(st.booleans())
@@ -74,23 +74,23 @@ def test_group_norm_is_pytorchs_and_writes_nothing_beside_its_part(data: st.Data
     for dim in range(2, x.ndim):
         part = part.narrow(dim, 1, x.shape[dim])
     shift = data.draw(st.sampled_from([None, torch.randn(x.shape[1], dtype=x.dtype)]))
-    found = kernels.moments(x, shift, groups)
-    kernels.group_norm(x, shift, found, weight, bias, 1e-6, silu, part)
+    moments = kernels.moments(x, shift, groups)
+    kernels.group_norm(x, shift, moments, weight, bias, 1e-6, silu, part)
     wide = x.double() if shift is None else x.double() + per_channel(shift, x).double()
-    spread, middle = torch.var_mean(wide.unflatten(1, (groups, -1)).flatten(2), -1, correction=0)
-    torch.testing.assert_close(found.double(), torch.stack((spread, middle)), rtol=1e-5, atol=1e-5)
-    scale = (spread + 1e-6).rsqrt().repeat_interleave(x.shape[1] // groups, 1) * weight.double()
-    offset = bias.double() - middle.repeat_interleave(x.shape[1] // groups, 1) * scale
+    variance, mean = torch.var_mean(wide.unflatten(1, (groups, -1)).flatten(2), -1, correction=0)
+    torch.testing.assert_close(moments.double(), torch.stack((variance, mean)), rtol=1e-5, atol=1e-5)
+    scale = (variance + 1e-6).rsqrt().repeat_interleave(x.shape[1] // groups, 1) * weight.double()
+    offset = bias.double() - mean.repeat_interleave(x.shape[1] // groups, 1) * scale
     ones = (1,) * (x.ndim - 2)
     expected = wide * scale.view(*scale.shape, *ones) + offset.view(*offset.shape, *ones)
-    if spread.min() > 1e-3:  # else of groups of one value only rounding is left
+    if variance.min() > 1e-3:  # otherwise groups of one value leave only rounding errors
         close(part, F.silu(expected) if silu else expected)
     assert torch.count_nonzero(larger) == torch.count_nonzero(part)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.data())
-def test_norms_of_cells_and_upsampling_are_pytorchs(data: st.DataObject) -> None:
+def test_norms_of_cells_and_upsampling_equal_pytorchs(data: st.DataObject) -> None:
     x, _ = maps(data)
     weight, out = torch.randn(x.shape[1], dtype=x.dtype), torch.empty_like(x)
     kernels.norm_of_cells(x, weight, weight, (1e-12, 0.0, 1.7), True, out)
@@ -124,13 +124,13 @@ def test_a_block_is_exact_on_grids() -> None:
 def test_norms_before_causal_convolutions_are_exact_on_grids(frames: int) -> None:
     for program in check(seeded(Norms), picture(1, 3, frames, 9, 8)):
         (node,) = (node for node in program.nodes() if node.target is windows.convolution)
-        assert ("zeros" in node.kwargs) is (frames > 1)  # of an image all taps but one are dead
+        assert ("zeros" in node.kwargs) is (frames > 1)  # an image has only one live tap
         assert "norm" in node.kwargs
 
 
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", list(AROUND))
-def test_what_is_around_a_map_is_written_on_grids(name: str) -> None:
+def test_padding_around_a_map_is_exact_on_grids(name: str) -> None:
     make, ndim = AROUND[name]
     for program in check(seeded(make), picture(2, 4, *(3, 13, 11)[-ndim:])):
         assert windows.convolution in targets(program)
@@ -138,7 +138,7 @@ def test_what_is_around_a_map_is_written_on_grids(name: str) -> None:
 
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("how", ODD)
-def test_graphs_that_only_look_like_known_ones_stay_right(how: str) -> None:
+def test_graphs_that_resemble_known_ones_stay_exact(how: str) -> None:
     check(seeded(lambda: Odd(how)), picture(1, 4, 3, 9, 8))
 
 
@@ -160,7 +160,7 @@ def test_kernels_compile_for_a_device() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 7, 300])
-def test_attention_of_wide_heads_is_pytorchs(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_wide_heads_equals_pytorchs(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(kernels, "_SCORES", 2 * 5 * columns)  # five queries at a time
     query = torch.randn(1, 2, 12, 8).bfloat16() * 5

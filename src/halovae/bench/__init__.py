@@ -1,1 +1,1 @@
-"""Measuring decodes."""
+"""Measurements of decodes: `halovae bench` and `halovae validate`."""

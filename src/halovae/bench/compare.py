@@ -1,4 +1,4 @@
-"""How far two decodes are apart: in all, in the seam bands, and where."""
+"""How far two decodes differ: overall, at the seams, and in each pixel."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from halovae.grid import Grid, Span
 
-# Pixels on each side of a seam that count as its band: one latent cell.
-BAND_CELLS = 1
+# Latent cells on each side of a border between ranks that count as its seam.
+SEAM_CELLS = 1
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between frames in [-1, 1] and a reference.
+    """The difference between frames in [-1, 1] and a reference.
 
     Attributes:
         max_error: the largest absolute difference.
         rms_error: its root mean square.
         psnr: in dB, peak to peak 2; None if they are equal.
-        ssim: the mean over frames of scikit-image's structural similarity.
-        seam_error: the largest absolute difference within a latent cell of a border between ranks; 0 without any.
-        interior_error: the largest one elsewhere.
+        ssim: scikit-image's structural similarity, averaged over frames.
+        seam_error: the largest absolute difference at the seams; 0 if there are none.
+        interior_error: the largest absolute difference elsewhere.
     """
 
     max_error: float
@@ -40,33 +40,33 @@ def compare(frames: Tensor, reference: Tensor, grid: Grid, factor: int) -> Diffe
     """Compare frames `[B, 3, T, H, W]` that `grid` decoded with a reference; `factor` is pixels per latent cell."""
     frames, reference = frames.float(), reference.float()
     errors = (frames - reference).abs()
-    band = seam_band(grid, errors.shape[-2], errors.shape[-1], factor)
+    seams = seam_mask(grid, errors.shape[-2], errors.shape[-1], factor)
     mean_square = errors.double().square().mean().item()
     return Difference(
         max_error=errors.max().item(),
         rms_error=math.sqrt(mean_square),
         psnr=10 * math.log10(4 / mean_square) if mean_square else None,
         ssim=_ssim(frames, reference),
-        seam_error=errors[..., band].max().item() if band.any() else 0.0,
-        interior_error=errors[..., ~band].max().item() if not band.all() else 0.0,
+        seam_error=errors[..., seams].max().item() if seams.any() else 0.0,
+        interior_error=errors[..., ~seams].max().item() if not seams.all() else 0.0,
     )
 
 
-def seam_band(grid: Grid, height: int, width: int, factor: int) -> Tensor:
-    """`[H, W]`, true within a latent cell of a border between two ranks."""
+def seam_mask(grid: Grid, height: int, width: int, factor: int) -> Tensor:
+    """Return a mask `[H, W]` that is true within a latent cell of a border between two ranks."""
     shards = grid.shards(grid.batch, height // factor, width // factor)
-    band = torch.zeros(height, width, dtype=torch.bool)
-    reach = BAND_CELLS * factor
+    seams = torch.zeros(height, width, dtype=torch.bool)
+    margin = SEAM_CELLS * factor
 
-    def around(line: int) -> slice:
-        return Span(line, line).grown(min(reach, line), reach).slice
+    def around(border: int) -> slice:
+        return Span(border, border).grown(min(margin, border), margin).slice
 
     for shard in shards:
         if shard.rows.start:
-            band[around(shard.rows.start * factor)] = True
+            seams[around(shard.rows.start * factor)] = True
         if shard.cols.start:
-            band[:, around(shard.cols.start * factor)] = True
-    return band
+            seams[:, around(shard.cols.start * factor)] = True
+    return seams
 
 
 def _ssim(frames: Tensor, reference: Tensor) -> float:
@@ -78,7 +78,7 @@ def _ssim(frames: Tensor, reference: Tensor) -> float:
 
 
 def draw_heatmap(frames: Tensor, reference: Tensor, grid: Grid, factor: int, path: Path) -> None:
-    """Draw where frames differ from a reference: the largest error of each pixel, with the borders between ranks."""
+    """Draw the largest difference from a reference in each pixel, with the borders between ranks."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 

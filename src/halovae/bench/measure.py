@@ -1,4 +1,4 @@
-"""Decodes to be compared: who decodes, on ranks of its own, and what each decode took. Contestants take turns."""
+"""Contestants that take turns: each decodes on ranks of its own, and keeps what its decodes took."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from halovae.models import zoo
 from halovae.models.classes import decode_options
 from halovae.models.load import diffusers_module
 from halovae.report import DecodeReport
-from halovae.runtime.sharing import Call
+from halovae.runtime.options import Call
 from halovae.runtime.simulate import Simulation, simulate
 from halovae.runtime.vae import VAE, load
 
@@ -41,12 +41,12 @@ class Model:
     """What to load, and how.
 
     Attributes:
-        path: of the VAE: a folder in diffusers layout, or a file.
-        name: the class of its VAE.
-        dtype: what to compute in.
-        device: its kind.
-        exact: whether fp32 means fp32: CUDA's convolutions round their input to TF32 otherwise, as torch has it.
-        call: which call is measured; pictures take the latents' place in an encode.
+        path: the VAE: a folder in diffusers layout, or a file.
+        name: the class of the VAE.
+        dtype: the dtype of computation.
+        device: the kind of device.
+        exact: whether fp32 means fp32; by torch's default, CUDA's convolutions round their input to TF32.
+        call: the call that is measured; in an encode, pictures take the place of latents.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Taken:
-    """What one decode took over its ranks: the slowest one's seconds, and their memory, at rest before any decode."""
+    """The slowest rank's seconds in one decode, and the memory over all ranks. At rest: before the first decode."""
 
     seconds: float
     memory: Memory
@@ -73,7 +73,7 @@ def _hold_halovae(model: Model, options: dict[str, Any]) -> None:
         parameter.data.sum()  # weights mapped from a file are not in memory before they are used
 
     def decode(latents: Tensor) -> tuple[Tensor | None, DecodeReport]:
-        stream = decoder.stream(latents, **options, **_own_options(latents))
+        stream = decoder.stream(latents, **options, module_kwargs=_model_options(latents))
         return stream.join(), stream.report
 
     def encode(pictures: Tensor) -> tuple[Tensor | None, Memory]:
@@ -87,8 +87,8 @@ def _hold_halovae(model: Model, options: dict[str, Any]) -> None:
     _held["options"] = options
 
 
-def _own_options(latents: Tensor) -> dict[str, Any]:
-    """What this process's model needs besides latents."""
+def _model_options(latents: Tensor) -> dict[str, Any]:
+    """Return the options that this process's model needs besides latents."""
     owner: VAE = _held["owner"]
     return decode_options(owner.module, latents)
 
@@ -103,7 +103,7 @@ def _hold_diffusers(model: Model, tiled: bool, channels_last: bool, compiled: bo
         formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
         return x.contiguous(memory_format=formats.get(x.ndim, torch.contiguous_format))
 
-    for parameter in vae.parameters():  # the same, in memory of their own
+    for parameter in vae.parameters():  # equal weights in memory of their own
         parameter.data = laid_out(parameter.data.clone())
     if tiled:
         vae.enable_tiling()
@@ -123,13 +123,13 @@ def _hold_diffusers(model: Model, tiled: bool, channels_last: bool, compiled: bo
 
 
 def _hold(device: torch.device, decode: Callable[..., tuple[Tensor | None, Any]], owner: Any) -> None:
-    # Resting is what this process holds before its first decode: later, the allocator keeps some of what was freed.
-    own = Device(device)
-    _held.update(device=own, decode=decode, owner=owner, resting=MemoryMeter(own).resting)
+    # Memory at rest is measured before the first decode: afterwards the allocator keeps some of what was freed.
+    wrapped = Device(device)
+    _held.update(device=wrapped, decode=decode, owner=owner, resting=MemoryMeter(wrapped).resting)
 
 
 class OutOfMemory(RuntimeError):
-    """A decode found too little memory; `reserved` is how many bytes it had."""
+    """A decode ran out of memory; `reserved` is how many bytes it had reserved."""
 
     def __init__(self, reserved: int) -> None:
         super().__init__(reserved)
@@ -137,12 +137,12 @@ class OutOfMemory(RuntimeError):
 
 
 def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None, DecodeReport | None]:
-    """What this rank took, with the frames if they are to be kept, and halovae's report."""
+    """Decode once. Return this rank's seconds and memory, the frames on the CPU if `keep`, and halovae's report."""
     device: Device = _held["device"]
     if dist.is_initialized():
         dist.barrier()
     clock = Stopwatch(device)
-    with _noticing_lack_of_memory(device):
+    with _raising_out_of_memory(device):
         with clock.running():
             frames, took = _held["decode"](latents)
         seconds = clock.seconds()
@@ -153,41 +153,41 @@ def _decode(latents: Tensor, keep: bool) -> tuple[float, Memory, Tensor | None, 
 
 
 def _plan(latents: Tensor) -> None:
-    _held["owner"].stream(latents, **_held["options"], **_own_options(latents)).close()
+    _held["owner"].stream(latents, **_held["options"], module_kwargs=_model_options(latents)).close()
 
 
 def _warm_up(shape: Sequence[int]) -> float:
-    with _noticing_lack_of_memory(_held["device"]):
-        own = _own_options(torch.zeros(*shape))
-        return float(_held["owner"].warmup(shape, **_held["options"], **own))
+    with _raising_out_of_memory(_held["device"]):
+        options = _model_options(torch.zeros(*shape))
+        return float(_held["owner"].warmup(shape, **_held["options"], module_kwargs=options))
 
 
 def _profiled(latents: Tensor, label: str, trace: Path) -> Profile | None:
-    """On rank 0, what its decode is made of."""
+    """Profile a decode on rank 0; None on the others."""
     device: Device = _held["device"]
     with FlopCounterMode(display=False) as counter:
         _held["decode"](latents)
     if dist.is_initialized() and dist.get_rank() > 0:
         _held["decode"](latents)
         return None
-    one = profiled(device, lambda: _held["decode"](latents), counter.get_total_flops(), label, trace)
-    return replace(one, peaks=peaks(device, _held["owner"].dtype))
+    profile = profiled(device, lambda: _held["decode"](latents), counter.get_total_flops(), label, trace)
+    return replace(profile, peaks=peaks(device, _held["owner"].dtype))
 
 
 @contextmanager
-def _noticing_lack_of_memory(device: Device) -> Iterator[None]:
-    whole = MemoryMeter(device)
+def _raising_out_of_memory(device: Device) -> Iterator[None]:
+    meter = MemoryMeter(device)
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # what it held lets the rest of this process go on
-        raise OutOfMemory(whole.read().peak_reserved) from error
+        traceback.clear_frames(error.__traceback__)  # frees what the decode held
+        raise OutOfMemory(meter.read().peak_reserved) from error
 
 
 def _simulate(latents: Tensor, grid: Grid, link: Link) -> Simulation:
-    return simulate(_held["owner"], latents, grid, link, **_own_options(latents))
+    return simulate(_held["owner"], latents, grid, link, module_kwargs=_model_options(latents))
 
 
 @dataclass
@@ -195,19 +195,19 @@ class Contestant:
     """One way to decode, and what its decodes took.
 
     Attributes:
-        name: for tables.
-        model: what it decodes with.
-        ranks: how many ranks do.
-        threads: CPU threads of each.
+        name: its name in tables.
+        model: the model that it decodes with.
+        ranks: how many ranks decode.
+        threads: CPU threads of each rank.
         kind: "halovae", "diffusers", or "tiled" for diffusers' tiling.
         compiled: whether diffusers' module is compiled.
         channels_last: whether channels lie side by side in diffusers' weights and latents.
-        options: of its decodes; see `VAE.stream`.
-        report: halovae's of the last decode, by rank 0.
+        options: options of its decodes; see `VAE.stream`.
+        report: rank 0's report of halovae's last decode.
         taken: what each decode took, in order.
         out_of_memory: the bytes reserved when memory ran out; None while it has not.
-        frames: of the last decode that was told to keep them.
-        warmup_seconds: what the slowest rank took to warm up.
+        frames: the frames of the last decode with `keep`.
+        warmup_seconds: seconds that the slowest rank took to warm up.
     """
 
     name: str
@@ -223,29 +223,31 @@ class Contestant:
     out_of_memory: int | None = None
     frames: Tensor | None = None
     warmup_seconds: float = 0
-    _group: Ranks | None = None
+    _processes: Ranks | None = None
 
     @property
-    def group(self) -> Ranks:
-        """Its processes, started with the model in them when they are first needed."""
-        if self._group is None:
-            own = self.kind == "halovae"
+    def processes(self) -> Ranks:
+        """Its processes. They start, and load the model, when they are first needed."""
+        if self._processes is None:
+            is_ours = self.kind == "halovae"
             # diffusers runs as its users run it
-            self._group = Ranks(self.ranks, self.threads, RANK_ENVIRONMENT if own else {})
-            if own:
-                self._group.run(_hold_halovae, self.model, self.options)
+            self._processes = Ranks(self.ranks, self.threads, RANK_ENVIRONMENT if is_ours else {})
+            if is_ours:
+                self._processes.run(_hold_halovae, self.model, self.options)
             else:
-                self._group.run(_hold_diffusers, self.model, self.kind == "tiled", self.channels_last, self.compiled)
-        return self._group
+                self._processes.run(
+                    _hold_diffusers, self.model, self.kind == "tiled", self.channels_last, self.compiled
+                )
+        return self._processes
 
     def warm_up(self, latents: Tensor) -> None:
-        """Do what is only done the first time, which nobody measures, before decodes of these latents."""
-        own, is_decode = self.kind == "halovae", self.model.call == "decode"
-        if own and is_decode:
+        """Do unmeasured what only the first decode of these latents does."""
+        is_ours, is_decode = self.kind == "halovae", self.model.call == "decode"
+        if is_ours and is_decode:
             self._attempted(_plan, latents)
             seconds = self._attempted(_warm_up, latents.shape)
         else:
-            # On an accelerator kernels are chosen by shape, as by a compiler; the CPU just loads.
+            # Accelerators and compilers choose kernels by shape; the CPU only loads them.
             crop = latents[:, :, :2] if latents.ndim == 5 else latents
             by_shape = self.model.device != "cpu" or self.compiled or not is_decode
             crop = latents if by_shape else crop[..., : self.ranks, : self.ranks]
@@ -253,7 +255,7 @@ class Contestant:
         self.warmup_seconds = max(seconds, default=0)
 
     def decode(self, latents: Tensor, keep: bool = False) -> None:
-        """Decode once more, unless memory ran out before."""
+        """Decode once more, unless memory has run out."""
         results = self._attempted(_decode, latents, keep)
         if results:
             seconds, memories, *_ = zip(*results, strict=True)
@@ -263,27 +265,27 @@ class Contestant:
             self.frames = results[0][2]
 
     def _attempted(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `function` returned on each rank; nothing once memory has run out."""
+        """Run `function` on each rank. Return the results; none once memory has run out."""
         if self.out_of_memory is not None:
             return []
         try:
-            return self.group.run(function, *args)
+            return self.processes.run(function, *args)
         except RankError as error:
             if not (error.killed or isinstance(error.cause, OutOfMemory)):
                 raise
-            # A rank that the system ended cannot say how far it came.
+            # A rank that the system killed cannot say how much it had reserved.
             self.out_of_memory = error.cause.reserved if isinstance(error.cause, OutOfMemory) else 0
             self.close()
             return []
 
     def profile(self, latents: Tensor, trace: Path) -> Profile | None:
-        """What rank 0's decode is made of, with a Chrome trace; None if memory ran out before."""
+        """Profile a decode on rank 0, and write a Chrome trace; None if memory has run out."""
         label = f"{self.name}, {self.ranks} rank{'s' * (self.ranks > 1)}"
         return next(iter(self._attempted(_profiled, latents, label, trace)), None)
 
     def simulate(self, latents: Tensor, grid: Grid, link: Link) -> Simulation:
-        """Decode by simulated ranks in this contestant's one process."""
-        return self.group.run(_simulate, latents, grid, link)[0]
+        """Decode on simulated ranks in this contestant's one process."""
+        return self.processes.run(_simulate, latents, grid, link)[0]
 
     @property
     def seconds(self) -> float:
@@ -296,6 +298,6 @@ class Contestant:
 
     def close(self) -> None:
         """End its processes."""
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        if self._processes is not None:
+            self._processes.close()
+            self._processes = None

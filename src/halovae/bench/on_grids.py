@@ -1,4 +1,4 @@
-"""The zoo's autoencoders on grids of ranks, beside themselves as they are."""
+"""The zoo's autoencoders on grids of ranks, and unmodified for comparison."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from halovae.plane.trace import trace
 
 
 def example(entry: Entry, direction: Direction, dtype: torch.dtype) -> Tensor:
-    """What goes in: seeded noise, the same in every dtype but for rounding."""
+    """Return the input: seeded noise, the same in every dtype up to rounding."""
     shape = entry.shape(direction)
     assert shape is not None
     return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
 
 
 def plain(entry: Entry, direction: Direction, dtype: torch.dtype) -> Tensor:
-    """What the unmodified module gives on its own."""
+    """Return the result of the unmodified module on its own."""
     with torch.no_grad():
         return CALLS[direction](build(entry, dtype), example(entry, direction, dtype))
 
 
 def eager(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[tuple[Tensor, Plane]]:
-    """What each rank of a grid gives, operator by operator. Ranks are threads of this process."""
+    """Return each rank's result, computed operator by operator, and plane. Ranks are threads of this process."""
     x, device = example(entry, direction, dtype), torch.device("cpu")
     module = build(entry, dtype)
 
@@ -43,7 +43,7 @@ def eager(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) ->
 
 
 def record(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[Program]:
-    """Each rank's program.
+    """Record each rank's program.
 
     Raises:
         TraceError: the call cannot be recorded.
@@ -59,7 +59,7 @@ def record(entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -
 
 
 def replay(programs: list[Program], entry: Entry, direction: Direction, dtype: torch.dtype, grid: Grid) -> list[Tensor]:
-    """What each rank's program gives, the global generator seeded as `decode` seeds it."""
+    """Return the result of each rank's program, with the global generator seeded as `decode` seeds it."""
     x = example(entry, direction, dtype)
 
     def rank(mesh: Mesh) -> Tensor:
@@ -75,7 +75,7 @@ def replay(programs: list[Program], entry: Entry, direction: Direction, dtype: t
 
 
 def error(results: list[Tensor], reference: Tensor) -> float:
-    """The largest difference of any rank's result, relative to the largest value of the reference, or to 1."""
+    """Return the largest difference of any rank's result, relative to the reference's largest value, or to 1."""
     if any(result.shape != reference.shape or not result.isfinite().all() for result in results):
         return float("inf")
     largest = max((result - reference).abs().max().item() for result in results)

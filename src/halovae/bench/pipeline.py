@@ -1,4 +1,4 @@
-"""A checkpoint's whole pipeline, from prompt to frames: with diffusers' decode, and with halovae in its place."""
+"""A checkpoint's whole pipeline, from prompt to frames: with diffusers' decode, and with halovae's."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class PipelineRun:
 
 
 def run_both(run: PipelineRun) -> tuple[Tensor, Tensor, float, float]:
-    """Run the pipeline twice with one seed, on every rank alike.
+    """Run the pipeline twice with one seed. Collective: every rank must call it.
 
     Returns:
-        The frames as diffusers decodes them and as halovae does, `[T, 3, H, W]` in [0, 1], and each run's seconds.
+        The frames `[T, 3, H, W]` in [0, 1] as diffusers decodes them, and as halovae does; the seconds of each run.
 
     Raises:
         ValueError: the pipeline needs more than a prompt and a picture.
@@ -59,7 +59,7 @@ def run_both(run: PipelineRun) -> tuple[Tensor, Tensor, float, float]:
 
 
 def _arguments(pipe: Any, run: PipelineRun) -> dict[str, Any]:
-    """What the pipeline is called with, of what it takes."""
+    """Return the arguments for a call of the pipeline, only those that it takes."""
     from PIL import Image
 
     width, height = run.size

@@ -1,4 +1,4 @@
-"""Where the time of a decode goes: by submodule, against the device's best, and as a trace."""
+"""Where the time of a decode goes: by submodule, against the device's peak FLOP/s, and as a trace."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from torch.profiler import ProfilerActivity, profile
 from halovae.device.kinds import Device
 from halovae.device.regions import PREFIX
 
-COLUMNS = ("part", "seconds", "share")
+COLUMNS = ("region", "seconds", "share")
 LONGEST = 20  # submodules in a table
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What one rank's decode is made of.
+    """A profile of one rank's decode.
 
     Attributes:
-        label: whose decode.
-        seconds: all of it, watched, which makes it slower.
-        parts: seconds of the `LONGEST` submodules, of gathers and conversion, and "other": Python, and all that is not
-            listed.
+        label: whose decode it is.
+        seconds: seconds of the whole decode, which profiling slows down.
+        regions: seconds of the `LONGEST` regions (submodules, gathers, conversion), and "other": Python, and all that
+            is not listed.
         flops: multiplications and additions that were made, by torch's own count of operators.
         peaks: FLOP/s of a large matrix multiplication and of a large convolution, measured right after.
     """
 
     label: str
     seconds: float
-    parts: dict[str, float]
+    regions: dict[str, float]
     flops: int
     peaks: dict[str, float]
 
     def cells(self) -> list[list[str]]:
-        """Lines as in `COLUMNS`, the longest part first."""
-        ordered = sorted(self.parts.items(), key=lambda part: -part[1])
+        """Rows of `COLUMNS`, the longest region first."""
+        ordered = sorted(self.regions.items(), key=lambda region: -region[1])
         return [[name, f"{seconds:.3f}", f"{seconds / self.seconds:.1%}"] for name, seconds in ordered]
 
     def conclusions(self) -> list[str]:
-        """The rate, against the peaks."""
+        """Sentences about the rate against the peaks."""
         rate = self.flops / self.seconds
         against = ", ".join(f"{rate / peak:.0%} of a {name}'s {peak / 1e9:,.1f}" for name, peak in self.peaks.items())
         return [
-            f"{self.label}: {len(self.parts)} parts in {self.seconds:.2f} s, {self.flops / 1e9:,.1f} GFLOP",
+            f"{self.label}: {len(self.regions)} regions in {self.seconds:.2f} s, {self.flops / 1e9:,.1f} GFLOP",
             f"the decode: {rate / 1e9:,.1f} GFLOP/s, {against}",
         ]
 
 
 def profiled(device: Device, decode: Callable[[], Any], flops: int, label: str, trace: Path) -> Profile:
-    """Watch `decode`, which makes `flops` multiplications and additions, and write a Chrome trace of it."""
+    """Profile `decode`, which makes `flops` multiplications and additions, and write a Chrome trace of it."""
     activities = [ProfilerActivity.CPU]
     if device.kind in ("cuda", "xpu"):
         activities.append(ProfilerActivity[device.kind.upper()])
@@ -69,14 +69,14 @@ def profiled(device: Device, decode: Callable[[], Any], flops: int, label: str, 
     field = "cpu_time_total" if device.kind in ("cpu", "npu") else "device_time_total"
     events = {event.key: getattr(event, field) / 1e6 for event in watched.key_averages()}
     found = {key.removeprefix(PREFIX): seconds for key, seconds in events.items() if key.startswith(PREFIX)}
-    longest = sorted(found, key=lambda part: -found[part])[:LONGEST]
-    parts = {part: found[part] for part in longest}
-    parts["other"] = max(0.0, seconds - math.fsum(parts.values()))
-    return Profile(label, seconds, parts, flops, {})
+    longest = sorted(found, key=lambda region: -found[region])[:LONGEST]
+    regions = {region: found[region] for region in longest}
+    regions["other"] = max(0.0, seconds - math.fsum(regions.values()))
+    return Profile(label, seconds, regions, flops, {})
 
 
 def peaks(device: Device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of a matrix multiplication and a convolution large enough to be the device's best."""
+    """Return FLOP/s of a matrix multiplication and a convolution that are large enough to reach the device's peak."""
     size, channels = (2048, 256) if device.kind == "cpu" else (8192, 512)
     with torch.inference_mode():
         matrix = torch.randn(size, size, device=device.torch_device).to(dtype)
@@ -101,11 +101,11 @@ def _fastest(device: Device, work: Callable[[], Tensor], repeat: int = 5) -> flo
 
 
 def markdown(profiles: Sequence[Profile]) -> str:
-    """All profiles, to be pasted."""
+    """All profiles in Markdown."""
     from halovae.bench.report import markdown_table
 
     lines = ["# Where the time of rank 0 goes, in the first two latent frames", ""]
     for one in profiles:
         lines += [f"## {one.label}", "", *markdown_table(COLUMNS, one.cells()), ""]
-        lines += [*(f"- {said}" for said in one.conclusions()), ""]
+        lines += [*(f"- {conclusion}" for conclusion in one.conclusions()), ""]
     return "\n".join(lines)

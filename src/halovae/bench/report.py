@@ -1,4 +1,4 @@
-"""What a benchmark says: rows, a table, conclusions that are computed from the figures, JSON and plots."""
+"""The results of a benchmark: rows, tables, conclusions computed from the figures, JSON, and plots."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Row:
-    """One mode at one size and batch. Memory in bytes, of the rank that has the most of it, or the least left.
+    """One mode at one size and batch. Memory is in bytes, of the rank that has the most of it, or the least left.
 
     Attributes:
         mode: "single", "parallel", "tiled", "auto" or "simulated".
-        ranks: how many decoded.
-        grid: how they stood; empty for diffusers.
+        ranks: how many ranks decoded.
+        grid: the grid of ranks; empty for diffusers.
         size: `WIDTHxHEIGHT` of the picture.
-        frames: of the clip.
-        batch: how many clips at once.
-        seconds: median over the decodes; None if memory ran out.
+        frames: frames of the clip.
+        batch: how many clips are decoded at once.
+        seconds: median over the decodes; None if a decode ran out of memory.
         fastest, slowest: seconds of the fastest and of the slowest decode.
         decodes: how many were measured.
-        peak_reserved: and the other memory figures: medians over the decodes; None where they were not measured.
-        out_of_memory: bytes reserved when memory ran out (0 if the system ended the process); None if it sufficed.
+        peak_reserved, peak_allocated, pool_overhead, remaining: medians over the decodes; None if not measured.
+        out_of_memory: bytes reserved when memory ran out (0 if the system killed the process); None if it did not.
         by_rank: what each simulated rank took; empty for other modes.
     """
 
@@ -58,12 +58,12 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The mode, and how many ranks if more than one."""
+        """The mode, and the number of ranks if there are several."""
         return f"{self.mode}, {self.ranks} ranks ({self.grid})" if self.ranks > 1 else self.mode
 
     @property
     def case(self) -> str:
-        """What is decoded: rows of one case are compared."""
+        """What is decoded. Rows of one case are compared."""
         return f"{self.size}, {self.frames} frame{'s' * (self.frames > 1)}, batch {self.batch}"
 
     def cells(self) -> list[str]:
@@ -79,7 +79,7 @@ class Row:
 
 
 def cases(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows by what they decode, in their order."""
+    """The rows by case, in their order."""
     grouped: dict[str, list[Row]] = {}
     for row in rows:
         grouped.setdefault(row.case, []).append(row)
@@ -87,17 +87,17 @@ def cases(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def conclusions(rows: Sequence[Row]) -> list[str]:
-    """Each parallel mode against "single" in the same case, in percent; empty where there is nothing to compare."""
-    said = []
+    """Sentences about each mode against "single" in the same case, in percent."""
+    sentences = []
     for case, group in cases(rows).items():
         single = next((row for row in group if row.mode == "single"), None)
         for row in group:
             if row is single or row.mode == "simulated":
                 continue
             if row.seconds is None:
-                said.append(f"{case}: {row.label} ran out of memory")
+                sentences.append(f"{case}: {row.label} ran out of memory")
             elif single is None or single.seconds is None:
-                said.append(f"{case}: {row.label} decodes in {row.seconds:.2f} s; there is no single device's figure")
+                sentences.append(f"{case}: {row.label} decodes in {row.seconds:.2f} s; there is no figure for single")
             else:
                 changes = [
                     f"{name} {100 * (now / before - 1):+.0f} %"
@@ -109,12 +109,12 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
                     )
                     if now is not None and before
                 ]
-                said.append(f"{case}: {row.label} against single: {', '.join(changes)}")
-    return said
+                sentences.append(f"{case}: {row.label} against single: {', '.join(changes)}")
+    return sentences
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows for a terminal."""
+    """The rows as a table for a terminal."""
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left")
@@ -130,11 +130,11 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 
 def markdown(rows: Sequence[Row], title: str, notes: Sequence[str]) -> str:
-    """The rows and what follows from them, to be pasted."""
+    """The rows and the conclusions in Markdown."""
     lines = [f"# {title}", ""]
     for case, group in cases(rows).items():
         lines += [f"## {case}", "", *markdown_table(COLUMNS, [row.cells() for row in group]), ""]
-    lines += [*(f"- {said}" for said in conclusions(rows)), "", *notes, ""]
+    lines += [*(f"- {conclusion}" for conclusion in conclusions(rows)), "", *notes, ""]
     return "\n".join(lines)
 
 
@@ -144,12 +144,12 @@ def markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> li
 
 
 def as_json(rows: Sequence[Row], about: dict[str, Any]) -> str:
-    """Everything, to be read by programs."""
+    """Rows and conclusions, for programs."""
     return json.dumps({**about, "rows": [asdict(row) for row in rows], "conclusions": conclusions(rows)}, indent=2)
 
 
 def draw(rows: Sequence[Row], time: Path, memory: Path) -> None:
-    """Draw bars of decode time, and of peak memory, by mode and case."""
+    """Draw bars of decode time and of peak memory, by mode and case, into one file each."""
     from matplotlib.figure import Figure
 
     grouped = cases(rows)

@@ -34,16 +34,16 @@ class Benchmark:
     Attributes:
         model: a name in `MODELS`, "demo", a VAE's folder in diffusers layout, its file, or a hub id.
         sizes: `(width, height)` of pictures.
-        frames: of each clip.
-        batches: how many clips at once.
-        modes: of `MODES`.
+        frames: frames of each clip.
+        batches: how many clips are decoded at once.
+        modes: names from `MODES`.
         ranks: numbers of ranks; "parallel" runs on each above one, "auto" on the largest.
         simulated: numbers of ranks to simulate on one device.
         repeat: decodes per row.
         threads: CPU threads of each rank.
-        dtype: what to compute in.
-        device: its kind.
-        link: what simulated ranks are connected by.
+        dtype: the dtype of computation.
+        device: the kind of device.
+        link: the link between simulated ranks.
     """
 
     model: str
@@ -61,13 +61,13 @@ class Benchmark:
 
     @property
     def steps(self) -> int:
-        """How many decodes it takes."""
+        """How many decodes the benchmark takes."""
         parallel = len([ranks for ranks in self.ranks if ranks > 1])
         modes = len(self.modes) + ("parallel" in self.modes) * (parallel - 1)
         return len(self.sizes) * len(self.batches) * (modes * self.repeat + len(self.simulated))
 
     def contestants(self, model: Model) -> list[Contestant]:
-        """Those who decode, in the order of the table."""
+        """Return the contestants in the order of the table."""
         found = []
         if "single" in self.modes:
             found.append(Contestant("single", model, 1, self.threads))
@@ -84,12 +84,12 @@ class Benchmark:
 
 
 @contextmanager
-def model_path(name: str, made: Callable[[str], None]) -> Iterator[Path]:
-    """The VAE's folder or file: a name builds the true-size architecture on random weights, and `made` is told."""
+def model_path(name: str, describe: Callable[[str], None]) -> Iterator[Path]:
+    """Yield the VAE's folder or file. For a name in `MODELS`, it is made in its true size with random weights."""
     if name == "demo":
         yield DEMO
     elif name in MODELS:
-        made(f"{name}: no checkpoint given, making the true-size architecture with random weights")
+        describe(f"{name}: no checkpoint given, making the true-size architecture with random weights")
         with TemporaryDirectory(prefix="halovae-") as folder:
             random_vae(name).save_pretrained(folder)
             yield Path(folder)
@@ -99,12 +99,12 @@ def model_path(name: str, made: Callable[[str], None]) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a VAE is decoded of.
+    """Latents to decode with a VAE.
 
     Attributes:
-        family: its name, or its class's.
+        family: the VAE's family, or its class.
         factor: pixels per latent cell.
-        latents: seeded random ones.
+        latents: seeded random latents.
     """
 
     family: str
@@ -115,18 +115,18 @@ class Subject:
 def subject_of(
     path: Path, size: tuple[int, int], frames: int, batch: int = 1, seed: int = 1234, clips: bool | None = None
 ) -> Subject:
-    """Seeded random latents for a VAE, that decode to frames of `size`.
+    """Make seeded random latents for a VAE that decode to frames of `size`.
 
     Args:
         path: a folder in diffusers layout, or a file.
         size: `(width, height)` in pixels.
-        frames: of clips; pictures have one.
-        batch: how many at once.
-        seed: of the latents.
-        clips: whether it makes clips; None to tell by the model.
+        frames: frames of clips; pictures have one.
+        batch: how many clips or pictures.
+        seed: seed of the latents.
+        clips: whether the VAE makes clips; None to ask the model.
 
     Raises:
-        ValueError: no latents decode to such frames; says which sizes are nearest.
+        ValueError: no latents decode to such frames; the message names the nearest sizes.
     """
     if read_class(path) in CLASSES:
         config = read_config(path)
@@ -142,7 +142,7 @@ def subject_of(
 
 
 def check_fits(family: str, path: Path, device: Device, processes: int) -> None:
-    """Check that the weights of each process fit into what is free.
+    """Check that the weights of all processes fit into free memory.
 
     Raises:
         ValueError: they do not.
@@ -159,26 +159,26 @@ def check_fits(family: str, path: Path, device: Device, processes: int) -> None:
 
 
 def run(
-    benchmark: Benchmark, say: Callable[[str], None], step: Callable[[], None], traces: Path | None = None
+    benchmark: Benchmark, describe: Callable[[str], None], on_step: Callable[[], None], traces: Path | None = None
 ) -> tuple[list[Row], list[Profile], dict[str, Any]]:
-    """Measure.
+    """Run a benchmark.
 
     Args:
-        benchmark: what.
-        say: told what is being done.
-        step: called after each decode.
+        benchmark: what to measure.
+        describe: called with what is being done.
+        on_step: called after each decode.
         traces: where to write a Chrome trace of each of halovae's contestants; None profiles nothing.
 
     Returns:
         The rows, the profiles, and what they were measured on.
 
     Raises:
-        ValueError: a size that the model cannot make, or that the ranks cannot share out.
+        ValueError: the model cannot make a size, or the ranks cannot share it out.
     """
     device = Device.default(benchmark.device)
     rows: list[Row] = []
     profiles: list[Profile] = []
-    with model_path(benchmark.model, say) as path:
+    with model_path(benchmark.model, describe) as path:
         model = Model(path, read_class(path), benchmark.dtype, benchmark.device)
         contestants = benchmark.contestants(model)
         for size in benchmark.sizes:  # before any work
@@ -191,12 +191,12 @@ def run(
             for size in benchmark.sizes:
                 for batch in benchmark.batches:
                     latents = subject_of(path, size, benchmark.frames, batch).latents
-                    rows += _measured(benchmark, contestants, latents, size, say, step)
+                    rows += _measured(benchmark, contestants, latents, size, describe, on_step)
             if traces is not None:
                 traces.mkdir()
                 latents = subject_of(path, benchmark.sizes[0], benchmark.frames, benchmark.batches[0]).latents
                 for contestant in (one for one in contestants if one.kind == "halovae"):
-                    say(f"profiling {contestant.name}, {contestant.ranks} rank(s)")
+                    describe(f"profiling {contestant.name}, {contestant.ranks} rank(s)")
                     trace = traces / f"trace-{contestant.name}-{contestant.ranks}.json.gz"
                     crop = latents[:, :, :PROFILED] if latents.ndim == 5 else latents
                     profile = contestant.profile(crop, trace)
@@ -220,18 +220,18 @@ def _measured(
     contestants: Sequence[Contestant],
     latents: Tensor,
     size: tuple[int, int],
-    say: Callable[[str], None],
-    step: Callable[[], None],
+    describe: Callable[[str], None],
+    on_step: Callable[[], None],
 ) -> list[Row]:
     for contestant in contestants:
         contestant.taken, contestant.out_of_memory = [], None
-        say(f"warming up {contestant.name}, {contestant.ranks} rank(s)")
+        describe(f"warming up {contestant.name}, {contestant.ranks} rank(s)")
         contestant.warm_up(latents)
     for repeat in range(benchmark.repeat):
         for contestant in contestants:
-            say(f"round {repeat + 1} of {benchmark.repeat}: {contestant.name}, {contestant.ranks} rank(s)")
+            describe(f"round {repeat + 1} of {benchmark.repeat}: {contestant.name}, {contestant.ranks} rank(s)")
             contestant.decode(latents)
-            step()
+            on_step()
     case: dict[str, Any] = {
         "size": f"{size[0]}x{size[1]}",
         "frames": benchmark.frames,
@@ -240,7 +240,7 @@ def _measured(
     rows = [_row(contestant, case) for contestant in contestants]
     for ranks in benchmark.simulated:
         grid = Grid(rows=ranks)
-        say(f"simulating {ranks} ranks")
+        describe(f"simulating {ranks} ranks")
         simulation = contestants[0].simulate(latents, grid, benchmark.link)
         allocated = max(rank.peak_allocated for rank in simulation.ranks)
         rows.append(
@@ -255,7 +255,7 @@ def _measured(
                 by_rank=simulation.ranks,
             )
         )
-        step()
+        on_step()
     return rows
 
 

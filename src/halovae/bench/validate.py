@@ -1,4 +1,4 @@
-"""Whether the target models decode here as they should: single and parallel, against diffusers."""
+"""Whether the target models decode correctly here: on one rank and in parallel, against diffusers."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from halovae.models.load import read_class
 
 # In fp32 only the order of additions differs from diffusers'.
 FP32_BOUND = 1e-4
-# In less precise dtypes, how much larger than diffusers' own the error against fp32 may be.
+# In other dtypes the error against fp32 may be this many times diffusers' own.
 ROUNDED_BOUND = 1.1
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of decoding a model, against diffusers.
+    """One way to decode a model, against diffusers.
 
     Attributes:
         name: "single", "parallel" or "simulated".
-        grid: how the ranks stood.
-        difference: from diffusers' untiled decode in fp32.
-        bound: the largest error that is accepted: of `max_error` in fp32, of `rms_error` in other dtypes.
-        supported: whether it is kept.
+        grid: the grid of ranks.
+        difference: the difference from diffusers' untiled decode in fp32.
+        bound: the largest accepted error: of `max_error` in fp32, of `rms_error` in other dtypes.
+        supported: whether the error is within the bound.
         taken: time and memory; None for simulated ranks.
-        seconds: decoding time; for simulated ranks the predicted one.
-        peak_allocated: bytes, of the rank with the most.
+        seconds: decoding time, predicted for simulated ranks.
+        peak_allocated: bytes of the rank with the most.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The whole pipeline's frames with halovae's decode, against those with diffusers'; in [0, 1]."""
+    """The frames in [0, 1] of a whole pipeline with halovae's decode, against those with diffusers' decode."""
 
     max_error: float
     bound: float
@@ -71,15 +71,15 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found out about one model.
+    """The results of one model.
 
     Attributes:
-        model: its name.
+        model: the model's name.
         source: the checkpoint, or the family of random weights.
-        latents: the shape that was decoded.
-        modes: one by one.
-        problem: why it could not be decoded at all.
-        pipeline: of the whole pipeline, where a prompt was given.
+        latents: the shape of the decoded latents.
+        modes: the results of each mode.
+        problem: why the model could not be decoded at all; empty if it could.
+        pipeline: the results of the whole pipeline, if there was a prompt.
     """
 
     model: str
@@ -100,18 +100,18 @@ class Validation:
     """What to validate.
 
     Attributes:
-        models: names in `TARGETS` or `MODELS`, or one name of the caller's for `source`.
+        models: names in `TARGETS` or `MODELS`, or one name that the caller gives `source`.
         source: a checkpoint; None for random weights of the true size.
         ranks: how many ranks decode in parallel.
         simulated: how many ranks to simulate on one device instead; None for real ones.
-        size: `(width, height)`; images and clips alike.
-        frames: of clips.
-        dtype: what to compute in.
-        device: its kind.
+        size: `(width, height)` of images and of clips.
+        frames: frames of clips.
+        dtype: the dtype of computation.
+        device: the kind of device.
         threads: CPU threads of each rank.
-        heatmaps: folder for pictures of the differences; None for none.
-        prompt: run the checkpoint's whole pipeline with it; None to decode random latents only.
-        steps: denoising steps of that.
+        heatmaps: folder for pictures of the differences; None draws none.
+        prompt: prompt for the checkpoint's whole pipeline; None decodes random latents only.
+        steps: denoising steps of the pipeline.
     """
 
     models: tuple[str, ...]
@@ -128,27 +128,27 @@ class Validation:
     steps: int = 4
 
 
-def validate(validation: Validation, say: Callable[[str], None], step: Callable[[], None]) -> list[Verdict]:
-    """Decode each model by diffusers, on one rank and in parallel, and compare.
+def validate(validation: Validation, describe: Callable[[str], None], on_step: Callable[[], None]) -> list[Verdict]:
+    """Decode each model with diffusers, on one rank, and in parallel, and compare.
 
     Args:
-        validation: what.
-        say: told what is being done.
-        step: called after each model.
+        validation: what to validate.
+        describe: called with what is being done.
+        on_step: called after each model.
     """
     verdicts = []
     for index, name in enumerate(validation.models):
         source = validation.source or TARGETS.get(name, (name,))[0]
         try:
-            verdicts.append(_verdict(validation, name, source, index, say))
+            verdicts.append(_verdict(validation, name, source, index, describe))
         except (ValueError, RuntimeError) as error:
             verdicts.append(Verdict(name, source, (), (), f"{type(error).__name__}: {error}"))
-        step()
+        on_step()
     return verdicts
 
 
-def _verdict(validation: Validation, name: str, source: str, seed: int, say: Callable[[str], None]) -> Verdict:
-    with model_path(source, say) as path:
+def _verdict(validation: Validation, name: str, source: str, seed: int, describe: Callable[[str], None]) -> Verdict:
+    with model_path(source, describe) as path:
         device = Device.default(validation.device)
         clips = TARGETS[name][1] if name in TARGETS else None
         subject = subject_of(path, validation.size, validation.frames, seed=seed, clips=clips)
@@ -159,7 +159,7 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
         exact = Model(path, read_class(path), torch.float32, validation.device, exact=True)
         model = replace(exact, dtype=validation.dtype)
 
-        say(f"{name}: diffusers")
+        describe(f"{name}: diffusers")
         with closing(Contestant("diffusers", exact, 1, validation.threads, kind="diffusers")) as theirs:
             reference, _ = _decoded(theirs, latents)
         bound = FP32_BOUND
@@ -176,42 +176,42 @@ def _verdict(validation: Validation, name: str, source: str, seed: int, say: Cal
                 draw_heatmap(frames, reference, grid, factor, path)
             return Mode(label, str(grid), difference, bound, error <= bound, taken, seconds, allocated)
 
-        say(f"{name}: single")
+        describe(f"{name}: single")
         with closing(Contestant("single", model, 1, validation.threads)) as single:
             frames, taken = _decoded(single, latents)
             modes = [mode("single", Grid(), frames, taken, taken.seconds, taken.memory.peak_allocated)]
             if validation.simulated:
-                say(f"{name}: simulating {parallel}")
+                describe(f"{name}: simulating {parallel}")
                 simulation = single.simulate(latents, parallel, Link())
                 allocated = max(rank.peak_allocated for rank in simulation.ranks)
                 frames = _clip(simulation.frames)
                 modes.append(mode("simulated", parallel, frames, None, simulation.seconds, allocated))
         if not validation.simulated:
-            say(f"{name}: parallel, {parallel}")
+            describe(f"{name}: parallel, {parallel}")
             with closing(Contestant("parallel", model, parallel.size, validation.threads)) as several:
                 frames, taken = _decoded(several, latents)
             modes.append(mode("parallel", parallel, frames, taken, taken.seconds, taken.memory.peak_allocated))
-        pipeline = None if validation.prompt is None else _pipeline(validation, validation.prompt, source, say)
+        pipeline = None if validation.prompt is None else _pipeline(validation, validation.prompt, source, describe)
         return Verdict(name, source, tuple(latents.shape), tuple(modes), pipeline=pipeline)
 
 
-def _pipeline(validation: Validation, prompt: str, source: str, say: Callable[[str], None]) -> Pipeline:
-    say("the whole pipeline, twice")
+def _pipeline(validation: Validation, prompt: str, source: str, describe: Callable[[str], None]) -> Pipeline:
+    describe("the whole pipeline, twice")
     run = PipelineRun(
         source, prompt, validation.steps, validation.size, validation.frames, validation.dtype, validation.device
     )
     with Ranks(validation.ranks, validation.threads) as ranks:
         theirs, ours, their_seconds, our_seconds = ranks.run(run_both, run)[0]
-    # Pixels of [-1, 1] become [0, 1]. In other dtypes both decodes are rounded to theirs: a few of its steps.
+    # [-1, 1] becomes [0, 1], which halves errors. Other dtypes round both decodes: the bound is a few steps of them.
     bound = FP32_BOUND / 2 if validation.dtype == torch.float32 else 16 * torch.finfo(validation.dtype).eps
     return Pipeline((ours - theirs).abs().max().item(), bound, our_seconds, their_seconds)
 
 
 def _decoded(contestant: Contestant, latents: Tensor) -> tuple[Tensor, Taken]:
-    """The frames that a contestant makes, and what it takes once it is warm.
+    """Return a contestant's frames, and what the decode took after warming up.
 
     Raises:
-        RuntimeError: memory ran out.
+        RuntimeError: the contestant ran out of memory.
     """
     contestant.warm_up(latents)
     contestant.decode(latents, keep=True)
@@ -232,11 +232,11 @@ COLUMNS = (
 
 
 def cells(verdicts: Sequence[Verdict]) -> list[list[str]]:
-    """A line per model and mode, as in `COLUMNS`."""
+    """A row of `COLUMNS` per model and mode."""
     lines = []
     for verdict in verdicts:
         if verdict.problem:
-            reason = verdict.problem.strip().splitlines()[-1]  # of a rank's traceback, what was raised
+            reason = verdict.problem.strip().splitlines()[-1]  # the exception at the end of a rank's traceback
             lines.append([verdict.model, reason, "NO", *["-"] * (len(COLUMNS) - 3)])
         for mode in verdict.modes:
             difference, memory = mode.difference, mode.taken.memory if mode.taken else None
@@ -266,14 +266,14 @@ def cells(verdicts: Sequence[Verdict]) -> list[list[str]]:
 
 
 def markdown(verdicts: Sequence[Verdict], about: dict[str, Any], notes: Sequence[str]) -> str:
-    """The report, to be pasted."""
+    """The report in Markdown."""
     lines = ["# halovae validate", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
     lines += [*markdown_table(COLUMNS, cells(verdicts)), "", *notes, ""]
     return "\n".join(lines)
 
 
 def pipelines(verdicts: Sequence[Verdict]) -> list[str]:
-    """A sentence for each whole pipeline that was run."""
+    """A sentence per whole pipeline that ran."""
     return [
         f"{verdict.model}, the whole pipeline: frames differ from those with diffusers' decode by at most "
         f"{one.max_error:.1e} (accepted: {one.bound:.1e}), in {one.seconds:.2f} s against {one.seconds_diffusers:.2f} s"
@@ -283,18 +283,18 @@ def pipelines(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def notes(validation: Validation) -> list[str]:
-    """How to read the table."""
-    told = [
+    """Sentences on how to read the table."""
+    lines = [
         "Errors are against diffusers' own untiled decode in fp32, in [-1, 1]; seams are the borders between ranks."
     ]
     if validation.source is None:
-        told.append("Models of the true size on seeded random weights: times and memory are real, pictures are not.")
+        lines.append("Models of the true size on seeded random weights: times and memory are real, pictures are not.")
     if validation.simulated:
-        told.append("Simulated ranks took turns in one process: their time is predicted, for a device and link each.")
-    return told
+        lines.append("Simulated ranks took turns in one process: times are predicted for a device and link each.")
+    return lines
 
 
 def as_json(verdicts: Sequence[Verdict], about: dict[str, Any]) -> str:
-    """Everything, to be read by programs."""
+    """All verdicts, for programs."""
     models = [{**asdict(verdict), "supported": verdict.supported} for verdict in verdicts]
     return json.dumps({**about, "models": models}, indent=2)

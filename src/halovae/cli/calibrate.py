@@ -1,4 +1,4 @@
-"""`halovae calibrate`: measure this machine for the plans of later decodes."""
+"""`halovae calibrate`: measure this machine for plans of later decodes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from halovae.planning.calibration import Calibration
 
 
 def calibrate(
-    num_gpus: Annotated[int, typer.Option(min=1, help="How many ranks decodes will have.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="What they will compute in.")] = Dtype.fp32,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A copy, for `halovae plan` elsewhere.")] = None,
+    num_gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, one rank each.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for a copy, for `halovae plan` elsewhere.")
+    ] = None,
 ) -> None:
-    """Measure operators and messages on this machine, within a minute or so, in place of what was measured before.
+    """Measure operators and messages on this machine. It takes about a minute, and replaces an earlier measurement.
 
-    The first decode on several ranks does so by itself. Under torchrun the world that it started is measured.
+    The first decode on several ranks measures by itself. Under torchrun, the command measures torchrun's world.
     """
     with errors_shown():
         ranks = world_size() if under_torchrun() else num_gpus
@@ -38,7 +40,7 @@ def calibrate(
         if output is not None:
             output.write_text(measured.as_json() + "\n")
         results_console().print(_table(measured))
-        console.print(f"kept in {path}", soft_wrap=True, highlight=False)
+        console.print(f"saved as {path}", soft_wrap=True, highlight=False)
 
 
 def _measure(dtype: torch.dtype) -> tuple[str, Calibration]:
@@ -46,8 +48,8 @@ def _measure(dtype: torch.dtype) -> tuple[str, Calibration]:
     join_world(device.torch_device)
     mesh = mesh_for(Grid(rows=world_size()), device.torch_device)
     some_have_none = mesh.transport.anyone(not native.ready(device.torch_device, wait=True))
-    made = native.EAGER if some_have_none else native.compiled()
-    return str(key_of(mesh, dtype, some_have_none).path), calibrated(mesh, dtype, made, remeasure=True)
+    kernels = native.EAGER if some_have_none else native.compiled()
+    return str(key_of(mesh, dtype, some_have_none).path), calibrated(mesh, dtype, kernels, remeasure=True)
 
 
 def _table(measured: Calibration) -> Table:

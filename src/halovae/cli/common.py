@@ -17,8 +17,8 @@ from rich.console import Console
 from halovae.errors import RankError
 
 Parsed = TypeVar("Parsed")
-MODEL_HELP = "A VAE: a folder in diffusers layout (its own or a pipeline's), a single file, or a hub id."
-# Progress and remarks go to standard error, so that standard output holds results alone.
+MODEL_HELP = "A VAE: a folder in diffusers layout (the VAE's or a pipeline's), a single file, or a hub id."
+# Progress and remarks go to standard error, so that standard output has only results.
 console = Console(stderr=True)
 
 
@@ -31,7 +31,7 @@ class Mode(str, Enum):
 
 
 class Dtype(str, Enum):
-    """What the decoder computes in."""
+    """The dtype of computation."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -43,10 +43,10 @@ class Dtype(str, Enum):
 
 
 def check_installed(purpose: str, *modules: str, extra: str = "diffusers,bench") -> None:
-    """Check that what `purpose` needs is there.
+    """Check that the modules that `purpose` needs are installed.
 
     Raises:
-        ValueError: names what is missing, and what to install.
+        ValueError: some are not; the message names them, and what to install.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
@@ -54,10 +54,10 @@ def check_installed(purpose: str, *modules: str, extra: str = "diffusers,bench")
 
 
 def degrees(ranks: int, sequence: int | None, ulysses: int | None, ring: int) -> tuple[int, int]:
-    """Over how many ranks attention is shared by heads and in turns, where options may leave that open.
+    """Return over how many ranks attention is split by heads (Ulysses), and in a ring. None leaves a degree open.
 
     Raises:
-        ValueError: they do not multiply to what shares the sequence, which is all ranks or one.
+        ValueError: their product is not the number of ranks that share the sequence, which is all ranks or one.
     """
     sequence = sequence or ranks
     if sequence not in (1, ranks):
@@ -69,23 +69,23 @@ def degrees(ranks: int, sequence: int | None, ulysses: int | None, ring: int) ->
 
 
 def results_console() -> Console:
-    """Standard output, wide enough for tables of figures where it is no terminal."""
+    """Return a console for standard output. If that is not a terminal, it is wide enough for tables of figures."""
     shown = Console()
     return shown if shown.is_terminal else Console(width=max(shown.width, 180))
 
 
 def fail(message: object, status: int) -> NoReturn:
-    """End with a message on standard error; under torchrun each host's first rank speaks for the others there."""
+    """Exit with a message on standard error. Under torchrun only the first rank of each host prints it."""
     rank = os.environ.get("RANK", "0")
     if os.environ.get("LOCAL_RANK", rank) == "0":
-        speaker = "" if rank == "0" else f"rank {rank}: "
-        console.print(f"[bold red]Error:[/] {speaker}{_escaped(str(message))}", highlight=False, soft_wrap=True)
+        prefix = "" if rank == "0" else f"rank {rank}: "
+        console.print(f"[bold red]Error:[/] {prefix}{_escaped(str(message))}", highlight=False, soft_wrap=True)
     raise typer.Exit(status)
 
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Bad input ends with status 2, a failed rank with 1, Ctrl-C with 130; the rest are bugs and keep their trace."""
+    """Exit with 2 on bad input, 1 on a failed rank, 130 on Ctrl-C. Other errors are bugs and keep their trace."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -97,7 +97,7 @@ def errors_shown() -> Iterator[None]:
 
 
 def parsed(option: str, text: str, parse: Callable[[str], Parsed]) -> Parsed:
-    """`parse(text)`, with the option named if it cannot be parsed."""
+    """Return `parse(text)`. The error for text that cannot be parsed names the option."""
     try:
         return parse(text)
     except ValueError as error:
@@ -105,10 +105,10 @@ def parsed(option: str, text: str, parse: Callable[[str], Parsed]) -> Parsed:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`WIDTHxHEIGHT` in pixels.
+    """Parse `WIDTHxHEIGHT` in pixels.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is something else.
     """
     width, _, height = text.partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
@@ -117,13 +117,13 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_bytes(text: str) -> int:
-    """A size of memory: `8GiB`, `512MiB`, `64KiB`, or a number of bytes.
+    """Parse a size of memory: `8GiB`, `512MiB`, `64KiB`, or a number of bytes.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is something else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]iB|B)?", text.strip())
-    size = int(float(found[1]) * 1024 ** ("B", "KiB", "MiB", "GiB").index(found[2] or "B")) if found else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]iB|B)?", text.strip())
+    size = int(float(match[1]) * 1024 ** ("B", "KiB", "MiB", "GiB").index(match[2] or "B")) if match else 0
     if size < 1:
         raise ValueError("expected a size such as 8GiB, 512MiB or a number of bytes")
     return size

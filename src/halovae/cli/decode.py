@@ -1,4 +1,4 @@
-"""`halovae decode`: a latents file to a video, a picture, or a folder of pictures."""
+"""`halovae decode`: decode a latents file to a video, a picture, or a folder of pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from halovae.cli.common import MODEL_HELP, Dtype, Mode, check_installed, errors_shown, parse_bytes, parsed
 from halovae.cli.planes import PlaneModel
-from halovae.cli.writing import outputs, tell, write
+from halovae.cli.writing import outputs, print_report, write
 from halovae.distributed.launch import launch, under_torchrun
 from halovae.distributed.transport import world_size
 from halovae.grid import Grid
@@ -25,7 +25,7 @@ from halovae.runtime.vae import load
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a rank has to know."""
+    """Everything that a rank needs to know."""
 
     latents: Path
     model: Path
@@ -41,41 +41,43 @@ class _Job:
 
 
 def decode(
-    latents: Annotated[Path, typer.Argument(help="Latents as a .safetensors file: [B, C, T, H, W], or [B, C, H, W].")],
+    latents: Annotated[Path, typer.Argument(help="A .safetensors file of latents: [B, C, T, H, W] or [B, C, H, W].")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="clip.mp4, picture.png, or a folder's name for numbered PNGs.")
+        Path, typer.Option("--output", "-o", help="clip.mp4, picture.png, or a folder for numbered PNGs.")
     ],
     num_gpus: Annotated[
-        int | None, typer.Option(min=1, help="How many ranks to start on this host. [default: as many as --grid has]")
+        int | None, typer.Option(min=1, help="Number of GPUs, one rank each.", show_default="as many as --grid has")
     ] = None,
     mode: Annotated[
         Mode,
         typer.Option(help="auto: the grid predicted to be fastest. single: one rank. parallel: all share the rows."),
     ] = Mode.auto,
-    grid: Annotated[
-        str | None, typer.Option(help="Ranks along ROWSxCOLS, or BATCHxROWSxCOLS, instead of --mode.")
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
+    grid: Annotated[str | None, typer.Option(help="Ranks as ROWSxCOLS or BATCHxROWSxCOLS, instead of --mode.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
     memory_budget: Annotated[
-        str | None, typer.Option(help="What a rank may take to decode, such as 8GiB. [default: what is free]")
+        str | None,
+        typer.Option(help="Memory that a rank may use to decode, such as 8GiB.", show_default="what is free"),
     ] = None,
     scaled: Annotated[
         bool | None,
         typer.Option(
             "--scaled/--raw",
-            help="Whether latents are normalized, as pipelines give them. [default: as the file says]",
+            help="Whether latents are normalized, as pipelines return them.",
+            show_default="as the file says",
         ),
     ] = None,
-    fps: Annotated[float | None, typer.Option(min=0.01, help="Frames per second. [default: as the file says]")] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, help="Frames per second.", show_default="as the file says")
+    ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="A JSON file for what the decode took; one that exists is replaced.")
+        Path | None, typer.Option(help="JSON file for a report of the decode; an existing file is replaced.")
     ] = None,
 ) -> None:
     """Decode latents on one device, or on several at once.
 
-    With --num-gpus N, N ranks are started on this host (on a machine without accelerators they share its cores). Under
-    torchrun the world that it started is used. The output appears under its name when it is whole.
+    With --num-gpus N, the command starts N ranks on this host; without accelerators, they share its cores. Under
+    torchrun, it uses the world that torchrun started. The output appears under its name once it is complete.
     """
     with errors_shown():
         chosen = Grid.parse(grid) if grid is not None else None
@@ -108,16 +110,16 @@ def decode(
             media.check_writable(report)
         try:
             launch(ranks, _run, job)
-        finally:  # a rank that was ended from outside could not tidy up
+        finally:  # a rank that was killed could not clean up
             for target in outputs(output, header.shape[0]):
                 media.discard(media.partial_of(target))
 
 
 def _described(path: Path, header: latents_file.LatentsHeader, grid: Grid) -> tuple[str, int]:
-    """The model's family, or class, and how many frames it makes of the latents.
+    """Return the model's family, or class, and how many frames the latents decode to.
 
     Raises:
-        ValueError: it decodes no such latents, or diffusers is not installed.
+        ValueError: the model cannot decode such latents, or diffusers is not installed.
     """
     check_installed("decode", "diffusers", extra="diffusers")
     if read_class(path) in CLASSES:
@@ -129,11 +131,11 @@ def _described(path: Path, header: latents_file.LatentsHeader, grid: Grid) -> tu
 
 
 def _run(job: _Job) -> None:
-    """One rank's work; rank 0 writes the frames."""
+    """Decode on one rank. Rank 0 writes the frames."""
     decoder, latents = load(job.model, dtype=job.dtype, encoder=False), latents_file.read(job.latents)
     pieces = decoder.stream(
         latents, mode=job.mode, grid=job.grid, dtype=torch.uint8, denormalize=job.denormalize,
-        memory_budget=job.memory_budget, **decode_options(decoder.module, latents),
+        memory_budget=job.memory_budget, module_kwargs=decode_options(decoder.module, latents),
     )  # fmt: skip
     rank = dist.get_rank() if dist.is_initialized() else 0
     paths = outputs(job.output, pieces.latents.shape[0])
@@ -143,4 +145,4 @@ def _run(job: _Job) -> None:
         write(pieces, paths, job.fps, job.frames)
     report = pieces.shared_report()
     if rank == 0:
-        tell(report, paths, job.report)
+        print_report(report, paths, job.report)

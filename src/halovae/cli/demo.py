@@ -1,4 +1,4 @@
-"""`halovae demo`: one clip, decoded in four ways, with time, memory and error of each."""
+"""`halovae demo`: decode one clip in four ways, with time, memory, and error of each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from halovae.io import media
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("demo"),
-    num_gpus: Annotated[int, typer.Option(min=2, max=24, help="How many ranks decode together.")] = 2,
+    num_gpus: Annotated[int, typer.Option(min=2, max=24, help="Number of ranks that decode together.")] = 2,
 ) -> None:
-    """Decode a clip with diffusers, one rank, several ranks and diffusers' tiling, and show how they differ.
+    """Decode a clip with diffusers, one rank, several ranks, and diffusers' tiling, and show how they differ.
 
-    The model is a small Wan-architecture VAE that comes with halovae; everything runs on the CPU. Writes demo.mp4 (the
-    clip beside its decode), frames.png (frames and amplified differences) and latents.safetensors (for halovae decode).
+    The model is a small Wan-architecture VAE that ships with halovae. Everything runs on the CPU. Writes demo.mp4 (the
+    clip beside its decode), frames.png (frames and amplified differences), and latents.safetensors for halovae decode.
     """
     with errors_shown():
         check_installed("the demo", "diffusers", "matplotlib", "skimage")

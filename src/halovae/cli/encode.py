@@ -1,4 +1,4 @@
-"""`halovae encode`: a clip or a picture to a latents file, through diffusers' encoder."""
+"""`halovae encode`: encode a clip or a picture to a latents file, with diffusers' encoder."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from halovae.models.load import CLASSES, NoEncoder, diffusers_module, find_model
 
 
 def encode(
-    clip: Annotated[Path, typer.Argument(help="A video, or a picture.")],
+    clip: Annotated[Path, typer.Argument(help="A video or a picture.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.")],
     size: Annotated[
-        str | None, typer.Option(help="WIDTHxHEIGHT to scale to. [default: the clip's, cut to what the model takes]")
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT to scale to.", show_default="the clip's, cropped to what the model takes"),
     ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="How many frames to take. [default: all]")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
+    frames: Annotated[int | None, typer.Option(min=1, help="Number of frames to take.", show_default="all")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
 ) -> None:
-    """Encode a clip to raw latents (the posterior's mode), one process, with diffusers' encoder.
+    """Encode a clip to raw latents (the posterior's mode) with diffusers' encoder, in one process.
 
-    Sides must be multiples of the model's spatial factor, and most models of clips take 1, 5, 9, ... frames: what is
-    over is cut, and said.
+    Sides must be multiples of the model's spatial factor, and most models of clips take 1, 5, 9, ... frames. The rest
+    is cropped, and the command says so.
     """
     with errors_shown():
         chosen = None if size is None else parsed("--size", size, parse_size)
@@ -58,7 +59,9 @@ def encode(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What an encoder takes: multiples of so many pixels, and `first` frames plus a multiple of so many."""
+    """The inputs that an encoder takes: sides are multiples of `spatial_factor`, frames `first` plus a multiple of
+    `temporal_factor`.
+    """
 
     family: str
     spatial_factor: int
@@ -94,14 +97,14 @@ def _encoder(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _mode(encoded: Any) -> torch.Tensor:
-    """The most likely latents, of whatever a class returns."""
-    held = next(value for name in FIELDS if (value := getattr(encoded, name, None)) is not None)
-    found: torch.Tensor = held if isinstance(held, torch.Tensor) else held.mode()
-    return found
+    """Return the most likely latents, whatever the class of the encoder's result."""
+    result = next(value for name in FIELDS if (value := getattr(encoded, name, None)) is not None)
+    latents: torch.Tensor = result if isinstance(result, torch.Tensor) else result.mode()
+    return latents
 
 
 def _fitted(pixels: torch.Tensor, sizes: _Sizes, size: tuple[int, int] | None) -> torch.Tensor:
-    """uint8 `[3, T, H, W]` to [-1, 1] in sizes that the model takes: scaled if a size is given, then cut."""
+    """Convert uint8 `[3, T, H, W]` to [-1, 1]; scale it to `size` if given, else crop it to what the model takes."""
     factor, step, first = sizes.spatial_factor, sizes.temporal_factor, sizes.first
     if size is not None and (size[0] % factor or size[1] % factor):
         raise ValueError(f"--size {size[0]}x{size[1]}: {sizes.family} takes multiples of {factor} pixels")

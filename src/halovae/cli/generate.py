@@ -1,4 +1,4 @@
-"""`halovae generate`: a prompt to a video or a picture, without a server."""
+"""`halovae generate`: generate a video or a picture from a prompt, without a server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import typer
 
 from halovae.cli.common import Dtype, check_installed, console, degrees, errors_shown, parse_bytes, parse_size, parsed
-from halovae.cli.writing import bar, outputs, tell, write
+from halovae.cli.writing import bar, outputs, print_report, write
 from halovae.distributed.launch import launch, under_torchrun
 from halovae.distributed.transport import world_size
 from halovae.io import media
@@ -22,7 +22,7 @@ from halovae.pipelines.specs import Pipeline, Prompt, find_pipeline
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a rank has to know."""
+    """Everything that a rank needs to know."""
 
     prompt: Prompt
     model: Path
@@ -37,42 +37,46 @@ class _Job:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to make.")],
+    prompt: Annotated[str, typer.Argument(help="What to generate.")],
     model_path: Annotated[str, typer.Option(help="A pipeline's folder in diffusers layout, or a hub id.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="clip.mp4, picture.png, or a folder's name for numbered PNGs.")
+        Path, typer.Option("--output", "-o", help="clip.mp4, picture.png, or a folder for numbered PNGs.")
     ],
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT. [default: the model's usual]")] = None,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="Of a video. [default: the model's usual]")] = None,
-    num_inference_steps: Annotated[int, typer.Option(min=1, help="Steps of denoising.")] = 50,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.", show_default="the model's usual")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of a video.", show_default="the model's usual")
+    ] = None,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 50,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="How strongly the prompt leads.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
     guidance_scale_2: Annotated[float | None, typer.Option(help="The same for Wan2.2's second transformer.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal noise.")] = 0,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Picture to start from, or to edit; may be repeated.")
+    image: Annotated[list[Path] | None, typer.Option(help="Picture to start from or to edit; may be repeated.")] = None,
+    num_gpus: Annotated[
+        int | None, typer.Option(min=1, help="Number of GPUs, one rank each.", show_default="1")
     ] = None,
-    num_gpus: Annotated[int | None, typer.Option(min=1, help="How many ranks to start here. [default: 1]")] = None,
     ulysses_degree: Annotated[
-        int | None, typer.Option(min=1, help="Ranks that share attention by heads. [default: all that ring leaves]")
+        int | None,
+        typer.Option(min=1, help="Ranks that split attention by heads.", show_default="what the ring leaves"),
     ] = None,
-    ring_degree: Annotated[int, typer.Option(min=1, help="Ranks that share attention in turns.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Of the transformer and the text encoder.")] = Dtype.bf16,
-    vae_precision: Annotated[Dtype, typer.Option(help="Of the VAE.")] = Dtype.fp32,
+    ring_degree: Annotated[int, typer.Option(min=1, help="Ranks that split attention in a ring.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the transformer and the text encoder.")] = Dtype.bf16,
+    vae_precision: Annotated[Dtype, typer.Option(help="Dtype of the VAE.")] = Dtype.fp32,
     memory_budget: Annotated[
-        str | None, typer.Option(help="What a rank may take to decode, such as 8GiB. [default: what is free]")
+        str | None,
+        typer.Option(help="Memory that a rank may use to decode, such as 8GiB.", show_default="what is free"),
     ] = None,
     fps: Annotated[
-        float | None, typer.Option(min=0.01, help="Frames per second of a video. [default: the model's usual]")
+        float | None, typer.Option(min=0.01, help="Frames per second of a video.", show_default="the model's usual")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="A JSON file for what the decode took; one that exists is replaced.")
+        Path | None, typer.Option(help="JSON file for a report of the decode; an existing file is replaced.")
     ] = None,
 ) -> None:
     """Generate a video or a picture on one device, or on several at once.
 
-    All ranks share the decode, and before it the transformer's sequence where diffusers can share that (Wan,
-    Qwen-Image, FLUX). The output appears under its name when it is whole.
+    All ranks share the decode. They also share the transformer's sequence where diffusers supports it (Wan,
+    Qwen-Image, FLUX). The output appears under its name once it is complete.
     """
     with errors_shown():
         check_installed("generate", "diffusers", "transformers")
@@ -112,12 +116,12 @@ def generate(
         )
         try:
             launch(ranks, _run, job)
-        finally:  # a rank that was ended from outside could not tidy up
+        finally:  # a rank that was killed could not clean up
             media.discard(media.partial_of(output))
 
 
 def _run(job: _Job) -> None:
-    """One rank's work; rank 0 writes the frames."""
+    """Generate on one rank. Rank 0 writes the frames."""
     generator = Generator(job.model, job.dtype, job.vae_dtype, job.ulysses, job.ring)
     prompt = job.prompt
     assert prompt.frames is not None
@@ -126,14 +130,14 @@ def _run(job: _Job) -> None:
         shown = stack.enter_context(bar("steps")) if first else None
         task = shown.add_task("denoising", total=prompt.steps) if shown is not None else None
 
-        def told(step: int) -> None:
+        def on_step(step: int) -> None:
             if shown is not None and task is not None:
                 shown.update(task, completed=step)
 
         if generator.kind.whole:
-            made = generator.make(prompt, told, memory_budget=job.memory_budget)
+            made = generator.make(prompt, on_step, memory_budget=job.memory_budget)
         else:
-            latents = generator.denoise(prompt, told)
+            latents = generator.denoise(prompt, on_step)
     if generator.kind.whole:
         paths, report = [job.output], made.report
         if made.frames is not None:
@@ -149,4 +153,4 @@ def _run(job: _Job) -> None:
     if first:
         width, height = prompt.size or (0, 0)
         console.print(f"made {width}x{height}, {prompt.frames} frame(s), {prompt.steps} steps, seed {prompt.seed}")
-        tell(report, paths, job.report)
+        print_report(report, paths, job.report)

@@ -1,4 +1,4 @@
-"""`halovae inspect`: what a model is, and what a decode with it needs."""
+"""`halovae inspect`: show what a model is, and what its decodes need."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from halovae.models.checkpoint import recognize
 from halovae.models.classes import sizes_of
 from halovae.models.load import find_model
 
-# Where the model does not say what is usual: width, height, frames.
+# Width, height, and frames where the model does not say what is usual.
 PICTURE, CLIP = (1024, 1024, 1), (1280, 720, 81)
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the pictures. [default: the model's usual]")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="How many frames. [default: the model's usual]")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="How many clips at once.")] = 1,
-    grid: Annotated[str, typer.Option(help="Ranks along ROWSxCOLS, or BATCHxROWSxCOLS.")] = "1x1",
-    dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.", show_default="the model's usual")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of each clip.", show_default="the model's usual")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Number of clips per decode.")] = 1,
+    grid: Annotated[str, typer.Option(help="Ranks as ROWSxCOLS or BATCHxROWSxCOLS.")] = "1x1",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
 ) -> None:
-    """Show a model's family and sizes, and what one rank needs for a decode. Reads no weights.
+    """Show a model's family and sizes, and what one rank needs for a decode. Weights are not read.
 
-    For a file, the first rows say what its keys and shapes were recognized as.
+    For a file, the first rows say which layout its keys and shapes have.
     """
     with errors_shown():
         path = find_model(model)

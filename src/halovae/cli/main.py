@@ -1,4 +1,4 @@
-"""`halovae`: the subcommands together."""
+"""`halovae`: the command with all subcommands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`halovae make-model`: a complete pipeline on random weights, for trying things without a checkpoint."""
+"""`halovae make-model`: make a complete pipeline with random weights, to try things without a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ NAMES = (
 
 
 class Size(str, Enum):
-    """How large."""
+    """The size of the pipeline."""
 
     tiny = "tiny"
 
 
 def make_model(
-    model: Annotated[
-        str, typer.Argument(help=f"Which pipeline: {', '.join(NAMES)}. wan2.2 has two transformers, as A14B does.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; a pipeline in it is replaced.")],
-    size: Annotated[Size, typer.Option(help="tiny: a few megabytes, one or two layers of everything.")] = Size.tiny,
+    model: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}. wan2.2 has two transformers, like A14B.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; a pipeline there is replaced.")],
+    size: Annotated[
+        Size, typer.Option(help="tiny: a few megabytes, with one or two layers of everything.")
+    ] = Size.tiny,
 ) -> None:
-    """Make a complete pipeline on random weights in diffusers layout, tokenizer and all.
+    """Make a complete pipeline with random weights in diffusers layout, including its tokenizer.
 
-    What it generates is noise: it is for trying the server and for tests.
+    The pipeline generates noise. Use it to try the server, or in tests.
     """
     with errors_shown():
         if model not in NAMES:
@@ -53,4 +53,4 @@ def make_model(
             partial.replace(output)
         finally:
             media.discard(partial)
-        console.print(f"{output}: a {size.value} {model} on random weights", soft_wrap=True, highlight=False)
+        console.print(f"{output}: a {size.value} {model} with random weights", soft_wrap=True, highlight=False)

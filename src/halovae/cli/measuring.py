@@ -1,4 +1,4 @@
-"""What `bench` and `validate` share: options read, devices checked, files that are never overwritten."""
+"""What `bench` and `validate` share: parsed options, checked devices, and files that are never overwritten."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from halovae.device.kinds import Device
 
 
 def check_ranks(option: str, ranks: int, kind: str | None) -> Device:
-    """The device of a kind, once it is clear that there are enough of them for so many ranks.
+    """Return the device of a kind, after checking that there are enough for `ranks` ranks. Too few cores only warn.
 
     Raises:
-        ValueError: the device is not here, or there are too few of it. Cores may be too few: that only warns.
+        ValueError: there is no such device here, or there are too few.
     """
     device = Device.default(kind)
     if ranks > device.count:
@@ -27,19 +27,19 @@ def check_ranks(option: str, ranks: int, kind: str | None) -> Device:
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
-    """Numbers >= 1 with commas between them.
+    """Parse comma-separated numbers >= 1.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is something else.
     """
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) >= 1 for part in parts):
-        raise ValueError("expected numbers >= 1 with commas between them, such as 1,2,4")
-    return tuple(int(part) for part in parts)
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) >= 1 for word in words):
+        raise ValueError("expected numbers >= 1, comma-separated, such as 1,2,4")
+    return tuple(int(word) for word in words)
 
 
 def free_names(folder: Path, *names: str) -> list[Path]:
-    """Paths in `folder` that no file has: all with the same suffix -2, -3, ... if any of the names is taken."""
+    """Return unused paths in `folder`: with one suffix -2, -3, ... for all names if any of them is taken."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, number = [folder / name for name in names], 1
     while any(path.exists() for path in paths):
@@ -50,7 +50,7 @@ def free_names(folder: Path, *names: str) -> list[Path]:
 
 @contextmanager
 def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """A bar on standard error: what to call with what is being done, and what after each step."""
+    """Show a bar on standard error. Yield `describe(text)`, for what is being done, and `on_step()`, for each step."""
     bar = Progress(
         SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
         console=console, transient=True,

@@ -1,4 +1,4 @@
-"""`halovae plan`: how a decode would be shared among devices, and why; no device is touched."""
+"""`halovae plan`: how a decode would be shared among devices, and why. No device is used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from halovae.planning.decision import Decision
 from halovae.planning.search import Search
 
 EXPLORED = (1, 2, 4, 8, 16, 32, 64)
-FRAMES = 81  # of a clip, where none are asked for
+FRAMES = 81  # default for clips
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Case:
     """One decode to plan.
 
     Attributes:
-        model: what decodes.
-        size: of the pictures.
-        latents: their shape.
-        decide: the decision for up to so many ranks.
+        model: the model that decodes.
+        size: the size of the pictures.
+        latents: the shape of the latents.
+        decide: returns the decision for up to a number of ranks.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Options:
-    """What all cases of a command share."""
+    """The options that all cases of a command share."""
 
     dtype: torch.dtype
     frames: int | None
@@ -69,32 +69,36 @@ class Options:
 def plan(
     model: Annotated[
         str,
-        typer.Option(help="A VAE's folder, file or hub id, or a name such as flux, sdxl, hunyuan-video."),
+        typer.Option(help="A VAE's folder, file, or hub id, or a name such as flux, sdxl, hunyuan-video."),
     ],
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; several with commas for --explore.")] = "1280x720",
+    size: Annotated[
+        str, typer.Option(help="WIDTHxHEIGHT in pixels; several comma-separated with --explore.")
+    ] = "1280x720",
     frames: Annotated[
-        int | None, typer.Option(min=1, help=f"Frames of each clip; 1 for images.  [default: {FRAMES} of clips]")
+        int | None, typer.Option(min=1, help="Frames of each clip; 1 for images.", show_default=f"{FRAMES} for clips")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="How many at once.")] = 1,
-    num_gpus: Annotated[str, typer.Option(help="How many devices there would be; several with commas.")] = "8",
-    dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.bf16,
+    batch: Annotated[int, typer.Option(min=1, help="Number of clips per decode.")] = 1,
+    num_gpus: Annotated[str, typer.Option(help="Number of GPUs, one rank each; several comma-separated.")] = "8",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.bf16,
     calibration: Annotated[
-        str, typer.Option(help=f"A file of `halovae calibrate`, or one of {', '.join(shipped())}.")
+        str, typer.Option(help=f"A file from `halovae calibrate`, or one of {', '.join(shipped())}.")
     ] = "cuda-h200",
-    memory_budget: Annotated[str | None, typer.Option(help="What each may take to decode, such as 8GiB.")] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Memory that a rank may use to decode, such as 8GiB.")
+    ] = None,
     show: Annotated[
-        int | None, typer.Option(min=1, help="How many grids to list for each number of devices.  [default: 12, or 4]")
+        int | None, typer.Option(min=1, help="Grids to list per number of GPUs.", show_default="12, or 4 for several")
     ] = None,
     explore: Annotated[
-        bool, typer.Option("--explore", help="Draw time and memory over 1 to 64 devices as plan.png.")
+        bool, typer.Option("--explore", help="Draw time and memory over 1 to 64 GPUs as plan.png.")
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plan.png; nothing there is replaced.")] = (
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plan.png; files there are kept.")] = (
         Path()
     ),
 ) -> None:
-    """Rank the ways to share a decode among devices, and say why the others lose.
+    """Rank the grids that can share a decode by predicted time, and explain the choice.
 
-    Times come from a calibration: measured on a machine by `halovae calibrate`, or one that ships with halovae.
+    Times come from a calibration that `halovae calibrate` measured on a machine, or that ships with halovae.
     """
     with errors_shown():
         worlds = parsed("--num-gpus", num_gpus, _numbers)
@@ -118,10 +122,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> list[Case]:
-    """What to plan, for each size.
+    """Return a case for each size.
 
     Raises:
-        ValueError: no such model, or one that cannot be planned or does not make these pictures.
+        ValueError: there is no such model, or it cannot be planned, or it cannot make these pictures.
     """
     from halovae.models.architectures import MODELS, meta_vae, meta_vae_of
 
@@ -138,10 +142,10 @@ def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> li
 
 
 def _hurry() -> None:
-    """Keep Python from collecting garbage, and diffusers and PyTorch from importing what plans do without.
+    """Keep Python from collecting garbage, and diffusers and PyTorch from importing what plans do not need.
 
-    Together they take more than a third of a plan's time. Only in the command's own process, which soon ends. Python
-    does not import a module that is None in `sys.modules`, and diffusers then takes it for not installed.
+    Together these take more than a third of a plan's time. It is done only in the command's own process, which ends
+    soon. Python does not import a module that is None in `sys.modules`; diffusers then treats it as not installed.
     """
     if Path(sys.argv[0]).stem == "halovae" and "diffusers" not in sys.modules:
         gc.disable()
@@ -152,7 +156,7 @@ def _hurry() -> None:
 
 
 class _Compiler(ModuleType):
-    """Stands for PyTorch's compiler, until something asks it for more than to leave functions as they are.
+    """Stands in for PyTorch's compiler until something asks it for more than to leave functions as they are.
 
     diffusers marks functions that must not be compiled, and so do PyTorch's shape functions. A mark imports all of the
     compiler, which takes longer than a trace.
@@ -171,7 +175,7 @@ class _Compiler(ModuleType):
     allow_in_graph = disable
 
     def __getattr__(self, name: str) -> Any:
-        # Python asks all modules for such names; for this one, when a module in the package is imported.
+        # Python asks all modules for dunder names. For `__path__` it asks when a module in the package is imported.
         if name.startswith("__") and name != "__path__":
             raise AttributeError(name)
         if sys.modules.get(self.NAME) is self:
@@ -192,8 +196,8 @@ def _case(module: nn.Module, name: str, size: tuple[int, int], options: Options)
     made = search.traced(Grid()).pictures
     if made[-2:] != (size[1], size[0]) or (len(made) == 5 and frames not in made[1:3]):
         raise ValueError(
-            f"{name}: pictures of {size[0]}x{size[1]} and {frames} frames are not what its decoder makes of latents "
-            f"{'x'.join(map(str, shape))}, which its config suggests: it makes {'x'.join(map(str, made))}"
+            f"{name}: by its config, latents {'x'.join(map(str, shape))} decode to pictures of {size[0]}x{size[1]} and "
+            f"{frames} frames, but its decoder makes {'x'.join(map(str, made))}"
         )
     note = MODELS[name].note if name in MODELS else ""
     return Case(
@@ -203,14 +207,14 @@ def _case(module: nn.Module, name: str, size: tuple[int, int], options: Options)
 
 
 def _table(case: Case, worlds: Sequence[int], show: int) -> Table:
-    """The plans for each number of ranks.
+    """Return a table of the plans for each number of ranks.
 
     Raises:
-        MemoryBudgetError: none fits, for any of them.
+        MemoryBudgetError: no plan fits for any of them.
     """
     several = len(worlds) > 1
     decisions: dict[int, Decision | MemoryBudgetError] = {}
-    for world in sorted(set(worlds), reverse=True):  # what many ranks take tells what fewer take at least
+    for world in sorted(set(worlds), reverse=True):  # plans of many ranks bound those of fewer from below
         try:
             decisions[world] = case.decide(world)
         except MemoryBudgetError as error:
@@ -251,7 +255,7 @@ def _table(case: Case, worlds: Sequence[int], show: int) -> Table:
                 end_section=one is listed[-1],
             )
     if left:
-        table.caption = f"{left} slower ones are not listed (--show)"
+        table.caption = f"{left} slower grids are not listed (--show)"
     return table
 
 
@@ -259,16 +263,16 @@ def _explore(cases: Sequence[Case], rates: Calibration, path: Path) -> None:
     from halovae.bench.report import draw_plans
 
     curves: dict[str, list[tuple[int, float, float]]] = {}
-    with progress(len(cases) * len(EXPLORED)) as (say, step):
+    with progress(len(cases) * len(EXPLORED)) as (describe, on_step):
         for case in cases:
             curves[case.size] = []
             for ranks in EXPLORED:
-                say(f"{case.size} on up to {ranks} ranks")
+                describe(f"{case.size} on up to {ranks} ranks")
                 try:
                     chosen = case.decide(ranks).chosen
                     curves[case.size].append((ranks, chosen.seconds, (chosen.peak or 0) / 2**30))
                 except MemoryBudgetError as error:
                     console.print(f"{case.size} on {ranks}: {error}", soft_wrap=True, highlight=False)
-                step()
+                on_step()
     draw_plans(curves, f"{cases[0].model} on {rates.name} ({rates.origin})", path)
     console.print(f"Written: {path}", soft_wrap=True, highlight=False)

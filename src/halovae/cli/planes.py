@@ -1,4 +1,4 @@
-"""Models on the command line: what their latents decode to, without reading weights."""
+"""Models on meta tensors: what their latents decode to, without reading weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class PlaneModel:
     """A diffusers autoencoder without data.
 
     Attributes:
-        name: its class.
-        module: itself, on meta tensors.
+        name: the name of its class.
+        module: the autoencoder on meta tensors.
     """
 
     name: str
@@ -29,10 +29,10 @@ class PlaneModel:
 
     @classmethod
     def read(cls, path: Path, dtype: torch.dtype) -> PlaneModel:
-        """Read the config in a folder, or off a file.
+        """Read the config from a folder or a file.
 
         Raises:
-            ValueError: it describes no autoencoder that can be partitioned, or diffusers is not installed.
+            ValueError: it is not of an autoencoder that can be partitioned, or diffusers is not installed.
         """
         config = read_diffusers_config(path)
         name = str(config.get("_class_name"))
@@ -42,10 +42,10 @@ class PlaneModel:
         return cls(name, meta_vae_of(config, str(path), dtype))
 
     def traced(self, shape: Sequence[int], dtype: torch.dtype, grid: Grid) -> Traced:
-        """What the rank with the most to do takes to decode latents of a shape.
+        """Return what the rank with the most to do takes to decode latents of a shape.
 
         Raises:
-            ValueError: the model decodes no such latents.
+            ValueError: the model cannot decode such latents.
         """
         from halovae.models import zoo
         from halovae.models.classes import BATCHED, latent_channels, takes_frames
@@ -61,10 +61,10 @@ class PlaneModel:
         return traced(lambda z: zoo.decode(self.module, z), self.module, shape, dtype, grid)
 
     def clip(self, shape: Sequence[int], dtype: torch.dtype, grid: Grid) -> tuple[int, ...]:
-        """The shape `[B, C, T', H', W']` of what latents decode to; pictures have one frame.
+        """Return the shape `[B, C, T', H', W']` that latents decode to. Pictures have one frame.
 
         Raises:
-            ValueError: the model decodes no such latents.
+            ValueError: the model cannot decode such latents.
         """
         made = self.traced(shape, dtype, Grid()).pictures
         grid.shards(shape[0], shape[-2], shape[-1])

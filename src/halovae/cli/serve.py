@@ -34,44 +34,50 @@ from halovae.distributed.launch import under_torchrun
 from halovae.distributed.transport import world_size
 from halovae.grid import Grid
 from halovae.pipelines.specs import Pipeline, find_pipeline
-from halovae.runtime.sharing import Mode
+from halovae.runtime.options import Mode
 
 if TYPE_CHECKING:
     from halovae.serving.settings import FrontSettings, RankSettings
 
-# Set in a front that a rank has started: the process of torchrun's agent, with which the front ends.
+# Set in a front that rank 0 has started: the process id of torchrun's agent. The front ends when the agent ends.
 _AGENT = "HALOVAE_AGENT"
 _KEY = "HALOVAE_API_KEY"
 _VAE_MODES: dict[str, Mode] = {"auto": "auto", "on": "parallel", "off": "single"}
-_LOOK = 2.0  # seconds between two looks whether the front, or the agent, is still there
+_CHECK = 2.0  # seconds between two checks that the front, or the agent, is still running
 
 
 def serve(
-    model_path: Annotated[str, typer.Option(help="A pipeline's folder in diffusers layout, or a hub id.")],
-    num_gpus: Annotated[int | None, typer.Option(min=1, help="How many ranks to start here. [default: 1]")] = None,
+    model_path: Annotated[str, typer.Option(help="Folder of a pipeline in diffusers layout, or a hub id.")],
+    num_gpus: Annotated[int | None, typer.Option(min=1, help="How many ranks to start here.", show_default="1")] = None,
     sp_degree: Annotated[
-        int | None, typer.Option(min=1, help="Ranks that share the transformer's sequence: all, or 1. [default: all]")
+        int | None,
+        typer.Option(min=1, help="Ranks that share the transformer's sequence: all, or 1.", show_default="all"),
     ] = None,
     ulysses_degree: Annotated[
         int | None,
-        typer.Option(min=1, help="Of these, ranks that share attention by heads. [default: what ring leaves]"),
+        typer.Option(
+            min=1, help="Of these, ranks that share attention by heads.", show_default="what --ring-degree leaves"
+        ),
     ] = None,
-    ring_degree: Annotated[int, typer.Option(min=1, help="Ranks that share attention in turns.")] = 1,
+    ring_degree: Annotated[int, typer.Option(min=1, help="Ranks that share attention as a ring.")] = 1,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
-    dtype: Annotated[Dtype, typer.Option(help="Of the transformer and the text encoder.")] = Dtype.bf16,
-    vae_precision: Annotated[Dtype, typer.Option(help="Of the VAE.")] = Dtype.fp32,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the transformer and the text encoder.")] = Dtype.bf16,
+    vae_precision: Annotated[Dtype, typer.Option(help="Dtype of the VAE.")] = Dtype.fp32,
     vae_parallel: Annotated[
         str, typer.Option(help="Whether ranks share decodes and encodes: auto (where that is faster), on, or off.")
     ] = "auto",
     vae_grid: Annotated[
-        str | None, typer.Option(help="How ranks share a decode: ROWSxCOLS, instead of --vae-parallel.")
+        str | None,
+        typer.Option(help="Grid of a decode, as ROWSxCOLS. Takes the place of --vae-parallel."),
     ] = None,
     memory_budget: Annotated[
-        str | None, typer.Option(help="What a rank may take to decode, such as 8GiB. [default: what is free]")
+        str | None,
+        typer.Option(help="Memory that a rank may take for a decode, such as 8GiB.", show_default="what is free"),
     ] = None,
     cpu_offload: Annotated[
-        bool, typer.Option("--cpu-offload", help="Keep all but the VAE in the host's memory while it is not used.")
+        bool,
+        typer.Option("--cpu-offload", help="Keep unused models other than the VAE in the host's memory."),
     ] = False,
     decode_batch: Annotated[int, typer.Option(min=1, help="How many results of one size to decode together.")] = 4,
     warmup: Annotated[
@@ -80,23 +86,24 @@ def serve(
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar=_KEY, help="What clients have to send. [default: nothing, on a loopback address only]"),
+        typer.Option(envvar=_KEY, help="Key that clients must send.", show_default="none, on a loopback address only"),
     ] = None,
     no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Let everyone who reaches --host use the server without a key.")
+        bool, typer.Option("--no-auth", help="Let everyone who can reach --host use the server without a key.")
     ] = False,
-    output_dir: Annotated[Path, typer.Option(help="For the jobs and, in results/, finished files.")] = Path("outputs"),
-    max_queue: Annotated[int, typer.Option(min=1, help="How many jobs may wait; more are answered with 429.")] = 100,
-    max_body: Annotated[str, typer.Option(help="The largest request.")] = "64MiB",
-    expire_after: Annotated[float, typer.Option(min=0.001, help="Hours that finished files are kept.")] = 24.0,
+    output_dir: Annotated[Path, typer.Option(help="Folder for jobs; finished files go to results/.")] = Path("outputs"),
+    max_queue: Annotated[int, typer.Option(min=1, help="How many jobs may wait; further ones get 429.")] = 100,
+    max_body: Annotated[str, typer.Option(help="Size limit of a request.")] = "64MiB",
+    expire_after: Annotated[float, typer.Option(min=0.001, help="How long finished files are kept, in hours.")] = 24.0,
     max_output: Annotated[
-        str | None, typer.Option(help="What finished files may take; the oldest go first. [default: any size]")
+        str | None,
+        typer.Option(help="Size limit of all finished files; the oldest go first.", show_default="no limit"),
     ] = None,
     allow_url_inputs: Annotated[
-        bool, typer.Option("--allow-url-inputs", help="Fetch pictures from addresses on the public internet.")
+        bool, typer.Option("--allow-url-inputs", help="Fetch pictures from URLs on the public internet.")
     ] = False,
 ) -> None:
-    """Serve videos and pictures over OpenAI's HTTP shapes, and on a page at /.
+    """Serve videos and pictures over an HTTP API like OpenAI's, and on a page at /.
 
     On several hosts, run it under torchrun on each, with the same options and without --num-gpus.
     """
@@ -108,13 +115,13 @@ def serve(
         under = under_torchrun()
         ranks = num_gpus or (world_size() if under else 1)
         if under and ranks != world_size():
-            raise ValueError(f"--num-gpus {ranks}, but torchrun has started {world_size()} ranks: leave it out")
+            raise ValueError(f"--num-gpus {ranks}, but torchrun has started {world_size()} ranks: omit it")
         ulysses, ring = degrees(ranks, sp_degree, ulysses_degree, ring_degree)
         if vae_parallel not in _VAE_MODES:
             raise ValueError(f"--vae-parallel {vae_parallel}: expected {', '.join(_VAE_MODES)}")
         grid = parsed("--vae-grid", vae_grid, _parse_grid) if vae_grid else None
         if grid is not None and grid.size not in (1, ranks):
-            raise ValueError(f"--vae-grid {vae_grid}: expected as many cells as there are ranks, {ranks}, or 1x1")
+            raise ValueError(f"--vae-grid {vae_grid}: expected a grid of all {ranks} ranks, or 1x1")
         folder = find_pipeline(model_path)
         pipeline = Pipeline.read(folder)
         output_dir = output_dir.absolute()
@@ -152,11 +159,11 @@ def serve(
 
 
 def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> None:
-    """Be the front; with `start`, begin so many ranks too, else end with the agent of those that there are."""
+    """Run the front. With `start`, also start this many ranks; otherwise end when the agent of the ranks ends."""
     import uvicorn
 
     from halovae.serving.app import make_app
-    from halovae.serving.group import Group, GroupLost
+    from halovae.serving.supervisor import RanksLost, Supervisor
 
     lock = _locked(ranks.output)
     if lock is None:
@@ -164,7 +171,7 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
     try:
         listening = socket.create_server((front.host, front.port), family=_family(front.host), backlog=2048)
     except OSError as error:
-        raise OSError(f"--host {front.host} --port {front.port}: cannot be listened on ({error.strerror})") from error
+        raise OSError(f"--host {front.host} --port {front.port}: cannot listen ({error.strerror})") from error
     failures: list[str] = []
 
     def give_up(reason: str) -> None:
@@ -173,10 +180,10 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
 
     app = make_app(ranks, front, give_up)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
-    for wish in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(wish, lambda *_: setattr(server, "should_exit", True))
-    group = Group(start, ranks) if start is not None else None
-    watch = group.run if group is not None else _agent_gone
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    supervisor = Supervisor(start, ranks) if start is not None else None
+    watch = supervisor.run if supervisor is not None else _agent_gone
 
     async def run() -> None:
         serving, watching = asyncio.create_task(server.serve([listening])), asyncio.create_task(watch())
@@ -187,16 +194,16 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         await serving
         error = watching.exception() if watching.done() else None
         watching.cancel()
-        if isinstance(error, GroupLost):
+        if isinstance(error, RanksLost):
             raise ValueError(f"--model-path {ranks.model}: the ranks ended before they were ready, see above")
         if error is not None:
-            failures.append(f"the watch over the ranks ended ({error!r})")
+            failures.append(f"the supervision of the ranks ended ({error!r})")
 
     try:
         asyncio.run(run())
     finally:
-        if group is not None:
-            group.stop()
+        if supervisor is not None:
+            supervisor.stop()
         lock.close()
     if failures:
         fail(f"the server gave up: {'; '.join(failures)}; jobs are kept in {ranks.output}", 1)
@@ -206,11 +213,11 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
 async def _agent_gone() -> None:
     agent = psutil.Process(int(os.environ[_AGENT]))
     while agent.is_running() and agent.status() != psutil.STATUS_ZOMBIE:
-        await asyncio.sleep(_LOOK)
+        await asyncio.sleep(_CHECK)
 
 
 def _run_rank(settings: RankSettings) -> None:
-    """Be a rank that torchrun has started. Rank 0 also sees to it that there is a front, which outlives it."""
+    """Run a rank that torchrun has started. Rank 0 also keeps a front running; the front outlives rank 0."""
     from halovae.serving.engine import serve_as_rank
 
     if os.environ["RANK"] == "0":
@@ -219,7 +226,7 @@ def _run_rank(settings: RankSettings) -> None:
 
 
 def _keep_front(output: Path) -> None:
-    """Run a front, unless one that an earlier rank 0 has begun still lives. One that cannot begin ends this rank."""
+    """Run a front, unless an earlier rank 0 started one that is still running. A front that fails ends this rank."""
     ours = re.compile("RANK|WORLD_SIZE|MASTER_|TORCHELASTIC_")
     environment = {name: value for name, value in os.environ.items() if not ours.search(name)}
     environment[_AGENT] = str(os.getppid())
@@ -230,12 +237,12 @@ def _keep_front(output: Path) -> None:
             lock.close()
             if subprocess.run(command, env=environment, start_new_session=True).returncode > 0:
                 os._exit(1)
-        time.sleep(_LOOK)
+        time.sleep(_CHECK)
 
 
 def _locked(output: Path) -> IO[str] | None:
-    """The output folder's lock, if no front holds it."""
-    lock = (output / ".lock").open("a")  # which keeps what others may have written there
+    """Take the lock of the output folder and return it; None if another front holds it."""
+    lock = (output / ".lock").open("a")  # keeps the content of an existing file
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -245,21 +252,22 @@ def _locked(output: Path) -> IO[str] | None:
 
 
 def _key(option: str | None, host: str, no_auth: bool) -> str | None:
-    """What clients have to send; None for nothing.
+    """Return the key that clients must send; None for no key.
 
     Raises:
-        ValueError: the key is blank, or there is none where others could reach the server.
+        ValueError: the key is blank or cannot be sent, or is missing where others could reach the server, or is given
+            with `no_auth`.
     """
-    given = os.environ.get(_KEY) if option is None else option  # typer takes a blank variable for none
-    if given is None:
+    value = os.environ.get(_KEY) if option is None else option  # typer takes a blank variable for none
+    if value is None:
         if not (no_auth or _is_loopback(host)):
-            raise ValueError(f"--host {host}: others could reach it; give --api-key or {_KEY}, or --no-auth")
+            raise ValueError(f"--host {host}: others could reach the server; give --api-key or {_KEY}, or --no-auth")
         return None
-    key = given.strip()
+    key = value.strip()
     if not (key and key.isprintable()):
         raise ValueError(f"--api-key (or {_KEY}) is blank, or has characters that cannot be sent")
     if no_auth:
-        raise ValueError(f"--no-auth, but also a key (--api-key or {_KEY}): leave one out")
+        raise ValueError(f"--no-auth, but also a key (--api-key or {_KEY}): omit one")
     return key
 
 

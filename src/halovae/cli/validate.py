@@ -1,4 +1,4 @@
-"""`halovae validate`: whether the target models decode here as they should, as one report."""
+"""`halovae validate`: check that the target models decode correctly here, and write a report."""
 
 from __future__ import annotations
 
@@ -17,34 +17,38 @@ from halovae.device.kinds import threads_per_rank
 def validate(
     model_path: Annotated[
         str | None,
-        typer.Option(help="A VAE's folder, file or hub id, or a pipeline's. [default: all models, random weights]"),
+        typer.Option(
+            help="A folder, file, or hub id of a VAE or a pipeline.", show_default="all models with random weights"
+        ),
     ] = None,
     models: Annotated[
         str | None,
-        typer.Option(help="Which, with commas: target models, or flux, sdxl, mochi, ... [default: all target models]"),
+        typer.Option(
+            help="Models, comma-separated: target models, or flux, sdxl, mochi, ...", show_default="all target models"
+        ),
     ] = None,
-    num_gpus: Annotated[int, typer.Option(min=1, help="How many ranks decode in parallel.")] = 2,
+    num_gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, one rank each.")] = 2,
     simulate_ranks: Annotated[
-        int | None, typer.Option(min=2, help="Simulate so many ranks on one device instead.")
+        int | None, typer.Option(min=2, help="Number of ranks to simulate on one device instead.")
     ] = None,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "256x256",
     frames: Annotated[int, typer.Option(min=1, help="Frames of clips; images have one.")] = 5,
-    prompt: Annotated[
-        str | None, typer.Option(help="With --model-path of a whole pipeline: run it all, with this prompt.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="With --prompt: denoising steps.")] = 4,
-    dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.fp32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, npu or xpu. [default: what is here]")] = None,
-    heatmap: Annotated[bool, typer.Option("--heatmap", help="Draw where decodes differ from diffusers'.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to; nothing there is replaced.")] = (
+    prompt: Annotated[str | None, typer.Option(help="Run the whole pipeline of --model-path with this prompt.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps, with --prompt.")] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, npu, or xpu.", show_default="what is here")] = None,
+    heatmap: Annotated[
+        bool, typer.Option("--heatmap", help="Draw where decodes differ from diffusers' decodes.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to; files there are kept.")] = (
         Path("halovae-validation")
     ),
 ) -> None:
-    """Decode each target model by diffusers, on one rank and in parallel, and compare.
+    """Decode each target model with diffusers, on one rank, and in parallel, and compare.
 
-    A model is supported if its frames are diffusers' in fp32 to 1e-4, or, computed in another dtype, no further from
-    them than 1.1 times diffusers' own in that dtype. Writes validation-DEVICE.md and .json; ends with status 1 if any
-    model falls short.
+    A model is supported if its frames differ from diffusers' fp32 frames by at most 1e-4 in fp32, and by at most 1.1
+    times as much as diffusers' own frames in another dtype. Writes validation-DEVICE.md and .json. The exit status is
+    1 if any model is not supported.
     """
     with errors_shown():
         check_installed("halovae validate", "diffusers", "matplotlib", "skimage")
@@ -62,7 +66,7 @@ def validate(
             chosen = (Path(model_path).name or model_path,)
         if prompt is not None and (model_path is None or simulate_ranks):
             raise ValueError("--prompt needs --model-path of a whole pipeline, and real ranks")
-        found = check_ranks("--num-gpus", 1 if simulate_ranks else num_gpus, device)
+        target = check_ranks("--num-gpus", 1 if simulate_ranks else num_gpus, device)
         asked = validation.Validation(
             models=chosen,
             source=model_path,
@@ -71,16 +75,16 @@ def validate(
             size=parsed("--size", size, parse_size),
             frames=frames,
             dtype=dtype.torch,
-            device=found.kind,
+            device=target.kind,
             threads=threads_per_rank(1 if simulate_ranks else num_gpus),
             heatmaps=output if heatmap else None,
             prompt=prompt,
             steps=steps,
         )
-        paths = free_names(output, f"validation-{found.kind}.md", f"validation-{found.kind}.json")
-        with progress(len(chosen)) as (say, step):
-            verdicts = validation.validate(asked, say, step)
-        about = {"halovae": __version__, **found.describe(), "dtype": dtype.value, "size": size}
+        paths = free_names(output, f"validation-{target.kind}.md", f"validation-{target.kind}.json")
+        with progress(len(chosen)) as (describe, on_step):
+            verdicts = validation.validate(asked, describe, on_step)
+        about = {"halovae": __version__, **target.describe(), "dtype": dtype.value, "size": size}
         notes = [*validation.pipelines(verdicts), *validation.notes(asked)]
         paths[0].write_text(validation.markdown(verdicts, about, notes))
         paths[1].write_text(validation.as_json(verdicts, about) + "\n")

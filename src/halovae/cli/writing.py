@@ -1,4 +1,4 @@
-"""Frames to files as they are decoded, with a bar, and what the decode took."""
+"""Write frames to files as they are decoded, with a progress bar, and print reports."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from halovae.report import DecodeReport
 
 
 def outputs(output: Path, batch: int) -> list[Path]:
-    """One file or folder per latent of the batch: clip.mp4, or clip-0.mp4, clip-1.mp4."""
+    """Return a path per latent of the batch: clip.mp4, or clip-0.mp4, clip-1.mp4."""
     if batch == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{item}{output.suffix}") for item in range(batch)]
 
 
 def bar(unit: str) -> Progress:
-    """A progress bar on standard error, gone when it is done."""
+    """Return a progress bar on standard error that disappears when it is done."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn(),
         console=console, transient=True,
@@ -29,7 +29,7 @@ def bar(unit: str) -> Progress:
 
 
 def write(pieces: Iterable[Tensor | None], paths: Sequence[Path], fps: float, frames: int) -> None:
-    """Write uint8 frames as they come, each latent's to a path; on a decode's rank 0."""
+    """Write uint8 frames as they come, each latent's to its path. Called on rank 0 only."""
     sinks = [media.Sink(path, fps) for path in paths]
     with bar("frames") as shown:
         task = shown.add_task("decoding", total=frames)
@@ -38,8 +38,8 @@ def write(pieces: Iterable[Tensor | None], paths: Sequence[Path], fps: float, fr
             for piece in pieces:
                 assert piece is not None
                 piece = piece if piece.ndim == 5 else piece.unsqueeze(2)
-                for sink, own in zip(sinks, piece, strict=True):
-                    sink.write(own)
+                for sink, clip in zip(sinks, piece, strict=True):
+                    sink.write(clip)
                 shown.advance(task, piece.shape[2])
             done = True
         finally:
@@ -47,8 +47,8 @@ def write(pieces: Iterable[Tensor | None], paths: Sequence[Path], fps: float, fr
                 sink.close(whole=done)
 
 
-def tell(report: DecodeReport, paths: Sequence[Path], json: Path | None) -> None:
-    """Say what was written and what the decode took; all of it to a file if one is named."""
+def print_report(report: DecodeReport, paths: Sequence[Path], json: Path | None) -> None:
+    """Print what was written and what the decode took. Write the whole report to `json` if given."""
     names = ", ".join(str(path) for path in paths)
     frames, ranks = report.frames[0] * report.frames[2], len(report.ranks)
     where = f"grid {report.grid} of {ranks} rank{'s' * (ranks > 1)}"

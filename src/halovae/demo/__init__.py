@@ -1,1 +1,1 @@
-"""The demo: a model trained on made clips, and a run that shows what halovae does with it."""
+"""The demo: a model trained on synthetic clips, and a run that compares ways to decode with it."""

@@ -1,6 +1,6 @@
-"""Made clips: pans and zooms over scikit-image's bundled photographs with textured shapes moving in front.
+"""Synthetic clips: pans and zooms over scikit-image's bundled photographs with textured shapes moving in front.
 
-The demo model is trained on clips over `TRAINING` and shown on clips over `HELD_OUT`, which it never saw.
+The demo model is trained on clips over `TRAINING`, and demonstrated on clips over `HELD_OUT`, which it never saw.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def photographs(names: Sequence[str]) -> list[Tensor]:
         pixels = torch.from_numpy(getattr(data, name)()).float() / 127.5 - 1
         photo = pixels[..., :3].permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
         shorter = min(photo.shape[-2:])
-        if shorter > 384:  # a photograph's finest detail is noise at the sizes that clips are cut at
+        if shorter > 384:  # at the size of clips, a photograph's finest detail is noise
             photo = F.interpolate(photo[None], scale_factor=384 / shorter, mode="area")[0]
         photos.append(photo.contiguous())
     return photos
@@ -39,14 +39,14 @@ def _uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 
 def _path(low: float, high: float, frames: int, step: float, generator: torch.Generator) -> Tensor:
-    """A straight walk of at most `step` per frame that stays within [low, high]: `[T]`."""
+    """A straight path of at most `step` per frame that stays within [low, high]: `[T]`."""
     start = _uniform(low, high, generator)
     end = start + _uniform(-step, step, generator) * (frames - 1)
     return torch.linspace(start, min(max(end, low), high), frames)
 
 
 def _look(photo: Tensor, x: Tensor, y: Tensor, angle: Tensor, extent: Tensor, height: int, width: int) -> Tensor:
-    """What a camera at (x, y) in [-1, 1], turned by `angle` and `extent` source pixels high, sees: `[3, T, H, W]`."""
+    """The view of a camera at (x, y) in [-1, 1], turned by `angle` and `extent` source pixels high: `[3, T, H, W]`."""
     frames, (_, source_h, source_w) = len(x), photo.shape
     rows = torch.linspace(-1, 1, height).view(1, height, 1)
     cols = torch.linspace(-1, 1, width).view(1, 1, width) * (width / height)
@@ -99,8 +99,8 @@ def make_clip(
         frames: the number of frames T.
         height: H in pixels.
         width: W in pixels.
-        seed: equal seeds make equal clips.
-        shapes: how many moving shapes; None draws 0 to 2.
+        seed: equal seeds give equal clips.
+        shapes: the number of moving shapes; None draws 0 to 2.
 
     Returns:
         `[3, T, H, W]`, float32 in [-1, 1].

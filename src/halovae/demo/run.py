@@ -31,13 +31,13 @@ AMPLIFIED = 10
 
 @dataclass(frozen=True)
 class Shown:
-    """How one way to decode did.
+    """The result of one way to decode.
 
     Attributes:
-        name: what it is.
+        name: the way.
         frames: `[3, T, H, W]` in [-1, 1].
         seconds: of one decode, after a decode of the first two latent frames to warm up.
-        peaks: bytes above the resting process at the highest point, by rank.
+        peaks: peak bytes above the resting process, by rank.
     """
 
     name: str
@@ -46,18 +46,18 @@ class Shown:
     peaks: list[int]
 
 
-def run(output: Path, ranks: int, say: Callable[[str], Any]) -> tuple[Tensor, list[Shown]]:
-    """Make the clip, encode it, decode it in four ways, and write what came out.
+def run(output: Path, ranks: int, describe: Callable[[str], Any]) -> tuple[Tensor, list[Shown]]:
+    """Make the clip, encode it, decode it in four ways, and write the results.
 
     Args:
         output: folder for `latents.safetensors`, `demo.mp4` and `frames.png`; files of an earlier run are replaced.
         ranks: how many ranks decode together.
-        say: told what is being done.
+        describe: called with a description of each step.
 
     Returns:
         The clip `[3, T, H, W]` in [-1, 1], and the four ways, diffusers first.
     """
-    say("making a clip over a photograph that the model never saw")
+    describe("making a clip over a photograph that the model never saw")
     clip = make_clip(photographs(HELD_OUT), FRAMES, HEIGHT, WIDTH, SEED, shapes=1)
     latents = output / "latents.safetensors"
     ways: list[tuple[str, int, Callable[..., Any]]] = [
@@ -68,15 +68,15 @@ def run(output: Path, ranks: int, say: Callable[[str], Any]) -> tuple[Tensor, li
     ]
     shown: list[Shown] = []
     for name, count, way in ways:
-        # As many threads in all for each way: the ranks share what one process would use.
-        with Ranks(count, threads_per_rank(ranks) * ranks // count) as group:
+        # All ways use the same number of threads: ranks share those that one process would use.
+        with Ranks(count, threads_per_rank(ranks) * ranks // count) as processes:
             if not shown:
-                say("encoding it with diffusers' encoder")
-                group.run(_encode, clip, latents)
-            say(f"decoding: {name}")
-            results = group.run(way, latents)
+                describe("encoding it with diffusers' encoder")
+                processes.run(_encode, clip, latents)
+            describe(f"decoding: {name}")
+            results = processes.run(way, latents)
         shown.append(Shown(name, results[0][0], max(seconds for _, seconds, _ in results), [r[2] for r in results]))
-    say("writing the clip and the picture")
+    describe("writing the clip and the picture")
     sink = media.Sink(output / "demo.mp4", FPS)
     pair = torch.cat([clip, shown[2].frames], dim=-1)
     sink.write(((pair.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
@@ -124,7 +124,7 @@ def _measured(decode: Callable[[Tensor], Tensor | None], path: Path) -> tuple[Te
 
 
 def _draw(path: Path, clip: Tensor, shown: list[Shown]) -> None:
-    """Frames by way, and beside them how far each is from diffusers' untiled decode, amplified."""
+    """Draw frames of each way, and beside them their amplified differences from diffusers' untiled decode."""
     from matplotlib.figure import Figure
 
     times = [0, FRAMES // 3, 2 * FRAMES // 3, FRAMES - 1]

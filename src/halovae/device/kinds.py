@@ -1,4 +1,4 @@
-"""The device under us: cpu, cuda, npu (torch_npu, HCCL) or xpu. What differs between them is here and nowhere else."""
+"""Devices: cpu, cuda, npu (torch_npu, HCCL), or xpu. All differences between them are in this file."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ import torch.distributed as dist
 
 ACCELERATORS = ("cuda", "npu", "xpu")
 
-# What a rank process on the CPU is started with. glibc keeps freed memory below a threshold that grows to 32 MiB, which
-# is where feature maps lie; a fixed one gives maps back at once (mallopt(3)). Huge pages then make fresh maps cheap.
+# The environment of rank processes on the CPU. glibc keeps freed blocks below a threshold that grows to 32 MiB, which
+# is a usual size of feature maps. With a fixed threshold, feature maps are returned to the system at once (mallopt(3)).
+# Huge pages then make new ones cheap.
 RANK_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "THP_MEM_ALLOC_ENABLE": "1"}
 
-# The variables that tell collective backends which network interface to listen on.
+# The variables that name the network interface for a collective backend to listen on.
 INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME", "hccl": "HCCL_SOCKET_IFNAME"}
 
 # Convolutions of larger maps have failed on Ascend 910B ("Conv2D" errors in the VAE at 720p, sgl-project/sglang#27853).
-# Where the border lies is not published: this is a quarter of 1280 x 720, to be replaced by a measurement.
+# The limit is not published. This is a quarter of 1280 x 720, to be replaced by a measurement.
 NPU_CONVOLUTION_CELLS = 1280 * 720 // 4
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device and what is known about its kind.
+    """A torch device, with the properties of its kind.
 
-    The accelerators' modules (`torch.cuda`, `torch.npu`, `torch.xpu`) share the names that are called here.
+    The accelerators' modules (`torch.cuda`, `torch.npu`, `torch.xpu`) share the names that this class calls.
     """
 
     torch_device: torch.device
 
     @classmethod
     def default(cls, kind: str | None = None) -> Device:
-        """This process's device: the local rank's accelerator where there is one, else the CPU.
+        """Return this process's device: the local rank's accelerator if there is one, else the CPU.
 
         Args:
-            kind: "cpu", "cuda", "npu" or "xpu", instead of what is found first.
+            kind: "cpu", "cuda", "npu", or "xpu"; None for the first that is present.
 
         Raises:
-            ValueError: there is no such device here; says what there is.
+            ValueError: this host has no such device; the message lists those it has.
         """
         present = [*(name for name in ACCELERATORS if _module(name) is not None), "cpu"]
         kind = kind or present[0]
@@ -69,7 +70,7 @@ class Device:
         """torch's module for the device: `torch.cuda`, `torch.npu`, `torch.xpu`.
 
         Raises:
-            ValueError: there is none here.
+            ValueError: this host has no such device.
         """
         module = _module(self.kind)
         if module is None:
@@ -78,7 +79,7 @@ class Device:
 
     @property
     def count(self) -> int:
-        """How many devices of this kind there are; of the CPU, how many cores this process may use."""
+        """The number of devices of this kind. For the CPU: the number of cores that this process may use."""
         return len(os.sched_getaffinity(0)) if self.kind == "cpu" else int(self.module.device_count())
 
     @property
@@ -87,18 +88,18 @@ class Device:
         return dist.get_default_backend_for_device(self.torch_device)
 
     def enter(self) -> None:
-        """Make the device this process's current one, before its process group is made."""
+        """Make this the process's current device. Call it before the process group is created."""
         if self.kind != "cpu":
             self.module.set_device(self.torch_device)
 
     def choose_interfaces(self) -> None:
-        """Make gloo and this device's backend listen on one network interface; before the process group is made.
+        """Make gloo and this device's backend listen on one network interface.
 
-        All ranks on one host: loopback, unless the environment names an interface. Ranks on several hosts: the
-        environment must name it.
+        Call it before the process group is created. If all ranks are on one host, the interface is loopback unless
+        the environment names another. If they are on several hosts, the environment must name it.
 
         Raises:
-            ValueError: ranks span hosts, and a variable does not name one interface of this host.
+            ValueError: ranks span hosts, and a variable does not name exactly one interface of this host.
         """
         one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         for backend in sorted({"gloo", self.backend} & INTERFACES.keys()):
@@ -109,15 +110,15 @@ class Device:
             os.environ[variable] = exactly + (_loopback() if one_host else _named_interface(variable))
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that is queued."""
+        """Wait until the device has finished all queued work."""
         if self.kind != "cpu":
             self.module.synchronize(self.torch_device)
 
     @contextmanager
     def repeatable(self) -> Iterator[None]:
-        """Compute alike each time: with algorithms that give the same bits, chosen without trying several.
+        """Make results repeatable bit for bit: use deterministic algorithms, chosen without benchmarking.
 
-        Whether fp32 convolutions may round to TF32 stays as torch was told.
+        torch's setting of TF32 for fp32 convolutions stays as it is.
         """
         if self.kind == "cuda":
             cudnn = torch.backends.cudnn
@@ -126,25 +127,19 @@ class Device:
         else:
             yield
 
-    def supports(self, dtype: torch.dtype) -> bool:
-        """Whether models can compute in `dtype` here."""
-        if dtype == torch.bfloat16 and self.kind != "cpu":
-            return bool(self.module.is_bf16_supported())
-        return dtype in (torch.float32, torch.float16, torch.bfloat16)
-
     def layout(self, ndim: int = 5) -> torch.memory_format:
-        """How maps and weights of `ndim` dims lie in memory: the channels of a cell together where that is known."""
+        """The memory format of feature maps and weights with `ndim` dims: channels last where that exists."""
         if self.kind == "npu":  # no channels-last for five dims, and HCCL needs tensors contiguous
             return torch.contiguous_format
         return {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim, torch.contiguous_format)
 
     @property
     def convolution_cells(self) -> int | None:
-        """The largest map, in rows x cols of the result, that one convolution may make; None if any."""
+        """The largest result, in rows x cols, that one convolution may compute; None if there is no limit."""
         return NPU_CONVOLUTION_CELLS if self.kind == "npu" else None
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes: the device's, as its driver says, or the host's."""
+        """Free and total bytes: the device's, as its driver reports them, or the host's."""
         if self.kind == "cpu":
             host_memory = psutil.virtual_memory()
             return host_memory.available, host_memory.total
@@ -152,7 +147,7 @@ class Device:
         return int(free), int(total)
 
     def describe(self) -> dict[str, str]:
-        """The device's name and the versions under it, for reports."""
+        """The device's name and the versions of its software, for reports."""
         described = {"device": self._name(), "torch": torch.__version__, "python": host.python_version()}
         if self.kind == "cuda":
             described |= {"CUDA": str(torch.version.cuda), "driver": _nvidia_driver()}
@@ -169,7 +164,7 @@ class Device:
 
 
 def _module(kind: str) -> Any:
-    """torch's module for an accelerator, if that is installed and has a device; torch loads torch_npu by itself."""
+    """torch's module for an accelerator; None if it is not installed or has no device. torch itself loads torch_npu."""
     module = getattr(torch, kind, None)
     return module if isinstance(module, ModuleType) and module.is_available() else None
 
@@ -177,16 +172,16 @@ def _module(kind: str) -> Any:
 def _loopback() -> str:
     """The name of the interface that has 127.0.0.1: lo on Linux, lo0 on macOS."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(one.family == socket.AF_INET and one.address == "127.0.0.1" for one in addresses):
+        if any(address.family == socket.AF_INET and address.address == "127.0.0.1" for address in addresses):
             return name
-    raise OSError("no network interface has the address 127.0.0.1, over which ranks of one host reach each other")
+    raise OSError("no network interface has the address 127.0.0.1, which the ranks of one host use")
 
 
 def _named_interface(variable: str) -> str:
-    """The interface that an environment variable names for ranks of several hosts.
+    """The interface that an environment variable names, for ranks on several hosts.
 
     Raises:
-        ValueError: it names none, several, loopback, or one that is not here.
+        ValueError: it names none, several, loopback, or one that this host does not have.
     """
     loopback = _loopback()
     accepted = sorted(name for name in psutil.net_if_addrs() if name != loopback)
@@ -217,12 +212,12 @@ def _nvidia_driver() -> str:
 
 
 def threads_per_rank(ranks: int) -> int:
-    """How many CPU threads each of `ranks` processes on this host may use without crowding out the others."""
+    """The number of CPU threads that each of `ranks` processes on this host may use without slowing the others."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 class Stopwatch:
-    """Adds up the time that stretches of work take, on the device's own clock where it has one."""
+    """Measures the total time of several pieces of work, on the device's own clock if it has one."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -231,7 +226,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count what is done, or queued on the current stream, meanwhile."""
+        """Measure the work that is done, or queued on the current stream, within this context."""
         if self._device.kind == "cpu":
             begin = time.perf_counter()
             yield
@@ -245,7 +240,7 @@ class Stopwatch:
             self._events.append((begun, ended))
 
     def seconds(self) -> float:
-        """The sum in seconds, once the device has done it all."""
+        """Return the total in seconds, after the device has finished the work."""
         self._device.synchronize()
         while self._events:
             begun, ended = self._events.pop()
@@ -254,5 +249,5 @@ class Stopwatch:
 
 
 def cache_folder() -> Path:
-    """Where graphs, calibrations and compiled kernels are kept: `HALOVAE_CACHE`, else the user's cache directory."""
+    """The folder for graphs, calibrations, and compiled kernels: `HALOVAE_CACHE`, else the user's cache directory."""
     return Path(os.environ.get("HALOVAE_CACHE") or platformdirs.user_cache_path("halovae"))

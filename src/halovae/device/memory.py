@@ -1,9 +1,9 @@
-"""How much memory a stretch of work takes, in the same words on every device.
+"""The memory that a piece of work takes, in the same terms on every device.
 
-reserved     what the process holds of the device: the caching allocator's pool; on the CPU, its resident set
-allocated    what tensors live in: the allocator's count; on the CPU, the tensors that the work made, no weights
-overhead     the difference: a pool's unused part; on the CPU what else the work took (scratch of libraries, malloc)
-remaining    what was free on the device, or the host, when the most was reserved
+reserved     memory that the process holds: the caching allocator's pool; on the CPU, the resident set
+allocated    memory of tensors: the allocator's count; on the CPU, tensors that the work created, without weights
+overhead     the difference: unused memory of the pool; on the CPU, scratch memory of libraries and of malloc
+remaining    free memory of the device, or of the host, at the reserved peak
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks in bytes; see the module for the words.
+    """Peaks in bytes; the module's docstring explains the terms.
 
     Attributes:
-        peak_reserved: weights, and on the CPU the whole process, included.
-        peak_allocated: on accelerators weights included, on the CPU not.
-        pool_overhead: reserved and not allocated.
+        peak_reserved: includes weights, and on the CPU the whole process.
+        peak_allocated: includes weights on accelerators, but not on the CPU.
+        pool_overhead: reserved but not allocated.
         remaining: free at the peak.
         resting: reserved before the work began.
     """
@@ -49,7 +49,7 @@ class Memory:
 
     @classmethod
     def over(cls, ranks: Sequence[Memory]) -> Memory:
-        """Of several ranks the highest peaks and the least that remained; `above_resting` is the highest rank's too."""
+        """Combine ranks: the highest peaks and the least remaining memory. `above_resting` is the highest, too."""
         peak = max(rank.peak_reserved for rank in ranks)
         return cls(
             peak_reserved=peak,
@@ -61,14 +61,14 @@ class Memory:
 
     @property
     def above_resting(self) -> int:
-        """By how much the work raised what is reserved."""
+        """By how much the work raised the reserved memory."""
         return self.peak_reserved - self.resting
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that this thread makes under it, while they live, and their peak."""
+    """Counts the bytes of live tensors that this thread creates within the context, and their peak."""
 
-    counts_meta = False  # whether tensors without data are counted, as if they had some
+    counts_meta = False  # whether meta tensors are counted, as if they had data
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,11 +77,11 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first call imports all of torch._dynamo, which takes seconds
+        return False  # otherwise the first call imports all of torch._dynamo, which takes seconds
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # compiled kernels write into memory that was counted when it was made
+        return True  # compiled kernels write into memory that was counted when it was allocated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self.called(func, args, kwargs or {})
@@ -97,7 +97,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What the operator returns."""
+        """Call the operator, and return its result."""
         return func(*args, **kwargs)
 
     def _freed(self, storage: weakref.ref[Any]) -> None:
@@ -106,16 +106,16 @@ class LiveBytes(TorchDispatchMode):
 
 @cache
 def _may_allocate(operator: Any) -> bool:
-    """False for operators that write in place or only ever return a view: most, and this is asked for each call."""
+    """Whether an operator may allocate: False if it writes in place or always returns a view. Each call asks this."""
     schema = operator._schema
     if not schema.returns or schema.returns[0].alias_info is None:
         return True
-    # Composite ones, such as reshape, say that they return a view and may yet copy.
+    # The schemas of composite operators, such as reshape, declare a view, but the operators may copy.
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, also in lists and tuples."""
+    """Yield the tensors among values, including those in lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -124,15 +124,15 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 class MemoryMeter:
-    """Measures the memory of the work done under `counting`, which may come in several pieces.
+    """Measures the memory of the work done within `counting`, which may be entered several times.
 
-    The high-water mark of the resident set is the process's, not the work's: of two meters at once in one process, the
-    later one resets the earlier one's. It is reset through `/proc/self/clear_refs` (proc(5)); where that is not
-    possible, the peak is that since the process began.
+    The high-water mark of the resident set belongs to the process: of two meters in one process, the later one resets
+    the earlier one's mark. The mark is reset through `/proc/self/clear_refs` (proc(5)). Where that is not possible, the
+    peak is the one since the process began.
 
     Args:
-        device: whose memory.
-        by_thread: count the tensors of this thread alone as allocated, also on an accelerator.
+        device: the device to measure.
+        by_thread: count only tensors of this thread as allocated, also on an accelerator.
     """
 
     def __init__(self, device: Device, by_thread: bool = False) -> None:
@@ -160,7 +160,7 @@ class MemoryMeter:
                 yield
 
     def read(self) -> Memory:
-        """The peaks up to now."""
+        """Return the peaks up to now."""
         if self._device.kind == "cpu":
             reserved, outside = _peak_resident(), self.resting
         else:

@@ -1,4 +1,4 @@
-"""The parts of a decode, as profilers show them; `halovae bench --profile` sums them up."""
+"""Profiler regions of a decode; `halovae bench --profile` sums their times."""
 
 from torch.profiler import record_function
 
@@ -6,5 +6,5 @@ PREFIX = "halovae/"
 
 
 def region(name: str) -> record_function:
-    """A stretch of work that belongs to a submodule, or to gathers or conversion; parts do not hold one another."""
+    """A profiler region for the work of a submodule, for gathers, or for conversion. Regions are not nested."""
     return record_function(PREFIX + name)

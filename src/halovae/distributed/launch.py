@@ -10,7 +10,8 @@ import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     their process group by `halovae.distributed.transport.join_world`: there is no `MASTER_ADDR`.
 
     Returns:
-        What the function returned, by rank; under torchrun, for this rank alone.
+        What the function returned, by rank; under torchrun, on this rank only.
 
     Raises:
         ValueError: `ranks` is not the size of the world that torchrun started.
@@ -57,11 +58,13 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         return [_in_world(function, *args)]
     if ranks == 1:
         return [function(*args)]
-    for name, value in {"OMP_NUM_THREADS": str(threads_per_rank(ranks)), **RANK_ENVIRONMENT}.items():
-        os.environ.setdefault(name, value)
+    ours = {"OMP_NUM_THREADS": str(threads_per_rank(ranks)), **RANK_ENVIRONMENT}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are shown once, by us
     try:
-        with tempfile.TemporaryDirectory(prefix="halovae-ranks-", ignore_cleanup_errors=True) as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="halovae-ranks-", ignore_cleanup_errors=True) as folder,
+            environment({name: value for name, value in ours.items() if name not in os.environ}),
+        ):
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
@@ -85,6 +88,18 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             reason = reason.get("extraInfo", {}).get("py_callstack") or reason.get("message", str(reason))
         raise RankError(f"rank {rank} failed, and all ranks were ended:\n{str(reason).rstrip()}") from failed
     return [results[rank] for rank in range(ranks)]
+
+
+@contextmanager
+def environment(added: Mapping[str, str]) -> Iterator[None]:
+    """Let processes that are started meanwhile have these variables besides; this one's environment comes back."""
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class _OneAgent(RendezvousHandler):
@@ -133,7 +148,7 @@ def under_torchrun() -> bool:
 def end_with_parent(folder: Path | None = None) -> None:
     """Wait for the end of the process that started this one, and end it too; for a thread.
 
-    A parent that is killed cannot end its ranks, and one that computes does not look at its lines.
+    A parent that is killed cannot end its ranks, and a rank that computes does not read its connection.
 
     Args:
         folder: a temporary one that the parent made, and cannot remove once it is killed.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.device.kinds import Device, Stopwatch
 from halovae.distributed.transport import ProcessGroupTransport, Scope, Transport, Value, world_size
@@ -36,24 +37,27 @@ class Traffic:
 
 
 class Mesh:
-    """This process's place on a grid of ranks, and its transport to the others.
+    """This process's place on a grid of ranks, and how it reaches the others.
 
     Making a mesh of several ranks is a collective call: all ranks make it, in the same order. A mesh serves one decode
     at a time in each thread; threads that decode at once each need a mesh of their own, made in one order on all ranks.
 
     Args:
-        grid: the extents of the mesh; without `transport`, `grid.size` must equal the world's size, or be 1: each rank
-            then stands alone.
+        grid: the extents of the mesh; without `transport`, `grid.size` must equal the number of ranks, or be 1: each
+            rank then computes by itself.
         device: where the exchanged tensors live.
-        transport: how the ranks reach each other, which may be more than the grid has; None for the processes of this
-            world, or for none at all where the grid has one rank.
+        transport: how the ranks reach each other, which may be more than the grid has; None for the processes of
+            `ranks`, or for none at all where the grid has one rank.
+        ranks: the ranks by their numbers in the world, this one among them; None for all of the world.
 
     Raises:
         ValueError: the grid does not match the world.
     """
 
-    def __init__(self, grid: Grid, device: torch.device, transport: Transport | None = None) -> None:
-        world = world_size()
+    def __init__(
+        self, grid: Grid, device: torch.device, transport: Transport | None = None, ranks: Sequence[int] | None = None
+    ) -> None:
+        world = world_size() if ranks is None else len(ranks)
         if transport is None and grid.size not in (1, world):
             raise ValueError(
                 f"grid {grid} needs {grid.size} ranks, but the world has {world}: choose a grid of {world}, "
@@ -62,7 +66,7 @@ class Mesh:
         self.grid = grid
         self.device = Device(device)
         self.traffic = Traffic(self.device)
-        self.transport = transport or (ProcessGroupTransport(grid, device) if grid.size > 1 else Transport())
+        self.transport = transport or (ProcessGroupTransport(grid, device, ranks) if grid.size > 1 else Transport())
         self.rank = self.transport.rank
         self.item, self.row, self.col = grid.coordinates(self.rank)
         self._user: int | None = None
@@ -155,22 +159,54 @@ class Mesh:
             self._user = None
 
 
-_meshes: dict[tuple[Grid, torch.device, object], Mesh] = {}
+_meshes: dict[tuple[Grid, torch.device, object, tuple[int, ...] | None], Mesh] = {}
 
 
-def mesh_for(grid: Grid, device: torch.device) -> Mesh:
-    """The mesh that decodes share when they name only a grid: made once per process, grid, device and process group.
+def mesh_for(grid: Grid, device: torch.device, group: dist.ProcessGroup | None = None) -> Mesh:
+    """Return the mesh that calls share when they name only a grid: made once per grid, device, and process group.
 
     Args:
         grid: its extents.
         device: where the exchanged tensors live.
+        group: the ranks; None for all of the world.
 
     Raises:
-        ValueError: the grid does not match the world.
+        ValueError: the grid does not match the number of ranks, or this rank is not in the group.
     """
-    key = (grid, device, dist.group.WORLD if dist.is_initialized() else None)
+    if group is None:
+        return _mesh_of(grid, device, None)
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group: rank {dist.get_rank()} is not in it, but calls")
+    return _mesh_of(grid, device, tuple(dist.get_process_group_ranks(group)))
+
+
+def mesh_over(mesh: Mesh | DeviceMesh | None, device: torch.device) -> Mesh | None:
+    """Return the mesh over a `DeviceMesh` with dims out of "batch", "rows", and "cols", in that order.
+
+    Args:
+        mesh: its ranks may be some of the world's; those that it leaves out do not take part. A `Mesh` is returned as
+            it is, and so is None.
+        device: where the exchanged tensors live.
+
+    Raises:
+        ValueError: other names of dims, or this rank is not in it.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        return mesh
+    names = mesh.mesh_dim_names
+    known = ("batch", "rows", "cols")
+    if names is None or list(names) != [name for name in known if name in names]:
+        raise ValueError(f"mesh: its dims are {names}, expected names out of {known}, in this order")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"mesh: rank {dist.get_rank()} is not in {mesh.mesh.tolist()}, but calls")
+    grid = Grid(**dict(zip(names, mesh.mesh.shape, strict=True)))
+    return _mesh_of(grid, device, tuple(mesh.mesh.flatten().tolist()))
+
+
+def _mesh_of(grid: Grid, device: torch.device, ranks: tuple[int, ...] | None) -> Mesh:
+    key = (grid, device, dist.group.WORLD if dist.is_initialized() else None, ranks)
     if key not in _meshes:
-        _meshes[key] = Mesh(grid, device)
+        _meshes[key] = Mesh(grid, device, ranks=ranks)
     return _meshes[key]
 
 

@@ -12,8 +12,7 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +21,12 @@ import torch
 import torch.distributed as dist
 
 from halovae.device.kinds import RANK_ENVIRONMENT
-from halovae.distributed.launch import end_with_parent
+from halovae.distributed.launch import end_with_parent, environment
 from halovae.distributed.transport import meet_in_file
 from halovae.errors import RankError
 
 Result = TypeVar("Result")
+_PATIENCE = 10  # seconds that a process has to end before it is killed
 
 
 class Ranks:
@@ -35,22 +35,22 @@ class Ranks:
     Args:
         size: how many ranks.
         threads: CPU threads of each.
-        environment: what they are started with besides this process's environment.
+        variables: of their environment, besides this process's.
     """
 
-    def __init__(self, size: int, threads: int = 1, environment: Mapping[str, str] = RANK_ENVIRONMENT) -> None:
+    def __init__(self, size: int, threads: int = 1, variables: Mapping[str, str] = RANK_ENVIRONMENT) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="halovae-ranks-", ignore_cleanup_errors=True)
         store = Path(self._folder.name, "store")
         context = multiprocessing.get_context("spawn")
-        self._lines: list[Connection] = []
+        self._connections: list[Connection] = []
         self._processes = []
-        with _environment(environment):
+        with environment(variables):
             for rank in range(size):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(rank, size, store, threads, theirs), daemon=True)
                 process.start()
                 theirs.close()
-                self._lines.append(ours)
+                self._connections.append(ours)
                 self._processes.append(process)
 
     def run(self, function: Callable[..., Result], *args: Any) -> list[Result]:
@@ -69,15 +69,15 @@ class Ranks:
             raise
 
     def _run(self, function: Callable[..., Result], args: Sequence[Any]) -> list[Result]:
-        for line in self._lines:
-            line.send((function, args))
+        for connection in self._connections:
+            connection.send((function, args))
         results: dict[int, Result] = {}
-        while len(results) < len(self._lines):
-            waiting = [line for rank, line in enumerate(self._lines) if rank not in results]
+        while len(results) < len(self._connections):
+            waiting = [one for rank, one in enumerate(self._connections) if rank not in results]
             ready = wait(waiting)
-            for rank in [rank for rank, line in enumerate(self._lines) if line in ready]:
+            for rank in [rank for rank, one in enumerate(self._connections) if one in ready]:
                 try:
-                    failed, answer, cause = self._lines[rank].recv()
+                    failed, answer, cause = self._connections[rank].recv()
                 except EOFError:
                     self._processes[rank].join(5)
                     code = self._processes[rank].exitcode
@@ -87,7 +87,7 @@ class Ranks:
                     message = f"rank {rank} failed, and all ranks were ended:\n{answer}"
                     raise RankError(message, cause, killed)
                 results[rank] = answer
-        return [results[rank] for rank in range(len(self._lines))]
+        return [results[rank] for rank in range(len(self._connections))]
 
     @property
     def alive(self) -> bool:
@@ -107,7 +107,8 @@ class Ranks:
         for process in self._processes:
             process.terminate()
         for process in self._processes:
-            process.join()
+            process.join(_PATIENCE)
+            process.kill()
         self._folder.cleanup()
 
     def __enter__(self) -> Ranks:
@@ -117,18 +118,7 @@ class Ranks:
         self.close()
 
 
-@contextmanager
-def _environment(added: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _serve(rank: int, size: int, store: Path, threads: int, line: Connection) -> None:
+def _serve(rank: int, size: int, store: Path, threads: int, connection: Connection) -> None:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in ranks.items()}
     meet_in_file(store)
@@ -136,15 +126,15 @@ def _serve(rank: int, size: int, store: Path, threads: int, line: Connection) ->
     threading.Thread(target=end_with_parent, args=(store.parent,), daemon=True).start()
     while True:
         try:
-            function, args = line.recv()
+            function, args = connection.recv()
         except (EOFError, KeyboardInterrupt):
             break
         try:
-            line.send((False, function(*args), None))
+            connection.send((False, function(*args), None))
         except Exception as error:
             try:
-                line.send((True, traceback.format_exc(), error))
+                connection.send((True, traceback.format_exc(), error))
             except (TypeError, AttributeError, pickle.PicklingError):
-                line.send((True, traceback.format_exc(), None))
+                connection.send((True, traceback.format_exc(), None))
     if dist.is_initialized():
         dist.destroy_process_group()

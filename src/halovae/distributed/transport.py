@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.device.kinds import INTERFACES, Device
 from halovae.grid import Grid
@@ -21,9 +21,31 @@ Scope = Literal["rows", "cols", "plane", "world"]
 Value = TypeVar("Value")
 
 
-def world_size() -> int:
-    """How many ranks there are: of the process group, else of the torchrun that started this process, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """How many ranks there are: of a process group, else of the torchrun that started this process, else 1.
+
+    Args:
+        group: the process group; None for the world's.
+    """
+    return dist.get_world_size(group) if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def patience() -> timedelta:
+    """How long a rank waits for another before it fails: `HALOVAE_TIMEOUT` in seconds, else torch's 30 minutes.
+
+    Raises:
+        ValueError: the variable is not a number above 0.
+    """
+    text = os.environ.get("HALOVAE_TIMEOUT")
+    if text is None:
+        return default_pg_timeout
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"HALOVAE_TIMEOUT={text}: expected seconds, a number above 0")
+    return timedelta(seconds=seconds)
 
 
 _meeting_file: Path | None = None
@@ -47,7 +69,8 @@ def join_world(device: torch.device) -> None:
     Ranks that this package started meet in a file, others as torchrun's environment says.
 
     Raises:
-        ValueError: the ranks span hosts, and the environment does not name the network interface to use.
+        ValueError: the ranks span hosts, and the environment does not name the network interface to use; or
+            `HALOVAE_TIMEOUT` is no number.
     """
     if world_size() == 1 or dist.is_initialized():
         return
@@ -55,12 +78,12 @@ def join_world(device: torch.device) -> None:
     own.enter()
     own.choose_interfaces()
     if _meeting_file is None:
-        dist.init_process_group(own.backend)
+        dist.init_process_group(own.backend, timeout=patience())
     else:
         rank, world = int(os.environ["RANK"]), world_size()
         store = dist.FileStore(str(_meeting_file), world)  # type: ignore[attr-defined]
-        store.set_timeout(default_pg_timeout)
-        dist.init_process_group(own.backend, store=store, rank=rank, world_size=world)
+        store.set_timeout(patience())
+        dist.init_process_group(own.backend, timeout=patience(), store=store, rank=rank, world_size=world)
 
 
 @dataclass(frozen=True)
@@ -126,28 +149,33 @@ class Transport:
 
 
 class ProcessGroupTransport(Transport):
-    """A transport between processes: a `DeviceMesh` over (batch, rows, cols), with process groups of its own.
+    """A transport between processes, over process groups of its own: the messages of two transports cannot meet.
 
-    The grid's ranks are the first ones of the world. The others only take part where all of the world does.
-    Making one is a collective call: all ranks make it, in the same order.
+    The grid's ranks are the first of its ranks. The others only take part where all do. Making one is a collective
+    call: all of its ranks make it, in the same order.
+
+    Args:
+        grid: the extents over batch, rows, and cols.
+        device: where messages lie.
+        ranks: its ranks by their numbers in the world, this one among them; None for all of the world.
     """
 
-    def __init__(self, grid: Grid, device: torch.device) -> None:
+    def __init__(self, grid: Grid, device: torch.device, ranks: Sequence[int] | None = None) -> None:
         join_world(device)
         self._device = device
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        # Groups of its own, so that the messages of two meshes cannot meet: init_device_mesh would put a mesh
-        # dim of all ranks on the default group.
-        ranks = torch.arange(grid.size).view(grid.batch, grid.rows, grid.cols)
-        groups = [_group_of(ranks.movedim(dim, -1).flatten(0, 1)) for dim in range(3)]
-        self._groups = {"plane": _group_of(ranks.flatten(1)), "world": _group_of(torch.arange(self.world).view(1, -1))}
-        if self.rank < grid.size:
-            names = ("batch", "rows", "cols")
-            axes = [group for group in groups if group is not None]
-            self.axes = DeviceMesh.from_group(axes, device.type, mesh=ranks, mesh_dim_names=names)
-            self._groups |= {name: self.axes.get_group(name) for name in names}
+        self._ranks = list(range(dist.get_world_size()) if ranks is None else ranks)
+        self.rank, self.world = self._ranks.index(dist.get_rank()), len(self._ranks)
+        mesh = torch.tensor(self._ranks[: grid.size]).view(grid.batch, grid.rows, grid.cols)
+        groups: dict[Scope, Tensor] = {
+            "rows": mesh.movedim(1, -1).flatten(0, 1),
+            "cols": mesh.flatten(0, 1),
+            "plane": mesh.flatten(1),
+            "world": torch.tensor([self._ranks]),
+        }
+        everyone = ranks is None
+        self._groups = {scope: _own_group(members.tolist(), everyone) for scope, members in groups.items()}
 
-    def _group(self, scope: Scope) -> dist.ProcessGroup:
+    def _group(self, scope: Scope) -> _Group:
         group = self._groups[scope]
         assert group is not None
         return group
@@ -155,9 +183,9 @@ class ProcessGroupTransport(Transport):
     def start(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> Callable[[], None]:
-        group = self._group(scope)
-        operations = [dist.P2POp(dist.isend, tensor, peer, group) for peer, tensor in sends]
-        operations += [dist.P2POp(dist.irecv, tensor, peer, group) for peer, tensor in receives]
+        group = self._group(scope).group
+        operations = [dist.P2POp(dist.isend, tensor, self._ranks[peer], group) for peer, tensor in sends]
+        operations += [dist.P2POp(dist.irecv, tensor, self._ranks[peer], group) for peer, tensor in receives]
         works = dist.batch_isend_irecv(operations)
 
         def wait() -> None:
@@ -168,21 +196,42 @@ class ProcessGroupTransport(Transport):
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         everyone = [torch.empty_like(own) for _ in range(ranks)]
-        dist.all_gather(everyone, own, self._group(scope))
-        return everyone
+        group = self._group(scope)
+        dist.all_gather(everyone, own, group.group)
+        return [everyone[place] for place in group.places]
 
     def all_values(self, value: Value) -> list[Value]:
-        everyone: list[Value] = [value] * dist.get_world_size()
-        dist.all_gather_object(everyone, value, self._group("world"))
-        return everyone
+        group = self._group("world")
+        everyone: list[Value] = [value] * self.world
+        dist.all_gather_object(everyone, value, group.group)
+        return [everyone[place] for place in group.places]
 
     def anyone(self, fact: bool) -> bool:
         flag = torch.tensor(int(fact), device=self._device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, self._group("world"))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self._group("world").group)
         return bool(flag)
 
 
-def _group_of(groups: Tensor) -> dist.ProcessGroup | None:
-    """Make process groups of `groups` `[groups, ranks]`, and return this rank's; None if it is in none. Collective."""
-    group, _ = dist.new_subgroups_by_enumeration(groups.tolist())
-    return group
+class _Group(NamedTuple):
+    """A process group, and where in it each of its ranks is: torch sorts them."""
+
+    group: dist.ProcessGroup
+    places: list[int]
+
+
+def _own_group(groups: list[list[int]], everyone: bool) -> _Group | None:
+    """Make disjoint process groups, and return the one that this rank is in, if any. Collective.
+
+    Args:
+        groups: the ranks of each.
+        everyone: whether all ranks of the world make them; else only those that are in one.
+    """
+    own = next((ranks for ranks in groups if dist.get_rank() in ranks), None)
+    if everyone:
+        made, _ = dist.new_subgroups_by_enumeration(groups, timeout=patience())
+    elif own is not None:
+        made = dist.new_group(own, timeout=patience(), use_local_synchronization=True)
+    if own is None:
+        return None
+    assert isinstance(made, dist.ProcessGroup)
+    return _Group(made, [sorted(own).index(rank) for rank in own])

@@ -1,4 +1,4 @@
-"""Latents on disk: one tensor in a safetensors file, with what a decoder has to know of it as metadata."""
+"""Latents files: one tensor in a safetensors file, with metadata that a decoder needs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class LatentsHeader:
-    """What a latents file says of itself. Fields are None where a file from elsewhere says nothing.
+    """The header of a latents file. A field is None if a file that halovae did not write lacks it.
 
     Attributes:
         name: the tensor's name in the file.
         shape: `[B, C, T, H, W]`, or `[B, C, H, W]` of pictures.
-        dtype: as stored; a dtype that is not floating point is given as int64.
+        dtype: as stored; a dtype that is not floating point is reported as int64.
         family: the model family that the latents belong to.
-        scaled: True if they are normalized by the model's latents_mean and latents_std, as diffusion models work on.
+        scaled: True if they are normalized by the model's latents_mean and latents_std, as diffusion models use them.
         fps: frames per second of the clip.
     """
 
@@ -39,7 +39,7 @@ class LatentsHeader:
 
 
 def save(path: Path, latents: Tensor, family: str, scaled: bool, fps: float) -> None:
-    """Write latents `[B, C, T, H, W]`; an existing file is replaced once the new one is whole."""
+    """Write latents `[B, C, T, H, W]`. An existing file is replaced once the new one is complete."""
     metadata = {"format": "halovae.io.latents.1", "family": family, "scaled": str(scaled).lower(), "fps": f"{fps:g}"}
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -50,10 +50,10 @@ def save(path: Path, latents: Tensor, family: str, scaled: bool, fps: float) -> 
 
 
 def read_header(path: Path) -> LatentsHeader:
-    """Read what a latents file says of itself, without the tensor.
+    """Read the header of a latents file, without the tensor.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds no single tensor, or its metadata make no sense.
+        ValueError: the file is missing or damaged, does not hold exactly one tensor, or has invalid metadata.
     """
     with _opened(path) as file:
         names = list(file.keys())
@@ -66,7 +66,7 @@ def read_header(path: Path) -> LatentsHeader:
 
 
 def read(path: Path) -> Tensor:
-    """Read the latents `[B, C, T, H, W]` of a file; raises as `read_header` does."""
+    """Read the latents `[B, C, T, H, W]` of a file. Raises what `read_header` raises."""
     name = read_header(path).name
     with _opened(path) as file:
         latents: Tensor = file.get_tensor(name)

@@ -1,6 +1,6 @@
 """Frames to mp4, png and folders of png, and clips back to frames.
 
-mp4 is written by PyAV with libx264, which is under the GPL; PyAV's wheels bring it along.
+mp4 is written by PyAV with libx264, which is under the GPL; PyAV's wheels include it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Sink:
-    """Takes frames one after the other, and shows them under the final name only when it is closed as whole.
+    """Writes frames one after the other. They appear under the final name only when the sink is closed as whole.
 
-    Until then they are in a `.partial` beside it.
+    Until then they are in a `.partial` file or folder beside it.
 
     Args:
         path: `.mp4` for a video, `.png` for one picture; anything without a suffix is a folder of numbered PNGs.
         fps: frames per second of a video.
 
     Raises:
-        ValueError: a suffix that is not written here, or a folder that holds other files than numbered PNGs.
-        OSError: the place cannot be written to.
+        ValueError: the suffix is not supported, or the folder holds files other than numbered PNGs.
+        OSError: the path cannot be written to.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
@@ -65,7 +65,7 @@ class Sink:
         video.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
 
     def close(self, whole: bool) -> None:
-        """Finish: with `whole` the frames replace what was under the final name, else they are discarded."""
+        """Finish. With `whole`, the frames replace what was under the final name; otherwise they are discarded."""
         try:
             if self._video is not None:
                 if whole and self._stream is not None:
@@ -79,26 +79,26 @@ class Sink:
 
 
 def partial_of(path: Path) -> Path:
-    """Where the frames for `path` are until all of them are written."""
+    """The path that holds the frames for `path` until all of them are written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def discard(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
 
 
 def check_output(path: Path, frames: int | None = None) -> None:
-    """Check, before any work, that a decode of so many frames can be written to `path`.
+    """Check, before any work, that a decode of this many frames can be written to `path`.
 
     Raises:
-        ValueError: a suffix that is not written here, several frames for one picture, or a folder of other files.
-        OSError: the place cannot be written to.
+        ValueError: the suffix is not supported, one picture cannot hold the frames, or the folder holds other files.
+        OSError: the path cannot be written to.
     """
     if path.suffix not in (".mp4", ".png", ""):
-        raise ValueError(f"output {path}: expected a name that ends in .mp4 or .png, or a folder's for numbered PNGs")
+        raise ValueError(f"output {path}: expected a name that ends in .mp4 or .png, or a folder for numbered PNGs")
     if path.suffix == ".png" and frames not in (None, 1):
         raise ValueError(f"output {path}: one .png cannot hold {frames} frames; name an .mp4 or a folder")
     if path.suffix and path.is_dir():
@@ -106,12 +106,12 @@ def check_output(path: Path, frames: int | None = None) -> None:
     if not path.suffix and path.exists():
         others = sorted(p.name for p in path.iterdir() if not p.match("frame_*.png")) if path.is_dir() else [path.name]
         if others:
-            raise ValueError(f"output {path} holds other things than numbered frames, such as {others[0]}")
+            raise ValueError(f"output {path} holds files other than numbered frames, such as {others[0]}")
     check_writable(path)
 
 
 def check_writable(path: Path) -> None:
-    """Check that a file or folder can be made under this name.
+    """Check that a file or folder with this name can be created.
 
     Raises:
         OSError: it cannot.

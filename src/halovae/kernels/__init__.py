@@ -1,1 +1,1 @@
-"""What graph passes lower convolutions and norms to."""
+"""The kernels that graph passes lower convolutions and norms to."""

@@ -1,6 +1,6 @@
-// Passes over memory of a convolution by Winograd and of the norms before it, for one CPU: `compiler.py` compiles this,
-// with the matrices of `schemes.py` before it, and says what the functions do. Maps have their channels side by side,
-// and a number of them that LANES divides.
+// Memory-bound kernels of Winograd's convolution and of the norms before it, for one CPU. `compiler.py` compiles this
+// file with the matrices of `schemes.py` in front; `native.py` documents the functions. Maps have contiguous channels,
+// and LANES divides their number.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,7 +17,7 @@
 using Index = std::ptrdiff_t;
 struct Brain { std::uint16_t bits; };  // bfloat16
 
-constexpr int LANES = 16;  // of 32 bits: the widest vectors that there are; compilers split them where they are narrower
+constexpr int LANES = 16;  // of 32 bits: the widest vectors of any CPU; compilers split them where vectors are narrower
 template <class T> using Lanes [[gnu::vector_size(LANES * sizeof(T))]] = T;
 typedef Lanes<float> Vector;
 
@@ -35,7 +35,7 @@ template <class T> INLINE Vector load(const T* at) {
 }
 
 template <class T> INLINE void store(T* at, Vector x) {
-  if constexpr (std::is_same_v<T, Brain>) {  // to the nearest, of two the even one; what is no number stays none
+  if constexpr (std::is_same_v<T, Brain>) {  // to nearest, ties to even; NaN stays NaN
     const auto wide = Lanes<std::uint32_t>(x);
     Lanes<std::uint32_t> rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
     rounded = (wide & 0x7fffffff) > 0x7f800000 ? (wide >> 16) | 0x40 : rounded;
@@ -47,7 +47,7 @@ template <class T> INLINE void store(T* at, Vector x) {
   }
 }
 
-// The product of a matrix, whose zeros and ones cost nothing, and a vector.
+// Multiply a matrix by a vector. Zeros and ones in the matrix cost nothing.
 template <const auto& matrix> INLINE void multiply(const Vector* x, Vector* out) {
   constexpr int ROWS = std::extent_v<std::remove_reference_t<decltype(matrix)>>;
   constexpr int COLS = std::extent_v<std::remove_reference_t<decltype(matrix)>, 1>;
@@ -67,14 +67,16 @@ template <const auto& matrix> INLINE void multiply(const Vector* x, Vector* out)
   }
 }
 
-// Tiles that are transformed along rows before they are along cols: what is in between stays in a core's cache, and few
-// places are written to at a time. One after the other, 36 places apart, tiles take twice as long.
+// The number of tiles that are transformed along rows before they are transformed along cols. Their intermediate values
+// fit in a core's cache, and writes go to few places at a time. One tile at a time, with writes to 36 distant places,
+// takes twice as long.
 static Index tiles_at_once(Index channels) { return channels < 512 ? 2048 / channels : 4; }
 
 template <class Scheme, class T>
-static void spread(const T* x, Index frame, Index row, Index frames, Index rows, Index cols, Index channels, float* out,
-                   int threads) {
-  constexpr int PRODUCTS = std::extent_v<decltype(Scheme::spread)>, INPUTS = std::extent_v<decltype(Scheme::spread), 1>;
+static void transform_inputs(const T* x, Index frame, Index row, Index frames, Index rows, Index cols, Index channels,
+                             float* out, int threads) {
+  constexpr int PRODUCTS = std::extent_v<decltype(Scheme::input_transform)>;
+  constexpr int INPUTS = std::extent_v<decltype(Scheme::input_transform), 1>;
   constexpr Index step = Scheme::step;
   const Index tiles = tiles_at_once(channels), product = frames * rows * cols * channels;
   const Index parts = (cols + tiles - 1) / tiles;
@@ -91,7 +93,7 @@ static void spread(const T* x, Index frame, Index row, Index frames, Index rows,
         Vector cells[INPUTS], sums[PRODUCTS];
         UNROLLED
         for (int i = 0; i < INPUTS; ++i) cells[i] = load(from + i * row + k);
-        multiply<Scheme::spread>(cells, sums);
+        multiply<Scheme::input_transform>(cells, sums);
         UNROLLED
         for (int p = 0; p < PRODUCTS; ++p) store(&half[p * length + k], sums[p]);
       }
@@ -103,7 +105,7 @@ static void spread(const T* x, Index frame, Index row, Index frames, Index rows,
             UNROLLED
             for (int j = 0; j < INPUTS; ++j)
               cells[j] = load(&half[p * length + (tile * step + j) * channels + k]);
-            multiply<Scheme::spread>(cells, sums);
+            multiply<Scheme::input_transform>(cells, sums);
             UNROLLED
             for (int q = 0; q < PRODUCTS; ++q)
               store(to + (q * PRODUCTS + p) * product + tile * channels + k, sums[q]);
@@ -113,9 +115,10 @@ static void spread(const T* x, Index frame, Index row, Index frames, Index rows,
 }
 
 template <class Scheme, class T>
-static void merge(const float* products, Index frames, Index rows, Index cols, Index channels, const float* bias,
-                  T* out, Index frame, Index row, Index col, bool add, int threads) {
-  constexpr int RESULTS = std::extent_v<decltype(Scheme::merge)>, PRODUCTS = std::extent_v<decltype(Scheme::merge), 1>;
+static void transform_outputs(const float* products, Index frames, Index rows, Index cols, Index channels,
+                              const float* bias, T* out, Index frame, Index row, Index col, bool add, int threads) {
+  constexpr int RESULTS = std::extent_v<decltype(Scheme::output_transform)>;
+  constexpr int PRODUCTS = std::extent_v<decltype(Scheme::output_transform), 1>;
   const Index tiles = tiles_at_once(channels), product = frames * rows * cols * channels;
   const Index parts = (cols + tiles - 1) / tiles;
 #pragma omp parallel num_threads(threads)
@@ -131,7 +134,7 @@ static void merge(const float* products, Index frames, Index rows, Index cols, I
           Vector cells[PRODUCTS], sums[RESULTS];
           UNROLLED
           for (int p = 0; p < PRODUCTS; ++p) cells[p] = load(from + (q * PRODUCTS + p) * product + k);
-          multiply<Scheme::merge>(cells, sums);
+          multiply<Scheme::output_transform>(cells, sums);
           UNROLLED
           for (int i = 0; i < RESULTS; ++i) store(&half[(i * PRODUCTS + q) * length + k], sums[i]);
         }
@@ -141,8 +144,9 @@ static void merge(const float* products, Index frames, Index rows, Index cols, I
           for (Index k = 0; k < channels; k += LANES) {
             Vector cells[PRODUCTS], sums[RESULTS];
             UNROLLED
-            for (int q = 0; q < PRODUCTS; ++q) cells[q] = load(&half[(i * PRODUCTS + q) * length + tile * channels + k]);
-            multiply<Scheme::merge>(cells, sums);
+            for (int q = 0; q < PRODUCTS; ++q)
+              cells[q] = load(&half[(i * PRODUCTS + q) * length + tile * channels + k]);
+            multiply<Scheme::output_transform>(cells, sums);
             UNROLLED
             for (int j = 0; j < RESULTS; ++j) {
               T* place = to + i * row + (tile * RESULTS + j) * col + k;
@@ -154,31 +158,31 @@ static void merge(const float* products, Index frames, Index rows, Index cols, I
   }
 }
 
-// The mean and the variance of each channel over cells that lie one after the other. Those of some cells are taken in two
-// passes over what a core's cache holds; sums over all of them are in double precision.
+// The mean and the variance of each channel over contiguous cells: two passes over each group of cells, which fits in a
+// core's cache. Sums over all groups are in double precision.
 template <class T>
 static void moments(const T* x, Index cells, Index channels, float* variances, float* means, int threads) {
-  constexpr Index SOME = 64;
-  const Index parts = (cells + SOME - 1) / SOME;
+  constexpr Index GROUP = 64;
+  const Index parts = (cells + GROUP - 1) / GROUP;
   std::unique_ptr<double[]> sums(new double[threads * 2 * channels]());
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (Index thread = 0; thread < threads; ++thread) {
     double *first = &sums[thread * 2 * channels], *second = first + channels;
     for (Index part = parts * thread / threads; part < parts * (thread + 1) / threads; ++part) {
-      const Index count = cells - part * SOME < SOME ? cells - part * SOME : SOME;
+      const Index count = cells - part * GROUP < GROUP ? cells - part * GROUP : GROUP;
       for (Index k = 0; k < channels; k += LANES) {
-        const T* from = x + part * SOME * channels + k;
+        const T* from = x + part * GROUP * channels + k;
         Vector sum{}, squares{};
         for (Index cell = 0; cell < count; ++cell) sum += load(from + cell * channels);
         const Vector mean = sum / float(count);
         for (Index cell = 0; cell < count; ++cell) {
-          const Vector apart = load(from + cell * channels) - mean;
-          squares += apart * apart;
+          const Vector deviation = load(from + cell * channels) - mean;
+          squares += deviation * deviation;
         }
         for (int lane = 0; lane < LANES; ++lane) {
-          const double one = mean[lane];
-          first[k + lane] += count * one;
-          second[k + lane] += squares[lane] + count * one * one;
+          const double value = mean[lane];
+          first[k + lane] += count * value;
+          second[k + lane] += squares[lane] + count * value * value;
         }
       }
     }
@@ -195,11 +199,11 @@ static void moments(const T* x, Index cells, Index channels, float* variances, f
   }
 }
 
-// e^x: 2^n times a polynomial for what is left, at most ln(2) / 2 (Cephes, expf).
+// e^x: 2^n times a polynomial for the remainder, at most ln(2) / 2 (Cephes, expf).
 INLINE Vector exponential(Vector x) {
   x = x > 88.f ? Vector{} + 88.f : x;
   x = x < -87.f ? Vector{} - 87.f : x;
-  const Vector n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // the nearest whole number, by the last bits of 1.5 * 2^23
+  const Vector n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // round to nearest by adding 1.5 * 2^23
   const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vector y = r * 1.9875691500e-4f + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
@@ -215,7 +219,7 @@ INLINE Vector activated(Vector x, bool silu) {
   return !silu ? x : x < -88.f ? x * 0.f : x / (1.f + exponential(-x));
 }
 
-// Calls `step` with where each cell is read and where it is written.
+// Call `step` with the source and the target of each cell.
 template <class T, class Step>
 static void each_cell(const T* x, Index frame, Index row, Index frames, Index rows, Index cols, Index channels, T* out,
                       Index to_frame, Index to_row, int threads, Step step) {
@@ -258,23 +262,23 @@ static void normalize(const T* x, Index frame, Index row, Index frames, Index ro
 }
 
 #define EXPORTED(NAME, T)                                                                                              \
-  extern "C" void spread_plain_##NAME(const T* x, Index frame, Index row, Index frames, Index rows, Index cols,        \
-                                      Index channels, float* out, int threads) {                                       \
-    spread<Plain>(x, frame, row, frames, rows, cols, channels, out, threads);                                          \
+  extern "C" void input_transform_plain_##NAME(const T* x, Index frame, Index row, Index frames, Index rows,           \
+                                               Index cols, Index channels, float* out, int threads) {                  \
+    transform_inputs<Plain>(x, frame, row, frames, rows, cols, channels, out, threads);                                \
   }                                                                                                                    \
-  extern "C" void spread_upsampling_##NAME(const T* x, Index frame, Index row, Index frames, Index rows, Index cols,   \
-                                           Index channels, float* out, int threads) {                                  \
-    spread<Upsampling>(x, frame, row, frames, rows, cols, channels, out, threads);                                     \
+  extern "C" void input_transform_upsampling_##NAME(const T* x, Index frame, Index row, Index frames, Index rows,      \
+                                                    Index cols, Index channels, float* out, int threads) {             \
+    transform_inputs<Upsampling>(x, frame, row, frames, rows, cols, channels, out, threads);                           \
   }                                                                                                                    \
-  extern "C" void merge_plain_##NAME(const float* products, Index frames, Index rows, Index cols, Index channels,      \
-                                     const float* bias, T* out, Index frame, Index row, Index col, int add,            \
-                                     int threads) {                                                                    \
-    merge<Plain>(products, frames, rows, cols, channels, bias, out, frame, row, col, add, threads);                    \
+  extern "C" void output_transform_plain_##NAME(const float* products, Index frames, Index rows, Index cols,           \
+                                                Index channels, const float* bias, T* out, Index frame, Index row,     \
+                                                Index col, int add, int threads) {                                     \
+    transform_outputs<Plain>(products, frames, rows, cols, channels, bias, out, frame, row, col, add, threads);        \
   }                                                                                                                    \
-  extern "C" void merge_upsampling_##NAME(const float* products, Index frames, Index rows, Index cols, Index channels, \
-                                          const float* bias, T* out, Index frame, Index row, Index col, int add,       \
-                                          int threads) {                                                               \
-    merge<Upsampling>(products, frames, rows, cols, channels, bias, out, frame, row, col, add, threads);               \
+  extern "C" void output_transform_upsampling_##NAME(const float* products, Index frames, Index rows, Index cols,      \
+                                                     Index channels, const float* bias, T* out, Index frame,           \
+                                                     Index row, Index col, int add, int threads) {                     \
+    transform_outputs<Upsampling>(products, frames, rows, cols, channels, bias, out, frame, row, col, add, threads);   \
   }                                                                                                                    \
   extern "C" void scale_and_shift_##NAME(const T* x, Index frame, Index row, Index frames, Index rows, Index cols,     \
                                          Index channels, const float* factors, const float* terms, int silu, T* out,   \

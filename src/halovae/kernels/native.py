@@ -1,7 +1,7 @@
-"""Passes over memory of Winograd's convolution and of the norms before it: by PyTorch's operators, or compiled.
+"""The memory-bound kernels of Winograd's convolution and of the norms before it: compiled, or by PyTorch's operators.
 
-`native.cpp` reads and writes each value once, as the C++ compiler of this machine makes it. What it cannot do is left
-to the operators: numbers of channels that 16 does not divide, fp64, maps whose cells have gaps.
+Compiled kernels (`native.cpp`) read and write each value once. PyTorch's operators handle what these do not support:
+channel counts not divisible by 16, fp64, maps with gaps between cells.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from torch import Tensor
 from halovae.kernels import compiler
 from halovae.kernels.schemes import Matrix, Scheme
 
-LANES = 16  # channels that `native.cpp` takes at once
+LANES = 16  # channels per vector in `native.cpp`
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LOOKING = 2  # seconds that a call may wait to hear whether there is a library from an earlier process
+_LOOKING = 2  # seconds that a call may wait for the check for a library from an earlier process
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Norms of maps `[N, *, C]`, each in one loop; computed in fp32 and rounded once.
+    """Single-loop norms of maps `[N, *, C]`, computed in fp32 and rounded once.
 
     Attributes:
-        takes: whether they can read, or write to, a map.
+        takes: whether the norms can read or write a map.
         normalize: `x / sqrt(max(|x|^2 + added, least)) * scale` over the last dim: takes `x`, `scale` `[C]`, `added`,
             `least`, whether SiLU follows, and memory for the result, which may be `x`.
-        scale_and_shift: `x * factors + terms`: takes `x`, both of them `[N, C]`, whether SiLU follows, and memory for
-            the result, which may be `x`.
-        moments: the variance and the mean of each channel, `[2, N, C]`. Takes `x`, which is contiguous.
+        scale_and_shift: `x * factors + terms`: takes `x`, `factors` and `terms` `[N, C]`, whether SiLU follows, and
+            memory for the result, which may be `x`.
+        moments: the variance and the mean of each channel, `[2, N, C]`. Takes a contiguous `x`.
     """
 
     takes: Callable[[Tensor], bool]
@@ -48,44 +48,46 @@ class Norms:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What passes over memory are made with. Maps are seen with the channels last, whatever their layout in memory.
+    """One implementation of the memory-bound kernels. Arguments have their channels in the last dim.
 
     Attributes:
-        spread: takes a band of a window `[T, L, W, C]`, its rows of tiles, the scheme, fp32 memory for what is in
-            between, and memory for the result `[products^2, T, tiles, C]`.
-        merge: takes products `[products^2, T, tiles, O]`, the rows of tiles, the scheme, memory for what is in between,
-            a bias `[O]`, the result's memory `[T, H, W, O]`, and whether to add to it.
-        norms: those that are one loop, if there are any.
+        input_transform: takes a row block of a window `[T, L, W, C]`, the number of tile rows, the scheme, fp32 memory
+            for intermediate values, and memory for the result `[products^2, T, tiles, C]`.
+        output_transform: takes products `[products^2, T, tiles, O]`, the number of tile rows, the scheme, memory for
+            intermediate values, a bias `[O]`, memory for the result `[T, H, W, O]`, and whether to add to it.
+        norms: the single-loop norms, or None.
     """
 
-    spread: Callable[[Tensor, int, Scheme, Tensor, Tensor], None]
-    merge: Callable[[Tensor, int, Scheme, Tensor, Tensor, Tensor, bool], None]
+    input_transform: Callable[[Tensor, int, Scheme, Tensor, Tensor], None]
+    output_transform: Callable[[Tensor, int, Scheme, Tensor, Tensor, Tensor, bool], None]
     norms: Norms | None
 
 
-def _spread(band: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
-    frames, _, width, channels = band.shape
-    cols = (width - len(how.spread[0])) // how.step + 1
+def _input_transform(block: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
+    frames, _, width, channels = block.shape
+    cols = (width - len(how.input_transform[0])) // how.step + 1
     halfway = carved(memory, (how.products, frames, rows, width, channels))
-    _combine(how.spread, _strided(band, 1, how.step, rows, len(how.spread[0])), halfway.unbind())
+    _combine(how.input_transform, _strided(block, 1, how.step, rows, len(how.input_transform[0])), halfway.unbind())
     final = out.view(how.products, how.products, frames, rows, cols, channels)
-    inputs = _strided(halfway, 3, how.step, cols, len(how.spread[0]))
-    _combine(how.spread, inputs, final.unbind())
+    inputs = _strided(halfway, 3, how.step, cols, len(how.input_transform[0]))
+    _combine(how.input_transform, inputs, final.unbind())
 
 
-def _merge(products: Tensor, rows: int, how: Scheme, memory: Tensor, bias: Tensor, out: Tensor, add: bool) -> None:
+def _output_transform(
+    products: Tensor, rows: int, how: Scheme, memory: Tensor, bias: Tensor, out: Tensor, add: bool
+) -> None:
     frames, width, channels = out.shape[0], out.shape[2], out.shape[3]
     halfway = carved(memory, (how.products, frames, rows, width, channels))
     cols = halfway.unflatten(3, (-1, how.results)).unbind(4)
     parts = products.view(how.products, how.products, frames, rows, -1, channels)
-    _combine(how.merge, parts.unbind(), cols)
-    lines = out.unflatten(1, (rows, how.results)).unbind(2)
-    for line, total in zip(lines, _combined(how.merge, halfway.unbind()), strict=True):
-        line.copy_(total + bias + line if add else total + bias)
+    _combine(how.output_transform, parts.unbind(), cols)
+    results = out.unflatten(1, (rows, how.results)).unbind(2)
+    for result, total in zip(results, _combined(how.output_transform, halfway.unbind()), strict=True):
+        result.copy_(total + bias + result if add else total + bias)
 
 
 def _strided(x: Tensor, dim: int, step: int, count: int, inputs: int) -> list[Tensor]:
-    """The cells of tiles along a dim: the first of each, the second, and so on."""
+    """Return the first cell of each tile along a dim, the second of each, and so on."""
     return [x.narrow(dim, at, step * (count - 1) + 1)[(slice(None),) * dim + (slice(None, None, step),)]
             for at in range(inputs)]  # fmt: skip
 
@@ -96,7 +98,7 @@ def _combine(matrix: Matrix, parts: Sequence[Tensor], outs: Sequence[Tensor]) ->
 
 
 def _combined(matrix: Matrix, parts: Sequence[Tensor]) -> list[Tensor]:
-    """The product of a matrix and parts, in fp32."""
+    """Multiply a matrix by a vector of tensors, in fp32."""
     sums = []
     for row in matrix:
         terms = [part.float() * factor for factor, part in zip(row, parts, strict=True) if factor]
@@ -108,15 +110,15 @@ def _combined(matrix: Matrix, parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def carved(memory: Tensor, shape: Sequence[int]) -> Tensor:
-    """The beginning of flat memory as a tensor."""
+    """Return the beginning of flat memory as a tensor of a shape."""
     return memory[: math.prod(shape)].view(*shape)
 
 
-EAGER = Kernels(_spread, _merge, None)
+EAGER = Kernels(_input_transform, _output_transform, None)
 
 
 def compiled() -> Kernels:
-    """The kernels as a C++ compiler makes them, in 3 s; the library is kept in the cache folder.
+    """Return the compiled kernels. The first call compiles them in 3 s unless the cache folder has the library.
 
     Raises:
         OSError: there is no compiler, or it failed.
@@ -130,38 +132,38 @@ def compiled() -> Kernels:
 
 
 def prepare(device: torch.device) -> None:
-    """Begin to compile kernels for a device in the background."""
+    """Start compiling the kernels for a device in the background."""
     if device.type == "cpu":
         _attempt()
 
 
 def ready(device: torch.device, wait: bool = False) -> bool:
-    """Whether there are compiled kernels for a device. If there are none yet, they are compiled in the background.
+    """Whether there are compiled kernels for a device. If not, start compiling them in the background.
 
     Args:
-        device: the kind of device counts.
-        wait: for the compiler.
+        device: only its type matters.
+        wait: wait until the compiler is done.
     """
     if device.type != "cpu":
         return False
     attempt = _attempt()
-    attempt.looked.wait(max(0.0, attempt.begin + _LOOKING - time.monotonic()))
+    attempt.cache_checked.wait(max(0.0, attempt.begin + _LOOKING - time.monotonic()))
     if wait:
         attempt.wait()
     return isinstance(attempt.outcome, Kernels)
 
 
 def explain(device: torch.device) -> None:
-    """Say why kernels for a device cannot be compiled, if that is so.
+    """Warn if the kernels for a device could not be compiled.
 
     Warns:
-        RuntimeWarning: once in a process.
+        RuntimeWarning: once per process, with the reason.
     """
     if device.type != "cpu":
         return
     attempt = _attempt()
-    if isinstance(attempt.outcome, OSError) and not attempt.told:
-        attempt.told = True
+    if isinstance(attempt.outcome, OSError) and not attempt.warned:
+        attempt.warned = True
         warnings.warn(
             f"kernels run uncompiled, since they could not be compiled: {attempt.outcome}", RuntimeWarning, stacklevel=3
         )
@@ -171,36 +173,36 @@ class _Attempt(threading.Thread):
     """Loads the library, or compiles it.
 
     Attributes:
-        looked: is set once it is known whether there is one from an earlier process.
-        outcome: the kernels, or why there are none; None before that is known.
-        begin: when it began, by the monotonic clock.
-        told: whether somebody was told why there are none.
+        cache_checked: set once it is known whether an earlier process left a library.
+        outcome: the kernels, or the error; None until the attempt ends.
+        begin: its start on the monotonic clock.
+        warned: whether the error was reported.
     """
 
     def __init__(self) -> None:
-        # No daemon: a process that is done earlier waits for the compiler, and leaves the library to later ones.
+        # Not a daemon: a process that ends earlier waits for the compiler and leaves the library to later processes.
         super().__init__(name="halovae kernels")
-        self.looked = threading.Event()
+        self.cache_checked = threading.Event()
         self.outcome: Kernels | OSError | None = None
-        self.begin, self.told = time.monotonic(), False
+        self.begin, self.warned = time.monotonic(), False
         try:
             self.start()
-        except RuntimeError as error:  # the system has no more threads
+        except RuntimeError as error:  # the system is out of threads
             self.outcome = OSError(str(error))
-            self.looked.set()
+            self.cache_checked.set()
 
     def wait(self) -> None:
-        """Wait for its end."""
+        """Wait until the attempt ends."""
         if self.ident is not None:
             self.join()
 
     def run(self) -> None:
         try:
-            self.outcome = _Library(compiler.loaded(self.looked)).kernels()
+            self.outcome = _Library(compiler.loaded(self.cache_checked)).kernels()
         except Exception as error:
             self.outcome = error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
         finally:
-            self.looked.set()
+            self.cache_checked.set()
 
 
 _starting = threading.Lock()
@@ -216,15 +218,15 @@ _attempted = cache(_Attempt)
 
 
 def _in_child() -> None:
-    """Forget an attempt that a fork cut off: threads do not come along."""
+    """Forget an attempt that a fork interrupted: threads do not survive in the child."""
     global _starting
     _starting = threading.Lock()
     if _attempted.cache_info().currsize:
         if _attempted().outcome is None:
             _attempted.cache_clear()
         else:
-            _attempted().looked = threading.Event()  # the fork may hold the lock of the other one
-            _attempted().looked.set()
+            _attempted().cache_checked = threading.Event()  # the parent's event may have been locked at the fork
+            _attempted().cache_checked.set()
 
 
 if hasattr(os, "register_at_fork"):
@@ -232,17 +234,17 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Library:
-    """`native.cpp` with tensors for arguments."""
+    """Calls the functions of `native.cpp` with tensors."""
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._functions = functions
 
     def kernels(self) -> Kernels:
         norms = Norms(self.takes, self.normalize, self.scale_and_shift, self.moments)
-        return Kernels(self.spread, self.merge, norms)
+        return Kernels(self.input_transform, self.output_transform, norms)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether channels lie side by side, cells of a row one after the other, and it can compute with them."""
+        """Whether a map's rows are contiguous, and the library supports its dtype and channel count."""
         channels = x.shape[-1]
         plain = x.device.type == "cpu" and x.dtype in _DTYPES and channels % LANES == 0 and 3 <= x.ndim <= 5
         plain = plain and x.stride(-1) == 1 and (x.shape[-2] == 1 or x.stride(-2) == channels)
@@ -256,35 +258,35 @@ class _Library:
 
     def scale_and_shift(self, x: Tensor, factors: Tensor, terms: Tensor, silu: bool, out: Tensor) -> None:
         for at, (item, result) in enumerate(zip(_frames(x), _frames(out), strict=True)):
-            given = factors[at].float().contiguous(), terms[at].float().contiguous()
-            self._call(f"scale_and_shift_{_named(x)}", *_map(item), *given, silu, result, *result.stride()[:2])
+            affine = factors[at].float().contiguous(), terms[at].float().contiguous()
+            self._call(f"scale_and_shift_{_named(x)}", *_map(item), *affine, silu, result, *result.stride()[:2])
 
     def moments(self, x: Tensor) -> Tensor:
-        found = torch.empty((2, len(x), x.shape[-1]), dtype=torch.float32, device=x.device)
-        for item, variance, mean in zip(x.flatten(1, -2), *found, strict=True):
+        result = torch.empty((2, len(x), x.shape[-1]), dtype=torch.float32, device=x.device)
+        for item, variance, mean in zip(x.flatten(1, -2), *result, strict=True):
             self._call(f"moments_{_named(x)}", item, *item.shape, variance, mean)
-        return found
+        return result
 
-    def spread(self, band: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
-        if not (self.takes(band) and _is_plain(out)):
-            EAGER.spread(band, rows, how, memory, out)
+    def input_transform(self, block: Tensor, rows: int, how: Scheme, memory: Tensor, out: Tensor) -> None:
+        if not (self.takes(block) and _is_plain(out)):
+            EAGER.input_transform(block, rows, how, memory, out)
             return
-        frames, _, width, channels = band.shape
-        cols = (width - len(how.spread[0])) // how.step + 1
-        sizes = *band.stride()[:2], frames, rows, cols, channels
-        self._call(f"spread_{how.name}_{_named(band)}", band, *sizes, out)
+        frames, _, width, channels = block.shape
+        cols = (width - len(how.input_transform[0])) // how.step + 1
+        sizes = *block.stride()[:2], frames, rows, cols, channels
+        self._call(f"input_transform_{how.name}_{_named(block)}", block, *sizes, out)
 
-    def merge(
+    def output_transform(
         self, products: Tensor, rows: int, how: Scheme, memory: Tensor, bias: Tensor, out: Tensor, add: bool
     ) -> None:
         frames, _, width, channels = out.shape
-        known = out.dtype in _DTYPES and channels % LANES == 0 and out.stride(3) == 1 and _is_plain(products)
-        if not known or not hasattr(self._functions, f"normalize_{_named(out)}"):
-            EAGER.merge(products, rows, how, memory, bias, out, add)
+        supported = out.dtype in _DTYPES and channels % LANES == 0 and out.stride(3) == 1 and _is_plain(products)
+        if not supported or not hasattr(self._functions, f"normalize_{_named(out)}"):
+            EAGER.output_transform(products, rows, how, memory, bias, out, add)
             return
         sizes = frames, rows, width // how.results, channels
         bias = bias.float().contiguous()
-        self._call(f"merge_{how.name}_{_named(out)}", products, *sizes, bias, out, *out.stride()[:3], add)
+        self._call(f"output_transform_{how.name}_{_named(out)}", products, *sizes, bias, out, *out.stride()[:3], add)
 
     def _call(self, name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
         """Call a function with pointers to tensors, numbers, and the number of threads."""
@@ -316,5 +318,5 @@ def _frames(x: Tensor) -> list[Tensor]:
 
 
 def _map(x: Tensor) -> tuple[Tensor | int, ...]:
-    """A map `[T, H, W, C]`: where it lies, how far frames and rows are apart, and its extents."""
+    """The arguments for a map `[T, H, W, C]`: the map, the strides of frames and rows, and its extents."""
     return x, *x.stride()[:2], *x.shape

@@ -1,8 +1,8 @@
-"""The buffer pool: memory for a decode's feature maps on the CPU, reused as soon as nobody holds a map.
+"""The buffer pool: memory for a decode's feature maps on the CPU, reused once a map has no references.
 
-Fresh memory is slow: the system hands it over page by page, cleared, when it is first written (a fifth of the time of a
-bf16 decode). Maps of other sizes can only reuse memory if all maps lie in one range of addresses. Accelerators need no
-pool: torch's allocator has one.
+Fresh memory is slow: the system allocates and clears it page by page at the first write (a fifth of the time of a bf16
+decode). Maps of different sizes can only reuse each other's memory if all maps lie in one range of addresses.
+Accelerators need no buffer pool: torch's allocator is one.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from halovae.device.kinds import Device
 
 _ALIGNMENT = 64  # bytes of a cache line
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
-_NO_RESERVE = 0x4000  # MAP_NORESERVE of linux/mman.h, which Python knows since 3.13: else no process could fork
-# Bytes of scratch memory that go back to the system once a convolution needs less than half of them. A clip in bf16 on
-# two ranks had 137 MiB at its last level, and has 87 (latents of 1x16x3x16x16).
+_NO_RESERVE = 0x4000  # MAP_NORESERVE of linux/mman.h, in Python from 3.13 on; without it, no process could fork
+# Scratch memory of at least this many bytes is returned to the system once a convolution needs less than half of it. A
+# clip in bf16 on two ranks took 137 MiB at its last level without this, and takes 87 (latents of 1x16x3x16x16).
 _LARGE = 2**25
 
 
-class Pool:
+class BufferPool:
     """The memory of one decode.
 
     Args:
-        device: the CPU, or "meta" for maps without data. On other devices torch's own allocator is asked for each map.
+        device: the CPU, or "meta" for maps without data. On other devices torch's own allocator provides each map.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Feature caches have an arena of their own: between maps that come and go they would leave small gaps.
+        # Feature caches have their own arena: between short-lived maps they would leave small gaps.
         self._maps, self._caches = _Arena(), _Arena()
-        self._scratch = 0  # bytes of the last scratch memory
+        self._scratch = 0  # bytes of the latest scratch memory
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, kept: bool = False) -> Tensor:
-        """An uninitialized map, channels last where the device knows that.
+        """Allocate an uninitialized map, channels last where the device supports that.
 
         Args:
             shape: `[B, C, T, H, W]`.
@@ -60,39 +60,39 @@ class Pool:
         return memory.view(dtype).view(batch, *rest, channels).movedim(-1, 1)
 
     def scratch(self, count: int) -> Tensor:
-        """`count` uninitialized fp32 elements."""
+        """Allocate `count` uninitialized fp32 elements."""
         if self.device.type != "cpu":
             return torch.empty(count, device=self.device)
         size, before = count * torch.float32.itemsize, self._scratch
         if before >= _LARGE and size < before // 2:
-            self._maps.clear()  # later levels have larger maps in its place
+            self._maps.clear()  # later levels need the memory for larger maps
         self._scratch = size
         return self._maps.allocate(size).view(torch.float32)
 
     def clear(self) -> None:
-        """Return free memory to the system. The pool can still allocate it again."""
+        """Return free memory to the system. The buffer pool can still allocate it again."""
         self._maps.clear()
         self._caches.clear()
 
     def holds(self, x: Tensor) -> bool:
-        """Whether a tensor lies in the pool. As long as it lives, so do the pool's pages."""
-        return any(one.holds(x) for one in (self._maps, self._caches))
+        """Whether a tensor lies in the buffer pool. Such a tensor keeps the pool's pages alive."""
+        return any(arena.holds(x) for arena in (self._maps, self._caches))
 
 
 class _Arena:
-    """Reserved addresses: the system gives memory only for what is written. A map takes the first gap that fits it."""
+    """A reserved address range, which takes memory only once written. A map takes the first gap that fits it."""
 
     def __init__(self) -> None:
         self._reserved: mmap.mmap | None = None
-        self._bytes: Tensor | None = None  # all of it; None before the first allocation
-        self._gaps: list[tuple[int, int]] = []  # where each begins and ends, in order
-        self._freed: deque[tuple[int, int]] = deque()  # by any thread, since the last allocation
+        self._bytes: Tensor | None = None  # the whole range; None before the first allocation
+        self._gaps: list[tuple[int, int]] = []  # begin and end of each, in order
+        self._freed: deque[tuple[int, int]] = deque()  # added by any thread since the last allocation
 
     def holds(self, x: Tensor) -> bool:
         return self._bytes is not None and 0 <= x.data_ptr() - self._bytes.data_ptr() < len(self._bytes)
 
     def allocate(self, size: int) -> Tensor:
-        """So many bytes; from torch's allocator if they do not fit."""
+        """Allocate bytes; by torch's allocator if they do not fit."""
         if self._bytes is None:
             self._reserved = _reserved()
             memory = self._reserved
@@ -133,10 +133,10 @@ class _Arena:
 
 
 def _reserved() -> mmap.mmap | None:
-    """Addresses for as many bytes as the host has; None where they are scarce."""
-    limits = (resource.getrlimit(one)[0] for one in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    promised = _OVERCOMMIT.exists() and _OVERCOMMIT.read_text().strip() == "2"  # proc(5): what is reserved counts
-    if promised or any(limit != resource.RLIM_INFINITY for limit in limits) or not hasattr(mmap, "MAP_ANONYMOUS"):
+    """Reserve addresses for as many bytes as the host has; None where addresses are limited."""
+    limits = (resource.getrlimit(name)[0] for name in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    strict = _OVERCOMMIT.exists() and _OVERCOMMIT.read_text().strip() == "2"  # proc(5): reservations count
+    if strict or any(limit != resource.RLIM_INFINITY for limit in limits) or not hasattr(mmap, "MAP_ANONYMOUS"):
         return None
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_NO_RESERVE if sys.platform == "linux" else 0)
     try:
@@ -146,7 +146,7 @@ def _reserved() -> mmap.mmap | None:
 
 
 def _buffer(memory: Tensor, start: int, size: int) -> Tensor:
-    """Some bytes as a tensor with a storage of its own, which keeps the whole memory."""
+    """Return some bytes as a tensor with its own storage, which keeps the whole memory alive."""
     return torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=size, offset=start)
 
 

@@ -1,1 +1,1 @@
-"""One file per VAE family, and `load`, which builds them from checkpoints and live modules."""
+"""VAE families as data: sizes, layouts of checkpoints, maps of names; and how a VAE is loaded."""

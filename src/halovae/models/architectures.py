@@ -1,4 +1,4 @@
-"""Models of the true architecture: on random weights for measuring, without data for planning."""
+"""Models of the true architectures: with random weights for measurements, on meta tensors for planning."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Sizes:
 
     Attributes:
         class_name: the diffusers class.
-        config: what differs from the class's defaults.
-        widths: of the first encoder block and the last decoder block, where small ones are made, too.
-        note: what is not known of the published sizes.
+        config: values that differ from the class's defaults.
+        widths: channels of the first encoder block and the last decoder block, for classes that are also built small.
+        note: what is unknown about the published sizes.
     """
 
     class_name: str
@@ -89,23 +89,23 @@ MODELS: dict[str, Sizes] = {
     "easyanimate": Sizes("AutoencoderKLMagvit", note=_UNCHECKED),
     "qwen-image-2.1": Sizes("AutoencoderKLQwenImage21", note=_UNCHECKED),
 }
-"""The autoencoders whose true sizes are known by name."""
+"""The autoencoders whose true sizes are known, by name."""
 
-# Those that are made small as well: diffusers' class, the sizes that are not its defaults, and the true widths.
+# Families that are also built small: the diffusers class, values that differ from its defaults, and the true widths.
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     name: (sizes.class_name, dict(sizes.config), sizes.widths) for name, sizes in MODELS.items() if sizes.widths
 }
 
 
 def random_vae(family: str, width: int | None = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers VAE with seeded random weights, its norms away from their initial ones, where errors would hide.
+    """Build a diffusers VAE with seeded random weights. Initial values of norms would hide errors, so norms differ.
 
     Args:
         family: a name in `MODELS`.
-        width: channels of the last level instead of the true ones, for a small model of the same architecture; of
-            the names in `FAMILIES` only.
-        seed: equal seeds make equal weights.
-        dtype: what the weights are converted to.
+        width: channels of the last level instead of the true ones, for a small model of the same architecture;
+            only for names in `FAMILIES`.
+        seed: equal seeds give equal weights.
+        dtype: the dtype of the weights.
 
     Raises:
         ValueError: an unknown family, or one whose width is fixed.
@@ -124,36 +124,36 @@ def random_vae(family: str, width: int | None = None, seed: int = 0, dtype: torc
 
 
 def sample_vae(device: torch.device, dtype: torch.dtype) -> Any:
-    """What calibrations decode with: Wan2.1's VAE with as few blocks as it can have, the same weights on all ranks."""
+    """Build the VAE that calibrations decode with: Wan2.1's with the fewest blocks, and equal weights on all ranks."""
     from diffusers import AutoencoderKLWan
 
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         vae: Any = AutoencoderKLWan(num_res_blocks=0)
         vae.encoder = vae.quant_conv = NoEncoder()
-        nn.Module.to(vae.eval().requires_grad_(False), device, dtype)  # its own warns of half precision
+        nn.Module.to(vae.eval().requires_grad_(False), device, dtype)  # the model's own `to` warns about half precision
     return vae
 
 
 def meta_vae(family: str, dtype: torch.dtype) -> nn.Module:
-    """The autoencoder of a name in `MODELS`, on meta tensors: weights have shapes but no data."""
+    """Build the autoencoder of a name in `MODELS` on meta tensors."""
     import diffusers
 
-    getattr(diffusers, MODELS[family].class_name)  # imported before: modules make tensors, which are to have data
+    getattr(diffusers, MODELS[family].class_name)  # imported first: tensors that its modules create need data
     with torch.device("meta"):
-        return _hollow(_made(family), dtype)
+        return _prepared(_made(family), dtype)
 
 
 def meta_vae_of(config: Mapping[str, Any], source: str, dtype: torch.dtype) -> nn.Module:
-    """The autoencoder that a diffusers `config.json` describes, on meta tensors.
+    """Build the autoencoder that a diffusers `config.json` describes, on meta tensors.
 
     Args:
-        config: its content.
-        source: where it is from, for errors.
-        dtype: what to compute in.
+        config: the content of the file.
+        source: the origin of the config, for errors.
+        dtype: the dtype to compute in.
 
     Raises:
-        ValueError: it names no autoencoder of diffusers that can be planned; says why.
+        ValueError: the config names no autoencoder of diffusers that can be planned; the message says why.
     """
     import diffusers
 
@@ -167,22 +167,22 @@ def meta_vae_of(config: Mapping[str, Any], source: str, dtype: torch.dtype) -> n
         raise ValueError(f"{source}: {name!r} is no autoencoder class of the installed diffusers")
     try:
         with torch.device("meta"):
-            return _hollow(found.from_config(dict(config)), dtype)  # type: ignore[attr-defined]
+            return _prepared(found.from_config(dict(config)), dtype)  # type: ignore[attr-defined]
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{source}: {name} cannot be built from this config ({error})") from error
 
 
 def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: int) -> tuple[int, ...]:
-    """The shape of the latents, of one item, that decode to pictures of a size.
+    """Return the shape of the latents that decode to one picture or clip of a size.
 
     Args:
         module: a diffusers autoencoder.
-        name: what to call it in errors.
+        name: its name in errors.
         size: `(width, height)` in pixels.
-        frames: of a clip; 1 for pictures.
+        frames: the number of frames of a clip; 1 for pictures.
 
     Raises:
-        ValueError: no latents do; says which sizes and numbers of frames are nearest.
+        ValueError: no latents decode to that size; the message gives the nearest sizes or numbers of frames.
     """
     if (sizes := sizes_of(module)) is not None:
         return sizes.latents(size, frames)
@@ -202,14 +202,14 @@ def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: in
     ratio, first = temporal_ratio(module)
     if (frames - first) % ratio:
         below = first + (frames - first) // ratio * ratio
-        near = " or ".join(str(one) for one in (below, below + ratio) if one > 0)
-        said = "multiples" if first == 0 else "1 + a multiple"
-        raise ValueError(f"{frames} frames: {name} makes {said} of {ratio}: {near}")
+        near = " or ".join(str(count) for count in (below, below + ratio) if count > 0)
+        rule = "multiples" if first == 0 else "1 + a multiple"
+        raise ValueError(f"{frames} frames: {name} makes {rule} of {ratio}: {near}")
     return 1, channels, (frames - first) // ratio + first, *plane
 
 
 def temporal_ratio(module: nn.Module) -> tuple[int, int]:
-    """Frames per latent frame, and how many frames the first latent frame makes besides: 1 in causal models, else 0."""
+    """Return frames per latent frame, and 1 if the first latent frame makes one frame (causal models), else 0."""
     name, config = type(module).__name__, getattr(module, "config", {})
     if (sizes := sizes_of(module)) is not None:
         return sizes.temporal_factor, 1
@@ -225,13 +225,13 @@ def temporal_ratio(module: nn.Module) -> tuple[int, int]:
 
 
 def usual_frames(module: nn.Module, clip: int) -> int:
-    """How many frames results usually have: 1 of pictures, also where latents have frames, else `clip`."""
+    """Return the usual number of frames: `clip` for models of clips, 1 for models of pictures, even if 5-D."""
     sizes = sizes_of(module)
     return clip if makes_clips(module) and (sizes is None or sizes.family != "qwen-image") else 1
 
 
 _SAME_FRAMES = ("AutoencoderKLHunyuanImageRefiner",)
-_WHOLE_FRAMES = ("AutoencoderKLAllegro", "AutoencoderVidTok")  # every latent frame makes as many
+_WHOLE_FRAMES = ("AutoencoderKLAllegro", "AutoencoderVidTok")  # all latent frames make the same number of frames
 
 
 def _made(family: str, width: int | None = None) -> Any:
@@ -250,8 +250,8 @@ def _made(family: str, width: int | None = None) -> Any:
     return vae
 
 
-def _hollow(module: Any, dtype: torch.dtype) -> nn.Module:
+def _prepared(module: Any, dtype: torch.dtype) -> nn.Module:
     if type(module).__name__ == "AutoencoderKLAllegro":
         module.enable_tiling()
-    # Not the model's own `to`, which warns of weights that are meant to stay fp32.
+    # Not the model's own `to`, which warns about weights that are meant to stay fp32.
     return nn.Module.to(module.eval().requires_grad_(False), dtype)

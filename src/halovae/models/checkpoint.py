@@ -1,7 +1,7 @@
-"""A VAE in a single file: what it is, by keys and shapes, and its weights by diffusers' names.
+"""VAEs in single files: recognition by keys and shapes, and weights by diffusers' names.
 
-Files are recognized by `layouts.LAYOUTS`, alone or among the weights of a whole pipeline. Nothing is read but names and
-shapes until all of them are known to agree.
+A file holds a VAE in one of `layouts.LAYOUTS`, alone or among the weights of a whole pipeline. Only names and shapes
+are read until all of them are known to match.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from halovae.errors import CheckpointError
 from halovae.models.layouts import LAYOUTS, SCALINGS, Config, Layout, Scaling
 from halovae.models.weights import Weights, dtype_names, some
 
-# What the VAE's keys begin with in files of a whole pipeline: none, ComfyUI's and Lightricks', latent diffusion's.
+# Prefixes of the VAE's keys: none; in files of a whole pipeline, ComfyUI's and Lightricks', or latent diffusion's.
 PREFIXES = ("", "vae.", "first_stage_model.")
-# Of training: losses and averages of weights that the file has in another place, or not at all.
+# Prefixes of keys for training: losses, and averages of weights that the file has elsewhere or not at all.
 _UNUSED = ("loss.", "model_ema.")
 
 
@@ -29,11 +29,11 @@ class Checkpoint:
 
     Attributes:
         source: the file or folder, for messages.
-        config: of the diffusers class `_class_name`.
+        config: the config of the diffusers class `_class_name`.
         weights: the files' tensors.
-        keys: by diffusers' names, the name in the files, and the shape in diffusers.
-        layout: what a single file was recognized as; None for a folder, whose `config.json` says it.
-        prefix: what the VAE's keys begin with.
+        keys: maps diffusers' names to the name in the files and the shape in diffusers.
+        layout: the layout of a single file; None for a folder, which has a `config.json`.
+        prefix: the prefix of the VAE's keys.
     """
 
     source: str
@@ -49,7 +49,7 @@ class Checkpoint:
         return sum(self.weights.stored[key].nbytes for key, _ in self.keys.values())
 
     def facts(self) -> Iterator[tuple[str, str]]:
-        """What `halovae inspect` tells of the file: names of facts, and facts."""
+        """Yield what `halovae inspect` shows about the file, as pairs of label and text."""
         own = [self.weights.stored[key] for key, _ in self.keys.values()]
         if self.layout is not None:
             yield "file", f"{self.layout.family}, {self.layout.names_of} names"
@@ -58,14 +58,15 @@ class Checkpoint:
             others = len(self.weights.stored) - len(own)
             yield "beside the VAE", f"{others} tensors; its keys begin with {self.prefix!r}"
         if "scaling_factor" in self.config and self.layout is not None:
-            used, alike = _scaling(self)
-            yield "scaling", str(used) + (f" (or {' or '.join(map(str, alike))}: files do not tell)" if alike else "")
+            used, possible = _scaling(self)
+            doubt = f" (or {' or '.join(map(str, possible))}: the file does not say)" if possible else ""
+            yield "scaling", f"{used}{doubt}"
 
     def check_dtypes(self, names: Iterable[str]) -> None:
-        """Check that weights, by diffusers' names, are floating-point numbers.
+        """Check that weights, given by diffusers' names, are floating-point numbers.
 
         Raises:
-            CheckpointError: names one that is not.
+            CheckpointError: one is not; the message names it.
         """
         for key, _ in (self.keys[name] for name in names):
             dtype = self.weights.stored[key].dtype
@@ -73,7 +74,7 @@ class Checkpoint:
                 raise CheckpointError(f"{self.source}: {key} is no floating-point number; expected fp32 to fp8")
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Weights by diffusers' names on the CPU in the stored dtype, as views of the file where they can be.
+        """Yield weights by diffusers' names, on the CPU in the stored dtype, as views of the file where possible.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -84,15 +85,16 @@ class Checkpoint:
 
 
 def recognize(path: Path) -> Checkpoint:
-    """Tell what VAE is in a file, by keys and shapes.
+    """Recognize the VAE in a file by keys and shapes.
 
     Args:
         path: `.safetensors` or a file of `torch.save`; its name does not matter.
 
     Raises:
-        CheckpointError: it cannot be read, or it is no layout in `layouts.LAYOUTS`; names the nearest and what differs.
+        CheckpointError: the file cannot be read, or has none of `layouts.LAYOUTS`; the message names the nearest layout
+            and what differs.
     """
-    with torch.inference_mode(False), torch.no_grad():  # so that a view knows what it is a view of
+    with torch.inference_mode(False), torch.no_grad():  # so that views record their base tensor
         weights = Weights([path])
         layout, prefix = _layout_of(path, weights.stored)
         own = {
@@ -125,31 +127,31 @@ def recognize(path: Path) -> Checkpoint:
 
 
 def _layout_of(path: Path, stored: Mapping[str, Tensor]) -> tuple[Layout, str]:
-    """The layout with the longest signature that the file has, and what its keys begin with."""
-    found = [
+    """Return the layout with the longest signature that the file has, and the prefix of its keys."""
+    matches = [
         (layout, prefix)
         for layout in LAYOUTS
         for prefix in PREFIXES
         if all(prefix + key in stored for key in layout.signature)
     ]
-    if not found:
+    if not matches:
         raise CheckpointError(f"{path}: {_nearest(stored)}")
-    return max(found, key=lambda one: len(one[0].signature))
+    return max(matches, key=lambda match: len(match[0].signature))
 
 
 def check_weights(
     source: str, kind: str, needed: Mapping[str, torch.Size], given: Mapping[str, tuple[str, torch.Size]]
 ) -> None:
-    """Check that weights are those of a module.
+    """Check that weights match a module by name and shape.
 
     Args:
-        source: where they are from, for the message.
-        kind: what the module is, for the message, too.
-        needed: the module's shapes, by its names.
-        given: by the same names, what they are called in `source`, and their shapes.
+        source: the origin of the weights, for the message.
+        kind: the kind of module, for the message.
+        needed: maps the module's names to shapes.
+        given: maps the same names to the name in `source` and the shape.
 
     Raises:
-        CheckpointError: names what is missing, what is unexpected, and which shapes differ.
+        CheckpointError: they do not match; the message lists missing and unexpected names, and shapes that differ.
     """
     missing = [name for name in needed if name not in given and not name.endswith("num_batches_tracked")]
     unexpected = [key for name, (key, _) in given.items() if name not in needed]
@@ -168,27 +170,27 @@ def check_weights(
 
 
 def _scaling(checkpoint: Checkpoint) -> tuple[Scaling, tuple[Scaling, ...]]:
-    """Who scales latents, by what is beside the VAE; and who else may, if nothing tells."""
+    """Return the scaling that other keys of the file imply; if none do, the usual scaling and its alternatives."""
     known = SCALINGS.get(checkpoint.config["latent_channels"], SCALINGS[4])
-    for one in known:
-        if any(key.startswith(one.beside) for key in checkpoint.weights.stored):
-            return one, ()
+    for scaling in known:
+        if any(key.startswith(scaling.beside) for key in checkpoint.weights.stored):
+            return scaling, ()
     return known[0], known[1:]
 
 
 def _nearest(stored: Mapping[str, Tensor]) -> str:
-    """Why no layout fits: the nearest one, and the first keys that differ."""
+    """Say why no layout matches: the nearest one, and the first keys that differ."""
     words = {word for key in stored for word in key.split(".")}
 
-    def likeness(one: tuple[Layout, str]) -> tuple[int, float]:
-        layout, prefix = one
+    def likeness(candidate: tuple[Layout, str]) -> tuple[int, float]:
+        layout, prefix = candidate
         own = {word for key in layout.signature for word in key.split(".")}
         return sum(prefix + key in stored for key in layout.signature), len(own & words) / len(own)
 
     layout, prefix = max(((layout, prefix) for layout in LAYOUTS for prefix in PREFIXES), key=likeness)
     lacks = [prefix + key for key in layout.signature if prefix + key not in stored]
     has = [key for key in sorted(stored) if key.removeprefix(prefix) not in layout.signature]
-    known = "; ".join(dict.fromkeys(one.family for one in LAYOUTS))
+    known = "; ".join(dict.fromkeys(layout.family for layout in LAYOUTS))
     return (
         f"no VAE of a known layout. The nearest is {layout.family} by {layout.names_of} names: "
         f"the file lacks {some(lacks, 3)}, and has {some(has, 3)}. "

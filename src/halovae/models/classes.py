@@ -1,4 +1,4 @@
-"""What is known of diffusers' autoencoder classes that their calls do not tell."""
+"""Properties of diffusers' autoencoder classes that their signatures do not show."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from halovae.plane.keys import hooked
 BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
 _ONE_FRAME = ("AutoencoderKLQwenImage21",)
 _CHANNELS = ("latent_channels", "z_dim", "z_channels", "vq_embed_dim", "encoder_hidden_size")
-FIELDS = ("sample", "latent_dist", "latent", "latents")  # of what diffusers' autoencoders return
+FIELDS = ("sample", "latent_dist", "latent", "latents")  # fields of what diffusers' autoencoders return
 
 
 def sizes_of(vae: nn.Module) -> WanConfig | None:
-    """The sizes of Wan's and Qwen-Image's autoencoders; None for other classes.
+    """Return the sizes of a Wan or Qwen-Image autoencoder; None for other classes.
 
     Raises:
-        CheckpointError: its config lacks one.
+        CheckpointError: the config lacks a size.
     """
     name = type(vae).__name__
     return config_of({**getattr(vae, "config", {}), "_class_name": name}, name) if name in CLASSES else None
@@ -35,13 +35,13 @@ def _config(vae: nn.Module) -> Mapping[str, Any]:
 
 
 def latent_channels(vae: nn.Module) -> int | None:
-    """Channels of the latents; None if the config does not say."""
+    """The number of latent channels; None if the config does not give it."""
     config = _config(vae)
     return next((int(config[key]) for key in _CHANNELS if config.get(key)), None)
 
 
 def spatial_ratio(vae: nn.Module) -> int | None:
-    """Picture rows per latent row; None if the config does not say."""
+    """Picture rows per latent row; None if the config does not give it."""
     config = _config(vae)
     if (sizes := sizes_of(vae)) is not None:
         return sizes.spatial_factor
@@ -58,64 +58,64 @@ def spatial_ratio(vae: nn.Module) -> int | None:
 def makes_clips(vae: nn.Module) -> bool:
     """Whether latents have frames."""
     decoder = getattr(vae, "decoder", vae)
-    return any(isinstance(one, nn.Conv3d) for one in decoder.modules()) or type(vae).__name__ in BATCHED
+    return any(isinstance(module, nn.Conv3d) for module in decoder.modules()) or type(vae).__name__ in BATCHED
 
 
 def takes_frames(vae: nn.Module) -> bool:
-    """Whether latents are `[B, C, T, H, W]`. Those of one class always have one frame."""
+    """Whether latents are `[B, C, T, H, W]`. Latents of `_ONE_FRAME` always have one frame."""
     return type(vae).__name__ not in BATCHED and (makes_clips(vae) or type(vae).__name__ in _ONE_FRAME)
 
 
 def moved(vae: nn.Module, x: Tensor) -> Tensor:
-    """A tensor where an autoencoder is, in its dtype; as it is where hooks move or cast the weights."""
+    """Move a tensor to an autoencoder's device and dtype, unless hooks move or cast the weights."""
     weight = next(vae.parameters())
     return x if weight.is_meta or next(hooked(vae), None) is not None else x.to(weight.device, weight.dtype)
 
 
 def decode_options(vae: Any, latents: Tensor) -> dict[str, Any]:
-    """What an autoencoder's `decode` needs besides latents: LTX-Video's timestep, 0 as its pipelines have it."""
+    """Return what an autoencoder's `decode` needs besides latents: LTX-Video's timestep, 0 as in its pipelines."""
     if getattr(vae.config, "timestep_conditioning", False):
         return {"temb": next(vae.parameters()).new_zeros(latents.shape[0])}
     return {}
 
 
 def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
-    """Latents as pipelines work on them, as their VAE takes them, in fp32 at least.
+    """Convert a pipeline's latents to latents that its VAE takes, in fp32 at least.
 
-    Where the config has a `latents_mean` and no `scaling_factor` (Wan, Qwen-Image), pipelines multiply by `latents_std`
-    and add it. Others divide by `scaling_factor` and add `shift_factor`.
+    If the config has a `latents_mean` and no `scaling_factor` (Wan, Qwen-Image), pipelines multiply by `latents_std`
+    and add `latents_mean`. Others divide by `scaling_factor` and add `shift_factor`.
 
     Args:
         latents: `[B, C, H, W]` or `[B, C, T, H, W]`.
-        config: the autoencoder's.
-        name: its class.
+        config: the autoencoder's config.
+        name: the autoencoder's class.
 
     Raises:
-        ValueError: the class has another rule, or the config lacks a number.
+        ValueError: the class has another rule, or the config lacks a value.
     """
     values = dict(config)
     wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
     known = [values.get("latents_mean"), values.get("latents_std")]
     if name in CLASSES and not all(known):
-        raise ValueError(f"no latents_mean and latents_std are known of this {name}: give latents not normalized")
+        raise ValueError(f"no latents_mean and latents_std are known for this {name}: pass unnormalized latents")
     if all(known) and values.get("scaling_factor") is None:
-        mean, std = (wide.new_tensor(one).view(1, -1, *[1] * (wide.ndim - 2)) for one in known)
+        mean, std = (wide.new_tensor(values).view(1, -1, *[1] * (wide.ndim - 2)) for values in known)
         return wide * std + mean
     if values.get("latents_mean") is not None or values.get("scaling_factor") is None:
         raise ValueError(
-            f"{name} is not normalized by a scaling_factor alone: give latents as its pipeline passes them to the VAE"
+            f"{name} is not normalized by a scaling_factor alone: pass latents as its pipeline passes them to the VAE"
         )
     return wide / values["scaling_factor"] + (values.get("shift_factor") or 0.0)
 
 
 def tiles_only(vae: nn.Module) -> bool:
-    """Whether an autoencoder has no other way than tiles: diffusers' Allegro refuses to work without."""
+    """Whether an autoencoder only works with diffusers' tiling, as Allegro does."""
     return type(vae).__name__ == "AutoencoderKLAllegro"
 
 
 @contextmanager
 def whole(vae: nn.Module) -> Iterator[None]:
-    """Let an autoencoder take its whole plane at once: ranks share the memory. Some know nothing but tiles."""
+    """Turn off an autoencoder's tiling and slicing, since ranks share the memory. Tiling stays on if `tiles_only`."""
     flags = {name: vars(vae)[name] for name in ("use_tiling", "use_slicing") if vars(vae).get(name) is True}
     if tiles_only(vae):
         flags.pop("use_tiling", None)

@@ -1,8 +1,9 @@
-"""From the names that a VAE's parameters have in a file to those they have in diffusers.
+"""Maps from a file's parameter names to diffusers' names.
 
-Each function takes the tensors of a file by name and gives the same tensors, or views of them, by diffusers' names.
-Meta tensors do, so a file is understood before it is read. diffusers' converter serves for latent diffusion's names.
-Its converters of Wan and LTX-Video know the published numbers of blocks and widths alone, so those maps are ours.
+Each function takes the tensors of a file by name and returns the same tensors, or views of them, by diffusers' names.
+Meta tensors suffice, so a file is recognized before it is read. For latent diffusion's names, diffusers' converter is
+used. Its converters for Wan and LTX-Video only support the published numbers of blocks and widths, so those maps are
+halovae's own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 
-# Of Wan-AI's wan/modules/vae.py and vae2_2.py: patterns and what they become, each applied in turn.
+# For Wan-AI's wan/modules/vae.py and vae2_2.py: patterns and replacements, applied in order.
 _WAN = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -31,7 +32,7 @@ _WAN = (
     (r"\.residual\.6\.", ".conv2."),
     (r"\.shortcut\.", ".conv_shortcut."),
 )
-# Of Wan2.2-5B, whose blocks are nested: one resampling closes each level but the last.
+# For Wan2.2-5B, which has nested blocks: each level but the last ends with a resampling.
 _WAN22 = (
     *_WAN,
     (r"\.upsamples\.(\d+)\.upsamples\.(\d+)\.(resample|time_conv)\.", r".up_blocks.\1.upsampler.\3."),
@@ -39,7 +40,7 @@ _WAN22 = (
     (r"\.upsamples\.(\d+)\.upsamples\.", r".up_blocks.\1.resnets."),
     (r"\.downsamples\.(\d+)\.downsamples\.", r".down_blocks.\1.resnets."),
 )
-# Of Lightricks' causal_video_autoencoder.py, aside from the numbers of blocks.
+# For Lightricks' causal_video_autoencoder.py, without the numbers of blocks.
 _LTX = (
     (r"\.res_blocks\.", ".resnets."),
     (r"\.conv_shortcut\.", ".conv_shortcut.conv."),
@@ -50,24 +51,24 @@ _LTX = (
     (r"^per_channel_statistics\.std-of-means$", "latents_std"),
 )
 _FLUX2 = ((r"^encoder\.quant_conv\.", "quant_conv."), (r"^decoder\.post_quant_conv\.", "post_quant_conv."))
-# Of AutoencoderKL before diffusers 0.17: attention's projections.
+# For attention projections in AutoencoderKL before diffusers 0.17.
 _OLD_ATTENTION = (
     (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
     (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
     (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 )
-# Further statistics of latents, which no decode uses.
+# Statistics of latents that no decode uses.
 _LTX_UNUSED = ("per_channel_statistics.channel", "per_channel_statistics.mean-of-stds")
 
 
 def diffusers_names(tensors: Tensors) -> dict[str, Tensor]:
-    """Of files that have diffusers' names, today's or older ones, and of HunyuanVideo, whose names are the same."""
+    """For files with current or older names of diffusers, and for HunyuanVideo, which has the same names."""
     return {_substituted(key, _OLD_ATTENTION): tensor for key, tensor in tensors.items()}
 
 
 def wan(tensors: Tensors) -> dict[str, Tensor]:
-    """Of Wan2.1 and Qwen-Image: one list of residual blocks and resamplings; diffusers' decoder groups it by level."""
+    """For Wan2.1 and Qwen-Image: one list of residual blocks and resamplings; diffusers' decoder groups it by level."""
     levels: dict[str, str] = {}
     level = resnet = 0
     for index in _indices(tensors, "decoder.upsamples."):
@@ -84,15 +85,15 @@ def wan(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def wan22(tensors: Tensors) -> dict[str, Tensor]:
-    """Of Wan2.2-5B."""
+    """For Wan2.2-5B."""
     return {_substituted(key, _WAN22): tensor for key, tensor in tensors.items()}
 
 
 def latent_diffusion(tensors: Tensors) -> dict[str, Tensor]:
-    """Of latent diffusion (CompVis), which Stable Diffusion and FLUX.1 kept, by diffusers' converter.
+    """For latent diffusion (CompVis), whose names Stable Diffusion and FLUX.1 kept, by diffusers' converter.
 
-    Attention projections are convolutions of 1x1 there, matrices here. Parameters that the converter does not know keep
-    their names.
+    Attention projections are 1x1 convolutions in the files, and matrices in diffusers. Parameters that the converter
+    does not know keep their names.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -104,12 +105,12 @@ def latent_diffusion(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def flux2(tensors: Tensors) -> dict[str, Tensor]:
-    """Of FLUX.2: latent diffusion's, with the outer convolutions inside of encoder and decoder."""
+    """For FLUX.2: latent diffusion's names, with the outer convolutions inside the encoder and the decoder."""
     return latent_diffusion({_substituted(key, _FLUX2): tensor for key, tensor in tensors.items()})
 
 
 def ltx(tensors: Tensors) -> dict[str, Tensor]:
-    """Of LTX-Video and LTX-2: one list of blocks of three kinds, which diffusers groups.
+    """For LTX-Video and LTX-2: one list of blocks of three kinds, which diffusers groups.
 
     A block of `res_blocks` ends a level of the decoder and begins one of the encoder; the decoder's first and the
     encoder's last are the middle blocks. Between them are resamplings (`conv`) and changes of width (`conv1`, `conv2`).
@@ -157,7 +158,7 @@ def _indices(tensors: Tensors, start: str) -> list[int]:
 
 
 def _moved(key: str, levels: Mapping[str, str]) -> str:
-    """`key` with the number of its block, its first three words, replaced."""
+    """Replace the first three words of `key`, which end with the number of its block."""
     start = ".".join(key.split(".")[:3]) + "."
     return levels.get(start, start) + key[len(start) :] if key.startswith(start) else key
 

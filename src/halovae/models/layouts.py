@@ -1,6 +1,6 @@
-"""Layouts of VAE files as data: the keys that tell a layout, its names, its diffusers class, and that class's config.
+"""Layouts of VAE files as data: signature keys, map of names, diffusers class, and how to read the config.
 
-A config is read from shapes. What shapes do not tell is diffusers' default for the class, and the constants below.
+A config is read from shapes. Other values are diffusers' defaults for the class, or constants below.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from halovae.models.key_maps import Tensors
 
 Config = dict[str, Any]
 
-# Of latents of Wan2.1 and Qwen-Image, per channel: wan/modules/vae.py of Wan-AI's Wan2.1 (diffusers' defaults too).
+# Latent statistics of Wan2.1 and Qwen-Image, per channel, from wan/modules/vae.py of Wan-AI's Wan2.1. They are also
+# diffusers' defaults.
 _WAN_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -26,7 +27,7 @@ _WAN_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-# Of Wan2.2-5B: wan/modules/vae2_2.py of Wan-AI's Wan2.2.
+# Latent statistics of Wan2.2-5B, from wan/modules/vae2_2.py of Wan-AI's Wan2.2.
 _WAN22_MEAN = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
     0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
@@ -47,10 +48,10 @@ class Scaling:
     """How a model with an `AutoencoderKL` scales latents: `(latents - shift_factor) * scaling_factor`.
 
     Attributes:
-        model: who does.
-        factors: `scaling_factor`, and `shift_factor` where there is one.
-        beside: what keys of a full checkpoint of that model begin with. A file with none of any is taken for the
-            first model's.
+        model: the model.
+        factors: `scaling_factor`, and `shift_factor` if there is one.
+        beside: prefixes of other keys in a full checkpoint of that model. A file with no such keys of any model is
+            taken for the first model's.
     """
 
     model: str
@@ -85,16 +86,16 @@ SCALINGS: dict[int, tuple[Scaling, ...]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to write one family's weights.
+    """One way to store one family's weights.
 
     Attributes:
-        family: one, or several whose files cannot be told apart.
-        names_of: whose names of parameters these are.
-        class_name: the diffusers class that computes it.
-        signature: keys that each file of this layout has, and that tell it from others.
-        names: gives tensors by diffusers' names.
+        family: one family, or several whose files cannot be distinguished.
+        names_of: whose parameter names these are.
+        class_name: the diffusers class of the model.
+        signature: keys that every file of this layout has, and that distinguish it from other layouts.
+        names: maps tensors to diffusers' names.
         config: reads the config from tensors by diffusers' names; it may name another class.
-        alike: families whose files cannot be told from this one's, as latents files name them.
+        alike: families whose files cannot be distinguished from this one's, as latents files name them.
     """
 
     family: str
@@ -107,7 +108,7 @@ class Layout:
 
 
 def _count(tensors: Tensors, start: str, end: str) -> int:
-    """How many numbers in a row, from 0 on, stand between `start` and `end` in keys."""
+    """Count the consecutive numbers from 0 on that keys have between `start` and `end`."""
     count = 0
     while f"{start}{count}{end}" in tensors:
         count += 1
@@ -145,7 +146,7 @@ def _wan_config(tensors: Tensors) -> Config:
 
 
 def _kl_config(tensors: Tensors, conv: str = "") -> Config:
-    """Of the classes of latent diffusion; `conv` is what follows the name of a convolution."""
+    """Read the config of a latent diffusion class. `conv` is the suffix of a convolution's name."""
     size = {key: tensor.shape for key, tensor in tensors.items()}
     levels = _count(tensors, "encoder.down_blocks.", f".resnets.0.conv1{conv}.weight")
     return {
@@ -174,7 +175,7 @@ def _image_config(tensors: Tensors) -> Config:
 def _autoencoder_kl_config(tensors: Tensors) -> Config:
     config = _image_config(tensors)
     scaling, *_ = SCALINGS.get(config["latent_channels"], SCALINGS[4])
-    return config | {"sample_size": 512, **scaling.factors}  # the size is of tiles alone
+    return config | {"sample_size": 512, **scaling.factors}  # sample_size only matters for diffusers' tiling
 
 
 def _flux2_config(tensors: Tensors) -> Config:
@@ -202,7 +203,7 @@ def _ltx_config(tensors: Tensors) -> Config:
     ups = range(_count(tensors, "decoder.up_blocks.", ".resnets.0.conv1.conv.weight"))
     widths = [size[f"decoder.up_blocks.{i}.resnets.0.conv1.conv.weight"][0] for i in ups]
     wide = [size.get(f"decoder.up_blocks.{i}.upsamplers.0.conv.conv.weight") for i in ups]
-    factors = [1 if found is None else max(1, found[1] // width) for found, width in zip(wide, widths, strict=True)]
+    factors = [1 if shape is None else max(1, shape[1] // width) for shape, width in zip(wide, widths, strict=True)]
     blocks = ["decoder.mid_block.", *(f"decoder.up_blocks.{i}." for i in ups)]
     layers = [_count(tensors, f"{block}resnets.", ".conv1.conv.weight") for block in blocks]
     return {
@@ -211,11 +212,11 @@ def _ltx_config(tensors: Tensors) -> Config:
         "latent_channels": latent_channels,
         "decoder_block_out_channels": [w * f for w, f in zip(widths, factors, strict=True)][::-1],
         "decoder_layers_per_block": layers[::-1],
-        "decoder_spatio_temporal_scaling": [found is not None for found in wide][::-1],
+        "decoder_spatio_temporal_scaling": [shape is not None for shape in wide][::-1],
         "decoder_inject_noise": [f"{block}resnets.0.per_channel_scale1" in tensors for block in blocks][::-1],
         "upsample_factor": factors[::-1],
-        # No parameter tells of the residual path. By scripts/convert_ltx_to_diffusers.py of diffusers, decoders that
-        # divide channels have it (0.9.1), others do not (0.9.0).
+        # No parameter shows the residual path. By diffusers' scripts/convert_ltx_to_diffusers.py, decoders that divide
+        # channels have it (0.9.1), and others do not (0.9.0).
         "upsample_residual": [factor > 1 for factor in factors][::-1],
         "timestep_conditioning": "decoder.scale_shift_table" in tensors,
         "patch_size": patch,
@@ -239,7 +240,7 @@ def _ltx_encoder_config(tensors: Tensors, patch: int) -> Config:
             "down_block_types": ["LTXVideoDownBlock3D"] * len(downs),
         }
     widths.append(size["encoder.mid_block.resnets.0.conv1.conv.weight"][0])  # from 0.9.5 on, cells become channels
-    cells = [width // found[0] for width, found in zip(widths[1:], packed, strict=True) if found is not None]
+    cells = [width // shape[0] for width, shape in zip(widths[1:], packed, strict=True) if shape is not None]
     kinds = [{2: "temporal", 4: "spatial"}.get(count, "spatiotemporal") for count in cells]
     return config | {
         "block_out_channels": widths,
@@ -252,9 +253,10 @@ def _ltx_encoder_config(tensors: Tensors, patch: int) -> Config:
 
 
 def _ltx_or_ltx2_config(tensors: Tensors) -> Config:
-    """LTX-2's decoder divides channels, as LTX-Video's from 0.9.1 on do, but takes no timestep.
+    """Read the config of LTX-Video or LTX-2.
 
-    It is not causal: scripts/convert_ltx2_to_diffusers.py of diffusers.
+    LTX-2's decoder divides channels, as LTX-Video's does from 0.9.1 on, but takes no timestep. It is not causal: see
+    scripts/convert_ltx2_to_diffusers.py of diffusers.
     """
     config = _ltx_config(tensors)
     if config["timestep_conditioning"] or max(config["upsample_factor"]) == 1:
@@ -341,4 +343,4 @@ LAYOUTS: tuple[Layout, ...] = (
         key_maps.diffusers_names, _ltx_or_ltx2_config,
     ),
 )  # fmt: skip
-"""All that are recognized. Of those whose signature a file has, the one with the longest is meant."""
+"""All recognized layouts. If a file has the signatures of several, the longest signature decides."""

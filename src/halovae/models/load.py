@@ -1,4 +1,4 @@
-"""A VAE's files: where they are, what they hold, and the diffusers module that they make."""
+"""Loading a VAE: finding its files, reading its config, and building its diffusers module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from halovae.models.weights import Weights
 
 # diffusers' classes whose sizes `WanConfig` describes.
 CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
-# Of diffusers' other autoencoders, those that have no plane of rows and cols, or that no rank can share, and why.
+# Other autoencoders of diffusers that cannot be partitioned, and why.
 _NO_PLANE = {
     "AutoencoderOobleck": "audio has no plane of rows and cols",
     "AutoencoderSAME": "audio has no plane of rows and cols",
@@ -33,7 +33,7 @@ def config_of(config: Mapping[str, Any], source: str) -> WanConfig:
     """Read a diffusers VAE config.
 
     Raises:
-        CheckpointError: another class, or a config that lacks a field.
+        CheckpointError: the class is another one, or the config lacks a field.
     """
     name = config.get("_class_name")
     if name not in CLASSES:
@@ -45,66 +45,66 @@ def config_of(config: Mapping[str, Any], source: str) -> WanConfig:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """What is in a VAE's folder or file, without reading weights.
+    """Open a VAE's folder or file, without reading weights.
 
     Raises:
-        CheckpointError: a folder without a readable `config.json` or weights, or a file that is not recognized.
+        CheckpointError: the folder has no readable `config.json` or no weights, or the file is not recognized.
     """
     if path.is_file():
         return recognize(path)
     weights = Weights(_weight_files(path))
-    keys = {key: (key, one.shape) for key, one in weights.stored.items()}
+    keys = {key: (key, tensor.shape) for key, tensor in weights.stored.items()}
     return Checkpoint(str(path), read_diffusers_config(path), weights, keys)
 
 
 def read_diffusers_config(path: Path) -> dict[str, Any]:
-    """The config of the VAE in a folder or file, as diffusers has it, without reading its weights.
+    """Read the diffusers config of the VAE in a folder or file, without reading its weights.
 
     Raises:
-        CheckpointError: there is no readable `config.json`, or a file that is not recognized.
+        CheckpointError: there is no readable `config.json`, or the file is not recognized.
     """
     return recognize(path).config if path.is_file() else read_json(path / "config.json")
 
 
 def read_config(path: Path) -> WanConfig:
-    """The sizes of the VAE in a folder or file, without reading its weights.
+    """Read the sizes of the VAE in a folder or file, without reading its weights.
 
     Raises:
-        CheckpointError: there is no readable `config.json`, or it is not a supported VAE's.
+        CheckpointError: there is no readable `config.json`, or it belongs to an unsupported VAE.
     """
     return config_of(read_diffusers_config(path), _config_source(path))
 
 
 def read_class(path: Path) -> str:
-    """The name of the diffusers class of the VAE in a folder or file.
+    """Read the name of the diffusers class of the VAE in a folder or file.
 
     Raises:
-        CheckpointError: there is no readable `config.json` that names one, or a file that is not recognized.
+        CheckpointError: there is no readable `config.json`, or the file is not recognized.
     """
     return str(read_diffusers_config(path).get("_class_name"))
 
 
 def read_alike(path: Path) -> tuple[str, ...]:
-    """Families that a file may be of as well, because it cannot be told from theirs; of folders, none.
+    """Return other families that a file may belong to, since files cannot distinguish them; none for a folder.
 
     Raises:
-        CheckpointError: a file that is not recognized.
+        CheckpointError: the file is not recognized.
     """
     layout = recognize(path).layout if path.is_file() else None
     return layout.alike if layout is not None else ()
 
 
 class NoEncoder(nn.Module):
-    """Stands for the encoder of an autoencoder that was loaded without it."""
+    """Replaces the encoder of an autoencoder that was loaded without it."""
 
 
 def diffusers_module(path: Path, dtype: torch.dtype, encoder: bool = True) -> nn.Module:
-    """Load a VAE of any class by diffusers.
+    """Load a VAE of any diffusers class.
 
     Args:
         path: a folder with `config.json` and `.safetensors` files, or a single file of a layout in `layouts.LAYOUTS`.
-        dtype: what the weights are converted to.
-        encoder: whether to keep what only encodes. Wan's and Qwen-Image's files may lack it.
+        dtype: the dtype of the weights.
+        encoder: whether to keep submodules that only encode. Wan's and Qwen-Image's files may lack them.
 
     Raises:
         CheckpointError: diffusers is not installed, has no autoencoder of this class, or cannot load the files.
@@ -144,7 +144,7 @@ def _diffusers_class(path: Path, name: str) -> type[nn.Module]:
 
 
 def _module_of(checkpoint: Checkpoint, kind: type[nn.Module], dtype: torch.dtype, encoder: bool) -> nn.Module:
-    """A diffusers module with the weights of files."""
+    """Build a diffusers module with the weights of a checkpoint."""
     makes: Any = kind
     try:
         with torch.device("meta"):
@@ -159,7 +159,7 @@ def _module_of(checkpoint: Checkpoint, kind: type[nn.Module], dtype: torch.dtype
     keys = {name: key for name, key in checkpoint.keys.items() if name in needed or not _encodes(name)}
     label = config_of(checkpoint.config, checkpoint.source).family if ours else kind.__name__
     label += " decoder" * half
-    check_weights(checkpoint.source, label, {key: one.shape for key, one in needed.items()}, keys)
+    check_weights(checkpoint.source, label, {key: tensor.shape for key, tensor in needed.items()}, keys)
     checkpoint.check_dtypes(keys)
     counters = {key: torch.zeros((), dtype=one.dtype) for key, one in needed.items() if not one.is_floating_point()}
     state = counters | {
@@ -171,7 +171,7 @@ def _module_of(checkpoint: Checkpoint, kind: type[nn.Module], dtype: torch.dtype
 
 
 def _encodes(name: str) -> bool:
-    """Whether a parameter is of what only encodes."""
+    """Whether a parameter belongs to a submodule that only encodes."""
     return name.partition(".")[0] in _ENCODER
 
 
@@ -186,11 +186,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_model(source: str | Path, subfolder: str | None = None) -> Path:
-    """The folder or the file of a VAE.
+    """Return the folder or the file of a VAE.
 
     Args:
-        source: a file; a directory that is a VAE's or has one as `vae/`; or a hub id, which is downloaded.
-        subfolder: where in the directory or the repository the VAE is; None tries the top and `vae/`.
+        source: a file; a directory that holds a VAE, itself or in `vae/`; or a hub id, which is downloaded.
+        subfolder: the VAE's folder in the directory or repository; None tries the top and `vae/`.
 
     Raises:
         CheckpointError: `source` is neither a file, nor a directory with a VAE, nor a hub id that can be fetched.

@@ -1,4 +1,4 @@
-"""Configurations of tiny autoencoders, by class: what several entries of the zoo share, or what is long."""
+"""Configs of tiny autoencoders by class: those that several entries of the zoo share, and long ones."""
 
 BLOCKS_2D = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,

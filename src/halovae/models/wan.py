@@ -1,4 +1,4 @@
-"""What is known of Wan2.1 (also Wan2.2-A14B), Wan2.2-TI2V-5B and Qwen-Image(-Edit): the sizes of their VAEs."""
+"""Sizes of the VAEs of Wan2.1 (also Wan2.2-A14B), Wan2.2-TI2V-5B, and Qwen-Image(-Edit)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from halovae.grid import Grid
 
-# What the models were trained for, where nobody says: width, height, frames, frames per second.
+# Defaults, as the models were trained: width, height, frames, frames per second.
 _USUAL = {
     "wan2.1": (832, 480, 81, 16.0),
     "wan2.2-5b": (1280, 704, 121, 24.0),
@@ -27,8 +27,8 @@ class WanConfig:
         base_dim: channels of the decoder's last blocks.
         z_dim: channels of latents.
         dim_mult: channels of each level as multiples of `base_dim`.
-        temporal_upsample: which of the decoder's upsamplings are in time as well.
-        out_channels: before patches are laid out.
+        temporal_upsample: which of the decoder's upsamplings also upsample in time.
+        out_channels: channels of the decoder's output, before patches become pixels.
         patch_size: pixels per patch, in each direction.
     """
 
@@ -61,7 +61,7 @@ class WanConfig:
 
     @property
     def temporal_factor(self) -> int:
-        """Frames per latent frame, for all but the first, which makes one."""
+        """Frames per latent frame, except for the first latent frame, which makes one frame."""
         return int(2 ** sum(self.temporal_upsample))
 
     @property
@@ -70,7 +70,7 @@ class WanConfig:
 
     @property
     def usual(self) -> tuple[int, int, int, float]:
-        """What is asked for where nobody says: width, height, frames, frames per second."""
+        """The default width, height, frames, and frames per second."""
         return _USUAL[self.family]
 
     @property
@@ -81,7 +81,7 @@ class WanConfig:
         """Check that latents of this shape and dtype can be decoded on this grid.
 
         Raises:
-            ValueError: what is wrong with the shape, or which grids are possible.
+            ValueError: the shape or the grid is wrong; the message says what is expected or possible.
             TypeError: the dtype is not floating point.
         """
         expected = f"[B, {self.z_dim}, T, H, W] for {self.family}"
@@ -99,8 +99,8 @@ class WanConfig:
         """Check that pictures of this shape can be encoded on this grid.
 
         Raises:
-            ValueError: they are not `[B, C, T, H, W]`, of other channels, or H or W are no multiples of the factor; or
-                the grid has more ranks than there are latent rows, cols or items.
+            ValueError: the shape is not `[B, C, T, H, W]`, has other channels, or H or W is no multiple of the factor;
+                or the grid has more ranks than there are latent rows, cols, or items.
         """
         factor = self.spatial_factor
         expected = f"[B, {self.picture_channels}, T, H, W] for {self.family}, H and W multiples of {factor}"
@@ -111,14 +111,14 @@ class WanConfig:
         grid.shards(shape[0], shape[3] // factor, shape[4] // factor)
 
     def frames(self, latent_frames: int) -> int:
-        """How many frames so many latent frames decode to."""
+        """The number of frames that latents with `latent_frames` frames decode to."""
         return 1 + (latent_frames - 1) * self.temporal_factor
 
     def latents(self, size: tuple[int, int], frames: int, batch: int = 1) -> tuple[int, int, int, int, int]:
-        """The shape `[B, C, T, H, W]` of the latents that decode to frames of `size`, `(width, height)` in pixels.
+        """Return the shape `[B, C, T, H, W]` of latents that decode to frames of `size`, `(width, height)` in pixels.
 
         Raises:
-            ValueError: none do; says which sizes and numbers of frames are nearest.
+            ValueError: no latents do; the message gives the nearest sizes or numbers of frames.
         """
         width, height = size
         factor, step = self.spatial_factor, self.temporal_factor

@@ -1,4 +1,4 @@
-"""Weights in files: what is stored, without reading it, and tensors one at a time."""
+"""Weight files: names, shapes, and dtypes without reading data, and tensors one at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halovae.errors import CheckpointError
 
-# Of the format's dtypes, those that a VAE's weights may have: https://github.com/huggingface/safetensors.
+# The format's dtypes that a VAE's weights may have: https://github.com/huggingface/safetensors.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -23,27 +23,27 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,  # a counter of BatchNorm
 }
-_OTHER = torch.uint8  # stands for all others
+_OTHER = torch.uint8  # stands for all other dtypes
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-# Where training scripts put the weights among other things.
+# Keys under which training scripts store the weights.
 _NESTED = ("state_dict", "model", "module")
 
 
 class Weights:
     """Tensors by name, in one file or several.
 
-    Only names, shapes and dtypes are read at first. Files are mapped into memory, so that a tensor takes memory of its
+    Only names, shapes, and dtypes are read at first. Files are mapped into memory, so a tensor only takes memory of its
     own when it is copied.
 
     Args:
-        files: in the format of safetensors, or as `torch.save` writes a mapping of tensors, by itself or as
-            `state_dict` of a training checkpoint. The format is told by content, not by name.
+        files: safetensors files, or files of `torch.save` with a mapping of tensors, by itself or as `state_dict` of a
+            training checkpoint. The format is recognized by content, not by name.
 
     Attributes:
-        stored: by name, a meta tensor of the stored shape and dtype; uint8 stands for all integers and packed formats.
+        stored: maps names to meta tensors of the stored shape and dtype; uint8 stands for all other dtypes.
 
     Raises:
-        CheckpointError: a file is missing, incomplete, or holds something else than tensors.
+        CheckpointError: a file is missing, incomplete, or holds something other than tensors.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -56,7 +56,7 @@ class Weights:
             self._where |= dict.fromkeys(found, path)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors on the CPU as they are stored; each is a view of its file where the format allows that.
+        """Yield tensors on the CPU as stored. Each is a view of its file if the format allows that.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -111,7 +111,7 @@ def _found(held: Any) -> str:
 
 
 def dtype_names(tensors: Iterable[Tensor]) -> str:
-    """The dtypes of tensors, most frequent by bytes first: `fp16`, or `bf16 and fp32`."""
+    """Return the dtypes of tensors as text, most bytes first: `fp16`, or `bf16 and fp32`."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
@@ -121,7 +121,7 @@ def dtype_names(tensors: Iterable[Tensor]) -> str:
 
 
 def some(names: Iterable[str], most: int = 8) -> str:
-    """The first few of many names, and how many there are more."""
+    """Return the first few of many names, and the number of the others."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -132,7 +132,7 @@ def _is_safetensors(path: Path) -> bool:
             start = file.read(9)
     except OSError as error:
         raise _incomplete(path, error) from error
-    return start[8:] == b"{" or not start.startswith((_ZIP, _PICKLE))  # after 8 bytes of its length, a header in JSON
+    return start[8:] == b"{" or not start.startswith((_ZIP, _PICKLE))  # a header in JSON, after 8 bytes with its length
 
 
 def _torch_load(path: Path) -> Any:

@@ -1,7 +1,7 @@
-"""Every autoencoder class of diffusers in a tiny configuration, to try what must hold for all of them.
+"""Every autoencoder class of diffusers in a tiny configuration, for checks that must hold for all of them.
 
-The architectures are the true ones (attention, temporal layers, every kind of block), the sizes those of diffusers' own
-tests or near them, the weights random.
+Architectures are the true ones (attention, temporal layers, every kind of block). Sizes are near those of diffusers'
+own tests. Weights are random.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class Entry:
     """One tiny autoencoder, with the shapes of an example latent and an example picture or clip.
 
     Args:
-        name: unique; the class, and the variant in parentheses where there are several.
-        make: makes the module in eval mode and fp32, its weights random and unseeded. It needs diffusers.
-        latents: shape of a latent, its plane last; None where there is nothing to decode that another entry doesn't.
-        pictures: shape of a picture or clip for `encode`, its plane last; None where there is nothing to encode.
-        ratio: a picture has this many times the rows and columns of its latent.
-        factor_fp32: sums, norms, or products are computed in fp32 inside, so fp64 is only exact to 1e-6.
+        name: unique; the class, and the variant in parentheses if there are several.
+        make: builds the module in eval mode and fp32, with random unseeded weights. It needs diffusers.
+        latents: shape of a latent, its plane last; None if another entry covers the decode.
+        pictures: shape of a picture or clip for `encode`, its plane last; None if there is nothing to encode.
+        ratio: picture rows and cols per latent row and col.
+        factor_fp32: the module computes sums, norms, or products in fp32, so fp64 is only exact to 1e-6.
         random: `decode` draws random numbers, from the same seed each time.
-        quantized: `encode` or `decode` rounds to codes, so a value near the border of two may jump to the other.
+        quantized: `encode` or `decode` rounds to codes, so a value at the border of two codes may change.
     """
 
     name: str
@@ -95,15 +95,15 @@ class Entry:
 
     @property
     def bound(self) -> float:
-        """The largest error in fp64, as `error` measures it, that rounding explains."""
+        """The largest error in fp64 that rounding explains, as `bench.on_grids.error` measures it."""
         return 1e-6 if self.factor_fp32 else 1e-12
 
     def shape(self, direction: Direction) -> tuple[int, ...] | None:
-        """Of what goes in; None where that direction is not tried."""
+        """The shape of the input; None if that direction is not tried."""
         return self.latents if direction == "decode" else self.pictures
 
     def multiple(self, direction: Direction) -> int:
-        """Of which the bounds of what goes in are multiples."""
+        """The number that divides the bounds of the input's shards."""
         return 1 if direction == "decode" else self.ratio
 
 
@@ -117,7 +117,7 @@ def _class(name: str, **config: Any) -> Callable[[], nn.Module]:
 
 
 def _allegro(kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Callable[[], nn.Module]:
-    """The class only runs in tiles: of `kernel` frames, rows, and columns of the clip, one each `stride`."""
+    """Allegro only runs in tiles: of `kernel` frames, rows, and cols of the clip, one every `stride`."""
 
     def make() -> nn.Module:
         import diffusers
@@ -136,7 +136,7 @@ def _paella() -> nn.Module:
 
 
 def _vidtok_chunks() -> nn.Module:
-    """Runs frames in chunks, so its causal caches carry over; a tile is larger than the plane."""
+    """VidTok with frames in chunks, so that its causal caches carry over. A tile is larger than the plane."""
     import diffusers
 
     vae = diffusers.AutoencoderVidTok(ch=8, ch_mult=[1, 2, 2], num_res_blocks=1)
@@ -336,14 +336,14 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def _perturb(module: nn.Module) -> None:
-    """Adds noise to every weight, in place: a gain that is one, or a projection that is zero, would hide errors."""
+    """Add noise to every weight, in place: a gain of one or a projection of zero would hide errors."""
     for name, weight in module.named_parameters():
         inputs = weight[0].numel() if weight.dim() > 1 else 1
         scale = 0.5 * inputs**-0.5 if inputs > 1 else 0.1
         if "quantize" in name:  # a codebook as wide as the latents
             scale = 1.0
         weight.add_(scale * torch.randn(weight.shape))
-    for name, buffer in module.named_buffers():  # those that a checkpoint would hold; the others are constants
+    for name, buffer in module.named_buffers():  # statistics, which a checkpoint holds; the others are constants
         if name.endswith(("mean", "means")):
             buffer.add_(0.1 * torch.randn(buffer.shape))
         elif name.endswith(("var", "std", "stds")):
@@ -351,22 +351,22 @@ def _perturb(module: nn.Module) -> None:
 
 
 def build(entry: Entry, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """The autoencoder of `entry` in eval mode, without gradients, every weight away from its initial value.
+    """Build the autoencoder of `entry` in eval mode, without gradients, every weight away from its initial value.
 
     Args:
         entry: one of `ENTRIES`.
-        dtype: the weights are drawn in fp32, then cast, so equal seeds make equal weights but for rounding.
-        seed: equal seeds make equal weights.
+        dtype: the weights are drawn in fp32, then cast, so equal seeds give equal weights up to rounding.
+        seed: equal seeds give equal weights.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         module = entry.make().eval().requires_grad_(False)
         _perturb(module)
-    return nn.Module.to(module, dtype)  # not the model's own `to`, which warns of weights that are meant to stay fp32
+    return nn.Module.to(module, dtype)  # not the model's own `to`, which warns about weights meant to stay fp32
 
 
 def decode(module: nn.Module, latents: Tensor) -> Tensor:
-    """Pictures or a clip from latents, by the module's own `decode`; its noise, if it draws any, is seeded."""
+    """Decode latents by the module's own `decode`. If it draws noise, the noise is seeded."""
     vae: Any = module
     name = type(module).__name__
     if name == "AutoencoderKLTemporalDecoder":
@@ -377,7 +377,7 @@ def decode(module: nn.Module, latents: Tensor) -> Tensor:
         return vae.decode(latents, generator=torch.Generator().manual_seed(0)).sample
     if name == "AutoencoderKLLTXVideo" and vae.config.timestep_conditioning:
         timestep = torch.full((latents.shape[0],), 0.05, dtype=latents.dtype, device=latents.device)
-        with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):  # it takes no generator
+        with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):  # `decode` takes no generator
             torch.manual_seed(0)
             return vae.decode(latents, temb=timestep).sample
     pictures = vae.decode(latents)
@@ -385,7 +385,7 @@ def decode(module: nn.Module, latents: Tensor) -> Tensor:
 
 
 def encode(module: nn.Module, pictures: Tensor) -> Tensor:
-    """The latents of pictures or a clip by the module's own `encode`, or the moments where those are a distribution."""
+    """Encode pictures or a clip by the module's own `encode`: return latents, or the moments of their distribution."""
     vae: Any = module
     out = vae.encode(pictures)
     if isinstance(out, tuple):  # quantized latents, and indices

@@ -1,1 +1,1 @@
-"""diffusers pipelines: drop-in, generator, and tiny ones for tests."""
+"""Pipelines of diffusers: a drop-in for their VAE, a generator, previews, and tiny pipelines for tests."""

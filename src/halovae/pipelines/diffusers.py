@@ -1,4 +1,4 @@
-"""A drop-in for a diffusers pipeline's VAE: its `decode` and `encode` go through halovae, all else stays as it is."""
+"""A drop-in for a diffusers pipeline's VAE: its `decode` and `encode` go through halovae, the rest stays as it is."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from halovae.distributed.mesh import Mesh
 from halovae.grid import Grid
 from halovae.models.classes import tiles_only
 from halovae.plane.results import Gather
-from halovae.runtime.sharing import Mode, Sharing
+from halovae.runtime.options import DecodeOptions, Mode
 from halovae.runtime.vae import replace_call
 
 
@@ -24,12 +26,14 @@ def parallelize(
     grid: Grid | None = None,
     gather: Gather = "all",
     memory_budget: int | None = None,
+    mesh: Mesh | DeviceMesh | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Any:
     """Make a diffusers pipeline, or its VAE, decode and encode through halovae on all ranks of the world.
 
     Run it under torchrun, one process per device; every rank calls the pipeline with the same arguments and seed.
     `vae.decode(z).sample` and `vae.encode(x).latent_dist` keep their meaning: same shape, dtype and device,
-    `return_dict` included. `config` and the weights, which are shared, stay untouched. Calling it again replaces the
+    `return_dict` included. `config` and the weights stay untouched; the weights are shared. A second call replaces the
     settings.
 
     Args:
@@ -37,8 +41,10 @@ def parallelize(
         mode: how ranks share a latent, or pictures that are encoded; see `VAE.stream`.
         grid: instead of `mode`, for decoding.
         gather: "all" gives every rank the frames. "rank0" saves the other ranks the memory: they get black frames of
-            the right shape, which take none.
+            the right shape, which take no memory.
         memory_budget: bytes that a decode may take on each rank, above the resting process.
+        mesh: the ranks and their grid, for decoding and encoding; see `VAE.stream`.
+        group: the ranks, which share by `mode` or `grid`; None for all of the world.
 
     Returns:
         `pipe_or_vae` itself.
@@ -50,18 +56,20 @@ def parallelize(
     if gather not in ("all", "rank0"):
         raise ValueError(f"gather={gather!r}: a pipeline needs whole frames, expected 'all' or 'rank0'")
     vae = _vae_of(pipe_or_vae)
+    shared: DecodeOptions = {"mode": mode, "mesh": mesh, "group": group}
     if hasattr(type(vae), "decode"):
-        replace_call(vae, "decode", Sharing(mode, grid, gather, None, memory_budget), _warn_of_tiling)
+        options: DecodeOptions = {"grid": grid, "gather": gather, "memory_budget": memory_budget}
+        replace_call(vae, "decode", {**shared, **options}, _warn_of_tiling)
     if hasattr(type(vae), "encode"):
-        replace_call(vae, "encode", Sharing(mode, gather="all"), _warn_of_tiling)
+        replace_call(vae, "encode", {**shared, "gather": "all"}, _warn_of_tiling)
     return pipe_or_vae
 
 
 def do_without_torchvision() -> None:
-    """Let Qwen's processors of pictures load where torchvision is not installed.
+    """Let Qwen's processors of pictures load without torchvision.
 
-    Only their part for videos needs that (transformers 5), which no pipeline uses. Where torchvision is installed
-    nothing changes.
+    Only their processor of videos needs torchvision (transformers 5), and no pipeline uses it. If torchvision is
+    installed, nothing changes.
     """
     import transformers
     from transformers.utils import is_torchvision_available
@@ -72,11 +80,11 @@ def do_without_torchvision() -> None:
                 processor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
 
 
-def gather_uneven_parts() -> None:
+def gather_uneven_shards() -> None:
     """Let ranks on gloo share a sequence whose length they do not divide.
 
-    diffusers (0.42) gathers the ranks' parts, which differ in length then, by one `all_gather`. NCCL does that, gloo
-    needs equal lengths. So the parts are filled up, and cut again.
+    The ranks' shards then differ in length, and diffusers (0.42) gathers them by one `all_gather`. NCCL supports that,
+    but gloo needs equal lengths. So shards are zero-padded before the gather and trimmed after it.
     """
     from diffusers.hooks import context_parallel
 
@@ -84,16 +92,16 @@ def gather_uneven_parts() -> None:
         lengths: list[int] = [0] * dist.get_world_size(group)
         dist.all_gather_object(lengths, tensor.shape[dim], group)
         padding = [0, 0] * (tensor.ndim - 1 - dim % tensor.ndim) + [0, max(lengths) - tensor.shape[dim]]
-        filled = F.pad(tensor, padding).contiguous()
-        parts = [torch.empty_like(filled) for _ in lengths]
-        dist.all_gather(parts, filled, group)
-        return torch.cat([part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)], dim)
+        padded = F.pad(tensor, padding).contiguous()
+        shards = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(shards, padded, group)
+        return torch.cat([shard.narrow(dim, 0, length) for shard, length in zip(shards, lengths, strict=True)], dim)
 
     context_parallel._all_gather_anything = gathered
 
 
 def restore(pipe_or_vae: Any) -> Any:
-    """Undo `parallelize`: the VAE works through diffusers again. Does nothing to one that does already.
+    """Undo `parallelize`: the VAE works through diffusers again. A VAE that already does is left as it is.
 
     Raises:
         TypeError: the argument has no VAE.

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that run as they are: what is known of each that a call's signature does not tell."""
+"""Pipelines of diffusers that run unmodified, with properties that the signature of a call does not show."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """Facts about a pipeline class.
+    """Properties of a pipeline class.
 
     Attributes:
-        name: what `halovae make-model` calls it.
+        name: its name in `halovae make-model`.
         size: usual width and height in pixels.
         multiple: sizes are multiples of this many pixels.
-        frames: usual number of them; 1 for a pipeline that makes pictures.
+        frames: usual number of frames; 1 for a pipeline that makes pictures.
         frame_step: numbers of frames are one more than multiples of this.
         fps: frames per second that it was trained for.
-        guidance: the argument that takes the guidance; empty if there is none.
+        guidance: the name of the argument for guidance; empty if there is none.
         negative: whether it takes a negative prompt.
-        always: arguments of each call.
-        shared: whether ranks can share its transformer by diffusers' context parallelism.
+        always: arguments of every call.
+        shared: whether ranks can share its transformer through diffusers' context parallelism.
     """
 
     name: str
@@ -59,4 +59,4 @@ FAMILIES: dict[str, Family] = {
     "Kandinsky5T2VPipeline": Family("kandinsky-5", (768, 512), 16, 121, 4, 24.0),
     "Kandinsky6TI2VAPipeline": Family("kandinsky-6", (768, 512), 16, 121, 4, 24.0, always={"sample_audio": False}),
 }
-"""By class. Each rank runs the pipeline's own code, and all share the VAE's `decode`."""
+"""By class. Each rank runs the pipeline's own code, and all ranks share the VAE's `decode`."""

@@ -23,11 +23,11 @@ from halovae.device.kinds import Device
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import join_world, world_size
 from halovae.grid import Grid
-from halovae.pipelines.diffusers import do_without_torchvision, gather_uneven_parts
+from halovae.pipelines.diffusers import do_without_torchvision, gather_uneven_shards
 from halovae.pipelines.specs import Pipeline, Prompt
 from halovae.pipelines.within import SharedDecode, share_encode
 from halovae.report import DecodeReport
-from halovae.runtime.sharing import Mode, Sharing
+from halovae.runtime.options import Mode, Sharing
 from halovae.runtime.vae import VAE
 
 _CHECKER = "halovae.pipelines.tiny.safety"
@@ -36,7 +36,7 @@ StepEnd = Callable[[Any, int, Any, dict[str, Any]], Any]  # diffusers' callback_
 
 @dataclass(frozen=True)
 class Made:
-    """What a whole call of a pipeline made.
+    """The result of a whole call of a pipeline.
 
     Attributes:
         frames: `[B, 3, T, H, W]`, on rank 0; None on the others.
@@ -48,23 +48,23 @@ class Made:
 
 
 class Generator:
-    """A pipeline in diffusers layout, on all ranks of the world, which make the same calls.
+    """A pipeline in diffusers layout on all ranks of the world. Every rank makes the same calls.
 
-    Wan's and Qwen-Image's latents are decoded apart: `denoise` gives them, `decoder` decodes them. Other pipelines
-    (`kind.whole`) decode within their own call: `make` gives their frames, and there is no decoder.
+    Latents of Wan and Qwen-Image are decoded separately: `denoise` returns them, `decoder` decodes them. Other
+    pipelines (`kind.whole`) decode within their own call: `make` returns their frames, and there is no decoder.
 
     Args:
-        folder: where it is.
+        folder: the pipeline's folder.
         dtype: of the transformer and the text encoder.
         vae_dtype: of the VAE.
-        ulysses, ring: over how many ranks attention is shared by heads, and in turns. Their product is the
-            world's size, or 1: every rank then denoises all by itself, as it does where diffusers cannot share the
-            transformer.
-        offload: keep all but the VAE in the host's memory, each part but for the time it is used.
+        ulysses, ring: numbers of ranks that share attention by heads, and around a ring. Their product is the world
+            size, or 1. With 1, and if diffusers cannot share the transformer, every rank runs all of it.
+        offload: keep components other than the VAE in the host's memory while they are not used.
         encode: how ranks share the pictures that a pipeline starts from, as a mode of `VAE.encode`.
 
     Raises:
-        ValueError: a pipeline of another kind, degrees that do not match the world, or nowhere to offload from.
+        ValueError: the pipeline is not supported, the degrees do not match the world, or there is no accelerator to
+            offload from.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Generator:
             )
         device = Device.default()
         if offload and device.kind == "cpu":
-            raise ValueError("offload: all is in the host's memory already, there is no accelerator")
+            raise ValueError("offload: there is no accelerator, so everything is in the host's memory already")
         self.kind = Pipeline.read(folder)
         join_world(device.torch_device)
         do_without_torchvision()
@@ -87,12 +87,12 @@ class Generator:
             importlib.import_module(_CHECKER)
         _quieten()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call it dtype, older ones know only this
+            warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call it dtype, older ones only this
             self.pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.vae.to(vae_dtype)
         if offload:
-            self.pipeline._exclude_from_cpu_offload = ["vae"]  # halovae reads its weights past diffusers' hooks
+            self.pipeline._exclude_from_cpu_offload = ["vae"]  # halovae reads its weights without diffusers' hooks
             self.pipeline.enable_model_cpu_offload(device=device.torch_device)
         else:
             self.pipeline.to(device.torch_device)
@@ -102,7 +102,7 @@ class Generator:
         else:
             self.decoder = VAE(self.pipeline.vae)
         if self.kind.pictures.stop > 1:
-            # Of its own: the decode of what was generated before may be under way in another thread.
+            # It has its own mesh: another thread may still decode an earlier result.
             mesh = Mesh(Grid(rows=world_size()), device.torch_device)
             sharing = Sharing(encode, gather="all")
             share_encode(self.pipeline.vae, sharing, mesh)
@@ -114,18 +114,18 @@ class Generator:
 
     @torch.inference_mode()
     def denoise(
-        self, prompt: Prompt, told: Callable[[int], None] = lambda step: None, watch: StepEnd | None = None
+        self, prompt: Prompt, on_step: Callable[[int], None] = lambda step: None, watch: StepEnd | None = None
     ) -> Tensor:
-        """Run the transformer, and give the latents `[B, C, T, H, W]`, normalized, on every rank.
+        """Run the transformer, and return normalized latents `[B, C, T, H, W]` on every rank.
 
         Args:
-            prompt: as `Pipeline.fitted` gave it.
-            told: is called after each step with its number, from 1 on; what it raises ends the denoising.
-            watch: a pipeline's `callback_on_step_end`, called after each step; what it returns has no effect. Not
-                called by pipelines that take none.
+            prompt: as returned by `Pipeline.fitted`.
+            on_step: called after each step with its number, from 1 on. An exception in it ends the denoising.
+            watch: a `callback_on_step_end`, called after each step if the pipeline takes one. Its return value has no
+                effect.
         """
-        (latents,) = self._call(prompt, told, watch, "latent")
-        if latents.ndim == 3:  # Qwen-Image's, two by two cells in one token
+        (latents,) = self._call(prompt, on_step, watch, "latent")
+        if latents.ndim == 3:  # Qwen-Image packs two by two cells in a token
             assert prompt.size is not None
             width, height = prompt.size
             latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
@@ -133,20 +133,20 @@ class Generator:
 
     @torch.inference_mode()
     def make(
-        self, prompt: Prompt, told: Callable[[int], None] = lambda step: None, watch: StepEnd | None = None,
+        self, prompt: Prompt, on_step: Callable[[int], None] = lambda step: None, watch: StepEnd | None = None,
         dtype: torch.dtype = torch.uint8, **options: Any,
     ) -> Made:  # fmt: skip
-        """Run a whole pipeline, its decode on all ranks.
+        """Run a whole pipeline, with the decode on all ranks.
 
         Args:
-            prompt: as `Pipeline.fitted` gave it.
-            told: as for `denoise`.
+            prompt: as returned by `Pipeline.fitted`.
+            on_step: as for `denoise`.
             watch: as for `denoise`.
-            dtype: uint8 for frames in 0..255, or a floating one for [0, 1].
+            dtype: uint8 for frames in 0..255, or a floating dtype for [0, 1].
             options: `mode`, `grid` and `memory_budget` of the decode, as `VAE.stream` has them.
         """
         self._within.options = options
-        frames = self._call(prompt, told, watch, "pt")[0]  # after it may come sound, or what a safety checker found
+        frames = self._call(prompt, on_step, watch, "pt")[0]  # sound, or a safety checker's result, may follow
         report = self._within.report
         assert report is not None
         frames = frames.movedim(1, 2) if frames.ndim == 5 else frames.unsqueeze(2)
@@ -156,13 +156,13 @@ class Generator:
         frames = _on_white(frames.float())
         return Made((frames.mul(255).round_() if dtype == torch.uint8 else frames).to(dtype).contiguous(), report)
 
-    def _call(self, prompt: Prompt, told: Callable[[int], None], watch: StepEnd | None, output_type: str) -> Any:
+    def _call(self, prompt: Prompt, on_step: Callable[[int], None], watch: StepEnd | None, output_type: str) -> Any:
         assert prompt.size is not None
         width, height = prompt.size
         family = self.kind.family
 
         def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            told(min(step + 1, prompt.steps))  # some schedulers take one more
+            on_step(min(step + 1, prompt.steps))  # some schedulers take one step more
             if watch is not None:
                 watch(pipeline, step, timestep, tensors)
             return {}
@@ -178,29 +178,29 @@ class Generator:
             "guidance_scale_2": prompt.guidance_2,
             "image": _pictures(prompt.images),
         }
-        given = {**family.always, **{name: value for name, value in needed.items() if value is not None}}
-        if unknown := given.keys() - self._takes:
+        arguments = {**family.always, **{name: value for name, value in needed.items() if value is not None}}
+        if unknown := arguments.keys() - self._takes:
             raise ValueError(f"{type(self.pipeline).__name__} takes no {', '.join(sorted(unknown))}")
-        given |= {
+        arguments |= {
             "generator": torch.Generator().manual_seed(prompt.seed), "output_type": output_type, "return_dict": False,
         }  # fmt: skip
         if "callback_on_step_end" in self._takes:
-            return self.pipeline(**given, callback_on_step_end=step_done)
-        with _steps_told(self.pipeline.scheduler, told):
-            return self.pipeline(**given)
+            return self.pipeline(**arguments, callback_on_step_end=step_done)
+        with _reporting_steps(self.pipeline.scheduler, on_step):
+            return self.pipeline(**arguments)
 
 
 @contextmanager
-def _steps_told(scheduler: Any, told: Callable[[int], None]) -> Iterator[None]:
-    """Tell of each step of a scheduler, for a pipeline that does not."""
-    own, done = scheduler.step, 0
+def _reporting_steps(scheduler: Any, on_step: Callable[[int], None]) -> Iterator[None]:
+    """Call `on_step` after each step of the scheduler, for a pipeline that takes no callback."""
+    original, done = scheduler.step, 0
 
-    @functools.wraps(own)
+    @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal done
-        result = own(*args, **kwargs)
+        result = original(*args, **kwargs)
         done += 1
-        told(done)
+        on_step(done)
         return result
 
     scheduler.step = step
@@ -211,7 +211,7 @@ def _steps_told(scheduler: Any, told: Callable[[int], None]) -> Iterator[None]:
 
 
 def _on_white(frames: Tensor) -> Tensor:
-    """Frames `[B, C, T, H, W]` in [0, 1] without their alpha channel, if they have one."""
+    """Blend frames `[B, C, T, H, W]` in [0, 1] with white, and drop their alpha channel, if they have one."""
     if frames.shape[1] < 4:
         return frames
     alpha = frames[:, 3:4]
@@ -219,7 +219,7 @@ def _on_white(frames: Tensor) -> Tensor:
 
 
 def _quieten() -> None:
-    """Let diffusers and transformers report errors only, and rank 0 alone show how loading goes."""
+    """Let diffusers and transformers only report errors, and only rank 0 show the progress of loading."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -235,17 +235,17 @@ def _pictures(files: tuple[bytes, ...]) -> Any:
 
 
 def _share_sequence(transformer: Any, device: torch.device, ulysses: int, ring: int) -> None:
-    """Let all ranks share the sequence that a diffusers transformer works on.
+    """Let all ranks share the sequence of a diffusers transformer.
 
-    By the parts of diffusers' `enable_parallelism`, which asks for an accelerator.
+    This uses the building blocks of diffusers' `enable_parallelism`, which itself requires an accelerator.
     """
     from diffusers import ContextParallelConfig
     from diffusers.hooks.context_parallel import apply_context_parallel
     from diffusers.models._modeling_parallel import ParallelConfig
 
     if Device(device).backend == "gloo":
-        gather_uneven_parts()
-    # Any length of text and picture, not only multiples of the degree.
+        gather_uneven_shards()
+    # Text and pictures may have any length, not only multiples of the degree.
     config = ContextParallelConfig(
         ulysses_degree=ulysses, ring_degree=ring, ulysses_anything=ring == 1, ring_anything=ulysses == 1
     )

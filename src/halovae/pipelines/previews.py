@@ -1,4 +1,4 @@
-"""Small pictures of what a diffusers pipeline makes, while its steps run."""
+"""Small pictures of a diffusers pipeline's result, while its steps run."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from halovae.runtime.vae import VAE
 
 @dataclass(frozen=True)
 class Preview:
-    """What a pipeline is about to make, as far as a step can tell.
+    """A preview of a pipeline's result after a step.
 
     Attributes:
-        step: how many steps are done, from 1 on.
-        steps: how many there will be.
+        step: the number of finished steps, from 1 on.
+        steps: the number of all steps.
         picture: RGB; the first frame of a video.
     """
 
@@ -57,12 +57,12 @@ class Previews:
         self._works = True
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Draw, if it is time to. Changes nothing of what the pipeline makes."""
+        """Draw a preview if one is due. The pipeline's result does not change."""
         if step == 0:
             self._earlier, self._works = None, True
             if "latents" not in tensors:
                 raise ValueError("previews need the latents: expected 'latents' in callback_on_step_end_tensor_inputs")
-            self._decodable(pipe, self._first(pipe, tensors["latents"]))  # all ranks refuse alike
+            self._decodable(pipe, self._first(pipe, tensors["latents"]))  # raises on all ranks
         steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
         is_last = step + 1 >= steps
         is_due = (step + 1) % self._every == 0 or is_last
@@ -72,23 +72,23 @@ class Previews:
             latents = self._denoised(pipe.scheduler, self._first(pipe, tensors["latents"]).float().clone())
             if is_due:
                 self._show(Preview(step + 1, steps, self._drawn(self._decodable(pipe, latents))))
-        except Exception as error:  # on this rank alone: the pipeline goes on on all of them
+        except Exception as error:  # on this rank only: the pipeline continues on all ranks
             self._works = False
-            reason = "memory ran out" if is_out_of_memory(error) else type(error).__name__
+            reason = "out of memory" if is_out_of_memory(error) else type(error).__name__
             warnings.warn(f"no more previews: {reason} ({error})", RuntimeWarning, stacklevel=2)
         if is_last or not self._works:
             self._earlier = None
         return {}
 
     def _first(self, pipe: Any, latents: Tensor) -> Tensor:
-        """The first item's latents, of a clip the first frame's."""
-        given, name, vae, channels = list(latents.shape), type(pipe).__name__, self._vae, latent_channels(self._vae)
+        """Return the first item's latents; for a clip, the first frame's."""
+        shape, name, vae, channels = list(latents.shape), type(pipe).__name__, self._vae, latent_channels(self._vae)
         if latents.ndim == 3:
             return latents[:1]
         transposed = type(vae).__name__ in _TRANSPOSED or name.startswith(_TRANSPOSED)
         if latents.ndim not in (4, 5) or latents.shape[1] != channels or (latents.ndim == 5 and transposed):
             raise ValueError(
-                f"previews of {name}: its latents are {given}, and how they become [B, {channels}, H, W] or "
+                f"previews of {name}: its latents are {shape}, and how they become [B, {channels}, H, W] or "
                 f"[B, {channels}, T, H, W] for {type(vae).__name__} is not known"
             )
         if "ImageToVideo" in name and getattr(pipe.config, "expand_timesteps", False):
@@ -96,7 +96,7 @@ class Previews:
         return latents[:1, :, :1] if latents.ndim == 5 else latents[:1]
 
     def _decodable(self, pipe: Any, latents: Tensor) -> Tensor:
-        """Latents as the VAE takes them."""
+        """Return latents as the VAE takes them."""
         normalized = True
         if latents.ndim == 3:
             latents, normalized = _unpacked(pipe, latents, self._size)
@@ -105,7 +105,7 @@ class Previews:
         return denormalized(latents, self._vae.config, type(self._vae).__name__) if normalized else latents
 
     def _denoised(self, scheduler: Any, latents: Tensor) -> Tensor:
-        """Where the line through the latents of the preview before and these ends, if they are on one."""
+        """Extrapolate the line through these latents and the previous preview's to no noise, if they lie on a line."""
         sigma, earlier = _sigma(scheduler), self._earlier
         if sigma is None or earlier is None:
             self._earlier = None if sigma is None else (sigma, latents)
@@ -122,8 +122,10 @@ class Previews:
         size = max(1, int(height * shrink)), max(1, int(width * shrink))
         flat = z.flatten(1, -3) if z.ndim == 5 else z
         small = moved(self._vae, F.adaptive_avg_pool2d(flat, size).view(*z.shape[:-2], *size))
-        own = Mesh(Grid(), small.device)  # the other ranks go on
-        frames = self._autoencoder.decode(small, mesh=own, dtype=torch.uint8, **decode_options(self._vae, small))
+        one_rank = Mesh(Grid(), small.device)  # the other ranks continue with the pipeline
+        frames = self._autoencoder.decode(
+            small, mesh=one_rank, dtype=torch.uint8, module_kwargs=decode_options(self._vae, small)
+        )
         assert frames is not None
         frame = (frames[0, :, 0] if frames.ndim == 5 else frames[0]).permute(1, 2, 0)
         picture = Image.fromarray(frame.cpu().numpy())
@@ -143,32 +145,32 @@ def previews(
     size: tuple[int, int] | None = None,
     decoder: nn.Module | VAE | None = None,
 ) -> Previews:
-    """Make a `callback_on_step_end` that draws small pictures of what a pipeline makes, while its steps run.
+    """Make a `callback_on_step_end` that draws small pictures of a pipeline's result while its steps run.
 
-    The latents of a step are averaged to a small plane and decoded there, as one device decodes them. For flow matching
-    and Euler's method, noise is removed first: the line through the latents of this preview and the one before (or the
-    first step's) is followed to its end without noise. Rank 0 draws; the pipeline's own result does not change.
+    The latents of a step are averaged to a small plane, which is decoded as on one device. For flow matching and
+    Euler's method, noise is removed first: the line through the latents of this preview and the previous one (or the
+    first step's) is extrapolated to no noise. Rank 0 draws; the pipeline's own result does not change.
 
         pipe("a cat", callback_on_step_end=halovae.previews(pipe, show=lambda p: p.picture.save(f"{p.step}.jpg")))
 
     Args:
         pipe: a diffusers pipeline with a `vae`, parallelized or not. Its callback's latents are 4-D or 5-D, or packed
             as those of FLUX, FLUX.2, and Qwen-Image are.
-        every: steps from one preview to the next. The last step always has one.
-        show: is called with each, on rank 0.
-        side: of the longer side in pixels, at most, but for one latent.
-        size: width and height in pixels of what is made; needed for packed latents.
-        decoder: what decodes instead of `pipe.vae`, such as diffusers' `AutoencoderTiny` for the same latents, or an
-            `VAE` that keeps its graphs from one call to the next.
+        every: steps from one preview to the next. The last step always has a preview.
+        show: called with each preview, on rank 0.
+        side: the longest side in pixels; a preview has at least one latent cell.
+        size: width and height in pixels of the pipeline's result; needed for packed latents.
+        decoder: the decoder to use instead of `pipe.vae`, such as diffusers' `AutoencoderTiny` for the same latents, or
+            a `VAE` that keeps its graphs from one call to the next.
 
     Raises:
-        TypeError: the pipeline has no VAE, or takes no callback; `show` is no function; or what decodes only knows
-            tiles of one size.
-        ValueError: `every` or `side` is below 1; `size` is no width and height; or, in the first step and on all ranks,
-            it is not known how the pipeline's latents become its VAE's.
+        TypeError: the pipeline has no VAE, or takes no callback; `show` is not callable; or the decoder only works
+            with tiles of one size.
+        ValueError: `every` or `side` is below 1; `size` is not a width and a height; or, in the first step and on all
+            ranks, it is not known how the pipeline's latents become its VAE's.
 
     Warns:
-        RuntimeWarning: a picture could not be drawn or shown; the pipeline goes on without previews.
+        RuntimeWarning: a picture could not be drawn or shown; the pipeline continues without previews.
     """
     if not isinstance(getattr(pipe, "vae", None), nn.Module):
         raise TypeError(f"expected a diffusers pipeline with a vae; got {type(pipe).__name__}")
@@ -179,7 +181,7 @@ def previews(
             raise ValueError(f"{name}={value!r}: expected an integer of 1 or more")
     if not callable(show):
         raise TypeError(f"show={show!r}: expected a function of a Preview")
-    if size is not None and not (len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size)):
+    if size is not None and not (len(size) == 2 and all(isinstance(extent, int) and extent > 0 for extent in size)):
         raise ValueError(f"size={size!r}: expected width and height in pixels, such as (1024, 768)")
     if not isinstance(decoder, VAE):
         decoder = VAE(pipe.vae if decoder is None else decoder)
@@ -188,13 +190,13 @@ def previews(
     return Previews(every, show, side, size, decoder)
 
 
-# VAEs, and beginnings of pipelines' names, whose latents are `[B, T, C, H, W]` or `[B, T, H, W, C]`.
+# VAEs, and prefixes of pipelines' names, whose latents are `[B, T, C, H, W]` or `[B, T, H, W, C]`.
 _TRANSPOSED = ("AutoencoderKLCogVideoX", "AutoencoderKLTemporalDecoder", "Kandinsky5", "Kandinsky6")
 _FLOW = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")  # straight only with the sigmas of flow matching
 
 
 def _sigma(scheduler: Any) -> float | None:
-    """The latents' sigma after a step, where they lie on a line from noise to picture in it; else None."""
+    """The sigma of the latents after a step, if they are linear in it from noise to picture; else None."""
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
     straight = name in ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler") or (flow and name in _FLOW)
@@ -208,7 +210,7 @@ def _sigma(scheduler: Any) -> float | None:
 
 
 def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, bool]:
-    """Packed latents `[B, tokens, C]` as `[B, C, H, W]` or `[B, C, 1, H, W]`, and whether they are normalized still."""
+    """Unpack latents `[B, tokens, C]` to `[B, C, H, W]` or `[B, C, 1, H, W]`; also say if they are still normalized."""
     name = type(pipe).__name__
     unpack: Any = getattr(pipe, "_unpack_latents", None)
     is_flux2 = name.startswith("Flux2") and hasattr(pipe, "_unpatchify_latents")
@@ -216,18 +218,18 @@ def _unpacked(pipe: Any, latents: Tensor, size: tuple[int, int] | None) -> tuple
     if not is_flux2 and (unpack is None or list(inspect.signature(unpack).parameters) != needed):
         raise ValueError(f"previews of {name}: how its latents {list(latents.shape)} are unpacked is not known")
     if size is None:
-        raise ValueError(f"previews of {name}: its latents are packed, expected size=(width, height) of what is made")
+        raise ValueError(f"previews of {name}: its latents are packed, expected size=(width, height) of the result")
     (width, height), ratio = size, pipe.vae_scale_factor
     try:
         if not is_flux2:
             return unpack(latents, height, width, ratio), True
         wide = latents.transpose(1, 2).reshape(1, -1, height // (2 * ratio), width // (2 * ratio))
-        mean, variance = (  # an offloaded VAE's are elsewhere
-            one.to(wide).view(1, -1, 1, 1) for one in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var)
+        mean, variance = (  # an offloaded VAE has them on another device
+            statistic.to(wide).view(1, -1, 1, 1) for statistic in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var)
         )
         return pipe._unpatchify_latents(wide * (variance + pipe.vae.config.batch_norm_eps).sqrt() + mean), False
-    except RuntimeError as error:  # of a view
+    except RuntimeError as error:  # from a view of another size
         raise ValueError(
             f"previews of {name}: size {width}x{height} does not make latents of {latents.shape[1]} tokens: expected "
-            "the width and height of what is made"
+            "the width and height of the result"
         ) from error

@@ -1,4 +1,4 @@
-"""What a pipeline in diffusers layout makes, read from its files: sizes, frames, whether it starts from pictures."""
+"""Pipeline specs, read from a folder in diffusers layout: sizes, frames, and pictures that a pipeline starts from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from halovae.errors import CheckpointError, PromptError
 from halovae.models.load import read_config, read_json
 from halovae.pipelines.families import FAMILIES, Family
 
-# Pipelines whose latents are decoded apart from their call: whether they make videos, and how many pictures they start
-# from at least and at most.
+# Pipelines whose latents are decoded separately from their call: whether they make videos, and the least and largest
+# numbers of pictures that they start from.
 PIPELINES = {
     "WanPipeline": (True, 0, 0),
     "WanImageToVideoPipeline": (True, 1, 1),
@@ -22,7 +22,7 @@ PIPELINES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be generated; None leaves it to the pipeline.
+    """A request to a pipeline. None leaves a value to the pipeline.
 
     Attributes:
         text: the prompt.
@@ -30,10 +30,10 @@ class Prompt:
         frames: of a video; 1 for a picture.
         steps: of denoising.
         seed: equal seeds give equal noise, on any number of ranks.
-        negative: what to avoid; with it, or with a guidance above 1, each step runs the transformer twice.
-        guidance: how strongly the prompt leads: mostly `guidance_scale`, Qwen-Image's `true_cfg_scale`.
+        negative: the negative prompt; with it, or with a guidance above 1, each step runs the transformer twice.
+        guidance: the guidance scale: `guidance_scale` of most pipelines, `true_cfg_scale` of Qwen-Image.
         guidance_2: the same for the second transformer of Wan2.2-A14B.
-        images: pictures, as a file holds them, to start from (the first frame of a video) or to edit.
+        images: contents of picture files, to start from (the first frame of a video) or to edit.
     """
 
     text: str
@@ -49,28 +49,28 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Extents:
-    """What a width, a height or a number of frames may be: `least`, and every `step` more."""
+    """Possible values of a width, a height, or a number of frames: `least`, and from there in steps of `step`."""
 
     least: int
     step: int
 
     def fit(self, extent: int) -> int:
-        """The largest one up to `extent`, or the least."""
+        """Return the largest possible value up to `extent`, or the least."""
         return self.least + max(0, extent - self.least) // self.step * self.step
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a pipeline makes.
+    """A pipeline spec: what a pipeline can make.
 
     Attributes:
         name: its class in diffusers.
-        family: what is known of it.
-        widths: in pixels; `heights`, too.
-        lengths: numbers of frames.
-        pictures: how many pictures it may start from.
+        family: properties of the pipeline.
+        widths, heights: possible sizes in pixels.
+        lengths: possible numbers of frames.
+        pictures: possible numbers of pictures to start from.
         two: whether it has a second transformer.
-        whole: whether latents are decoded within the pipeline's own call, and not apart from it.
+        whole: whether latents are decoded within the pipeline's own call, not separately.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Pipeline:
 
     @classmethod
     def read(cls, folder: Path) -> Pipeline:
-        """Read it from a pipeline's folder.
+        """Read the spec from a pipeline's folder.
 
         Raises:
             CheckpointError: the files are missing or damaged, or the pipeline is none of `PIPELINES` and `FAMILIES`.
@@ -97,7 +97,7 @@ class Pipeline:
         family = _by_vae(name, folder) if name in PIPELINES else FAMILIES[name]
         widths = heights = Extents(family.multiple, family.multiple)
         lengths = Extents(1, family.frame_step)
-        if name == "AllegroPipeline":  # decodes tiles of one size, and nothing beside them
+        if name == "AllegroPipeline":  # decodes tiles of one size, and nothing outside them
             tile = int(read_json(folder / "vae" / "config.json").get("sample_size", 320))
             widths, heights, lengths = Extents(tile, tile - 80), Extents(tile, tile - 120), Extents(24, 16)
         _, least, most = PIPELINES.get(name, (None, 0, 0))
@@ -114,7 +114,7 @@ class Pipeline:
 
     @property
     def makes_video(self) -> bool:
-        """Whether a result may have more than one frame."""
+        """Whether a result can have more than one frame."""
         return self.family.frames > 1
 
     @property
@@ -124,14 +124,15 @@ class Pipeline:
 
     @property
     def fps(self) -> float:
-        """Frames per second that it was trained for."""
+        """Frames per second that the pipeline was trained for."""
         return self.family.fps
 
     def fitted(self, prompt: Prompt) -> Prompt:
-        """The prompt with the size and number of frames that will be made: the pipelines round both down.
+        """Return the prompt with the size and number of frames of the result: pipelines round both down.
 
         Raises:
-            PromptError: pictures are missing, or not taken, or a number is out of range.
+            PromptError: the pipeline does not take this number of pictures or such an argument, or a value is out of
+                range.
         """
         if len(prompt.images) not in self.pictures:
             takes = {range(1): "no pictures", range(1, 2): "one picture"}.get(self.pictures, "1 to 3 pictures")
@@ -163,7 +164,7 @@ class Pipeline:
 
 
 def _by_vae(name: str, folder: Path) -> Family:
-    """Facts about a pipeline of Wan or Qwen-Image, which its VAE and its transformer tell."""
+    """Read the properties of a pipeline of Wan or Qwen-Image from its VAE and its transformer."""
     vae = read_config(folder / "vae")
     patch = read_json(folder / "transformer" / "config.json").get("patch_size", 2)
     video, _, _ = PIPELINES[name]
@@ -177,10 +178,10 @@ def _by_vae(name: str, folder: Path) -> Family:
 
 
 def find_pipeline(source: str | Path) -> Path:
-    """The folder of a pipeline: the given one, or that of a hub id, downloaded if it is not here yet.
+    """Return the folder of a pipeline: the given one, or a hub id's, which is downloaded if necessary.
 
     Raises:
-        CheckpointError: there is no such thing, or the folder holds no pipeline.
+        CheckpointError: there is no such folder or hub id, or the folder holds no pipeline.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -188,7 +189,7 @@ def find_pipeline(source: str | Path) -> Path:
 
         try:
             folder = Path(DiffusionPipeline.download(str(source)))
-        except Exception as error:  # of many kinds: no such name, no network, no right to it
+        except Exception as error:  # of many kinds: unknown name, no network, no access
             raise CheckpointError(f"{source}: neither a folder nor a pipeline on the hub ({error})") from error
     if not (folder / "model_index.json").exists():
         raise CheckpointError(f"{folder}: expected a pipeline's folder, with a model_index.json")

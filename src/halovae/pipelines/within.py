@@ -1,4 +1,4 @@
-"""A VAE's `decode` and `encode` shared by all ranks wherever a pipeline calls them."""
+"""Lets all ranks share the `decode` and `encode` of a VAE within a pipeline's call."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from halovae.distributed.mesh import Mesh
 from halovae.models.classes import tiles_only
 from halovae.report import DecodeReport
+from halovae.runtime.options import Sharing
 from halovae.runtime.plane_call import PlaneCall
-from halovae.runtime.sharing import Sharing
 from halovae.runtime.vae import VAE
 
 
@@ -23,7 +23,7 @@ class SharedDecode:
         vae: a diffusers autoencoder; its instance's `decode` is replaced.
 
     Attributes:
-        options: of `VAE.stream`, for the calls to come.
+        options: arguments of `VAE.stream` for the next calls.
         report: of the last call, with all ranks; None before the first.
     """
 
@@ -38,10 +38,10 @@ class SharedDecode:
         @functools.wraps(type(vae).decode)
         def decode(_: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -> Any:
             given, as_tuple = call.arguments(z, *args, **kwargs)
-            # Pipelines hand over what the transformer's dtype is; the VAE's may be another.
+            # Pipelines pass latents in the transformer's dtype; the VAE's may be another.
             dtype = autoencoder.dtype
             given = {name: value.to(dtype) if _is_floating(value) else value for name, value in given.items()}
-            stream = autoencoder.stream(z, gather="rank0", **self.options, **given)
+            stream = autoencoder.stream(z, gather="rank0", **self.options, module_kwargs=given)
             sample = stream.join()
             self.report = stream.shared_report()
             return call.result(call.blank(stream.latents) if sample is None else sample, as_tuple)
@@ -51,19 +51,19 @@ class SharedDecode:
 
 
 def share_encode(vae: Any, sharing: Sharing, mesh: Mesh) -> None:
-    """Let all ranks share the `encode` of a pipeline's VAE, beside decodes of another thread. All receive the result.
+    """Let all ranks share the `encode` of a pipeline's VAE, while another thread decodes. All receive the result.
 
     Args:
         vae: a diffusers autoencoder; its instance's `encode` is replaced.
-        sharing: how.
-        mesh: of all ranks, and nobody else's.
+        sharing: how ranks share it.
+        mesh: a mesh of all ranks that nothing else uses.
     """
     call = PlaneCall(vae, "encode", mesh)
 
     @functools.wraps(type(vae).encode)
     def encode(_: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         options, as_tuple = call.arguments(x, *args, **kwargs)
-        x = x.to(next(vae.parameters()).dtype)  # pipelines hand over what the text encoder's is
+        x = x.to(next(vae.parameters()).dtype)  # pipelines pass pictures in the text encoder's dtype
         value = call.stream(x, call.choose(x, sharing, options), sharing, options).join()
         assert value is not None  # all ranks receive it
         return call.result(value, as_tuple)

@@ -1,7 +1,7 @@
-"""Whether the programs of all ranks send each other the messages that they wait for.
+"""Check that the programs of all ranks send each other the messages that they wait for.
 
-Rules decide by what all ranks know. Passes see one rank's graph, which may have an operator more than another rank's:
-only the last rank crops the last row. Before a program runs for the first time, ranks compare what it will send.
+Rules decide by facts that all ranks know. Passes see one rank's graph, and graphs differ: only the last rank crops the
+last row. Ranks therefore compare the messages of their programs before a program runs for the first time.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from halovae.distributed.transport import Scope, Transport
 from halovae.plane import context, operators, windows
 from halovae.plane.program import Program
 
-Conversations = Mapping[int, tuple[str, str]]  # by peer: digests of what it is sent and sends, and of the reverse
+# By peer: a digest of the messages with it, as this rank sees them, and one of the same messages as the peer sees them.
+MessageDigests = Mapping[int, tuple[str, str]]
 
 
 def meta_tensor(node: fx.Node) -> Tensor:
-    """A tensor of a node's shape and dtype, without data."""
+    """Return a meta tensor of a node's shape and dtype."""
     return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device="meta")
 
 
 def meta_arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-    """A node's arguments, with tensors without data for nodes."""
+    """Return a node's arguments, with a meta tensor in place of each node."""
 
     def known(value: Any) -> Any:
         return meta_tensor(value) if isinstance(value, fx.Node) else value
@@ -43,25 +44,25 @@ def may_exchange(node: fx.Node) -> bool:
 
 
 def run_without_data(node: fx.Node) -> None:
-    """Run an operator on tensors without data, for the messages that it exchanges."""
+    """Run an operator on meta tensors, for the messages that it exchanges."""
     args, kwargs = meta_arguments(node)
     target: Any = node.target
     target(*args, **kwargs)
 
 
-def conversations(program: Program, mesh: Mesh) -> Conversations:
-    """What this rank's program exchanges with each other rank, in order."""
-    noted = _Noted(mesh)
-    place = Mesh(mesh.grid, torch.device("cpu"), noted)
+def message_digests(program: Program, mesh: Mesh) -> MessageDigests:
+    """Digest the messages that this rank's program exchanges with each other rank, in order."""
+    recorder = _RecordingTransport(mesh)
+    meta_mesh = Mesh(mesh.grid, torch.device("cpu"), recorder)
     known: dict[Any, list[tuple[int, int, int]]] = {}
     digests: dict[int, tuple[Any, Any]] = defaultdict(lambda: (hashlib.sha256(), hashlib.sha256()))
-    with _disable_current_modes(), torch.inference_mode(), context.on(place):
+    with _disable_current_modes(), torch.inference_mode(), context.on(meta_mesh):
         for node in filter(may_exchange, program.nodes()):
-            key = node.target, likeness(node)
+            key = node.target, argument_key(node)
             if key not in known:
-                noted.messages = []
+                recorder.messages = []
                 run_without_data(node)
-                known[key] = noted.messages
+                known[key] = recorder.messages
             for peer, sent, received in known[key]:
                 mine, theirs = digests[peer]
                 mine.update(b"%d %d;" % (sent, received))
@@ -69,18 +70,22 @@ def conversations(program: Program, mesh: Mesh) -> Conversations:
     return {peer: (mine.hexdigest(), theirs.hexdigest()) for peer, (mine, theirs) in digests.items()}
 
 
-def agree(everyone: Sequence[Conversations]) -> bool:
-    """Whether what each rank sends to each other one is what that one waits for."""
+def agree(everyone: Sequence[MessageDigests]) -> bool:
+    """Whether every rank sends each other rank the messages that it waits for.
+
+    Args:
+        everyone: the digests of all ranks.
+    """
     nothing = ("", "")
     return all(
         mine == everyone[peer].get(rank, nothing)[1]
-        for rank, conversations in enumerate(everyone)
-        for peer, (mine, _) in conversations.items()
+        for rank, digests in enumerate(everyone)
+        for peer, (mine, _) in digests.items()
     )
 
 
-class _Noted(Transport):
-    """Notes for each message the peer, and the bytes sent and received."""
+class _RecordingTransport(Transport):
+    """Records the peer of each message, and the bytes sent and received."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.rank, self.world, self._grid = mesh.rank, mesh.grid.size, mesh.grid
@@ -108,10 +113,11 @@ class _Noted(Transport):
         return [torch.empty_like(own) for _ in range(ranks)]
 
 
-def likeness(node: fx.Node) -> Any:
-    """Equal for nodes whose arguments have equal shapes, dtypes and values."""
-    return tuple(map(_likeness, node.args)), tuple((name, _likeness(one)) for name, one in sorted(node.kwargs.items()))
+def argument_key(node: fx.Node) -> Any:
+    """Return a key that is equal for nodes whose arguments have equal shapes, dtypes and values."""
+    kwargs = tuple((name, _value_key(one)) for name, one in sorted(node.kwargs.items()))
+    return tuple(map(_value_key, node.args)), kwargs
 
 
-def _likeness(value: Any) -> Any:
+def _value_key(value: Any) -> Any:
     return (value.meta["shape"], value.meta["dtype"]) if isinstance(value, fx.Node) else value

@@ -1,4 +1,4 @@
-"""What passes over memory are made with on a device, besides PyTorch's operators."""
+"""Which kernels of halovae's own a device has, besides PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 @cache
 def kernels(kind: str) -> Any:
-    """The module `triton_kernels` where it runs, on CUDA devices that have Triton beside PyTorch; else None.
+    """Return the module `triton_kernels` on CUDA devices where Triton is installed and works; else None.
 
     Warns:
-        RuntimeWarning: Triton is there, but compiles nothing: is there no C compiler, or is the device too old for it?
+        RuntimeWarning: Triton is installed, but cannot compile. Is a C compiler missing, or is the device too old?
     """
     if kind != "cuda" or not torch.cuda.is_available():
         return None
@@ -24,9 +24,7 @@ def kernels(kind: str) -> Any:
         return None
     try:
         triton_kernels.moments(torch.zeros(1, 1, 1, 1, device=kind), None, 1)
-    except Exception as error:  # whatever a compiler may raise
-        warnings.warn(
-            f"norms run uncompiled, since Triton compiles nothing here: {error}", RuntimeWarning, stacklevel=2
-        )
+    except Exception as error:  # compilers may raise anything
+        warnings.warn(f"norms run uncompiled, since Triton cannot compile here: {error}", RuntimeWarning, stacklevel=2)
         return None
     return triton_kernels

@@ -1,4 +1,4 @@
-"""Results that are put together of chunks: each is handed out as soon as it is there."""
+"""Results that are concatenated from chunks: each chunk is handed out as soon as it is computed."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def split(graph: fx.Graph, bodies: Mapping[str, fx.Graph]) -> int | None:
-    """Let a graph hand out its result in chunks, if it is a concatenation and what follows looks at no others.
+    """Make a graph hand out its result in chunks, if it is a concatenation and later operators treat chunks separately.
 
-    Instead of joining the chunks and then, say, clamping all of them, each is clamped, and handed out by `emit`.
-    The graph then returns nothing.
+    Instead of joining the chunks and then, for example, clamping the result, the graph clamps each chunk and hands it
+    out with `emit`. The graph then returns nothing.
 
     Args:
         graph: returns one tensor.
         bodies: the graphs that it calls.
 
     Returns:
-        The dim of the result along which chunks lie, or None: the graph was left as it is.
+        The dim of the result along which chunks lie, or None if the graph is unchanged.
     """
     output = next(iter(reversed(graph.nodes)))
     node = output.all_input_nodes[0]
-    later: list[fx.Node] = []  # what follows the concatenation, last first
+    later: list[fx.Node] = []  # operators after the concatenation, last first
     while node.target is not aten.cat.default:
         if not isinstance(node.target, OpOverload) or len(node.users) != 1 or written(node.target):
             return None
@@ -51,13 +51,13 @@ def split(graph: fx.Graph, bodies: Mapping[str, fx.Graph]) -> int | None:
     order = {one: place for place, one in enumerate(graph.nodes)}
     places = [order[one] for one in chunks]
     if len(chunks) < 2 or any(after <= before for before, after in itertools.pairwise(places)):
-        return None  # they are not computed in the order in which they lie
+        return None  # chunks are not computed in the order of their positions
     roots = {root(one) for one in chunks}
     for one in graph.nodes:
         if isinstance(one.target, OpOverload) and written(one.target):
             target = root(one)
             if target in roots or target.op != "call_function" or target.target is operator.getitem:
-                return None  # what called graphs return may share memory
+                return None  # results of called graphs may share memory
     steps: list[Callable[[fx.Node], fx.Node]] = []
     for one in reversed(later):
         found = _step(graph, one, dim)
@@ -75,7 +75,7 @@ def split(graph: fx.Graph, bodies: Mapping[str, fx.Graph]) -> int | None:
                 chunk = step(chunk)
                 graph.inserting_after(chunk)
                 own = own or not shares(chunk)
-            if not own:  # whoever gets it may write to it
+            if not own:  # the receiver may write to it
                 meta = chunk.meta
                 chunk = graph.call_function(aten.clone.default, (chunk,), {"memory_format": torch.contiguous_format})
                 chunk.meta = {**meta}
@@ -88,7 +88,7 @@ def split(graph: fx.Graph, bodies: Mapping[str, fx.Graph]) -> int | None:
 
 
 def _is_its_own(chunk: fx.Node, cat: fx.Node, bodies: Mapping[str, fx.Graph]) -> bool:
-    """Whether nothing else lies in a chunk's memory, and nobody but a concatenation uses it."""
+    """Whether a chunk shares its memory with no other tensor, and only concatenations use it."""
     if set(chunk.users) - {cat} and any(one.target is not aten.cat.default for one in chunk.users):
         return False
     if chunk.op != "call_function" or shares(chunk):
@@ -109,9 +109,9 @@ def _dim_of(cat: fx.Node) -> int:
 
 
 def _joined(cat: fx.Node, dim: int) -> list[fx.Node]:
-    """What a concatenation of concatenations puts side by side."""
+    """Return the inputs of a concatenation; nested concatenations are flattened."""
     found: list[fx.Node] = []
-    left: list[Any] = [cat]  # modules that put each frame behind all before nest as often as there are frames
+    left: list[Any] = [cat]  # modules that append frames one by one nest one concatenation per frame
     while left:
         one = left.pop()
         assert isinstance(one, fx.Node)
@@ -124,7 +124,7 @@ def _joined(cat: fx.Node, dim: int) -> list[fx.Node]:
 
 
 def _step(graph: fx.Graph, node: fx.Node, dim: int) -> tuple[Callable[[fx.Node], fx.Node], int] | None:
-    """How to do to a chunk what a node does to all of them, and where the chunked dim is then."""
+    """Return a function that applies a node to one chunk, and the chunked dim of its result; None if there is none."""
     function: Any = node.target
     before, after = node.all_input_nodes[0].meta["shape"], node.meta["shape"]
 

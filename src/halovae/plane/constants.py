@@ -1,4 +1,4 @@
-"""What a recorded graph computes without its input: masks, positions, schedules."""
+"""Constants of a recorded graph, which do not depend on its input: masks, positions, schedules."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Memory:
     """A storage of a recorded graph.
 
     Attributes:
-        storage: itself, so that no other one gets its id.
+        storage: the storage, held so that no other one gets its id.
         constant: whether nothing in it depends on the input.
-        attribute: whether it is from outside of the graph.
+        attribute: whether it was created outside of the graph.
         written: whether an operator writes to it.
-        nodes: the tensors in it.
+        nodes: the nodes whose results lie in it.
         originals: for a result of a repeated call, the storages of the recorded call's result.
     """
 
@@ -33,7 +33,7 @@ class Memory:
     originals: list[Memory] = field(default_factory=list)
 
     def write(self, constant: bool) -> None:
-        """Note that something is written to it, constant or not."""
+        """Note a write to the storage, of a constant value or of another."""
         seen: set[int] = set()
         reached = [self]
         while reached:
@@ -51,7 +51,7 @@ class Constants:
         self._values: dict[fx.Node, Any] = {}
 
     def call(self, func: Any, arguments: tuple[Any, Any], graph: fx.Graph, attributes: dict[str, Tensor]) -> Any:
-        """The result of an operator on constant nodes, at this point of the graph."""
+        """Return the result of an operator on constant nodes, at this point of the graph."""
         with _disable_current_modes(), torch.no_grad():
             for node in graph.nodes:
                 self._compute(node, attributes, limited=False)
@@ -59,7 +59,7 @@ class Constants:
             return func(*args, **kwargs)
 
     def fold(self, graph: fx.Graph, attributes: dict[str, Tensor]) -> None:
-        """Make attributes of the constants that other nodes use."""
+        """Turn the constants that other nodes use into attributes."""
         self._values.clear()
         made: dict[tuple[fx.Node, int], fx.Node] = {}
         with _disable_current_modes(), torch.no_grad():
@@ -78,12 +78,12 @@ class Constants:
                             made[key] = graph.create_node("get_attr", name)
                         made[key].meta = {**source.meta}
                     node.replace_input_with(source, made[key])
-        for node in reversed(list(graph.nodes)):  # also those that write, which look as if they did something
+        for node in reversed(list(graph.nodes)):  # including operators that write, which `clean` would keep
             if node in self._values and not node.users:
                 graph.erase_node(node)
 
     def _compute(self, node: fx.Node, attributes: dict[str, Tensor], limited: bool) -> bool:
-        """Compute a node, if that is possible. Returns whether its value is known."""
+        """Compute a node, if possible. Return whether its value is known."""
         if node in self._values:
             return True
         if not node.meta.get("constant") or node.op == "output":

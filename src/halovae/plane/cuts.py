@@ -1,7 +1,7 @@
-"""Masks and the like of which a rank needs a part: the part is computed, in place of cutting it from the whole.
+"""Compute a rank's shard of large constants, such as masks, instead of cutting it from the whole tensor.
 
-A mask of attention between all cells of a clip is larger than the clip. It is made of small tensors by broadcasting, so
-a part of it can be made of parts of these.
+An attention mask between all cells of a clip is larger than the clip. It is broadcast from small tensors, so a shard of
+it can be computed from shards of these.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
-_SMALLEST = 2**20  # bytes of a tensor for which that is done
+_SMALLEST = 2**20  # bytes; the shard of a smaller tensor is cut from the whole
 _BROADCAST = (aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.reshape.default)
 _COPIES = (aten._to_copy.default, aten.clone.default, aten.where.self, aten.masked_fill.Scalar)
 
-# A factor of a dim: its size, and which of it this rank keeps, by start and length.
+# For each factor of a dim: its size, and the start and the length of the range that this rank keeps.
 Kept = Sequence[tuple[int, int, int]]
 
 
-def note(part: fx.Node, whole: fx.Node, dim: int, kept: Kept) -> None:
-    """Note that a node is part of another one, cut along a dim."""
-    part.meta["cut"] = whole, dim, kept
+def note(shard: fx.Node, whole: fx.Node, dim: int, kept: Kept) -> None:
+    """Note that a node is this rank's shard of another one, cut along a dim."""
+    shard.meta["cut"] = whole, dim, kept
 
 
 def cut_early(
     graph: fx.Graph, attributes: dict[str, Tensor], is_fixed: Callable[[fx.Node], bool], device: torch.device
 ) -> None:
-    """Compute the noted parts from parts of what the whole is made of.
+    """Compute the noted shards from shards of the tensors that the whole is computed from.
 
     Args:
-        graph: changed in place. What nobody uses any longer stays in it.
+        graph: changed in place. Nodes that are no longer used stay in it.
         attributes: the tensors that it reads, by name; indices are added.
-        is_fixed: whether a node depends neither on the input, nor on what is written in place.
-        device: where it will run.
+        is_fixed: whether a node depends neither on the input nor on writes in place.
+        device: where the graph will run.
     """
     for node in list(graph.nodes):
         if "cut" not in node.meta:
@@ -51,13 +51,13 @@ def cut_early(
                 index = index.narrow(at, start, length)
             index = index.flatten().to(device)
         with graph.inserting_before(node):
-            found = _Cutting(graph, attributes, index, is_fixed).part(whole, dim)
+            found = _Cutting(graph, attributes, index, is_fixed).shard(whole, dim)
             if found is not None:
                 node.replace_all_uses_with(found)
 
 
 class _Cutting:
-    """Nodes for the part of a tensor that has some indices of a dim."""
+    """Makes nodes for the shard of a tensor that has some indices of a dim."""
 
     def __init__(
         self, graph: fx.Graph, attributes: dict[str, Tensor], index: Tensor, is_fixed: Callable[[fx.Node], bool]
@@ -65,8 +65,8 @@ class _Cutting:
         self._graph, self._attributes, self._index, self._is_fixed = graph, attributes, index, is_fixed
         self._node: fx.Node | None = None
 
-    def part(self, node: fx.Node, dim: int) -> fx.Node | None:
-        """The part of a node; None where it would have to be cut from a large whole."""
+    def shard(self, node: fx.Node, dim: int) -> fx.Node | None:
+        """Return the shard of a node; None where it would have to be cut from a large whole."""
         if not self._is_fixed(node):
             return None
         if node.meta["bytes"] < _SMALLEST:
@@ -75,15 +75,15 @@ class _Cutting:
         if node.op == "call_function" and target in _BROADCAST:
             return self._broadcast(node, dim)
         if node.op == "call_function" and (target in _COPIES or torch.Tag.pointwise in getattr(target, "tags", ())):
-            parts: dict[fx.Node, fx.Node] = {}
+            shards: dict[fx.Node, fx.Node] = {}
             for one in node.all_input_nodes:
                 place = dim - len(node.meta["shape"]) + len(one.meta["shape"])
-                spread = place < 0 or one.meta["shape"][place] != node.meta["shape"][dim]
-                found = one if spread else self.part(one, place)
+                is_broadcast = place < 0 or one.meta["shape"][place] != node.meta["shape"][dim]
+                found = one if is_broadcast else self.shard(one, place)
                 if found is None:
                     return None
-                parts[one] = found
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), parts.__getitem__)
+                shards[one] = found
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), shards.__getitem__)
             return self._made(node, dim, target, args, kwargs)
         return None
 
@@ -104,21 +104,21 @@ class _Cutting:
             at %= len(own) + 1
             if dim == at:
                 return None
-            found = self.part(source, dim - (dim > at))
+            found = self.shard(source, dim - (dim > at))
             return found and self._made(node, dim, aten.unsqueeze.default, (found, at), {})
         sizes = [*node.meta["shape"]]
-        if node.target is not aten.expand.default:  # a view, of which only dims of size 1 may differ
+        if node.target is not aten.expand.default:  # a view; only dims of size 1 may differ
             real = [at for at, size in enumerate(own) if size != 1]
             if [own[at] for at in real] != [size for size in sizes if size != 1] or sizes[dim] == 1:
                 return None
-            found = self.part(source, real[sum(size != 1 for size in sizes[:dim])])
+            found = self.shard(source, real[sum(size != 1 for size in sizes[:dim])])
             sizes[dim] = len(self._index)
             return found and self._made(node, dim, aten.reshape.default, (found, sizes), {})
         place = dim - len(sizes) + len(own)
         sizes[dim] = len(self._index)
         if place >= 0 and own[place] == node.meta["shape"][dim]:
-            part = self.part(source, place)
-            return part and self._made(node, dim, aten.expand.default, (part, sizes), {})
+            shard = self.shard(source, place)
+            return shard and self._made(node, dim, aten.expand.default, (shard, sizes), {})
         return self._made(node, dim, aten.expand.default, (source, sizes), {})
 
     def _made(self, like: fx.Node, dim: int, target: Any, args: Any, kwargs: Any) -> fx.Node:

@@ -21,24 +21,24 @@ from halovae.plane.program import Program
 def drain_peers(
     program: Program, mesh: Mesh, send: Callable[[Tensor, Layout, Plane], object] | None, chunks: int, calls: int
 ) -> None:
-    """Exchange what is left of the first `chunks` chunks of a call, on meta tensors.
+    """Exchange the remaining messages of the first `chunks` chunks of a call, on meta tensors.
 
     Args:
-        program: what this rank was running.
+        program: the program that this rank was running.
         mesh: its ranks.
-        send: sends this rank's part of a chunk to those that receive it; None where it sends none.
-        chunks: how many of the result.
-        calls: how many exchanges were done.
+        send: sends this rank's shard of a chunk to its receivers; None where it sends none.
+        chunks: how many chunks of the result to exchange.
+        calls: how many exchanges this rank already did.
     """
     transport = DrainingTransport(mesh.transport, Calls(calls), mesh.device.torch_device)
-    place = Mesh(mesh.grid, torch.device("cpu"), transport)
-    plane = Plane(place)
+    meta_mesh = Mesh(mesh.grid, torch.device("cpu"), transport)
+    plane = Plane(meta_mesh)
 
     def run(node: fx.Node) -> None:
         if is_operator(node) and may_exchange(node):
             run_without_data(node)
 
-    with _disable_current_modes(), torch.inference_mode(), context.on(place):
+    with _disable_current_modes(), torch.inference_mode(), context.on(meta_mesh):
         for node in program.graph.nodes:
             if node.op == "call_module":
                 for one in program.bodies[str(node.target)].nodes:
@@ -53,5 +53,5 @@ def drain_peers(
             else:
                 run(node)
         if not program.streams and send is not None:
-            whole = torch.empty(local_shape(program.returns, plane.coordinates), dtype=program.dtype, device="meta")
-            send(whole, program.returns, plane)
+            shard = torch.empty(local_shape(program.returns, plane.coordinates), dtype=program.dtype, device="meta")
+            send(shard, program.returns, plane)

@@ -1,6 +1,6 @@
-"""What a recorded graph depends on, as a digest that holds in all processes.
+"""A digest of everything that a recorded graph depends on. It holds across processes.
 
-Only modules of PyTorch, diffusers and what these build on have one: versions and source files say what they do.
+Only modules of PyTorch, diffusers and the packages below have one: versions and source files determine what they do.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from halovae.plane.state import has_only_attributes
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "typing_extensions")
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-_WRAPPED = {  # kinds of functions, and where those are that they wrap
+_WRAPPED = {  # kinds of functions, and the attribute that holds the wrapped function
     types.FunctionType: "__wrapped__", staticmethod: "__func__", classmethod: "__func__", property: "fget",
     functools.cached_property: "func", functools.partial: "func", functools._lru_cache_wrapper: "__wrapped__",
 }  # fmt: skip
 _MODULE = frozenset(vars(nn.Module())) - {"training", "_modules", "_parameters", "_buffers"}
 _SMALL = 2**20  # bytes of a buffer whose values count
 _INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-# When this file was imported. The time at which the process began would be surer, but systems reckon it from when they
-# started themselves, and are wrong by seconds where their clock was set since.
+# When this file was imported. The start time of the process would be safer, but systems compute it from their boot
+# time, and are off by seconds if the clock was set since.
 _STARTED = time.time()
 _OWN_SOURCES = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
-).hexdigest()  # as they are when they are imported
+).hexdigest()  # as read at import
 
 
 class Unstable(Exception):
-    """What a graph depends on has no description that holds in other processes: the graph is not kept on disk."""
+    """A graph depends on something that cannot be described across processes. The graph is not kept on disk."""
 
 
 def fingerprint(function: Any, modules: Sequence[nn.Module], name: str, settings: Any) -> str:
-    """A digest of all that a graph depends on: equal in two processes only if their graphs are equal.
+    """Return a digest of everything that a graph depends on: equal in two processes only if their graphs are equal.
 
     Args:
-        function: what is traced: one of the modules, or a method of one, unless it has a name.
-        modules: whose weights it uses.
+        function: the traced function: one of the modules, or a method of one, unless it has a `name`.
+        modules: the modules whose weights it uses.
         name: says what the function does with the modules; may be empty.
-        settings: what else the graph depends on, with the same `repr` in all processes.
+        settings: everything else that the graph depends on, with the same `repr` in all processes.
 
     Raises:
-        Unstable: something is not of the packages, was changed in this process, or has no description.
+        Unstable: something does not belong to the packages, was changed in this process, or has no description.
     """
     owner, own = getattr(function, "__self__", function), getattr(function, "__name__", "")
     place = [index for index, one in enumerate(modules) if one is owner]
@@ -88,7 +88,7 @@ class _Fingerprint:
         self.digest.update(b"%d:" % len(text) + text)
 
     def _is_new(self, value: Any) -> bool:
-        """Add where a value was seen first. It lives as long as the modules."""
+        """Add the number of a value in order of first use. Return whether it is new. Values live as long as modules."""
         count = len(self._seen)
         self.put(self._seen.setdefault(id(value), count))
         return self._seen[id(value)] == count
@@ -129,7 +129,7 @@ class _Fingerprint:
             return len(value), *value, *value.values()
         if f"{kind.__module__}.{kind.__name__}" == "diffusers.configuration_utils.FrozenDict":
             values = dict(value, _use_default_values=tuple(sorted(value.get("_use_default_values", ()))))
-            return len(values), *(one for item in sorted(values.items()) for one in item)  # it has no order of its own
+            return len(values), *(one for item in sorted(values.items()) for one in item)  # its order is arbitrary
         if isinstance(value, nn.Module) or not has_only_attributes(value) or not _digest(kind.__module__):
             raise Unstable(f"a {kind.__name__}")
         self._class(kind)
@@ -159,13 +159,13 @@ class _Fingerprint:
         if self._is_new(owner):
             for name, value in vars(owner).items():
                 if type(value) in _PLAIN and (isinstance(owner, type) or not isinstance(value, str)):
-                    self.put(name, value)  # some packages draw a global name in each process
+                    self.put(name, value)  # not global strings: some packages generate one in each process
                 elif callable(value) or type(value) in _WRAPPED:
                     self.put(name, type(value))
                     self._function(value)
 
     def _function(self, value: Any) -> None:
-        """Add where a function is defined, and those that it wraps."""
+        """Add where a function is defined, and the functions that it wraps."""
         if type(value) in _WRAPPED and self._is_new(value):
             if isinstance(value, types.FunctionType):
                 place = value.__globals__["__name__"]
@@ -177,7 +177,7 @@ class _Fingerprint:
 
 @functools.cache
 def _digest(name: str, read: bool = True) -> str:
-    """Of a Python module's file, which is read or only checked; empty for Python's own."""
+    """Return the digest of a Python module's file, which is read or only checked; empty for the standard library."""
     package = name.partition(".")[0]
     if package in sys.stdlib_module_names:
         return ""

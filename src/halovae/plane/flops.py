@@ -16,7 +16,7 @@ PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.
 
 
 def flops(node: fx.Node) -> float:
-    """Two for each multiplication and addition, as `torch.utils.flop_counter` counts them."""
+    """Count two for each multiplication and addition, as `torch.utils.flop_counter` counts them."""
     target, args = cast(Any, node.target), node.args
     if target is windows.residual_convolution:
         target, args = windows.convolution, args[1:]

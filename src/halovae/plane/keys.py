@@ -1,4 +1,4 @@
-"""What a recorded graph depends on, as keys: options, flags and buffers of modules, and the sum of their weights."""
+"""Keys of a recorded graph: options, flags and buffers of modules, and a digest of their weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def module_key(module: nn.Module) -> Any:
 
 
 def value_key(value: Any) -> Any:
-    """An option as a key; None if it cannot be compared by value. All generators are equal: no graph draws from one."""
+    """Return an option as a key; None if it cannot be compared by value. All generators are equal: graphs use none."""
     if isinstance(value, _SIMPLE):
         return repr(value)
     if isinstance(value, torch.Generator):
@@ -53,8 +53,8 @@ def hooked(module: nn.Module) -> Iterator[str]:
 class WeightsDigest:
     """The digest of modules' weights, computed once until they change.
 
-    It is computed again where a weight is another tensor, has other memory, or another dtype or device, where PyTorch's
-    counter of writes (`_version`) moved, and in another world. Writes to `.data` do not show.
+    It is computed again if a weight is another tensor, or has other memory, another dtype or another device, if
+    PyTorch's counter of writes (`_version`) moved, or if the world size changed. Writes to `.data` are not detected.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -64,7 +64,7 @@ class WeightsDigest:
         self._digest = ""
 
     def __call__(self) -> str:
-        """The digest."""
+        """Return the digest."""
         weights = [one for module in self._modules for one in module.parameters()]
         state = world_size(), [_state(one) for one in weights]
         known = [ref() for ref in self._weights]  # not their addresses: a new tensor may have that of an old one
@@ -80,7 +80,7 @@ def _state(weight: Tensor) -> Any:
 
 
 def weights_digest(modules: Sequence[nn.Module]) -> str:
-    """A digest of all weights by shapes and sums, to find ranks with other weights; empty in a world of one."""
+    """Return a digest of all weights' shapes and sums, to find ranks with other weights; empty in a world of one."""
     if not dist.is_initialized() or world_size() == 1:
         return ""
     sums = [one.detach().double().sum() for module in modules for one in module.parameters() if not one.is_meta]
@@ -90,7 +90,7 @@ def weights_digest(modules: Sequence[nn.Module]) -> str:
 
 
 def settings(mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a graph depends on besides the modules, the function and the device."""
+    """Return what a graph depends on besides the modules, the function and the device."""
     shapes = tuple((tuple(one.shape), one.dtype) for one in (x, *extras))
     kind = x.device.type
     casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
@@ -98,10 +98,10 @@ def settings(mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[s
 
 
 def device_of(modules: Sequence[nn.Module], x: Any) -> torch.device:
-    """Where modules have their weights; where `x` is, if they have none.
+    """Return the device of the modules' weights; that of `x`, if they have none.
 
     Raises:
-        ValueError: on several devices.
+        ValueError: the weights are on several devices.
     """
     devices = {one.device for module in modules for one in module.parameters() if one.device.type != "meta"}
     if len(devices) > 1:

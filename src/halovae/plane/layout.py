@@ -21,11 +21,11 @@ Bounds = tuple[int, ...]
 
 
 class Factor(NamedTuple):
-    """A part of a dim.
+    """A factor of a dim's extent.
 
     Attributes:
         size: its logical extent.
-        mesh_dim: the mesh dim that partitions it; None where every rank has all of it.
+        mesh_dim: the mesh dim that partitions it; None if it is replicated.
         bounds: rank i along `mesh_dim` owns `bounds[i]:bounds[i + 1]`; none of these is empty.
     """
 
@@ -34,14 +34,14 @@ class Factor(NamedTuple):
     bounds: Bounds = ()
 
     def local(self, coordinates: Coordinates) -> int:
-        """How much of it the rank at `coordinates` owns."""
+        """The extent that the rank at `coordinates` owns."""
         if self.mesh_dim is None:
             return self.size
         position = coordinates[self.mesh_dim]
         return self.bounds[position + 1] - self.bounds[position]
 
     def times(self, inner: int) -> Factor:
-        """This factor with `inner` whole cells in place of each of its own."""
+        """This factor with `inner` cells, on the same rank, in place of each of its own."""
         return Factor(self.size * inner, self.mesh_dim, tuple(bound * inner for bound in self.bounds))
 
 
@@ -51,11 +51,11 @@ Coordinates = dict[MeshDim, int]
 
 
 class Uneven(Exception):
-    """A view cuts a partitioned factor where no bounds lie.
+    """A view would cut a partitioned factor away from its bounds.
 
     Attributes:
-        factor: the one that is in the way.
-        multiple: what its bounds would have to be multiples of; 0 if no bounds would do.
+        factor: the factor that prevents the view.
+        multiple: what its bounds would have to be multiples of; 0 if no bounds would allow the view.
     """
 
     def __init__(self, factor: Factor, multiple: int) -> None:
@@ -69,7 +69,7 @@ def extent(dim: Dim) -> int:
 
 
 def local_extent(dim: Dim, coordinates: Coordinates) -> int:
-    """The extent of a rank's part of a dim."""
+    """The extent of a rank's shard of a dim."""
     return math.prod(factor.local(coordinates) for factor in dim)
 
 
@@ -80,19 +80,19 @@ def shape(layout: Layout) -> tuple[int, ...]:
 
 
 def local_shape(layout: Layout, coordinates: Coordinates) -> tuple[int, ...]:
-    """The shape of a rank's part."""
+    """The shape of a rank's shard."""
     return tuple(local_extent(dim, coordinates) for dim in layout)
 
 
-def whole(size: int) -> Dim:
-    """A dim that every rank has all of."""
+def replicated_dim(size: int) -> Dim:
+    """A replicated dim of this extent."""
     return (Factor(size),) if size != 1 else ()
 
 
 @lru_cache(maxsize=4096)
 def replicated(sizes: tuple[int, ...]) -> Layout:
-    """The layout of a tensor that every rank has all of."""
-    return tuple(map(whole, sizes))
+    """The layout of a replicated tensor."""
+    return tuple(map(replicated_dim, sizes))
 
 
 def partitioned(layout: Layout) -> Iterator[tuple[int, Factor]]:
@@ -105,19 +105,19 @@ def partitioned(layout: Layout) -> Iterator[tuple[int, Factor]]:
 
 @lru_cache(maxsize=4096)
 def is_partitioned(dim: Dim) -> bool:
-    """Whether ranks have parts of a dim."""
+    """Whether ranks have shards of a dim."""
     return any(factor.mesh_dim is not None for factor in dim)
 
 
 def sole(dim: Dim) -> Factor | None:
-    """The partitioned factor that is all of a dim; None for other dims."""
+    """The only factor of a dim, if it is partitioned; else None."""
     return dim[0] if len(dim) == 1 and dim[0].mesh_dim is not None else None
 
 
 def joined(factors: Sequence[Factor]) -> Dim:
-    """A dim of these factors in its one canonical form.
+    """Return a dim of these factors in canonical form.
 
-    Factors of size 1 go. A whole factor merges into the factor before it, whose cells it makes larger.
+    Factors of size 1 are dropped. A replicated factor merges into the factor before it, whose cells become larger.
     """
     found: list[Factor] = []
     for factor in factors:
@@ -132,10 +132,10 @@ def joined(factors: Sequence[Factor]) -> Dim:
 
 @lru_cache(maxsize=4096)
 def regrouped(layout: Layout, sizes: tuple[int, ...]) -> Layout:
-    """The layout of a view with these extents of a tensor with this layout. A rank's part needs only be reshaped.
+    """Return the layout of a view with extents `sizes`. A rank's shard only needs to be reshaped.
 
     Raises:
-        Uneven: the view would cut a rank's part.
+        Uneven: the view would cut a rank's shard.
     """
     rest = list(joined([factor for dim in layout for factor in dim]))[::-1]
     result = []
@@ -148,7 +148,7 @@ def regrouped(layout: Layout, sizes: tuple[int, ...]) -> Layout:
                 size //= factor.size
                 continue
             if factor.size % size:
-                # Neither divides the other: no bounds can help but those of nothing partitioned.
+                # Neither divides the other: the view needs a replicated factor.
                 blocking = next((one for one in (factor, *reversed(rest)) if one.mesh_dim is not None), factor)
                 raise Uneven(blocking, 0)
             inner = factor.size // size
@@ -163,18 +163,18 @@ def regrouped(layout: Layout, sizes: tuple[int, ...]) -> Layout:
 
 @lru_cache(maxsize=4096)
 def even(size: int, ranks: int) -> Bounds:
-    """Bounds of parts whose sizes differ by one at most."""
+    """Bounds of shards whose sizes differ by one at most."""
     spans = split(size, ranks)
     return (0, *(span.stop for span in spans))
 
 
 def proper(bounds: Sequence[int], size: int) -> bool:
-    """Whether bounds leave every rank something."""
+    """Whether bounds leave every rank at least one cell."""
     return bounds[0] == 0 and bounds[-1] == size and all(a < b for a, b in pairwise(bounds))
 
 
 def ranges(bounds: Bounds) -> tuple[tuple[int, int], ...]:
-    """What each rank owns."""
+    """The range that each rank owns."""
     return tuple(pairwise(bounds))
 
 

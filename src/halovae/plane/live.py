@@ -1,4 +1,4 @@
-"""What lives in memory while a graph runs."""
+"""Tensors that are live while a graph runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halovae.plane.operators import emit, pack, take
 
 
 def window_bytes(node: fx.Node) -> int:
-    """Bytes of the map that a convolution normalizes, activates, or puts together, if that is not its input."""
+    """Bytes of the map that a convolution normalizes, activates, or assembles, if that is not its input."""
     if node.target not in (windows.convolution, windows.residual_convolution):
         return 0
     arguments: Any = node.args
@@ -26,7 +26,7 @@ def window_bytes(node: fx.Node) -> int:
     more = given.get("zeros", 0) + sum(given.get("repeats", ()))
     past = size_of(given["past"]) if given.get("past") is not None else 0
     together = own // frames * (frames + more) + past
-    result = size_of(node) if shares(node) else 0  # which lies elsewhere if it is not by Winograd
+    result = size_of(node) if shares(node) else 0  # shared only if Winograd's convolution computes it
     if more or past or "edges" in given:
         return together + result
     total = own if result or (given.keys() & {"norm", "silu"} and "spare" not in given) else 0
@@ -35,7 +35,7 @@ def window_bytes(node: fx.Node) -> int:
 
 
 def size_of(node: fx.Node) -> int:
-    """Bytes of a node's result, in whatever memory."""
+    """Bytes of a node's result, whether or not it shares memory."""
     return int(node.meta.get("bytes", 0))
 
 
@@ -52,7 +52,7 @@ def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.
     known: dict[tuple[str, frozenset[int]], int] = {}
 
     def highest(nodes: Iterable[fx.Node], given: frozenset[int]) -> int:
-        """The highest point of a graph that is given some of what it takes, and borrows the rest."""
+        """The highest point of a graph that owns the inputs in `given`, and borrows the others."""
         owner: dict[fx.Node, fx.Node] = {}
         for node in nodes:
             owner[node] = owner[node.all_input_nodes[0]] if shares(node) else node
@@ -86,7 +86,7 @@ def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.
 
 
 def is_operator(node: fx.Node) -> bool:
-    """Whether a node computes something, and does not only hand on what a called graph takes or returns."""
+    """Whether a node computes something, and does not only pass on inputs or results of a called graph."""
     if node.op != "call_function" or node.target in (pack, take, emit):
         return False
     return node.target is not operator.getitem or node.all_input_nodes[0].op != "call_module"
@@ -105,7 +105,7 @@ def shares(node: fx.Node) -> bool:
         return True
     if node.target is windows.normalized:
         return bool(node.kwargs.get("spare"))
-    if node.target is windows.convolution:  # by Winograd; for the others `window_bytes` has the result
+    if node.target is windows.convolution:  # by Winograd's convolution; `window_bytes` counts the result of others
         return bool(node.kwargs.get("spare")) and same(node, node.args[0])
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:

@@ -1,4 +1,4 @@
-"""Maps normalized and activated, into what the next convolution reads: by Triton on CUDA devices, else by PyTorch."""
+"""Normalize and activate maps into the next convolution's input: by Triton on CUDA devices, else by PyTorch."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from halovae.kernels.native import Norms
 from halovae.plane import backends, context, operators
 from halovae.plane.tensor import is_channels_last
 
-# GroupNorm's groups, eps, and scope and counts as `operators.statistics` has them; or of a norm over each cell's
-# channels the least that is divided by, what is added to the squares' sum, and a factor.
+# For GroupNorm: the groups, eps, and the scope and counts of `operators.statistics`. For a norm over each cell's
+# channels (`Cells`): the least divisor, the number added to the sum of squares, and a factor.
 Cells = tuple[float, float, float]
 Norm = tuple[int, float, Scope, tuple[int, ...]] | Cells
-# A part of a map `[N, C, *]`, as it is indexed: the first of these are items.
+# An index into a map `[N, C, *]`: slices of its dims, items first.
 Part = tuple[slice, ...]
 WHOLE: Part = (slice(None),)
-_VALUES = 2**18  # of a map that are normalized at once
+_VALUES = 2**18  # values of a map that are normalized at once
 
 
 def write(
     x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """A map normalized and activated, into memory.
+    """Normalize and activate a map into memory.
 
     Args:
-        x: this rank's part `[N, C, *]`.
+        x: this rank's shard `[N, C, *]`.
         shift: `[C]`, added to the map before.
-        gamma: `[C]`, the norm's weight; of a norm over channels of any shape with C values.
-        beta: the norm's bias, with as many; not on accelerators where the norm is over channels.
-        norm: None where there is none.
+        gamma: `[C]`, the norm's weight; for a norm over channels, any shape with C values.
+        beta: the norm's bias, shaped as `gamma`; on accelerators not for a norm over channels.
+        norm: None for no norm.
         silu: whether SiLU follows.
-        out: of the map's shape and dtype, channels last; a part of a larger map, too.
+        out: of the map's shape and dtype, channels last; may be a view of a larger map.
     """
     writer(x, shift, gamma, beta, norm, silu)(WHOLE, out)
 
@@ -44,15 +44,15 @@ def write(
 def writer(
     x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool
 ) -> Callable[[Part, Tensor], None]:
-    """What writes parts of a map normalized and activated, into memory as `write` has it.
+    """Return a function that normalizes and activates a part of a map into memory, as `write` does.
 
-    The statistics of GroupNorm, of all ranks' parts, are there when this returns.
+    GroupNorm's statistics, of all ranks' shards, are computed before this returns.
     """
     fused = backends.kernels(x.device.type)
     if fused is not None and norm is not None and len(norm) == 4:
         groups, eps, scope, counts = norm
-        found = operators.statistics(x, groups, scope, counts, shift)
-        return lambda part, out: fused.group_norm(x[part], shift, found[:, part[0]], gamma, beta, eps, silu, out)
+        moments = operators.statistics(x, groups, scope, counts, shift)
+        return lambda part, out: fused.group_norm(x[part], shift, moments[:, part[0]], gamma, beta, eps, silu, out)
     if fused is not None:
         return lambda part, out: fused.norm_of_cells(x[part], shift, gamma, norm, silu, out)
     x = x if shift is None else x + per_channel(shift, x)
@@ -63,7 +63,7 @@ def writer(
         return lambda part, out: _normalize_cells(x[part], scale, beta, least, added, silu, out)
     if norm is not None:
         factors, terms = _factors_and_terms(x, gamma, beta, norm)
-        # Plans look at maps without data, and at the operators that this one is made of.
+        # Cost traces run on meta tensors, and see the operators within this one.
         normalized = torch.ops.halovae.normalize_groups if x.device.type == "cpu" else _normalize_groups
         return lambda part, out: normalized(x[part], factors[part[0]], terms[part[0]], silu, out)
 
@@ -79,7 +79,7 @@ def activated(
     x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
     spare: bool,
 ) -> Tensor:  # fmt: skip
-    """The same in new memory, or written over the map if it is `spare` and that is not slower."""
+    """Normalize and activate a map into new memory, or in place if the map is `spare` and that is not slower."""
     fused = backends.kernels(x.device.type) is not None
     if shift is not None and not fused:
         x, shift, spare = x + per_channel(shift, x), None, True
@@ -103,7 +103,7 @@ def activated(
 def _factors_and_terms(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: tuple[int, float, Scope, tuple[int, ...]]
 ) -> tuple[Tensor, Tensor]:
-    """What GroupNorm multiplies each item's channels by, `[N, C]`, and what it adds to them."""
+    """Return GroupNorm's factors of each item's channels, `[N, C]`, and its terms, `[N, C]`."""
     groups, eps, scope, counts = norm
     items, channels = x.shape[:2]
     variance, mean = operators.statistics(x, groups, scope, counts).unbind()
@@ -115,7 +115,7 @@ def _factors_and_terms(
 
 
 def _normalize_groups(x: Tensor, scale: Tensor, shift: Tensor, silu: bool, out: Tensor) -> None:
-    """`x * scale + shift`, of each item's channels, and SiLU, into `out`."""
+    """Write `x * scale + shift`, per item and channel, to `out`; then SiLU."""
     loops, source, result = _loops(x, out)
     if loops is not None and not x.is_meta:
         loops.scale_and_shift(source, scale, shift, silu, result)
@@ -130,10 +130,10 @@ def _normalize_groups(x: Tensor, scale: Tensor, shift: Tensor, silu: bool, out: 
 def _normalize_cells(
     x: Tensor, scale: Tensor, beta: Tensor | None, least: float, added: float, silu: bool, out: Tensor
 ) -> None:
-    """Each cell's channels divided by their Euclidean norm, times `scale`, plus `beta`; SiLU; into `out`.
+    """Divide each cell's channels by their Euclidean norm, times `scale`, plus `beta`; then SiLU; into `out`.
 
-    Compiled it is one loop. 96 channels of 4 x 128 x 128 cells take 11 ms by it. PyTorch's operators, some rows at
-    once, take 16 ms in fp32 and 18 in bf16 (one thread, AVX-512, torch 2.13).
+    The compiled kernel is one loop: 96 channels of 4 x 128 x 128 cells take 11 ms. PyTorch's operators, some rows at a
+    time, take 16 ms in fp32 and 18 in bf16 (one thread, AVX-512, torch 2.13).
     """
     loops, source, result = _loops(x, out)
     if loops is not None and beta is None and (least == 0 or least**2 >= torch.finfo(scale.dtype).tiny):
@@ -154,16 +154,16 @@ def _normalize_cells(
 
 
 def _loops(x: Tensor, out: Tensor) -> tuple[Norms | None, Tensor, Tensor]:
-    """The norms that are one loop, if they can read a map and write to `out`; and both with the channels last."""
+    """Return the single-loop norms if they can read a map and write to `out`; and both with channels last."""
     norms = context.current_kernels(x)[0].norms
     source, result = x.movedim(1, -1), out.movedim(1, -1)
-    alike = x.dtype == out.dtype and x.shape == out.shape
-    known = norms is not None and alike and norms.takes(source) and norms.takes(result)
-    return norms if known else None, source, result
+    matching = x.dtype == out.dtype and x.shape == out.shape
+    supported = norms is not None and matching and norms.takes(source) and norms.takes(result)
+    return norms if supported else None, source, result
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Memory for a map, channels last."""
+    """Allocate a map, channels last."""
     if x.device.type not in ("cpu", "meta"):
         return context.empty_along(x, 1, x.shape[1], last=True)
     return context.empty_map(x, x.shape)
@@ -174,14 +174,14 @@ def _in_parts(
 ) -> None:
     """Normalize and activate a map `[N, C, *]` into `out`, in `dtype`, rounded once.
 
-    Some rows at once, so that they stay in a core's cache between the operators: GroupNorm and SiLU of 128 x 256 x 256
+    Some rows at a time, so that they stay in a core's cache between operators: GroupNorm and SiLU of 128 x 256 x 256
     take 23 ms, where PyTorch's operators one after the other take 60 and one loop takes 11 (fp32, one thread, torch
     2.13).
 
     Args:
         x: the map.
         dtype: to compute in.
-        write: normalizes rows of an item, channels last, into memory.
+        write: normalizes rows of an item, channels last, into memory; takes the item's index, source, and target.
         silu: whether SiLU follows.
         out: of the map's shape.
     """
@@ -189,12 +189,12 @@ def _in_parts(
         return
     values = _VALUES if x.device.type == "cpu" else x.numel()
     rows = max(1, values * x.shape[-2] // x[0].numel())
-    # Written over for all rows: the system would clear fresh memory each time.
+    # Reused for all rows: the system would clear fresh memory each time.
     memory = None if out.dtype == dtype else x.new_empty(x[0, ..., :rows, :].numel(), dtype=dtype)
     for start in range(0, x.shape[-2], rows):
         span = (..., slice(start, start + rows), slice(None))
-        for item, (one, target) in enumerate(zip(x[span], out[span], strict=True)):
-            source, result = one.movedim(0, -1), target.movedim(0, -1)
+        for item, (rows_of_x, target) in enumerate(zip(x[span], out[span], strict=True)):
+            source, result = rows_of_x.movedim(0, -1), target.movedim(0, -1)
             wide = result
             if memory is not None:
                 source = wide = memory[: source.numel()].view(source.shape).copy_(source)
@@ -206,17 +206,17 @@ def _in_parts(
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Values `[C]` as they are added to a map `[N, C, *]`."""
+    """Reshape values `[C]` to broadcast over a map `[N, C, *]`."""
     return values.view(-1, *(1,) * (x.ndim - 2))
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a map lies channels last, without gaps. One without data is taken to."""
+    """Whether a map is channels last and has no gaps. True for meta tensors."""
     return x.is_meta or x.is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
 def sum_of(x: Tensor, y: Tensor | None, bias: Tensor, out: Tensor) -> Tensor:
-    """The sum of two maps of one shape and a bias `[C]`, into `out`, which may be one of them."""
+    """Add two maps of one shape and a bias `[C]` into `out`, which may be one of the maps."""
     fused = backends.kernels(x.device.type)
     if fused is not None and all(map(is_dense, (x, out) if y is None else (x, y, out))):
         fused.add(x, y, bias, out)
@@ -226,6 +226,6 @@ def sum_of(x: Tensor, y: Tensor | None, bias: Tensor, out: Tensor) -> Tensor:
     return out.copy_(total if y is None else total + y)
 
 
-_library = torch.library.Library("halovae", "FRAGMENT")  # why an operator: see `moments`
+_library = torch.library.Library("halovae", "FRAGMENT")  # why a custom operator: see `moments`
 _library.define("normalize_groups(Tensor x, Tensor scale, Tensor shift, bool silu, Tensor(a!) out) -> ()")
 _library.impl("normalize_groups", _normalize_groups, "CPU")

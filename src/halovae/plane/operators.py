@@ -1,7 +1,7 @@
-"""What a rank does with other ranks: the operators that a traced graph has besides ATen's.
+"""Operators between ranks, which a traced graph has besides ATen's.
 
-Each is a plain function of tensors and integers, with a twin that tells the result's shape. Ranks reach each other
-through the mesh that is current in their thread.
+Each is a plain function of tensors and integers, with a counterpart that returns the result's shape. Ranks communicate
+through the current mesh of their thread.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from halovae.plane.tensor import is_channels_last
 
 Interval = tuple[int, int]
 Place = Callable[[int, int], Tensor]
-Needed = tuple[tuple[Interval, ...], ...]  # by rank along a mesh dim: intervals, one after the other
+Needed = tuple[tuple[Interval, ...], ...]  # for each rank along a mesh dim: its intervals, in order
 
-_LARGEST_HEAD = 256  # of flash attention
+_LARGEST_HEAD = 256  # channels; the limit of flash attention
 
 
 def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, needed: Needed) -> Tensor:
     """Move rows or cols between the ranks along one mesh dim, so that each has the intervals that it needs.
 
     Args:
-        x: this rank's part; `x.shape[dim]` is what it owns.
+        x: this rank's shard; `x.shape[dim]` is the extent that it owns.
         dim: the partitioned dim.
         mesh_dim: the ranks that take part.
-        bounds: who owns what.
-        needed: for each rank the intervals that it needs, in order. What lies outside of `0:bounds[-1]` is zeros.
+        bounds: the ranges that ranks own.
+        needed: the intervals that each rank needs, in order. Cells outside of `0:bounds[-1]` are zeros.
 
     Returns:
         The needed intervals side by side along `dim`.
@@ -51,11 +51,12 @@ def fetch(x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, needed: Needed
 def fetching(
     take: Callable[[int, int], Tensor], x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, needed: Needed
 ) -> tuple[Callable[[], None], Callable[[], Tensor], Callable[[Place], None]]:
-    """Start to fetch what `take` gives of this rank's rows or cols.
+    """Start to fetch rows or cols. `take` returns a range of this rank's.
 
     Returns:
-        What waits for it; what then joins the needed intervals in new memory; and what writes them instead where it is
-        told to: by the first row (or col) among all of them, and a number of rows of one interval.
+        Three functions. The first waits for the messages. After it, the second joins the needed intervals in new
+        memory. The third, in place of the second, writes them to the memory that its argument returns for a first row
+        (or col), counted over all intervals, and a number of rows within one interval.
     """
     mesh = current()
     position = position_in(mesh, mesh_dim)
@@ -70,7 +71,7 @@ def fetching(
         pieces = [take(a - own[0], b - a) for a, b in _overlaps(intervals, own)]
         if pieces:
             sent = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-            # Ranks that share a process read what is sent later, when this one may have written to it.
+            # Ranks that share a process read the message later, when this rank may have written to its memory.
             if mesh.transport.shared_device:
                 sent = sent.clone(memory_format=torch.contiguous_format)
             sends.append((rank, sent.contiguous().view(-1)))
@@ -116,36 +117,36 @@ def fetching(
     return wait, joined, fill
 
 
-# A dim along which a convolution's input is cut: the dim, and mesh dim, bounds and intervals as `fetch` has them; the
+# A dim along which a convolution's input is cut: the dim; mesh dim, bounds and needed intervals as for `fetch`; the
 # width of the halos; and whether there are ranks before and after this one.
 Cut = tuple[int, MeshDim, Bounds, Needed, int, bool, bool]
-Halos = Sequence[tuple[int, Tensor, int]]  # by dim: those before and after, side by side; and the width of each
+Halos = Sequence[tuple[int, Tensor, int]]  # for each dim: halos before and after, side by side; and their width
 
 
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], dilation: tuple[int, ...], groups: int,
     cuts: tuple[Cut, ...],
 ) -> Tensor:  # fmt: skip
-    """A convolution of stride 1 that keeps its input's extents: all of it while halos travel, then the edges again.
+    """Convolve with stride 1, keeping the input's extents: the whole shard while halos travel, then its edges again.
 
-    Padded with zeros, this rank's part is convolved right but for the rows and cols next to a cut. These are computed
-    from their neighborhoods once halos are there, in place of a copy of the whole map with its halos.
+    The zero-padded shard gives correct results except for the rows and cols next to a cut. These are computed again
+    from their neighborhoods once the halos have arrived. No copy of the whole map with its halos is made.
 
     Args:
-        x: this rank's part `[N, C, *]`.
+        x: this rank's shard `[N, C, *]`.
         weight: `[C', C / groups, *]`.
         bias: `[C']`.
         padding: of each spatial dim.
         dilation: of each spatial dim.
         groups: of channels.
-        cuts: the dims along which other ranks have what this one needs. Every rank needs its own part and its halos.
+        cuts: the dims along which this rank needs halos. Every rank needs its own shard and its halos.
 
     Returns:
-        This rank's part of the result, `[N, C', *]` of the input's extents.
+        This rank's shard of the result, `[N, C', *]` of the input's extents.
     """
 
-    def convolved(part: Tensor, padding: list[int]) -> Tensor:
-        return halves.convolved(part, weight, bias, padding, dilation, groups)
+    def convolved(region: Tensor, padding: list[int]) -> Tensor:
+        return halves.convolved(region, weight, bias, padding, dilation, groups)
 
     position = {name: position_in(current(), name) for _, name, *_ in cuts}
     halos: list[tuple[int, Tensor, int]] = []
@@ -164,7 +165,7 @@ def convolution(
         try:
             out = convolved(x, list(padding)) if out is None else out
         finally:
-            wait()  # whatever happens here: the others' messages are under way
+            wait()  # even after an error: the other ranks' messages are under way
         halos.append((dim, joined(), width))
     assert out is not None
     left = list(padding)
@@ -181,12 +182,12 @@ def convolution(
 
 
 def _region(x: Tensor, halos: Halos, box: Sequence[tuple[int, int]]) -> Tensor:
-    """A region of a map with its halos.
+    """Return a region of a map with its halos.
 
     Args:
         x: the map.
-        halos: along the first dim without corners, along a second one with those of the first.
-        box: for each dim of the halos, where the region begins and ends; the map begins at 0.
+        halos: of the first dim without corners; of a second dim with those of the first.
+        box: for each dim of the halos, where the region begins and ends; 0 is the map's first cell.
     """
     if not halos:
         return x
@@ -209,7 +210,7 @@ def _region(x: Tensor, halos: Halos, box: Sequence[tuple[int, int]]) -> Tensor:
 def fetched_shape(
     mesh: Mesh, x: Tensor, dim: int, mesh_dim: MeshDim, bounds: Bounds, needed: Needed
 ) -> tuple[Tensor, int, int]:
-    """What `fetch` returns, without data, and the messages and bytes that this rank sends."""
+    """Return an empty tensor like `fetch`'s result, and the numbers of messages and bytes that this rank sends."""
     position = position_in(mesh, mesh_dim)
     own = (bounds[position], bounds[position + 1])
     cell = x.element_size() * math.prod(extent for at, extent in enumerate(x.shape) if at != dim)
@@ -235,7 +236,7 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None,
     grouped: bool,
 ) -> Tensor:  # fmt: skip
-    """PyTorch's attention, recorded as one operator: which kernel serves it is for the device to choose."""
+    """PyTorch's attention, recorded as one operator: the device chooses the kernel when it runs."""
     fused = backends.kernels(query.device.type)
     plain = mask is None and dropout == 0 and not causal and query.ndim >= 3
     plain = plain and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
@@ -250,12 +251,12 @@ def attention(
 
 
 def _heads_last(x: Tensor) -> Tensor:
-    """Heads side by side in memory, as flash attention leaves them, whatever kernel was used."""
+    """Lay the heads side by side in memory, as flash attention does, whichever kernel was used."""
     return x.transpose(-2, -3).contiguous().transpose(-2, -3) if x.ndim >= 3 else x
 
 
 def whole_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """PyTorch's GroupNorm, for a map of which this rank has all that is normalized together."""
+    """PyTorch's GroupNorm, for a map whose rows and cols are all on this rank."""
     fused = backends.kernels(x.device.type)
     if fused is None or not is_channels_last(x):
         return F.group_norm(x, groups, weight, bias, eps)
@@ -263,7 +264,7 @@ def whole_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor
 
 
 def gather(x: Tensor, scope: Scope, ranks: int) -> Tensor:
-    """Every rank's small tensor, `[ranks, *x.shape]`, in the order of the ranks of a scope."""
+    """Gather every rank's small tensor: `[ranks, *x.shape]`, in the order of the ranks of a scope."""
     mesh, own = current(), x.contiguous().view(-1)
     mesh.traffic.sent(own, times=ranks - 1)
     with mesh.traffic.waiting.running():
@@ -284,13 +285,13 @@ def group_norm(
     """GroupNorm of a partitioned map: each rank's mean and squared deviation are combined (Chan et al. 1983).
 
     Args:
-        x: this rank's part `[N, C, *]`.
+        x: this rank's shard `[N, C, *]`.
         weight: `[C]`.
         bias: `[C]`.
-        groups: that share statistics.
+        groups: number of groups of channels that share statistics.
         eps: added to the variance.
-        scope: the ranks that have parts: "rows", "cols" or "plane".
-        counts: values of one group that each of these ranks has.
+        scope: the ranks that have shards: "rows", "cols" or "plane".
+        counts: number of values of one group on each of these ranks.
     """
     items, channels = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -307,14 +308,14 @@ def group_norm(
 
 
 def statistics(x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...], shift: Tensor | None = None) -> Tensor:
-    """Variance and mean `[2, N, groups]` of the groups of a map, in fp32 at least, of all ranks' parts.
+    """Return variance and mean `[2, N, groups]` of the groups of a map over all ranks' shards, in fp32 at least.
 
     Args:
-        x: this rank's part `[N, C, *]`.
-        groups: of channels.
-        scope: the ranks that have parts.
-        counts: values of one group that each of these ranks has; empty if this rank has all of them.
-        shift: `[C]`, added to the map before, on devices with kernels of our own.
+        x: this rank's shard `[N, C, *]`.
+        groups: number of groups of channels.
+        scope: the ranks that have shards.
+        counts: number of values of one group on each of these ranks; empty if this rank has all of them.
+        shift: `[C]`, added to the map first, on devices with kernels of our own.
     """
     norms = current_kernels(x)[0].norms
     own = moments(x, groups, torch.promote_types(x.dtype, torch.float32), shift, norms)
@@ -327,27 +328,27 @@ def _normalized(x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | 
     return out
 
 
-# A rank that needs nothing of the result may have to send for it.
+# A rank that does not use the result may still have to send data for it.
 BETWEEN_RANKS = (fetch, convolution, gather, group_norm)
 
 
 def pack(*values: Tensor) -> list[Tensor]:
-    """What a called graph gets. It takes the values out, so that each is freed after its last use there."""
+    """Pack the inputs of a called graph. It takes the values out, so that each is freed after its last use there."""
     return list(values)
 
 
 def take(box: list[Any], index: int) -> Any:
-    """One of the values, which is then no longer in the box."""
+    """Take one of the values out of the box."""
     value, box[index] = box[index], None
     return value
 
 
 def emit(chunk: Tensor, start: int) -> None:
-    """Marks a finished chunk of the result, and where along the result's chunked dim it begins."""
+    """Mark a finished chunk of the result, and where it begins along the result's chunked dim."""
 
 
 def shape_of(function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh) -> tuple[Tensor, int, int]:
-    """What an operator returns, without data, and the messages and bytes that this rank sends."""
+    """Return an empty tensor like an operator's result, and the numbers of messages and bytes that this rank sends."""
     x = args[0]
     if function is fetch:
         return fetched_shape(mesh, *args)
@@ -372,5 +373,5 @@ def _overlaps(intervals: Sequence[Interval], owned: Interval) -> list[Interval]:
 
 
 def _offset(intervals: Sequence[Interval], owned: Interval, until: Interval) -> int:
-    """Where in a message the part of the interval `until` begins."""
+    """Where in a message the cells of the interval `until` begin."""
     return sum(b - a for a, b in _overlaps(intervals[: intervals.index(until)], owned))

@@ -41,48 +41,48 @@ if TYPE_CHECKING:
 
 
 class Plane:
-    """What one rank knows of the plane that it shares with others.
+    """One rank's view of a partitioned plane.
 
     Args:
-        mesh: the ranks. Those along its batch each have a plane of their own.
-        recorder: notes operators instead of computing them; None to compute.
+        mesh: the ranks. Each position along its batch has a plane of its own.
+        recorder: records operators instead of computing them; None to compute.
 
     Attributes:
-        extents: ranks along each mesh dim that has more than one.
-        coordinates: where this rank is along these.
-        fallbacks: calls of each operator that no rule covers: they ran replicated on all ranks.
-        gathered: bytes that these received.
+        extents: number of ranks along each mesh dim that has more than one.
+        coordinates: this rank's position along each of these.
+        fallbacks: number of calls of each operator that no rule covers: they ran replicated.
+        gathered: bytes that each of these received.
         received: bytes that all operators received.
         computed: bytes of the results of all operators.
-        inside: how many rules are at work, one within the other.
+        inside: how many rules are running, nested in each other.
     """
 
     def __init__(self, mesh: Mesh, recorder: Recorder | None = None) -> None:
         self.mesh = mesh
         self.recorder = recorder
-        everyone: dict[MeshDim, int] = {"rows": mesh.grid.rows, "cols": mesh.grid.cols}
+        ranks_along: dict[MeshDim, int] = {"rows": mesh.grid.rows, "cols": mesh.grid.cols}
         places: Coordinates = {"rows": mesh.row, "cols": mesh.col}
-        self.extents = {name: ranks for name, ranks in everyone.items() if ranks > 1}
+        self.extents = {name: ranks for name, ranks in ranks_along.items() if ranks > 1}
         self.coordinates: Coordinates = {name: places[name] for name in self.extents}
         self.fallbacks: Counter[str] = Counter()
         self.gathered: Counter[str] = Counter()
         self.received = self.computed = 0
         self.inside = 0
         self._seen: dict[tuple[int, ...], Layout] = {}
-        self._parts: dict[Layout, tuple[int, ...]] = {}
+        self._local_sizes: dict[Layout, tuple[int, ...]] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Let operators of this thread use this plane's ranks. Buffers of a plane's size are made partitioned."""
+        """Make this thread's operators use this plane's ranks, and partition new buffers that have a map's size."""
         from halovae.plane.rules.creation import Interception
 
-        # Operators on inference tensors arrive undecomposed, so that mode gives way to one that differs in speed only.
+        # In inference mode, operators arrive undecomposed. `no_grad` differs from it in speed only.
         with context.on(self.mesh), torch.inference_mode(False), torch.no_grad(), Interception(self):
             yield
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Be at work on an operator."""
+        """Mark this thread as inside of a rule."""
         self.inside += 1
         try:
             with torch._C.DisableTorchFunction():
@@ -95,7 +95,7 @@ class Plane:
         return operator(*args) if self.recorder is None else self.recorder.operator(operator, args, self.mesh)
 
     def lift(self, x: Any) -> PlaneTensor:
-        """A tensor that every rank has all of, as a plane tensor."""
+        """Return a replicated tensor as a plane tensor; plane tensors as they are."""
         if isinstance(x, PlaneTensor):
             x.check_fresh()
             return x
@@ -104,15 +104,15 @@ class Plane:
     def wrap(
         self, local: Tensor, layout: Layout, frozen: str = "", strides: tuple[int, ...] | None = None
     ) -> PlaneTensor:
-        """A plane tensor of this rank's part of it; contiguous, unless it has other `strides`."""
+        """Return a plane tensor of which `local` is this rank's shard; contiguous, unless it has other `strides`."""
         return made(local, layout, self, frozen, strides)
 
     def scatter(self, x: Tensor, multiple: int = 1) -> PlaneTensor:
-        """Partition the last two dims of a tensor that every rank has all of. No data moves.
+        """Partition the last two dims of a replicated tensor. No data moves.
 
         Args:
             x: `[..., H, W]`.
-            multiple: of which all bounds are to be multiples, where H and W are.
+            multiple: along H and W, where it divides the extent, it also divides all bounds.
         """
         with self.working():
             return self.to_layout(self.lift(x), self.layout_of(tuple(x.shape), multiple))
@@ -127,7 +127,7 @@ class Plane:
         return tuple(layout)
 
     def factor(self, size: int, mesh_dim: MeshDim, multiple: int = 1) -> Factor:
-        """A dim of a plane, partitioned evenly where it has a cell for every rank."""
+        """Return the factor of a dim of a plane, partitioned evenly if it has a cell for every rank."""
         ranks = self.extents.get(mesh_dim, 1)
         step = multiple if size % multiple == 0 else 1
         if ranks == 1 or size // step < ranks:
@@ -135,12 +135,12 @@ class Plane:
         return Factor(size // step, mesh_dim, even(size // step, ranks)).times(step)
 
     def full(self, x: Any) -> Any:
-        """All of a plane tensor, on every rank; other values as they are."""
+        """Return all of a plane tensor, on every rank; other values as they are."""
         with self.working():
-            return self.to_whole(self.lift(x), range(x.ndim)).local if isinstance(x, PlaneTensor) else x
+            return self.replicate(self.lift(x), range(x.ndim)).local if isinstance(x, PlaneTensor) else x
 
-    def to_whole(self, x: PlaneTensor, dims: Sequence[int]) -> PlaneTensor:
-        """The tensor with these dims on every rank."""
+    def replicate(self, x: PlaneTensor, dims: Sequence[int]) -> PlaneTensor:
+        """Return the tensor with these dims replicated."""
         for dim in dims:
             while is_partitioned(x.partition[dim]):
                 index, factor = next((i, f) for i, f in enumerate(x.partition[dim]) if f.mesh_dim)
@@ -149,14 +149,14 @@ class Plane:
         return x
 
     def moved(self, x: PlaneTensor, dim: int, index: int, needed: Needed, result: Factor) -> PlaneTensor:
-        """The tensor with one factor's data where they are needed.
+        """Return the tensor with one factor's data moved to where they are needed.
 
         Args:
             x: the tensor.
-            dim: which dim.
+            dim: the dim to move.
             index: which of the dim's factors; a partitioned one.
-            needed: what each rank along its mesh dim needs.
-            result: the factor that these intervals make up.
+            needed: the intervals that each rank along its mesh dim needs.
+            result: the factor that these intervals form.
         """
         factors = x.partition[dim]
         factor = factors[index]
@@ -174,7 +174,7 @@ class Plane:
         if len(factors) > 1:
             local = local.flatten(dim, dim + len(factors) - 1)
         if result.mesh_dim is None:
-            # Parts of one row or col do not say how the map lies, and ranks whose maps lie differently get other bits.
+            # A shard of one row or col does not show the memory format, and other formats give other bits.
             last = is_channels_last(x)
             if local.stride() != (channels_last if last else contiguous)(tuple(local.shape)):
                 formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -183,7 +183,7 @@ class Plane:
         return self.wrap(local, layout, "it was made of other ranks' data", strides)
 
     def fetch(self, local: Tensor, dim: int, factor: Factor, needed: Needed) -> Tensor:
-        """`operators.fetch` over a factor; where no rank needs what others have, the part that it needs."""
+        """Fetch the needed intervals of a factor; no data moves if each rank only needs cells that it owns."""
         assert factor.mesh_dim is not None
         position = self.coordinates[factor.mesh_dim]
         if _owned(factor.bounds, needed):
@@ -198,7 +198,7 @@ class Plane:
         return self.run(operators.fetch, local, dim, factor.mesh_dim, factor.bounds, needed)
 
     def gather(self, local: Tensor, mesh_dims: set[MeshDim]) -> Tensor:
-        """Every rank's small tensor `[ranks, ...]`, over the ranks along these mesh dims."""
+        """Gather every rank's small tensor: `[ranks, ...]`, over the ranks along these mesh dims."""
         scope, ranks = self.scope(mesh_dims)
         self.received += (ranks - 1) * local.numel() * local.element_size()
         return self.run(operators.gather, local, scope, ranks)
@@ -211,31 +211,31 @@ class Plane:
         return mesh_dim, self.extents[mesh_dim]
 
     def places(self, mesh_dims: set[MeshDim]) -> list[Coordinates]:
-        """Where the ranks of such a scope are, in order."""
+        """The coordinates of the ranks of such a scope, in order."""
         rows = range(self.extents["rows"]) if "rows" in mesh_dims else [self.coordinates.get("rows", 0)]
         cols = range(self.extents["cols"]) if "cols" in mesh_dims else [self.coordinates.get("cols", 0)]
         return [{"rows": row, "cols": col} for row in rows for col in cols]
 
     def to_layout(self, x: PlaneTensor, layout: Layout) -> PlaneTensor:
-        """The tensor in another layout of the same shape."""
+        """Return the tensor in another layout of the same shape."""
         assert shape(layout) == tuple(x.shape), (layout, x.shape)
         for dim, (now, then) in enumerate(zip(x.partition, layout, strict=True)):
             if now == then:
                 continue
             ours, theirs = [(f.size, f.mesh_dim) for f in now], [(f.size, f.mesh_dim) for f in then]
             if ours == theirs:  # other bounds
-                for index, (mine, wished) in enumerate(zip(now, then, strict=True)):
-                    if mine != wished:
-                        x = self.moved(x, dim, index, tuple((one,) for one in ranges(wished.bounds)), wished)
+                for index, (mine, target) in enumerate(zip(now, then, strict=True)):
+                    if mine != target:
+                        x = self.moved(x, dim, index, tuple((one,) for one in ranges(target.bounds)), target)
             else:
-                x = self.to_whole(x, [dim])
+                x = self.replicate(x, [dim])
         for dim, (now, then) in enumerate(zip(x.partition, layout, strict=True)):
             if now != then:
                 x = self.cut(x, dim, then)
         return x
 
     def cut(self, x: PlaneTensor, dim: int, factors: tuple[Factor, ...]) -> PlaneTensor:
-        """Leave this rank its part of a dim that it has all of. No data moves."""
+        """Cut this rank's shard out of a replicated dim. No data moves."""
         local = x.local
         if len(factors) > 1:
             local = local.unflatten(dim, [factor.size for factor in factors])
@@ -250,11 +250,11 @@ class Plane:
                      one.local(self.coordinates)) for one in factors]  # fmt: skip
             cuts.note(self.recorder.node(local), self.recorder.node(x.local), dim, kept)
         return self.wrap(
-            local, (*x.partition[:dim], factors, *x.partition[dim + 1 :]), "it is part of what every rank has"
+            local, (*x.partition[:dim], factors, *x.partition[dim + 1 :]), "it is a shard of a replicated tensor"
         )
 
     def viewed(self, x: PlaneTensor, sizes: tuple[int, ...]) -> tuple[PlaneTensor, Layout]:
-        """The tensor in a layout in which it can be viewed in other sizes, and the view's layout."""
+        """Return the tensor in a layout in which it can be viewed in other sizes, and the view's layout."""
         while True:
             try:
                 return x, regrouped(x.partition, sizes)
@@ -263,21 +263,21 @@ class Plane:
                 if cut.mesh_dim is None:
                     raise
                 dim, factor = next((dim, one) for dim, one in partitioned(x.partition) if one.mesh_dim == cut.mesh_dim)
-                # What was cut is the factor with whole ones merged into it, or what an earlier cut left of it.
+                # `cut` is the factor with replicated ones merged into it, or the remainder of an earlier cut of it.
                 multiple = uneven.multiple // math.gcd(uneven.multiple, cut.size // factor.size or 1)
                 multiple *= factor.size // cut.size or 1
                 bounds = rounded(factor.bounds, multiple) if multiple else None
                 if bounds is None or bounds == factor.bounds:
-                    x = self.to_whole(x, [dim])
+                    x = self.replicate(x, [dim])
                 else:
-                    index, wished = x.partition[dim].index(factor), factor._replace(bounds=bounds)
-                    x = self.moved(x, dim, index, tuple((one,) for one in ranges(bounds)), wished)
+                    index, target = x.partition[dim].index(factor), factor._replace(bounds=bounds)
+                    x = self.moved(x, dim, index, tuple((one,) for one in ranges(bounds)), target)
 
     def local_sizes(self, layout: Layout) -> tuple[int, ...]:
-        """The extents of this rank's part."""
-        found = self._parts.get(layout)
+        """The extents of this rank's shard."""
+        found = self._local_sizes.get(layout)
         if found is None:
-            found = self._parts[layout] = local_shape(layout, self.coordinates)
+            found = self._local_sizes[layout] = local_shape(layout, self.coordinates)
         return found
 
     def note(self, layout: Layout) -> None:
@@ -286,13 +286,13 @@ class Plane:
             self._seen[shape(layout)[-2:]] = layout[-2:]
 
     def like_seen(self, sizes: tuple[int, ...]) -> Layout | None:
-        """The layout of a new buffer, if maps of its size were seen."""
+        """Return the layout of a new buffer; None if no map of its size was seen."""
         found = self._seen.get(sizes[-2:]) if len(sizes) >= 3 else None
         return None if found is None else (*replicated(sizes[:-2]), *found)
 
 
 @lru_cache(maxsize=4096)
 def _owned(bounds: Bounds, needed: Needed) -> bool:
-    """Whether every rank needs one interval, of what it has."""
+    """Whether every rank needs one interval of the cells that it owns."""
     pairs = zip(ranges(bounds), needed, strict=True)
     return all(len(mine) == 1 and own[0] <= mine[0][0] and mine[0][1] <= own[1] for own, mine in pairs)

@@ -14,7 +14,7 @@ from halovae.device.regions import region
 from halovae.distributed.mesh import Mesh
 from halovae.kernels.halves import convolution, has_units, multiplied
 from halovae.kernels.native import EAGER, Kernels
-from halovae.kernels.pool import Pool
+from halovae.kernels.pool import BufferPool
 from halovae.plane import context, operators, windows
 from halovae.plane.flops import CONVOLUTIONS, PRODUCTS, flops
 from halovae.plane.layout import Factor, Layout, local_extent
@@ -23,28 +23,28 @@ from halovae.plane.live import is_operator, peak
 if TYPE_CHECKING:
     from halovae.plane.plane import Plane
 
-WHOLE = "between submodules"  # the profiler region of operators that the function calls itself
+BETWEEN_SUBMODULES = "between submodules"  # the profiler region of operators that the function calls itself
 
 
 class Program:
-    """What one rank does, without the module that it was recorded from.
+    """A rank's recorded graph. It runs without the module that it was recorded from.
 
-    While a profiler watches, the operators of each submodule are a profiler region with the submodule's path as name.
+    In a profile, the operators of each submodule form a profiler region named after the submodule's path.
 
     Attributes:
         graph: its operators, and calls of `bodies`. A node's `meta` has the `shape`, `dtype` and `bytes` of its result,
             the `module` that called it, and for operators between ranks the `messages` and bytes `sent`.
-        bodies: graphs that it calls by their names: what a module does with each chunk of a clip.
-        chunked: the dim of the result along which chunks of it are handed out one by one; None if it comes whole.
-        streams: whether `chunks` yields them one by one, too.
+        bodies: graphs that it calls, by name: the work of a module on each chunk of a clip.
+        chunked: the dim of the result along which chunks are handed out one by one; None if it comes at once.
+        streams: whether `chunks` yields these chunks one by one, too.
         takes: the layout of the input.
         returns: the layout of the result.
-        dtype: of the result.
+        dtype: the dtype of the result.
         random: whether it draws random numbers.
         writes: whether it writes to its input.
         changes: how many changes each pass made, by its name.
-        fallbacks: calls of operators that no rule covers, which run replicated.
-        gathered: bytes that these receive.
+        fallbacks: number of calls of each operator that no rule covers: they run replicated.
+        gathered: bytes that each of these receives.
         received: bytes that all operators receive.
         computed: bytes of all results.
     """
@@ -65,27 +65,27 @@ class Program:
 
     @cached_property
     def _module(self) -> fx.GraphModule:
-        """Code of the graph, made once it is run: plans only read it."""
+        """The graph as a callable module, made at the first run: plans only read the graph."""
         bodies = {name: fx.GraphModule(self._attributes, _lowered(body)) for name, body in self.bodies.items()}
         return fx.GraphModule({**self._attributes, **bodies}, _lowered(self.graph))
 
     def __call__(self, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER) -> Tensor:
-        """Run it.
+        """Run the graph.
 
         Args:
-            local: this rank's part of the input, as `takes` says.
+            local: this rank's shard of the input, in the layout `takes`.
             mesh: the ranks. All of them run their programs.
-            extras: the further arguments that it was recorded with.
-            kernels: what passes over memory are made with, on the CPU.
+            extras: values for the further arguments that it was recorded with.
+            kernels: the kernels that operators use on the CPU.
 
         Returns:
-            This rank's part of the result, as `returns` says.
+            This rank's shard of the result, in the layout `returns`.
         """
         if self.chunked is None:
-            pool = Pool(local.device)
+            pool = BufferPool(local.device)
             with self._running(mesh, pool, kernels):
                 whole: Tensor = (self._interpreter().run if _profiling() else self._module)(local, *extras)
-            return _own(whole, pool)
+            return _unshared(whole, pool)
         whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
         for start, chunk in self._emitted(local, mesh, extras, kernels):
             whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
@@ -94,16 +94,16 @@ class Program:
     def chunks(
         self, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER
     ) -> Iterator[tuple[int, Tensor]]:
-        """Run it chunk by chunk: nothing is computed before it is asked for.
+        """Run the graph chunk by chunk. Each chunk is computed when it is requested.
 
         Args:
-            local: this rank's part of the input.
+            local: this rank's shard of the input.
             mesh: the ranks.
             *extras: the further arguments.
             kernels: as for `__call__`.
 
         Yields:
-            Where along `chunked` a chunk begins, and this rank's part of it. One chunk, if the result comes whole.
+            Where along `chunked` a chunk begins, and this rank's shard of it. One chunk, unless the program `streams`.
         """
         if not self.streams:
             yield 0, self(local, mesh, *extras, kernels=kernels)
@@ -111,7 +111,7 @@ class Program:
             yield from self._emitted(local, mesh, extras, kernels)
 
     def layout_of(self, chunk: Tensor) -> Layout:
-        """Which part of a chunk of the result this rank's part of it is."""
+        """The layout of a chunk of the result, of which `chunk` is this rank's shard."""
         layout = list(self.returns)
         if self.streams and self.chunked is not None:
             layout[self.chunked] = (Factor(chunk.shape[self.chunked]),)
@@ -126,26 +126,26 @@ class Program:
         run = self._interpreter()
         run.args_iter = iter((local, *extras))
         nodes = iter(self._module.graph.nodes)
-        pool = Pool(local.device)
+        pool = BufferPool(local.device)
         while True:
             with self._running(mesh, pool, kernels):
                 chunk = _until_chunk(run, nodes)
             if chunk is None:
                 return
-            pool.clear()  # nothing else of the next chunk is there yet: it begins small
-            start, own = chunk[0], _own(chunk[1], pool)
+            pool.clear()  # before anything of the next chunk is allocated
+            start, own = chunk[0], _unshared(chunk[1], pool)
             del chunk
             yield start, own
             del own  # else it would be held while the next one is computed
 
     @contextmanager
-    def _running(self, mesh: Mesh, pool: Pool, kernels: Kernels) -> Iterator[None]:
-        casting = torch._C._DisableAutocast()  # casts are operators of the graph
+    def _running(self, mesh: Mesh, pool: BufferPool, kernels: Kernels) -> Iterator[None]:
+        casting = torch._C._DisableAutocast()  # the graph has operators for casts
         with context.on(mesh, kernels, pool), torch.no_grad(), torch._C.DisableTorchFunction(), casting:
             yield
 
     def nodes(self) -> Iterator[fx.Node]:
-        """The operators in the order in which they run, those of a body for each time."""
+        """The operators in the order in which they run; those of a body once for each of its calls."""
         for node in self.graph.nodes:
             if node.op == "call_module":
                 yield from (one for one in self.bodies[node.target].nodes if is_operator(one))
@@ -154,18 +154,18 @@ class Program:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Where along `chunked` each chunk begins; empty if the result comes whole."""
+        """Where along `chunked` each chunk begins; empty if the result comes at once."""
         found: list[Any] = [node.args[1] for node in self.graph.nodes if node.target is operators.emit]
         return tuple(found)
 
     @property
     def messages(self) -> int:
-        """How many this rank sends."""
+        """Number of messages that this rank sends."""
         return sum(node.meta.get("messages", 0) for node in self.nodes())
 
     @property
     def bytes_sent(self) -> int:
-        """Their size."""
+        """Bytes that this rank sends."""
         return sum(node.meta.get("sent", 0) for node in self.nodes())
 
     @property
@@ -175,15 +175,15 @@ class Program:
 
     @property
     def peak(self) -> int:
-        """Bytes of live tensors at the highest point: input, results, and what operators copy.
+        """Peak bytes of live tensors: input, results, and copies that operators make.
 
-        Weights do not count, and chunks of the result do not once they are handed out.
+        Weights and chunks of the result that were handed out do not count.
         """
         return peak(self.graph, self.bodies)
 
 
 def _lowered(graph: fx.Graph) -> fx.Graph:
-    """The graph with other operators where PyTorch's are slow: half precision, 3-D convolutions, padding, joining."""
+    """Replace operators that are slow in PyTorch: half precision, 3-D convolutions, padding, joining."""
     lowered = fx.Graph()
     lowered.output(lowered.graph_copy(graph, {}))
     for node in lowered.nodes:
@@ -203,8 +203,8 @@ def _is_slow(node: fx.Node) -> bool:
     return node.target in products and not node.kwargs and not has_units(node.meta["dtype"])
 
 
-def _own(result: Tensor, pool: Pool) -> Tensor:
-    """A result in memory of its own: a part of a larger map would keep all of it, and one in a pool all of the pool."""
+def _unshared(result: Tensor, pool: BufferPool) -> Tensor:
+    """Return a result in memory of its own: a view would keep a larger map alive, and a buffer the whole pool."""
     whole = result.untyped_storage().nbytes() == result.nbytes
     return result if whole and not pool.holds(result) else result.clone()
 
@@ -215,7 +215,7 @@ def _profiling() -> bool:
 
 class _Regions(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
-        with region(n.meta.get("module") or WHOLE) if is_operator(n) else nullcontext():
+        with region(n.meta.get("module") or BETWEEN_SUBMODULES) if is_operator(n) else nullcontext():
             return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -223,7 +223,7 @@ class _Regions(fx.Interpreter):
 
 
 def _until_chunk(run: fx.Interpreter, nodes: Iterator[fx.Node]) -> tuple[int, Tensor] | None:
-    """Run nodes up to the next chunk that is handed out."""
+    """Run nodes up to the next chunk that is handed out; None at the end."""
     for node in nodes:
         found = None
         if node.target is operators.emit:

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 def _begin(*inputs: Any) -> None:
-    """Stands before the operators of a call."""
+    """Marks the start of a call's operators."""
 
 
 def _end(*outputs: Any) -> None:
-    """Stands after them, and uses what the call leaves."""
+    """Marks their end, and uses the tensors that the call leaves."""
 
 
 def _repeated(*inputs: Any) -> None:
-    """Stands for a call like an earlier one."""
+    """Stands for a call that equals an earlier one."""
 
 
 _MARKS = (_begin, _end, _repeated)
@@ -42,14 +42,14 @@ class _Block:
     """A recorded call.
 
     Attributes:
-        state: what it found; in the end also what it made.
-        before: what its holders held at first.
-        after: what they held in the end.
+        state: the tensors and holders before the call; afterwards also those that it made.
+        before: what its holders held before the call.
+        after: what they held after it.
         returned: a description of what it returned.
-        begin: stands before its nodes.
-        end: stands after them.
+        begin: the mark before its nodes.
+        end: the mark after them.
         counters: what it added to the plane's counters.
-        repeats: the calls like it.
+        repeats: the calls that equal it.
     """
 
     state: State
@@ -63,11 +63,11 @@ class _Block:
 
     @property
     def inputs(self) -> int:
-        """How many tensors it found."""
+        """Number of tensors before the call."""
         return len(self.begin.args)
 
     def nodes(self) -> list[fx.Node]:
-        """Between its marks."""
+        """The nodes between its marks."""
         found, node = [], self.begin.next
         while node is not self.end:
             found.append(node)
@@ -87,8 +87,8 @@ class Repeats:
     and class attributes are not seen.
 
     Args:
-        recorder: of the calls.
-        modules: whose children are watched.
+        recorder: records the calls.
+        modules: the modules whose children are watched.
     """
 
     def __init__(self, recorder: Recorder, modules: Sequence[nn.Module]) -> None:
@@ -99,7 +99,7 @@ class Repeats:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Watch the children."""
+        """Watch calls of the children."""
         children = {id(child): child for module in self._modules for child in module.children()}
         watched = [child for child in children.values() if "forward" not in vars(child)]
         try:
@@ -126,7 +126,7 @@ class Repeats:
 
     def _call(self, child: nn.Module, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if any(len(one._forward_hooks) > 1 or len(one._forward_pre_hooks) > 1 for one in child.modules()):
-            return original(*args, **kwargs)  # hooks besides the recorder's own, which may keep anything
+            return original(*args, **kwargs)  # hooks other than the recorder's may keep anything
         state = State([*args, kwargs], child)
         try:
             before = state.snapshot()
@@ -144,9 +144,9 @@ class Repeats:
         return original(*args, **kwargs) if block is None else self._repeat(block, state)
 
     def _signature(self, x: PlaneTensor, everyone: Sequence[PlaneTensor]) -> Any:
-        """What a call depends on besides a tensor's values."""
+        """Return what a call depends on of a tensor, besides its values."""
         if not hasattr(x.local, "halovae_node") or self._recorder.memory(x.local).constant:
-            raise Unclear("a constant")  # whose values the graph has
+            raise Unclear("a constant")  # the graph holds its values
         x.check_fresh()
         storage = x.local.untyped_storage()
         alias = next(at for at, one in enumerate(everyone) if one.local.untyped_storage() is storage or one is x)
@@ -182,7 +182,7 @@ class Repeats:
         known = {*inside, *begin.all_input_nodes}
         for node in (*inside, end):
             if any(one not in known and one.op != "get_attr" for one in node.all_input_nodes):
-                return result, None  # it has a tensor that is neither given to it nor kept on it
+                return result, None  # it uses a tensor that is neither passed to it nor kept on it
         if any(memory.nodes[0] not in inside for memory in recorder.written[writes:]):
             return result, None
         return result, block
@@ -205,7 +205,7 @@ class Repeats:
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 if id(storage) not in bases:
                     bases[id(storage)] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
-                # What lies in one memory there lies in one memory here; where in it does not matter.
+                # Tensors that share memory in the recorded call share memory here; offsets do not matter.
                 local = torch.empty(0, dtype=like.dtype, device="meta")
                 local.set_(bases[id(storage)].untyped_storage(), 0, like.shape, like.stride())
             memory, original = recorder.noted(local, item, False), recorder.memory(like)
@@ -220,14 +220,14 @@ class Repeats:
         return state.replay(block.state, results, block.before, block.after, block.returned)
 
     def outline(self, graph: fx.Graph) -> dict[str, fx.Graph]:
-        """Make graphs of the calls of children that are called alike more than once.
+        """Make graphs of the repeated calls of children.
 
         Args:
             graph: the main graph; it calls them afterwards.
 
         Returns:
-            The graphs by the names under which they are called. Of a kind of call there may be several, which differ in
-            what is used of their results: what nobody uses is not computed.
+            The graphs by the names under which they are called. A block may have several, which differ in the results
+            that are used: unused results are not computed.
 
         Raises:
             LeakError: a tensor of such a call is used outside of it, but was neither returned nor kept.
@@ -236,7 +236,7 @@ class Repeats:
         blocks: dict[fx.Node, _Block] = {}
         gone = {node for node in graph.nodes if node.target in (_begin, _end)}
         for key, block in self._blocks.items():
-            if block is not None and key[0] in repeating:  # also the first chunk, which no other one is like
+            if block is not None and key[0] in repeating:  # including the first chunk, which equals no other
                 gone.update(block.nodes())
                 blocks.update(dict.fromkeys((_called(graph, block), *block.repeats), block))
         bodies: dict[str, fx.Graph] = {}
@@ -270,7 +270,7 @@ class Repeats:
 
 
 def _called(graph: fx.Graph, block: _Block) -> fx.Node:
-    """Put a call before a block's nodes, and let others use its results instead of the block's."""
+    """Insert a call before a block's nodes, and replace the block's results by the call's outside of the block."""
     inside = block.nodes()
     within = {*inside, block.end}
     with graph.inserting_before(block.begin):
@@ -289,7 +289,7 @@ def _called(graph: fx.Graph, block: _Block) -> fx.Node:
 
 
 def _body(block: _Block, used: Sequence[int]) -> tuple[fx.Graph, list[int]]:
-    """The graph of a block that returns some of its results, and which inputs it takes."""
+    """Return the graph of a block that returns the results `used`, and the indices of the inputs that it takes."""
     found = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     box = found.placeholder("box")
@@ -317,6 +317,6 @@ def _body(block: _Block, used: Sequence[int]) -> tuple[fx.Graph, list[int]]:
 
 
 def clean(graph: fx.Graph) -> None:
-    """Leave out what nobody uses, but for what other ranks wait for."""
+    """Remove unused nodes, except those that other ranks wait for."""
     kept = (*BETWEEN_RANKS, *_MARKS, emit)
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.target in kept or node.is_impure())

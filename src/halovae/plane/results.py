@@ -1,44 +1,61 @@
-"""The result of a sharded call: its chunks, where they go, and a report."""
+"""The result of a sharded call: its chunks, how they are gathered, and a report."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.device.regions import region
+from halovae.distributed.mesh import Mesh
 from halovae.grid import Grid, Shard, Span
+from halovae.kernels.native import Kernels
 from halovae.plane.layout import Layout, extent, sole
 from halovae.plane.plane import Plane
 
 Gather = Literal["rank0", "all", "none"]
-_ALARMING = 0.05  # share of the received bytes of all computed ones from which fallbacks are warned of
+_ALARMING = 0.05  # warn if fallbacks receive more than this share of all computed bytes
+
+
+class ShardOptions(TypedDict, total=False):
+    """Keyword arguments of `Sharded.stream`; see there."""
+
+    grid: Grid | None
+    mesh: Mesh | DeviceMesh | None
+    group: dist.ProcessGroup | None
+    gather: Gather
+    options: Mapping[str, Any] | None
+    convert: Callable[[Tensor], Tensor] | None
+    leaner: bool
+    kernels: Kernels | None
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a call took on this rank.
+    """What a call cost on this rank.
 
     Attributes:
-        shape: of the whole result.
-        grid: how the ranks shared the plane.
+        shape: the shape of the whole result.
+        grid: extents of the mesh.
         eager: why the function was not recorded; empty if it was.
-        chunked: the dim of the result along which chunks come one by one; None if it comes whole.
-        recorded: seconds that recording took; 0 if the program was there already.
-        seconds: of the call, without recording.
+        chunked: the dim of the result along which chunks come one by one; None if it comes at once.
+        recorded: seconds that recording took; 0 if there was a program already.
+        seconds: duration of the call, without recording.
         waiting: seconds of these that it waited for other ranks' data.
-        calls: how often this rank exchanged or collected something.
-        messages: that it sent, and their `bytes_sent`.
-        fallbacks: operators that no rule covers, with their calls: they ran replicated on all ranks.
-        gathered: the share of all computed bytes that these received.
-        peak: bytes of live tensors at the highest point, weights and finished chunks apart, by the recorded graph; 0
-            without one.
+        calls: how often this rank exchanged or gathered data.
+        messages: number of messages that it sent.
+        bytes_sent: bytes that it sent.
+        fallbacks: number of calls of each operator that no rule covers: they ran replicated.
+        gathered: bytes that these received, as a share of all computed bytes.
+        peak: peak bytes of live tensors, without weights and finished chunks, by the recorded graph; 0 without one.
         passes: how many changes each pass made to the graph, by its name.
-        compiled: whether passes over memory were compiled, on the CPU.
+        compiled: whether operators used compiled kernels, on the CPU.
     """
 
     shape: tuple[int, ...]
@@ -59,12 +76,12 @@ class ShardReport:
 
 
 class Chunks(Iterator["Tensor | None"]):
-    """A result in chunks, in order. Nothing is computed before it is asked for.
+    """A result in chunks, in order. Each chunk is computed when it is requested.
 
     Args:
-        chunks: one after the other; None on ranks that receive nothing.
-        dim: along which they lie side by side; None if there is but one.
-        extent: of all of them along it.
+        chunks: the chunks; each is None on ranks that receive nothing.
+        dim: the dim along which they are joined; None if there is only one.
+        extent: the result's extent along it.
     """
 
     def __init__(self, chunks: Iterator[Tensor | None], dim: int | None = None, extent: int = 0) -> None:
@@ -74,12 +91,12 @@ class Chunks(Iterator["Tensor | None"]):
         return next(self._chunks)
 
     def close(self) -> None:
-        """Compute no further."""
+        """Stop computing."""
         if isinstance(self._chunks, Generator):
             self._chunks.close()
 
     def join(self) -> Tensor | None:
-        """All of them as one tensor; None on ranks that receive nothing."""
+        """Join all chunks into one tensor; None on ranks that receive nothing."""
         whole, start = None, 0
         for chunk in self:
             if self.dim is None or chunk is None:
@@ -97,10 +114,10 @@ def check_result(x: Tensor, layout: Layout) -> None:
 
     Args:
         x: the input, `[..., H, W]`.
-        layout: of the result.
+        layout: the layout of the result.
 
     Raises:
-        ValueError: its rows or cols are neither multiples nor divisors of the input's.
+        ValueError: the result's rows or cols are neither multiples nor divisors of the input's.
     """
     sizes = [extent(dim) for dim in layout]
     if len(sizes) < 3 or any(now % then and then % now for now, then in zip(sizes[-2:], x.shape[-2:], strict=True)):
@@ -111,14 +128,14 @@ def check_result(x: Tensor, layout: Layout) -> None:
 
 
 def gathered(own: Tensor, layout: Layout, plane: Plane, items: Sequence[Span], gather: Gather) -> Tensor | None:
-    """The whole result on the ranks that receive it; with gather="none" this rank's part.
+    """Return the whole result on the ranks that receive it; with gather="none", this rank's shard.
 
     Args:
-        own: this rank's part.
-        layout: which part that is.
-        plane: the ranks that share it.
-        items: of the batch, for each group of ranks along the grid's batch.
-        gather: who receives the result.
+        own: this rank's shard.
+        layout: its layout.
+        plane: the plane that ranks share.
+        items: the range of the batch of each position along the grid's batch.
+        gather: which ranks receive the result.
     """
     mesh = plane.mesh
     if gather == "none":
@@ -135,19 +152,19 @@ def gathered(own: Tensor, layout: Layout, plane: Plane, items: Sequence[Span], g
     shards = []
     for rank in range(mesh.grid.size):
         item, row, col = mesh.grid.coordinates(rank)
-        whole = (rows is None and row > 0) or (cols is None and col > 0)  # what every rank has, only one gives
-        part_rows = Span(rows.bounds[row], rows.bounds[row + 1]) if rows else Span(0, 0 if whole else height)
-        part_cols = Span(cols.bounds[col], cols.bounds[col + 1]) if cols else Span(0, 0 if whole else width)
-        shards.append(Shard(items[item].scaled(ratio), part_rows, part_cols))
-    given = shards[mesh.rank]
-    own = own[..., : given.rows.size, : given.cols.size].contiguous()
+        idle = (rows is None and row > 0) or (cols is None and col > 0)  # only one rank sends replicated dims
+        shard_rows = Span(rows.bounds[row], rows.bounds[row + 1]) if rows else Span(0, 0 if idle else height)
+        shard_cols = Span(cols.bounds[col], cols.bounds[col + 1]) if cols else Span(0, 0 if idle else width)
+        shards.append(Shard(items[item].scaled(ratio), shard_rows, shard_cols))
+    shard = shards[mesh.rank]
+    own = own[..., : shard.rows.size, : shard.cols.size].contiguous()
     total = items[-1].stop * ratio
     needed = gather == "all" or mesh.rank == 0
-    # A message may not be empty, a part of a collective call may.
+    # A message must not be empty; a rank's contribution to a collective call may be.
     everyone = gather == "all" or any(0 in (one.rows.size, one.cols.size) for one in shards)
     count = middle.numel()
     out = own.new_empty((total, count, 1, height, width)) if needed else None
-    flat = own.reshape(given.batch.size, count, 1, given.rows.size, given.cols.size)
+    flat = own.reshape(shard.batch.size, count, 1, shard.rows.size, shard.cols.size)
     with region("gather"):
         mesh.gather_frames(flat, shards, out, everyone)
     return None if out is None else out.view(total, *middle, height, width)
@@ -157,7 +174,7 @@ def warn_of_fallbacks(fallbacks: Counter[str], received: Counter[str], computed:
     """Warn if operators without a rule received a large share of all bytes.
 
     Args:
-        fallbacks: their calls.
+        fallbacks: number of calls of each of these operators.
         received: bytes that each received.
         computed: bytes of all results.
     """

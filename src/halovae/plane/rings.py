@@ -1,4 +1,4 @@
-"""Windows: maps with a ring of one cell around each frame, of other ranks' halos, the map's own edges, or zeros."""
+"""Windows: maps with a ring of one cell around each frame: other ranks' halos, the map's own edges, or zeros."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from halovae.plane import context, operators
 from halovae.plane.operators import Cut
 
-# How the ring is made of the map where the picture ends, and on which sides this rank has it: left, right, top, bottom.
+# How the ring is filled at the picture's edges, and which of these this rank has: left, right, top, bottom.
 Edges = tuple[Literal["replicate", "reflect"], tuple[bool, bool, bool, bool]]
 
 
 def window(x: Tensor, frames: int, before: int, after: int, cuts: Sequence[Cut], edges: Edges | None) -> Tensor:
-    """Memory for frames of a map with a ring, channels last. What nobody will write is zeros.
+    """Return memory for frames of a map with a ring, channels last. Cells that stay unwritten are zeros.
 
     Args:
         x: the map, `[N, C, T, H, W]` or `[N, C, H, W]`.
-        frames: how many.
-        before: so many of them at the beginning are zeros,
-        after: and so many at the end.
-        cuts: the dims of `x` along which other ranks have what this one needs.
-        edges: what the others are made of; None for zeros.
+        frames: number of frames.
+        before: number of zero frames among them, at the beginning.
+        after: number of zero frames among them, at the end.
+        cuts: the dims of `x` along which this rank needs halos.
+        edges: how the ring is filled at the picture's edges; None for zeros.
     """
     _, pool = context.current_kernels(x)
     result = pool.empty((*x.shape[:2], frames, x.shape[-2] + 2, x.shape[-1] + 2), x.dtype)
@@ -42,14 +42,14 @@ def start(maps: Tensor, cuts: Sequence[Cut], edges: Edges | None) -> Callable[[]
     """Start to fill the ring of a window, `[N, C, *, H + 2, W + 2]`.
 
     Returns:
-        What waits for other ranks, and does the rest, once. Until then the first and the last row of the window are not
-        complete. If cols are cut all is there at once, since no row would be complete.
+        A function that waits for other ranks and fills the rest, once. Until then the first and the last row of the
+        window are incomplete. If cols are cut, this function already waits, since no row would be complete.
     """
     rows, cols = maps.ndim - 2, maps.ndim - 1
     left, right, top, bottom = (False,) * 4 if edges is None else edges[1]
     sides = {rows: (top, bottom), cols: (left, right)}
     later: list[Callable[[], None]] = []
-    known = list[int]()  # dims along which the ring is there, and travels with other dims' halos: the corners
+    known = list[int]()  # dims whose ring is filled: it travels with other dims' halos, as their corners
 
     def ring(dim: int) -> Tensor:
         (other,) = {rows, cols} - {dim}
@@ -75,13 +75,13 @@ def start(maps: Tensor, cuts: Sequence[Cut], edges: Edges | None) -> Callable[[]
     for dim in {rows, cols} - {one for one, *_ in cuts}:
         repeat(dim)
         if later:
-            later.append(partial(repeat, dim))  # the corners, once the other dim's halos are there
+            later.append(partial(repeat, dim))  # the corners, once the other dim's halos have arrived
         known.append(dim)
     return finish
 
 
 def outermost(ring: Tensor, dim: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A part's first and last cells along a dim, which may be the same ones, and the places before and after them."""
+    """Return a shard's first and last cells along a dim, which may coincide, and the places before and after them."""
     last = ring.shape[dim] - 1
     own, halos = (
         (ring.narrow(dim, 1, 1), ring.narrow(dim, last - 1, 1)),
@@ -91,15 +91,15 @@ def outermost(ring: Tensor, dim: int) -> tuple[tuple[Tensor, Tensor], tuple[Tens
 
 
 def exchange(own: tuple[Tensor, Tensor], halos: tuple[Tensor, Tensor], cut: Cut) -> Callable[[], None]:
-    """Start to fetch the cells before and after this rank's part along a dim.
+    """Start to fetch the cells before and after this rank's shard along a dim.
 
     Args:
         own: this rank's first and last cells, which others need, `[N, C, *]`.
-        halos: memory for what is before and after them.
+        halos: memory for the cells before and after them.
         cut: the dim.
 
     Returns:
-        What waits for them and writes them.
+        A function that waits for these cells and writes them to `halos`.
     """
     dim, mesh_dim, bounds, needed, width, *_ = cut
     position = context.position(mesh_dim)

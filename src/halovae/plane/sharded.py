@@ -6,26 +6,30 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import Unpack
 
-from halovae.distributed.mesh import Mesh, Traffic, mesh_for
+from halovae.distributed.mesh import Mesh, Traffic, mesh_for, mesh_over
 from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.distributed.transport import world_size
 from halovae.errors import RankOutOfMemoryError, TraceError
 from halovae.grid import Grid, Span, split
 from halovae.kernels.native import EAGER, Kernels, compiled, explain, ready
-from halovae.plane.agreement import agree, conversations
+from halovae.plane.agreement import agree, message_digests
+from halovae.plane.context import without_gradients
 from halovae.plane.drain import drain_peers
 from halovae.plane.keys import WeightsDigest, device_of, hooked, module_key, settings, value_key
 from halovae.plane.layout import Layout, extent
 from halovae.plane.passes import chosen
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
-from halovae.plane.results import Chunks, Gather, ShardReport, check_result, gathered, warn_of_fallbacks
+from halovae.plane.results import Chunks, Gather, ShardOptions, ShardReport, check_result, gathered, warn_of_fallbacks
 from halovae.plane.stored import Identity, stored_or_traced
 from halovae.plane.tensor import PlaneTensor
 from halovae.plane.trace import trace, untouched
@@ -37,15 +41,15 @@ class Sharded:
     """A function whose input's plane is partitioned over ranks; every rank calls it with the same arguments.
 
     Args:
-        function: takes a tensor `[..., H, W]`, and returns one `[..., H', W']` of which H' and W' are multiples or
+        function: takes a tensor `[..., H, W]` and returns one `[..., H', W']`, where H' and W' are multiples or
             divisors of H and W. It runs unmodified.
-        modules: whose weights it uses. They are shared, and stay as they are.
-        multiple: of which the ranks' bounds are to be multiples: an encoder's compression ratio saves messages.
-        identity: says what the function does, if it is neither a module nor a method of one: else its graphs are not
-            kept on disk.
+        modules: the modules whose weights it uses. They are shared and not changed.
+        multiple: divides the ranks' bounds, where it can: an encoder's compression ratio saves messages.
+        identity: identifies a function that is neither a module nor a method of one. Without it, graphs of such a
+            function are not kept on disk.
 
     Attributes:
-        report: what the last call took; None before the first.
+        report: measurements of the last call; None before the first.
     """
 
     def __init__(
@@ -59,16 +63,16 @@ class Sharded:
         self._agreed: set[Any] = set()
         self.report: ShardReport | None = None
 
-    def __call__(self, x: Tensor, *extras: Tensor, **how: Any) -> Tensor | None:
+    def __call__(self, x: Tensor, *extras: Tensor, **how: Unpack[ShardOptions]) -> Tensor | None:
         """Call the function on all ranks, and join the chunks of its result. Collective.
 
         Args:
             x: as for `stream`, which takes the same arguments and raises the same errors.
             extras: further tensors.
-            how: `grid`, `mesh`, `gather`, `options`, `convert`, `leaner`, `kernels`.
+            how: keyword arguments of `stream`.
 
         Returns:
-            The result, None on the ranks that receive nothing. With gather="none", this rank's part.
+            The result; None on the ranks that receive nothing. With gather="none", this rank's shard.
         """
         return self.stream(x, *extras, **how).join()
 
@@ -77,7 +81,8 @@ class Sharded:
         x: Tensor,
         *extras: Tensor,
         grid: Grid | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | DeviceMesh | None = None,
+        group: dist.ProcessGroup | None = None,
         gather: Gather = "all",
         options: Mapping[str, Any] | None = None,
         convert: Callable[[Tensor], Tensor] | None = None,
@@ -86,44 +91,44 @@ class Sharded:
     ) -> Chunks:
         """Call the function on all ranks, and yield its result in chunks. Collective: all ranks take all chunks.
 
-        A function that concatenates what it computes one by one, as video autoencoders do, yields each piece once it is
-        computed. Other functions yield one chunk.
+        A function that concatenates pieces, as video autoencoders do, yields each piece once it is computed.
 
         Args:
             x: `[B, ..., H, W]`, the same on all ranks.
-            extras: further tensors for the function, which every rank has all of.
-            grid: how ranks share the plane, and the batch; None to share the rows of all ranks. On 1x1 each rank
-                computes all of it by itself, or rank 0 alone with gather="rank0".
-            mesh: a mesh to use instead of the one that all calls with this grid share.
-            gather: who receives the result: "all" ranks, "rank0", or "none": each rank keeps its own part.
+            extras: further tensors for the function, which are replicated.
+            grid: extents of the mesh over batch, rows, cols; None to partition rows over all ranks. On 1x1 each rank
+                computes everything, or only rank 0 does with gather="rank0".
+            mesh: the ranks and their grid, instead of the mesh that all calls with this grid share; see `mesh_over`.
+            group: the ranks; None for all of the world.
+            gather: who receives the result: "all" ranks, "rank0", or "none": each rank keeps its own shard.
             options: keyword arguments for the function; no tensors.
-            convert: what is done to each rank's part of the result before it is sent; pointwise.
-            leaner: whether the caller has a leaner way. Then all ranks end together where memory runs out on one, if
+            convert: a pointwise function that is applied to each rank's shard of the result before it is sent.
+            leaner: whether the caller has a leaner plan. Then all ranks stop together when one runs out of memory, if
                 the function was recorded and draws no random numbers.
-            kernels: what passes over memory are made with on the CPU; None for compiled ones, where all ranks have them
-                by now, else eager ones.
+            kernels: the kernels for the CPU; None for compiled ones if all ranks have them by now, else eager ones.
 
         Yields:
-            Chunks along the dim in which the function concatenates them, frames mostly; None on the ranks that receive
-            nothing. The whole result at once if the function does not work in chunks.
+            Chunks along the dim of the concatenation, mostly frames; None on the ranks that receive nothing. One chunk
+            if the function does not concatenate pieces.
 
         Raises:
-            ValueError: a grid that does not match the world or has more ranks than there are rows, cols or items; a
-                result without the input's plane; an unknown `gather`; weights on several devices, or in need of
-                gradients.
+            ValueError: a grid that does not match the world or has more ranks than rows, cols or items; a result
+                without the input's plane; an unknown `gather`; weights on several devices; an input with gradients.
             TypeError: the input is not a floating tensor `[..., H, W]`, or the result is no tensor.
             RuntimeError: another rank refused, or has other arguments or weights.
-            RankOutOfMemoryError: memory ran out on a rank, and there is a leaner way.
+            RankOutOfMemoryError: a rank ran out of memory, and there is a leaner plan.
 
         Warns:
             RuntimeWarning: kernels cannot be compiled here (no C++ compiler?); calls run in eager PyTorch.
         """
         options = dict(options or {})
-        everyone = mesh or mesh_for(Grid(rows=world_size()), device_of(self._modules, x))
+        device, world = device_of(self._modules, x), Grid(rows=world_size(group))
+        mesh = mesh_over(mesh, device)
+        everyone = mesh or mesh_for(world, device, group)
         used, key, asked = everyone, None, ""
         error: Exception | None = None
         try:
-            used = mesh or mesh_for(grid or Grid(rows=world_size()), device_of(self._modules, x))
+            used = mesh or mesh_for(grid or world, device, group)
             self._check(x, used.grid, gather)
             key = self._key(used, x, extras, options)
             shapes = [(list(one.shape), str(one.dtype)) for one in (x, *extras)]
@@ -137,7 +142,7 @@ class Sharded:
         if kernels is None:
             explain(everyone.device.torch_device)
             kernels = compiled() if all(offers) else EAGER
-        with _without_gradients():
+        with without_gradients():
             # Tensors of inference mode cannot be written to outside of it, and modules may write to their input.
             x, *rest = (one.clone() if one.is_inference() else one.detach() for one in (x, *extras))
         items = split(x.shape[0], used.grid.batch)
@@ -147,10 +152,10 @@ class Sharded:
             rest = [one[span] if one.ndim and one.shape[0] == x.shape[0] else one for one in rest]
             mine = x[span]
         known, begin = key in self._programs, time.perf_counter()
-        with _without_gradients():
+        with without_gradients():
             program = self._program(mine, rest, used, options, key)
             settled = self._settled(program, used, key)
-            if settled is None:  # passes saw different graphs on different ranks
+            if settled is None:  # graphs differ between ranks, and passes changed their messages
                 program = self._program(mine, rest, used, options, key, ())
                 settled = self._settled(program, used, key)
             assert settled is not None
@@ -162,7 +167,7 @@ class Sharded:
                 "ones than one device; expected a grid of rows and cols"
             )
         plane = Plane(used)
-        # On grid 1x1 rank 0 computes for all. Where noise is drawn others compute too: generators stay in step.
+        # On grid 1x1 rank 0 computes for all. If noise is drawn, others compute, too: generators stay in step.
         idle = gather == "rank0" and used.grid.size == 1 and everyone.rank > 0
         if idle and isinstance(program, Program) and not program.random:
             steps: Iterator[tuple[Tensor, Layout] | None] = iter([None] * max(1, len(program.starts)))
@@ -174,15 +179,17 @@ class Sharded:
             else lambda own, layout, at: gathered(own if convert is None else convert(own), layout, at, items, gather)
         )
         leaner = leaner and isinstance(program, Program) and not program.random
-        how = kernels is not EAGER and isinstance(program, Program)
-        chunks = self._chunks(program, steps, plane, x, items, send, recorded, everyone if leaner else None, how)
+        is_compiled = kernels is not EAGER and isinstance(program, Program)
+        chunks = self._chunks(
+            program, steps, plane, x, items, send, recorded, everyone if leaner else None, is_compiled
+        )
         if not isinstance(program, Program) or not program.streams:
             return Chunks(chunks)
         assert program.chunked is not None
         return Chunks(chunks, program.chunked, extent(program.returns[program.chunked]))
 
     def _settled(self, program: Program | TraceError, mesh: Mesh, key: Any) -> Program | TraceError | None:
-        """The program, once all ranks of the mesh have agreed to record, on messages, and on the chunks of the result.
+        """Return the program once all ranks of the mesh agree to record, on messages, and on the result's chunks.
 
         Graphs differ between ranks: only the last rank crops the last row. Collective for a new program. None if ranks
         would wait for messages that others do not send.
@@ -191,12 +198,12 @@ class Sharded:
             return program
         mine: Any = str(program)
         if isinstance(program, Program):
-            mine = (program.chunked, program.starts), conversations(program, mesh)
+            mine = (program.chunked, program.starts), message_digests(program, mesh)
         everyone = mesh.transport.all_values(mine)
         if refusals := [one for one in everyone if isinstance(one, str)]:
             program = TraceError(refusals[0])
         elif isinstance(program, Program):
-            if not agree([talks for _, talks in everyone]):
+            if not agree([digests for _, digests in everyone]):
                 return None
             program.streams = program.streams and len({chunks for chunks, _ in everyone}) == 1
         if key in self._programs:
@@ -219,7 +226,7 @@ class Sharded:
             begin = time.perf_counter()
             full, failed = None, False
             try:
-                with _without_gradients(), mesh.in_use(traffic), mesh.device.repeatable():
+                with without_gradients(), mesh.in_use(traffic), mesh.device.repeatable():
                     step = next(steps, done)
                     if isinstance(step, tuple):
                         own, layout = step
@@ -230,7 +237,7 @@ class Sharded:
             except (MemoryError, RuntimeError) as error:
                 if everyone is None or count == total or not is_out_of_memory(error):
                     raise
-                traceback.clear_frames(error.__traceback__)  # what they held
+                traceback.clear_frames(error.__traceback__)  # frees the tensors of its frames
                 step, own, full, failed = None, None, None, True
             if everyone is not None and step is not done:
                 count += 1
@@ -279,14 +286,14 @@ class Sharded:
         options: dict[str, Any],
         kernels: Kernels,
     ) -> Iterator[tuple[Tensor, Layout]]:
-        """This rank's part of each chunk of the result, and its layout."""
+        """Yield this rank's shard of each chunk of the result, and its layout."""
         if not isinstance(program, Program):
             with plane.active():
                 result = self._call_eagerly(plane, x, extras, options)
             yield result.local, result.partition
             return
         local = plane.scatter(x, self._multiple).local
-        local = local.clone() if program.writes else local  # the caller's tensor stays
+        local = local.clone() if program.writes else local  # the caller's tensor stays unchanged
         begin = 0
         for start, chunk in program.chunks(local, plane.mesh, *extras, kernels=kernels):
             if program.streams and program.chunked is not None:
@@ -309,9 +316,9 @@ class Sharded:
         self, x: Tensor, extras: Sequence[Tensor], mesh: Mesh, options: dict[str, Any], key: Any,
         passes: Sequence[str] | None = None,
     ) -> Program | TraceError:  # fmt: skip
-        """The recorded program of this rank, from memory, disk or a trace, or why there is none.
+        """Return this rank's recorded program, from memory, disk or a trace, or the reason why there is none.
 
-        With `passes` it is made by these, whatever there is already.
+        With `passes`, it is made by these, even if there is one already.
         """
         found = self._programs.get(key) if passes is None else None
         moving = next((name for module in self._modules for name in hooked(module)), None)
@@ -334,7 +341,7 @@ class Sharded:
                     record, self._function, self._modules, self._identity, mesh, x.device, about
                 )  # fmt: skip
             except TraceError as error:
-                found = TraceError(str(error))  # its traceback holds all that the call computed
+                found = TraceError(str(error))  # its traceback would keep the call's tensors alive
             self._programs[key] = found
             while len(self._programs) > _PROGRAMS:
                 self._agreed.discard(self._programs.popitem(last=False)[0])
@@ -342,7 +349,7 @@ class Sharded:
         return found
 
     def _key(self, mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[str, Any]) -> Any:
-        """What a recorded graph depends on. Weights are read when it runs; other ones, or other flags, make another."""
+        """Return what a recorded graph depends on. It reads weights when it runs; other tensors need another graph."""
         weights = hash(
             tuple((id(one), one.dtype, one.device) for module in self._modules for one in module.parameters())
         )
@@ -371,8 +378,8 @@ def shard(
 
     Args:
         function: a module, a module's method such as `vae.decoder.forward`, or a function that closes over modules.
-        modules: whose weights it uses, where it is neither a module nor a module's method.
-        multiple: of which the ranks' bounds are to be multiples; see `Sharded`.
+        modules: the modules whose weights it uses, if it is neither a module nor a module's method.
+        multiple: divides the ranks' bounds, where it can; see `Sharded`.
 
     Returns:
         A function of the same tensors, which every rank calls: `halovae.shard(vae.decoder)(latents, grid=Grid(2, 2))`.
@@ -390,9 +397,3 @@ def shard(
     if not given:
         raise ValueError("modules: name the modules whose weights the function uses, modules=()  if there are none")
     return Sharded(function, given, multiple)
-
-
-@contextmanager
-def _without_gradients() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -19,9 +19,9 @@ _PLAIN = (
     bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout,
     Enum,
 )  # fmt: skip
-# What every module has, but for what a call depends on. Hooks are counted by those who call.
+# Attributes that every module has, except those that a call depends on. Callers check hooks themselves.
 _OWN = set(vars(nn.Module())) - {"training"}
-_MADE = (list, dict, OrderedDict)  # what a call may make anew, and change
+_MADE = (list, dict, OrderedDict)  # containers that a call may create and change
 
 Snapshot = tuple[tuple[Any, tuple[tuple[Any, Hashable], ...]], ...]
 
@@ -36,8 +36,8 @@ class State:
     Calls with equal snapshots differ only in tensor values.
 
     Args:
-        arguments: of the call.
-        module: which is called; what it and its submodules keep besides their weights is part of the state.
+        arguments: the call's arguments.
+        module: the called module; what it and its submodules keep besides their weights is part of the state.
 
     Attributes:
         tensors: plane tensors.
@@ -59,7 +59,7 @@ class State:
             Unclear: a value may change without a trace.
         """
         found = []
-        for holder in self.holders:  # grows on the way
+        for holder in self.holders:  # grows during the loop
             found.append((type(holder), tuple((key, self.describe(value)) for key, value in _items(holder))))
         return tuple(found)
 
@@ -94,7 +94,7 @@ class State:
         if id(value) not in self._numbers:
             self._numbers[id(value)] = "holder", len(self.holders)
             self.holders.append(value)
-            if isinstance(value, nn.Module):  # one that is not called: whoever holds it may call it
+            if isinstance(value, nn.Module):  # not the called one; its holder may call it
                 for one in value._modules.values():
                     if one is not None:
                         self._hold(one)
@@ -110,7 +110,7 @@ class State:
             tensors: this call's new tensors, in the order of the recorded call's.
             before: the snapshot before both calls.
             after: the snapshot after the recorded call.
-            returned: a description of what it returned.
+            returned: a description of the recorded call's result.
         """
         self._kept.update(other._kept)
         self.tensors.extend(tensors)
@@ -135,10 +135,10 @@ class State:
 
 
 def check_made(after: Snapshot, before: Snapshot) -> None:
-    """Make sure that what a call made or changed can be made or changed alike.
+    """Check that `replay` can repeat what a call made or changed.
 
     Raises:
-        Unclear: something cannot.
+        Unclear: it cannot.
     """
     for index, (kind, now) in enumerate(after):
         then = before[index][1] if index < len(before) else None
@@ -152,7 +152,7 @@ def check_made(after: Snapshot, before: Snapshot) -> None:
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether a value stays as it is, or, of tensors, whether its version tells that it did not."""
+    """Whether a value cannot change, or is a tensor, whose version shows changes."""
     if isinstance(value, types.FunctionType):
         return value.__closure__ is None
     fixed = (Tensor, type, types.BuiltinFunctionType, types.ModuleType, range, torch.finfo, torch.iinfo, OpOverload)
@@ -160,7 +160,7 @@ def _is_fixed(value: Any) -> bool:
 
 
 def has_only_attributes(value: Any) -> bool:
-    """Whether what an object holds is all among its attributes."""
+    """Whether an object keeps everything in its attributes."""
     slots = any(getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
     written = all(kind is object or kind.__flags__ & (1 << 9) for kind in type(value).__mro__)  # in Python
     return hasattr(value, "__dict__") and not slots and written
@@ -176,7 +176,7 @@ def _items(holder: Any) -> Iterator[tuple[Any, Any]]:
         if type(holder) not in _MADE:
             yield from (((None, name), value) for name, value in vars(holder).items())
     elif isinstance(holder, nn.Module):
-        for kind in ("_parameters", "_modules"):  # nobody but `_fill` skips such keys
+        for kind in ("_parameters", "_modules"):  # only `_fill` skips such keys
             yield (None, kind), hash(tuple(map(id, vars(holder)[kind].values())))
         if holder._buffers:
             yield "_buffers", holder._buffers

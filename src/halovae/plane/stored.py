@@ -41,7 +41,7 @@ LIMIT = 256 * 2**20  # bytes of all files
 LARGEST = 64 * 2**20  # bytes of one graph's constants
 _FORMAT = 5
 _FIELDS = ("chunked", "takes", "returns", "dtype", "random", "writes", "changes", "received", "computed")
-_NAMED = {  # values of PyTorch's own kinds, by name
+_NAMED = {  # values of PyTorch's own types, by name
     str(value): value
     for value in vars(torch).values()
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format))
@@ -50,12 +50,12 @@ _NAMED = {  # values of PyTorch's own kinds, by name
 
 @dataclass(frozen=True)
 class Identity:
-    """Says what a function does that is no module's method, and what it leaves besides its result.
+    """Identifies a function that is not a module's method, and describes the side effects of its calls.
 
     Attributes:
-        name: functions with one name do the same with equal modules and options.
-        notes: what a traced call leaves besides its result, as JSON. Raises `Unstable` if that has no description.
-        recall: takes the notes where the function is not traced. Any error stands for notes that are of no use.
+        name: functions with the same name do the same with equal modules and options.
+        notes: returns the side effects of a traced call as JSON. Raises `Unstable` if they have no description.
+        recall: repeats the side effects by the notes, if the function is not traced. Raises any error if it cannot.
     """
 
     name: str
@@ -67,21 +67,21 @@ def stored_or_traced(
     record: Callable[[], Program], function: Callable[..., Any], modules: Sequence[nn.Module],
     identity: Identity | None, mesh: Mesh, device: torch.device, settings: Any,
 ) -> Program:  # fmt: skip
-    """A program from disk, else the traced one, which is then kept there. Nothing is sent.
+    """Return a program from disk, or trace it and store it there. No messages are sent.
 
     Args:
-        record: traces it.
-        function: what is traced.
-        modules: whose weights it uses.
-        identity: of the function; None if it is a module or a method of one. Graphs of others are not kept.
+        record: traces the function.
+        function: the function.
+        modules: the modules whose weights it uses.
+        identity: identifies the function; None if it is a module or a method of one. Graphs of others are not kept.
         mesh: this rank's place.
         device: where the program will run.
-        settings: what else it depends on, with the same `repr` in all processes.
+        settings: everything else that it depends on, with the same `repr` in all processes.
     """
     if os.environ.get("HALOVAE_GRAPHS") == "0":
         return record()
     identity = identity or Identity("")
-    weights = {  # by the names that graphs have for them
+    weights = {  # by their names in graphs
         (f"module_{index}." if len(modules) > 1 else "") + name: one
         for index, module in enumerate(modules)
         for name, one in (*module.named_parameters(), *module.named_buffers())
@@ -90,11 +90,11 @@ def stored_or_traced(
     try:
         with RECORDING:  # modules have hooks while they are recorded
             key = fingerprint(function, modules, identity.name, (_FORMAT, settings, device.type, with_kernels))
-    except Exception:  # what users keep on modules can raise anything
+    except Exception:  # attributes that users keep on modules can raise anything
         return record()
     path = cache_folder() / "graphs" / f"{key}.graph"
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack:  # a damaged file can raise anything
-        if gc.isenabled():  # going through all objects of a process can take longer than reading a graph
+        if gc.isenabled():  # a collection can take longer than reading a graph
             gc.disable()
             stack.callback(gc.enable)
         found, notes = _unpacked(path.read_bytes(), key, weights, mesh, device)
@@ -105,13 +105,13 @@ def stored_or_traced(
     with _Reads() as reads:
         found = record()
     if not reads.found:
-        with contextlib.suppress(Exception):  # what has no description is not kept
+        with contextlib.suppress(Exception):  # values without a description: the graph is not kept
             _write(path, _packed(found, key, weights, device, identity.notes()))
     return found
 
 
 class _Reads(TorchFunctionMode):
-    """Notes whether values of a tensor are read that is not of the graph, past its operators: of a weight, say."""
+    """Detects reads of the values of tensors outside of the graph, such as weights, that are no operators of it."""
 
     found = False
 
@@ -122,18 +122,18 @@ class _Reads(TorchFunctionMode):
 
 
 def _packed(program: Program, key: str, weights: dict[str, Tensor], device: torch.device, notes: Any) -> bytes:
-    """A program as a file's content. Raises any error if a part of it has no description, or is too large."""
+    """Return a program as a file's content. Raises any error if something has no description, or is too large."""
     graphs = {"": program.graph, **program.bodies}
     used = {str(node.target): None for graph in graphs.values() for node in graph.nodes if node.op == "get_attr"}
     own = {name: tensor for name in used if (tensor := program._attributes[name]) is not weights.get(name)}
     if sum(one.nbytes for one in own.values()) > LARGEST:
         raise Unstable("constants are too large")
-    shared: dict[str, int] = {}  # what many nodes have: places by JSON
+    shared: dict[str, int] = {}  # values that many nodes have: their index, by their JSON
     content = {
         "notes": notes,
         "graphs": {name: _described(graph, shared, device) for name, graph in graphs.items()},
         "shared": list(shared),
-        "weights": {name: _likeness(weights[name]) for name in used if name not in own},
+        "weights": {name: _signature(weights[name]) for name in used if name not in own},
         "constants": {name: [one.shape, one.stride(), one.device == device] for name, one in own.items()},
         "fields": _encoded({name: getattr(program, name) for name in _FIELDS}, {}, device),
         "counters": [dict(program.fallbacks), dict(program.gathered)],
@@ -147,16 +147,16 @@ def _packed(program: Program, key: str, weights: dict[str, Tensor], device: torc
 def _unpacked(
     packed: bytes, key: str, weights: dict[str, Tensor], mesh: Mesh, device: torch.device
 ) -> tuple[Program, Any]:
-    """The program in a file's content, and the notes in it. Raises any error if it is of no use."""
+    """Return the program and the notes in a file's content. Raises any error if the file is unusable."""
     if packed[:32] != hashlib.sha256(key.encode() + packed[32:]).digest():
         raise ValueError("damaged, or another graph")
     tensors = safetensors.torch.load(packed[32:])
     content = json.loads(zlib.decompress(tensors.pop("graph").numpy().tobytes()))
-    if any(_likeness(weights[name]) != likeness for name, likeness in content["weights"].items()):
+    if any(_signature(weights[name]) != signature for name, signature in content["weights"].items()):
         raise ValueError("other weights")
     attributes = {name: weights[name] for name in content["weights"]}
     for name, (shape, strides, here) in content["constants"].items():
-        # Memory of its own: the file's is not aligned.
+        # A copy, since the file's memory is not aligned.
         attributes[name] = tensors[name].clone().as_strided(shape, strides).to(device if here else "cpu")
     known = map(json.loads, content["shared"])
     shared = [_target(*one) if type(one) is list else _decoded(one, [], device) for one in known]
@@ -191,7 +191,7 @@ def _graph(described: list[Any], shared: list[Any], device: torch.device) -> fx.
 
 
 def _name(node: fx.Node) -> tuple[str, str]:
-    """A node's kind and target by name."""
+    """A node's kind and the name of its target."""
     target: Any = node.target
     if node.op != "call_function":
         return node.op, str(target)
@@ -219,7 +219,7 @@ def _target(op: str, name: str) -> tuple[str, Any]:
 
 
 def _encoded(value: Any, places: dict[fx.Node, int], device: torch.device) -> Any:
-    """A value in JSON: plain ones and lists as they are, others with the name of their kind."""
+    """Return a value as JSON: plain values and lists as they are, others with the name of their type."""
     kind = type(value)
     if kind in (bool, int, float, str, type(None)):
         return value
@@ -233,11 +233,11 @@ def _encoded(value: Any, places: dict[fx.Node, int], device: torch.device) -> An
         return {"device": None if value == device else str(value)}
     if _NAMED.get(str(value)) is value:
         return {"torch": str(value)}
-    parts: Any = (value.size, value.mesh_dim, value.bounds) if kind is Factor else value
+    items: Any = (value.size, value.mesh_dim, value.bounds) if kind is Factor else value
     if kind is slice:
-        parts = value.start, value.stop, value.step
+        items = value.start, value.stop, value.step
     names = {Factor: "factor", slice: "slice", tuple: "tuple", torch.Size: "tuple"}
-    encoded = [_encoded(one, places, device) for one in parts]
+    encoded = [_encoded(one, places, device) for one in items]
     return encoded if kind in (list, fx.immutable_collections.immutable_list) else {names[kind]: encoded}
 
 
@@ -255,12 +255,12 @@ def _decoded(value: Any, nodes: Sequence[fx.Node], device: torch.device) -> Any:
         return _NAMED[content]
     if kind == "device":
         return device if content is None else torch.device(content)
-    parts = [_decoded(one, nodes, device) for one in content]
-    return tuple(parts) if kind == "tuple" else {"factor": Factor, "slice": slice}[kind](*parts)
+    items = [_decoded(one, nodes, device) for one in content]
+    return tuple(items) if kind == "tuple" else {"factor": Factor, "slice": slice}[kind](*items)
 
 
 def _flat(x: Tensor, device: torch.device) -> Tensor:
-    """A constant's values as they lie in memory."""
+    """A constant's values, in the order in which they lie in memory."""
     x = x.detach()
     order = sorted(range(x.ndim), key=lambda dim: (x.stride()[dim], x.shape[dim]), reverse=True)
     dense = x.permute(order).is_contiguous() or x.numel() == 0
@@ -270,12 +270,12 @@ def _flat(x: Tensor, device: torch.device) -> Tensor:
     return x.as_strided((x.numel(),), (1,)).cpu().clone()
 
 
-def _likeness(x: Tensor) -> Any:
+def _signature(x: Tensor) -> Any:
     return [list(x.shape), list(x.stride()), str(x.dtype)]
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file at once or not at all, then delete those that were not used for longest."""
+    """Write a file atomically, then delete the least recently used files beyond `LIMIT`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(".tmp", f"{path.name}.", path.parent)
     try:

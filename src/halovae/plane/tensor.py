@@ -1,4 +1,4 @@
-"""A tensor with the logical shape of a whole map, of which this rank holds a part."""
+"""A tensor with the logical shape of a whole map, of which this rank holds a shard."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 class PlaneTensor(Tensor):
-    """A partitioned tensor. Modules compute with it as with the whole one.
+    """A partitioned tensor. Modules use it like the whole tensor.
 
     Attributes:
-        local: this rank's part.
-        partition: which part that is.
-        plane: the ranks that have the others.
-        frozen: why it cannot be written in place: its memory is not the whole tensor's view that plain PyTorch would
-            write through. Empty where it can.
-        source: of a copy that stands for a view: whose memory was copied, and how often that had been written to.
-        padded: of a map padded with zeros while a graph is recorded: the map, the widths as `constant_pad_nd` has them,
-            and the path of the submodule that padded it.
+        local: this rank's shard.
+        partition: the tensor's layout.
+        plane: the plane that ranks share.
+        frozen: why it cannot be written in place: its memory is not the view that plain PyTorch would write through.
+            Empty if it can.
+        source: for a copy that stands for a view: the tensor that was copied, and its version at that time.
+        padded: for a map that was padded with zeros while a graph is recorded: the map before, the widths as for
+            `constant_pad_nd`, and the path of the submodule that padded it.
 
-    Its strides are those that plain PyTorch would give the whole tensor, so that all ranks decide alike, and as plain
-    PyTorch does, whether a view needs a copy. How a rank's part lies in memory may differ.
+    Its strides are those of the whole tensor in plain PyTorch. So all ranks decide as plain PyTorch does whether a view
+    needs a copy. The strides of a rank's shard may differ.
     """
 
     local: Tensor
@@ -39,14 +39,14 @@ class PlaneTensor(Tensor):
     padded: tuple[PlaneTensor, tuple[int, ...], str] | None = None
 
     def check_fresh(self) -> None:
-        """Make sure that a copy that stands for a view still has what its base has.
+        """Check that a copy that stands for a view still equals its base.
 
         Raises:
-            RuntimeError: its base was written to since.
+            RuntimeError: its base was written to since the copy.
         """
         if self.source is not None and self.source[0]._version != self.source[1]:
             raise RuntimeError(
-                "this view of a partitioned tensor is a copy, since other ranks had part of it, and its base was "
+                "this view of a partitioned tensor is a copy, since other ranks own cells of it, and its base was "
                 "written to since"
             )
 
@@ -59,7 +59,7 @@ class PlaneTensor(Tensor):
     ) -> Any:
         return _dispatch()(func, args, {} if kwargs is None else kwargs)
 
-    # `Interception` sees functions that must be seen before PyTorch takes them apart.
+    # `Interception` sees the functions that must be seen before PyTorch decomposes them.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
@@ -70,9 +70,9 @@ def made(
     local: Tensor, layout: Layout, plane: Plane, frozen: str = "", strides: tuple[int, ...] | None = None,
     source: tuple[Tensor, int] | None = None,
 ) -> PlaneTensor:  # fmt: skip
-    """A plane tensor; contiguous, unless it has other `strides`.
+    """Make a plane tensor; contiguous, unless it has other `strides`.
 
-    A function, since a class's own call takes longer, and each operator makes one.
+    This is a function because a constructor takes longer, and each operator makes a plane tensor.
     """
     sizes = shape(layout)
     recorder = plane.recorder
@@ -89,7 +89,7 @@ def made(
 
 @cache
 def _dispatch() -> Any:
-    """Rules know tensors, so they are imported once there is one."""
+    """Return the dispatcher, which is imported late: rules import this module."""
     from halovae.plane.rules import dispatch
 
     return dispatch
@@ -107,10 +107,10 @@ def contiguous(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def strides_of_new(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a new tensor like one of these sizes and strides: contiguous ones, if that one is contiguous."""
-    whole = contiguous(sizes)
-    if all(a == b or size == 1 for a, b, size in zip(whole, strides, sizes, strict=True)) or 0 in sizes:
-        return whole
+    """The strides of a new tensor like one of these sizes and strides; contiguous if that one is contiguous."""
+    default = contiguous(sizes)
+    if all(a == b or size == 1 for a, b, size in zip(default, strides, sizes, strict=True)) or 0 in sizes:
+        return default
     return dense(sizes, strides)
 
 
@@ -118,7 +118,7 @@ def strides_of_new(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[in
 def dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a new tensor whose dims lie in memory in the order of another's, without gaps.
 
-    They are the other's where it has no gaps, even odd ones of dims of size 1: PyTorch tells formats apart by them.
+    They are the other's if it has no gaps, including odd strides of dims of size 1: PyTorch derives formats from them.
     """
     result, step = [0] * len(sizes), 1
     for dim in sorted(range(len(sizes)), key=lambda dim: (strides[dim], -dim)):
@@ -137,8 +137,8 @@ def is_channels_last(x: Tensor) -> bool:
 def _is_channels_last(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     if len(sizes) not in (4, 5) or sizes[1] <= 1 or strides[1] != 1:
         return False
-    whole = contiguous(sizes)
-    return 0 not in sizes and any(size > 1 and a != b for size, a, b in zip(sizes, strides, whole, strict=True))
+    default = contiguous(sizes)
+    return 0 not in sizes and any(size > 1 and a != b for size, a, b in zip(sizes, strides, default, strict=True))
 
 
 @lru_cache(maxsize=4096)
@@ -149,5 +149,5 @@ def channels_last(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def version(x: Tensor) -> tuple[Tensor, int] | None:
-    """What a copy that stands for a view must compare with, to see that its base was written to."""
+    """Return a tensor and its version, by which a copy of it detects later writes; None for inference tensors."""
     return None if x.is_inference() else (x, x._version)

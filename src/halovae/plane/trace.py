@@ -1,7 +1,7 @@
-"""Record what one rank does as a flat graph: local operators and operators between ranks, nothing else.
+"""Record what one rank does as a flat graph of local operators and operators between ranks.
 
-Operators run on meta tensors while they are recorded: no device, no other rank and no memory is needed. What can be
-known without the input (masks, positions, schedules) is computed once and becomes a constant of the graph.
+Operators run on meta tensors while they are recorded, so no device, no other rank and no memory is needed. Values that
+do not depend on the input (masks, positions, schedules) are computed once and become constants of the graph.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from halovae.plane.rules.registry import is_composite, plane_tensors, written
 from halovae.plane.tensor import is_channels_last
 
 aten = torch.ops.aten
-RECORDING = threading.Lock()  # hooks on modules serve one recording at a time
+RECORDING = threading.Lock()  # hooks on modules serve only one recording at a time
 
 
 class Recorder(TorchDispatchMode):
@@ -46,12 +46,12 @@ class Recorder(TorchDispatchMode):
         names: parameters and buffers by `id`, with their names. They stay attributes of the graph.
 
     Attributes:
-        graph: what was recorded.
+        graph: the recorded graph.
         attributes: the tensors that it reads, by name.
         module: the path of the submodule that is being called.
-        plane: the plane that records.
-        random: whether it draws random numbers.
-        written: the storages that operators write to, one for each time.
+        plane: the plane whose operators are recorded.
+        random: whether the graph draws random numbers.
+        written: the storages that operators write to, one for each write.
     """
 
     def __init__(self, device: torch.device, names: dict[int, str]) -> None:
@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
         self.plane: Plane | None = None
         self.random = False
         self._names = names
-        self._lifted: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by identity and version: itself, and its twin
+        self._lifted: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by id and version: the tensor and its twin
         self._known: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
         self.written: list[Memory] = []
         self._memory: dict[int, Memory] = {}  # of each storage, by its id
@@ -71,17 +71,17 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first call imports all of torch._dynamo, which takes seconds
+        return False  # else the first call imports torch._dynamo, which takes seconds
 
     def input(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor that the graph takes."""
+        """Add an input to the graph, and return its tensor."""
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             x = torch.empty(tuple(shape), dtype=dtype, device="meta")
         self.noted(x, self.graph.placeholder(name), False)
         return x
 
     def operator(self, function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh) -> Tensor:
-        """Record a call of an operator between ranks, or of one that PyTorch would take apart."""
+        """Record a call of an operator between ranks, or of one that PyTorch would decompose."""
         with _disable_current_modes():
             args = tuple(self._twin(one) if isinstance(one, Tensor) else one for one in args)
             result, messages, sent = operators.shape_of(function, args, mesh)
@@ -97,23 +97,23 @@ class Recorder(TorchDispatchMode):
         result = self._recorded(func, args, kwargs)
         if self.plane is None or self.plane.inside:
             return result
-        # Outside of rules nobody may see a meta tensor: modules ask tensors for their device.
+        # Outside of rules, no meta tensors may appear: modules ask tensors for their device.
         lift, is_ours = self.plane.lift, lambda one: hasattr(one, "halovae_node")
         return _mapped(lambda one: lift(one) if is_ours(one) else one, result)
 
     def _recorded(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tensors = list(tensors_in((*args, *kwargs.values())))
-        if func in (aten.lift_fresh.default, aten.detach_.default):  # what torch.tensor ends with
+        if func in (aten.lift_fresh.default, aten.detach_.default):  # the last operators of torch.tensor
             return self._twin(args[0])
         random = torch.Tag.nondeterministic_seeded in func.tags
         if random and isinstance(kwargs.get("generator"), torch.Generator):
-            raise TraceError(f"{func} draws from a generator that is an argument of the call{_place()}")
+            raise TraceError(f"{func} draws from a generator that is an argument of the call{_location()}")
         self.random = self.random or random
         args, kwargs = _mapped(self._twin, (tuple(args), kwargs))
         constant = not random and all(self.memory(self._twin(one)).constant for one in tensors)
         if func in (aten._local_scalar_dense.default, aten.item.default) or torch.Tag.dynamic_output_shape in func.tags:
             if not constant:
-                raise TraceError(f"{func} reads values that depend on the input{_place()}")
+                raise TraceError(f"{func} reads values that depend on the input{_location()}")
             result = self._values.call(func, _mapped(self.node, (args, kwargs)), self.graph, self.attributes)
             return _mapped(self._twin, result)
         node = self.graph.call_function(func, *_mapped(self.node, (args, kwargs)))
@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
             target: Tensor = args[targets[0]]
             memory = self.memory(target)
             if memory.attribute:
-                raise TraceError(f"{func} writes to a tensor that is not of this call{_place()}")
+                raise TraceError(f"{func} writes to a tensor that is not of this call{_location()}")
             memory.write(constant)
             self.written.append(memory)
             return target
@@ -133,10 +133,10 @@ class Recorder(TorchDispatchMode):
             kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": False}
         if not _makes_one(func):
             return func(*args, **kwargs)
-        key = func, _likeness(args), _likeness(kwargs)
+        key = func, _signature(args), _signature(kwargs)
         if key not in self._known:
             result = func(*args, **kwargs)
-            # On devices that know channels-last, an input or weights that are make the result so.
+            # On devices with channels-last maps, a channels-last input or weight makes the result channels-last.
             format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(result.ndim)
             if func is aten.convolution.default and format_ is not None and any(map(is_channels_last, args[:2])):
                 result = torch.empty_like(result, memory_format=format_)
@@ -156,7 +156,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def noted(self, result: Tensor, node: fx.Node, constant: bool, attribute: bool = False) -> Memory:
-        """Note that a node has a result; returns the memory that it lies in."""
+        """Note a node's result, and return the memory that it lies in."""
         node.meta |= {"shape": tuple(result.shape), "dtype": result.dtype, "module": self.module}
         node.meta["bytes"] = result.numel() * result.element_size()
         result.halovae_node = node  # type: ignore[attr-defined]
@@ -166,11 +166,11 @@ class Recorder(TorchDispatchMode):
         return memory
 
     def memory(self, x: Tensor) -> Memory:
-        """What a tensor lies in."""
+        """The memory that a tensor lies in."""
         return self._memory[id(x.untyped_storage())]
 
     def _twin(self, x: Tensor) -> Tensor:
-        """A tensor of the graph, or the meta twin of one from outside, which becomes an attribute."""
+        """Return a tensor of the graph itself, or the meta twin of one from outside, which becomes an attribute."""
         if hasattr(x, "halovae_node"):
             return x
         named = id(x) in self._names
@@ -190,14 +190,14 @@ class Recorder(TorchDispatchMode):
         return self._twin(value).halovae_node if isinstance(value, Tensor) else value  # type: ignore[attr-defined]
 
     def writes(self, x: Tensor) -> bool:
-        """Whether something is written to a tensor, or to a view of it."""
+        """Whether an operator writes to a tensor, or to a view of it."""
         return self.memory(x).written
 
     def finish(self, result: Tensor, repeats: Repeats) -> tuple[dict[str, fx.Graph], int | None]:
-        """Make the graph return `result`: constants are computed, and what nobody uses is left out.
+        """Make the graph return `result`, compute constants, and remove unused nodes.
 
         Returns:
-            The graphs that it calls, and the dim along which it hands out its result in chunks, if it does.
+            The graphs that it calls, and the dim along which it hands out its result in chunks; None if it does not.
         """
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             self.graph.output(self.node(result))
@@ -205,7 +205,7 @@ class Recorder(TorchDispatchMode):
             for node in memory.nodes:
                 node.meta["constant"] = node.meta.get("constant", False) and memory.constant
                 if node.target is aten.view.default and not memory.written:
-                    # Its input may lie in memory otherwise on a device than on meta.
+                    # Its input may have other strides on a device than on meta.
                     node.target = aten.reshape.default
         moving = {node for memory in self._memory.values() if memory.written for node in memory.nodes}
         fixed = {node for node in self.graph.nodes if node.meta.get("constant") and node not in moving}
@@ -232,18 +232,18 @@ def trace(
     extras: Sequence[tuple[Sequence[int], torch.dtype]] = (),
     passes: Sequence[str] | None = None,
 ) -> Program:
-    """Record what this mesh's rank does when a function is called with a tensor that is partitioned over the mesh.
+    """Record what one rank does when a function is called with a tensor that is partitioned over a mesh.
 
     Args:
         function: from latents to pictures, or the reverse: `[..., H, W]` to `[..., H', W']`.
-        modules: whose parameters and buffers it uses; they are shared with the program.
-        mesh: this rank's place. Nothing is sent.
-        shape: of the whole input.
-        dtype: of the input.
+        modules: the modules whose parameters and buffers it uses; they are shared with the program.
+        mesh: the mesh, and this rank's position on it. No messages are sent.
+        shape: the shape of the whole input.
+        dtype: the dtype of the input.
         device: where the program will run.
-        multiple: of which the input's bounds are to be multiples, where its extents are.
-        extras: shapes and dtypes of further arguments of the function, which every rank has all of.
-        passes: the passes that rewrite the graph; None for those that `HALOVAE_PASSES` names, by default all.
+        multiple: along H and W, where it divides the input's extent, it also divides all bounds.
+        extras: shapes and dtypes of further arguments of the function, which are replicated.
+        passes: the passes that rewrite the graph; None for the ones in `HALOVAE_PASSES`, by default all.
 
     Raises:
         TraceError: the function reads values of its input, or draws from a generator of its own.
@@ -276,7 +276,7 @@ def _traced(
             stack.enter_context(_paths(module, recorder))
         repeats = Repeats(recorder, watched)
         stack.enter_context(repeats.watched())
-        cached = torch.is_autocast_cache_enabled()  # autocast would keep casts of weights that are of this graph
+        cached = torch.is_autocast_cache_enabled()  # autocast would keep this graph's casts of weights
         torch.set_autocast_cache_enabled(False)
         stack.callback(torch.set_autocast_cache_enabled, cached)
         with torch.inference_mode(False):
@@ -306,7 +306,7 @@ def _traced(
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Put back what a module keeps on itself, such as caches between chunks."""
+    """Restore on exit what a module keeps on itself, such as caches between chunks."""
     saved: dict[int, tuple[Any, Any]] = {}
 
     def save(value: Any) -> None:
@@ -334,7 +334,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _paths(module: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Tell the recorder which submodule is being called."""
+    """Set the recorder's `module` to the path of the submodule that is being called."""
     handles, before, thread = [], [], threading.get_ident()
 
     def hooks(name: str) -> tuple[Any, Any]:
@@ -368,18 +368,18 @@ def _makes_one(func: Any) -> bool:
     return made and not written(func) and not is_composite(func)
 
 
-def _likeness(value: Any) -> Any:
+def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (list, tuple)):
-        return tuple(map(_likeness, value))
+        return tuple(map(_signature, value))
     if isinstance(value, dict):
-        return tuple((name, _likeness(one)) for name, one in value.items())
+        return tuple((name, _signature(one)) for name, one in value.items())
     return type(value), value
 
 
 def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The value with other tensors."""
+    """Return the value with the function applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (list, tuple)):
@@ -389,8 +389,8 @@ def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
-def _place() -> str:
-    """The line outside of PyTorch and of this package that the program is at."""
+def _location() -> str:
+    """The current line of code outside of PyTorch and of this package, for messages."""
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and "/halovae/plane/" not in frame.filename:
             return f", at {frame.filename}:{frame.lineno} ({frame.line})"

@@ -1,10 +1,10 @@
-"""Norms, SiLU, sums and upsampling of maps, each one pass over an accelerator's memory, by Triton.
+"""Triton kernels for norms, SiLU, sums and upsampling of maps: one pass each over an accelerator's memory.
 
-PyTorch's GroupNorm gives each group of a map one block of a device that runs hundreds, and copies channels-last maps
-first; its nearest upsampling of channels-last maps is 2.4 times as slow as of others (H200, torch 2.11).
+PyTorch's GroupNorm runs one block per group of a map on devices that run hundreds of blocks, and copies channels-last
+maps first; its nearest upsampling is 2.4 times as slow for channels-last maps as for others (H200, torch 2.11).
 
-Maps are `[N, C, *]`, dense, channels last. All is computed in fp32, of fp64 in fp64, and rounded once; the weights of
-attention are rounded, too.
+Maps are `[N, C, *]`, dense, channels last. Kernels compute in fp32, or in fp64 for fp64 maps, and round once. Attention
+also rounds its weights.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_VALUES = 4096  # of a map that one program has in registers
-_PROGRAMS = 1024  # that share a map's statistics
-_SCORES = 2**26  # of attention that are in memory at once
+_VALUES = 4096  # values of a map per program, in registers
+_PROGRAMS = 1024  # programs that share a map's statistics
+_SCORES = 2**26  # attention scores in memory at once
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _count_moments(
     x, shift, means, squares, cells, own, channels,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Each program's mean and squared deviations of each channel of `own` cells, by Welford's recurrence."""
+    """Compute each channel's mean and sum of squared deviations over a program's `own` cells (Welford's recurrence)."""
     part, item = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, CHANNELS)
     row = tl.arange(0, BLOCK)
@@ -46,21 +46,21 @@ def _count_moments(
         if SHIFT:
             value += added[None, :]
         count += tl.where(seen, 1.0, 0.0).to(WIDE)
-        away = tl.where(seen, value - mean, 0.0)
-        mean += away / tl.maximum(count, 1.0)
-        square += away * (value - mean)
+        deviation = tl.where(seen, value - mean, 0.0)
+        mean += deviation / tl.maximum(count, 1.0)
+        square += deviation * (value - mean)
     total = tl.sum(count, 0)
     middle = tl.sum(mean * count, 0) / total
-    apart = mean - middle[None, :]
-    spread = tl.sum(square + apart * apart * count, 0)
+    deviation = mean - middle[None, :]
+    total_square = tl.sum(square + deviation * deviation * count, 0)
     place = (item * tl.num_programs(0) + part) * channels + channel
     tl.store(means + place, middle, channel < channels)
-    tl.store(squares + place, spread, channel < channels)
+    tl.store(squares + place, total_square, channel < channels)
 
 
 @triton.jit
 def _places_of_parts(start, parts, cells, own, channels, size, BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """Where the moments of a program's group are, of some parts; which of them there are; and their cells."""
+    """Return the offsets of some parts' moments of a program's group, a mask of valid ones, and the cells of parts."""
     group, item = tl.program_id(0), tl.program_id(1)
     part = (start + tl.arange(0, BLOCK))[:, None]
     channel = tl.arange(0, SIZE)[None, :]
@@ -73,7 +73,7 @@ def _join_moments(
     means, squares, variance, mean, parts, cells, own, channels, size, values,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Variance and mean of each group from its channels' moments (Chan et al. 1983)."""
+    """Combine channels' moments to the variance and mean of each group (Chan et al. 1983)."""
     total = tl.zeros((BLOCK, SIZE), WIDE)
     for start in range(0, parts, BLOCK):
         place, seen, count = _places_of_parts(start, parts, cells, own, channels, size, BLOCK, SIZE)
@@ -82,38 +82,39 @@ def _join_moments(
     total = tl.zeros((BLOCK, SIZE), WIDE)
     for start in range(0, parts, BLOCK):
         place, seen, count = _places_of_parts(start, parts, cells, own, channels, size, BLOCK, SIZE)
-        apart = tl.load(means + place, seen, 0) - middle
-        total += tl.where(seen, tl.load(squares + place, seen, 0) + apart * apart * count.to(WIDE), 0.0)
+        deviation = tl.load(means + place, seen, 0) - middle
+        total += tl.where(seen, tl.load(squares + place, seen, 0) + deviation * deviation * count.to(WIDE), 0.0)
     place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(variance + place, tl.sum(total) / values.to(WIDE))
     tl.store(mean + place, middle)
 
 
 @triton.jit
-def _join_parts(parts, shares, found, count, ranks, BLOCK: tl.constexpr):
-    """Variances and means of parts together, by their shares of the values (Chan et al. 1983)."""
+def _join_parts(parts, shares, out, count, ranks, BLOCK: tl.constexpr):
+    """Combine variances and means of parts, weighted by their shares of the values (Chan et al. 1983)."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seen = place < count
-    mean = tl.zeros((BLOCK,), found.dtype.element_ty)
+    mean = tl.zeros((BLOCK,), out.dtype.element_ty)
     for part in range(0, ranks):
         mean += tl.load(shares + part) * tl.load(parts + (2 * part + 1) * count + place, seen, 0)
-    variance = tl.zeros((BLOCK,), found.dtype.element_ty)
+    variance = tl.zeros((BLOCK,), out.dtype.element_ty)
     for part in range(0, ranks):
-        apart = tl.load(parts + (2 * part + 1) * count + place, seen, 0) - mean
-        variance += tl.load(shares + part) * (tl.load(parts + 2 * part * count + place, seen, 0) + apart * apart)
-    tl.store(found + place, variance, seen)
-    tl.store(found + count + place, mean, seen)
+        deviation = tl.load(parts + (2 * part + 1) * count + place, seen, 0) - mean
+        square = tl.load(parts + 2 * part * count + place, seen, 0) + deviation * deviation
+        variance += tl.load(shares + part) * square
+    tl.store(out + place, variance, seen)
+    tl.store(out + count + place, mean, seen)
 
 
 @triton.jit
 def _places(frames, height, width, channels, item_step, frame_step, row_step, BLOCK: tl.constexpr):
-    """Where a program's cells are in a dense map and in another one, and which of them there are."""
+    """Return a program's item, its cells' offsets in a dense map and in a strided one, and a mask of existing cells."""
     blocks = tl.cdiv(width, BLOCK)
-    line = tl.program_id(0) // blocks
+    row_index = tl.program_id(0) // blocks
     cell = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    item = line // (frames * height)
-    frame, row = line // height % frames, line % height
-    source = (line.to(tl.int64) * width + cell) * channels
+    item = row_index // (frames * height)
+    frame, row = row_index // height % frames, row_index % height
+    source = (row_index.to(tl.int64) * width + cell) * channels
     target = item.to(tl.int64) * item_step + frame.to(tl.int64) * frame_step + row.to(tl.int64) * row_step
     return item, source, target + cell * channels, cell < width
 
@@ -171,14 +172,14 @@ def _write_upsampled(
     x, out, frames, height, width, channels,
     TIMES: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Frames, rows and cols of the result, `frames * height` lines of `width` for each item."""
+    """Write the upsampled map. `frames`, `height` and `width` are the extents of the result."""
     blocks = tl.cdiv(width, BLOCK)
-    line = tl.program_id(0) // blocks
+    row_index = tl.program_id(0) // blocks
     cell = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    item, frame, row = line // (frames * height), line // height % frames, line % height
+    item, frame, row = row_index // (frames * height), row_index // height % frames, row_index % height
     above = (item * (frames // TIMES) + frame // TIMES) * (height // DOWN) + row // DOWN
     source = (above.to(tl.int64) * (width // ACROSS) + cell // ACROSS) * channels
-    target = (line.to(tl.int64) * width + cell) * channels
+    target = (row_index.to(tl.int64) * width + cell) * channels
     channel = tl.arange(0, CHANNELS)
     mask = (cell < width)[:, None] & (channel < channels)[None, :]
     value = tl.load(x + source[:, None] + channel[None, :], mask, 0)
@@ -198,7 +199,7 @@ def _write_sum(x, y, bias, out, count, channels, OTHER: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _write_softmax(scores, out, columns, scale, BLOCK: tl.constexpr):
-    """Softmax of a row of fp32 scores times `scale`."""
+    """Compute the softmax of a row of fp32 scores times `scale`."""
     start = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -207,7 +208,7 @@ def _write_softmax(scores, out, columns, scale, BLOCK: tl.constexpr):
         seen = first + column < columns
         value = tl.where(seen, tl.load(scores + start + first + column, seen, 0) * scale, float("-inf"))
         higher = tl.maximum(highest, value)
-        # Of values that are not seen, and where nothing was yet, the difference would be that of infinities.
+        # For masked values, and before the first value, the difference would be inf - inf.
         total = total * tl.where(highest == higher, 1.0, tl.exp(highest - higher)) + tl.where(
             seen, tl.exp(value - higher), 0.0
         )
@@ -221,7 +222,7 @@ def _write_softmax(scores, out, columns, scale, BLOCK: tl.constexpr):
 
 
 def moments(x: Tensor, shift: Tensor | None, groups: int) -> Tensor:
-    """Variance and mean `[2, N, groups]` of groups of channels, in fp32 at least; `shift` `[C]` is added before."""
+    """Return variance and mean `[2, N, groups]` of groups of channels, at least in fp32. Add `shift` `[C]` before."""
     x = _dense(x)
     items, channels = x.shape[:2]
     cells = x.shape[2:].numel()
@@ -230,44 +231,44 @@ def moments(x: Tensor, shift: Tensor | None, groups: int) -> Tensor:
     parts = triton.cdiv(cells, own)
     dtype = torch.promote_types(x.dtype, torch.float32)
     means, squares = torch.empty((2, items, parts, channels), dtype=dtype, device=x.device)
-    found = torch.empty((2, items, groups), dtype=dtype, device=x.device)
+    result = torch.empty((2, items, groups), dtype=dtype, device=x.device)
     with torch.cuda.device_of(x):
         _count_moments[(parts, items)](
             x, shift, means, squares, cells, own, channels, shift is not None, block, width, wide
         )
         size = channels // groups
-        together = triton.next_power_of_2(size)
+        padded = triton.next_power_of_2(size)
         _join_moments[(groups, items)](
-            means, squares, *found.unbind(), parts, cells, own, channels, size, cells * size,
-            max(1, 2048 // together), together, wide,
+            means, squares, *result.unbind(), parts, cells, own, channels, size, cells * size,
+            max(1, 2048 // padded), padded, wide,
         )  # fmt: skip
-    return found
+    return result
 
 
 def together(parts: Tensor, shares: Tensor) -> Tensor:
-    """Variance and mean `[2, *]` of values whose parts have these, `[parts, 2, *]`, and these shares of the values."""
-    found = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
-    count = found[0].numel()
+    """Combine variances and means of parts, `[parts, 2, *]`, to `[2, *]`. `shares`: the parts' shares of the values."""
+    result = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
+    count = result[0].numel()
     with torch.cuda.device_of(parts):
-        _join_parts[(triton.cdiv(count, 128),)](parts.contiguous(), shares, found, count, len(parts), 128)
-    return found
+        _join_parts[(triton.cdiv(count, 128),)](parts.contiguous(), shares, result, count, len(parts), 128)
+    return result
 
 
 def group_norm(
-    x: Tensor, shift: Tensor | None, found: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
-    out: Tensor,
+    x: Tensor, shift: Tensor | None, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    silu: bool, out: Tensor,
 ) -> None:  # fmt: skip
-    """GroupNorm, and SiLU, of a map whose groups have this variance and mean, into `out`.
+    """Apply GroupNorm and SiLU to a map, given its groups' variance and mean, into `out`.
 
     Args:
         x: `[N, C, *]`.
         shift: `[C]`, added to the map before.
-        found: variance and mean `[2, N, groups]` of the map with what is added.
+        moments: variance and mean `[2, N, groups]` of the map, with `shift` added.
         weight: `[C]`.
         bias: `[C]`.
         eps: added to the variance.
         silu: whether SiLU follows.
-        out: of the map's shape, channels last; a part of a larger map, too.
+        out: of the map's shape, channels last; may be a view of a larger map.
     """
     x = _dense(x)
     channels, steps = x.shape[1], _steps(out)
@@ -275,8 +276,8 @@ def group_norm(
     frames, height, cols = _extents(x)
     with torch.cuda.device_of(x):
         _write_group_norm[_grid(x, block)](
-            x, shift, out, *found.contiguous().unbind(), weight, bias, frames, height, cols, channels,
-            channels // found.shape[2], *steps, eps, shift is not None, weight is not None, bias is not None, silu,
+            x, shift, out, *moments.contiguous().unbind(), weight, bias, frames, height, cols, channels,
+            channels // moments.shape[2], *steps, eps, shift is not None, weight is not None, bias is not None, silu,
             block, width, wide,
         )  # fmt: skip
 
@@ -289,16 +290,15 @@ def norm_of_cells(
     silu: bool,
     out: Tensor,
 ) -> None:
-    """Each cell's channels divided by their Euclidean norm, times a factor and `weight`; SiLU; into `out`.
+    """Divide each cell's channels by their Euclidean norm, times a factor and `weight`; then SiLU; into `out`.
 
     Args:
         x: `[N, C, *]`.
         shift: `[C]`, added to the map before.
         weight: of any shape with C values.
-        norm: the least norm that is divided by, what is added to the squares' sum, and the factor; None for SiLU alone,
-            or a copy.
+        norm: the least divisor, the number added to the sum of squares, and the factor; None for only SiLU, or a copy.
         silu: whether SiLU follows.
-        out: of the map's shape, channels last; a part of a larger map, too.
+        out: of the map's shape, channels last; may be a view of a larger map.
     """
     x = _dense(x)
     width, block, wide = _sizes(x)
@@ -312,7 +312,7 @@ def norm_of_cells(
 
 
 def add(x: Tensor, y: Tensor | None, bias: Tensor, out: Tensor) -> None:
-    """The sum of two maps, and a bias `[C]`, into `out`, which may be one of them; all of one shape, dense."""
+    """Add two maps and a bias `[C]` into `out`, which may be one of the maps; all of one shape, dense."""
     *_, wide = _sizes(x)
     block = 2 * _VALUES // x.element_size()
     with torch.cuda.device_of(x):
@@ -320,7 +320,7 @@ def add(x: Tensor, y: Tensor | None, bias: Tensor, out: Tensor) -> None:
 
 
 def upsampled(x: Tensor, factors: Sequence[int]) -> Tensor:
-    """A map `[N, C, *]` with each frame, row and col as often as `factors` say, one for each dim of `*`."""
+    """Repeat each frame, row and col of a map `[N, C, *]` by `factors`, one per dim of `*`."""
     x = _dense(x)
     sizes = *x.shape[:2], *(size * factor for size, factor in zip(x.shape[2:], factors, strict=True))
     form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
@@ -334,13 +334,13 @@ def upsampled(x: Tensor, factors: Sequence[int]) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention `[B, heads, L, D]` in half precision, with scores in fp32, some queries at a time.
+    """Compute attention `[B, heads, L, D]` in half precision, with scores in fp32, some queries at a time.
 
-    PyTorch's flash attention has heads of 256 channels at most. Autoencoders have one of 512, for which its
-    memory-efficient kernel ran at 120 TFLOP/s where matrix products do at 600 (H100, 16384 cells).
+    PyTorch's flash attention supports heads of at most 256 channels. Autoencoders have one head of 512. There PyTorch's
+    memory-efficient kernel ran at 120 TFLOP/s, and matrix products run at 600 (H100, 16384 cells).
     """
     length, columns = query.shape[-2], key.shape[-2]
-    query, key, value = (one.flatten(0, -3) for one in (query, key, value))
+    query, key, value = (tensor.flatten(0, -3) for tensor in (query, key, value))
     out = torch.empty_like(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
     step = max(1, _SCORES // (columns * len(query)))
     for start in range(0, length, step):
@@ -368,14 +368,14 @@ def _extents(x: Tensor) -> tuple[int, int, int]:
 
 
 def _steps(out: Tensor) -> tuple[int, int, int]:
-    """Of a map, how far apart in memory its items, frames and rows are; its cells and channels are side by side."""
+    """Return the strides of a map's items, frames and rows. Its cells and channels are contiguous."""
     assert out.shape[1] == 1 or out.stride(1) == 1
     assert out.shape[-1] == 1 or out.stride(-1) == out.shape[1]
     return out.stride(0), out.stride(2) if out.ndim == 5 else 0, out.stride(-2)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, object]:
-    """How many channels and cells a program has, as powers of two, and what it computes in."""
+    """Return the channels and cells per program, as powers of two, and the dtype that it computes in."""
     width = triton.next_power_of_2(x.shape[1])
     return width, max(1, _VALUES // width), tl.float64 if x.dtype == torch.float64 else tl.float32
 

@@ -1,1 +1,1 @@
-"""What a decode needs, and how to split it."""
+"""Plans: what a decode takes on each grid, and which grid to use."""

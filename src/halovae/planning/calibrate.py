@@ -1,7 +1,7 @@
-"""Measure this machine once, and remember it.
+"""Measure this machine once, and keep the result on file.
 
-A VAE of the true widths but fewer blocks decodes small latents of several sizes, by its recorded graph. Each operator
-is timed, and for each kind the rates per call, FLOP, byte and weight that explain these times best become its entry.
+A VAE of the true widths but with fewer blocks decodes small latents of several sizes by its recorded graph. Each
+operator is timed. Each kind of operator gets the rates per call, FLOP, byte, and weight that best explain these times.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from halovae.plane.sharded import Sharded
 from halovae.planning.calibration import OTHER, Calibration, Rates
 from halovae.planning.cost import Work, described, norm_work
 
-# Latent frames, rows and cols of the decodes that are timed; accelerators need more to be busy.
+# Latent frames, rows, and cols of the timed decodes.
 SAMPLES: tuple[tuple[int, int, int], ...] = ((3, 4, 4), (3, 8, 8), (2, 16, 16), (1, 32, 32))
 CHANNELS = 16
-LARGER = 4
-# Rows and cols of each rank in the decode that is shared.
+LARGER = 4  # accelerators need this many times the rows and cols to be busy
+# Rows and cols of each rank's shard in the shared decode.
 SHARED = 8
 MESSAGES = (2**10, 2**16, 2**20, 2**24)
 FEATURES = ("calls", "flops", "bytes", "weights")
@@ -50,13 +50,13 @@ Timed = tuple[str, Work, float]
 
 
 class _Timing(TorchDispatchMode):
-    """Times each operator."""
+    """Times each operator that runs."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
         self.samples: list[Timed] = []
         self._device = device
-        self._within = False  # whether an operator runs
+        self._within = False  # whether an operator is running
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -79,7 +79,7 @@ class _Timing(TorchDispatchMode):
         return result
 
     def kernels(self, real: Kernels) -> Kernels:
-        """Compiled norms of cells, which no mode sees, timed where they are not a part of an operator."""
+        """Return `real` with timed norms, which no mode sees. Norms within an operator count toward that operator."""
 
         norms = real.norms
         if norms is None:
@@ -97,7 +97,7 @@ class _Timing(TorchDispatchMode):
 
 
 class _Sample:
-    """Decodes of a true-size VAE with as few blocks as it can have."""
+    """A VAE of the true widths with as few blocks as it can have, and its decodes."""
 
     def __init__(self, device: Device, dtype: torch.dtype) -> None:
         vae = sample_vae(device.torch_device, dtype)
@@ -107,7 +107,7 @@ class _Sample:
     def decode(
         self, mesh: Mesh, shape: tuple[int, int, int], kernels: Kernels, timing: _Timing | None = None
     ) -> tuple[float, ShardReport]:
-        """Decode latents of so many frames, rows and cols; returns what it took, but for the recording."""
+        """Decode latents of `shape` (frames, rows, cols). Return the seconds, without the recording, and the report."""
         latents = torch.randn(1, CHANNELS, *shape, generator=torch.Generator().manual_seed(0))
         latents = latents.to(self._device.torch_device, self._dtype)
         chunks = self._sharded.stream(latents, mesh=mesh, gather="none", kernels=kernels)
@@ -121,25 +121,25 @@ class _Sample:
 
 
 def rates(sample: _Sample, device: Device, kernels: Kernels) -> dict[str, Rates]:
-    """Measure what this rank takes for each kind of operator."""
+    """Measure this rank's rates for each kind of operator."""
     samples: list[Timed] = []
-    alone = Mesh(Grid(), device.torch_device)
+    mesh = Mesh(Grid(), device.torch_device)
     for frames, rows, cols in SAMPLES:
         larger = 1 if device.kind == "cpu" else LARGER
         shape = frames, rows * larger, cols * larger
         timing = _Timing(device)
-        sample.decode(alone, shape, kernels)
-        sample.decode(alone, shape, timing.kernels(kernels), timing)
+        sample.decode(mesh, shape, kernels)
+        sample.decode(mesh, shape, timing.kernels(kernels), timing)
         samples += timing.samples
-        if len(samples) == len(timing.samples):  # the smallest, where what lies between the operators shows
-            whole = min(sample.decode(alone, shape, kernels)[0] for _ in range(3))
+        if len(samples) == len(timing.samples):  # the smallest decode shows the time between operators best
+            whole = min(sample.decode(mesh, shape, kernels)[0] for _ in range(3))
             between = max(0.0, whole - sum(seconds for *_, seconds in samples)) / len(samples)
     fitted = fit(samples)
     return {kind: replace(one, calls=one.calls + between) for kind, one in fitted.items()}
 
 
 def _meeting(sample: _Sample, mesh: Mesh, kernels: Kernels) -> float:
-    """Seconds that ranks wait for each other at a message amid a decode: none is ever quite as fast as the others."""
+    """Return the seconds that ranks wait for each other at a message of a decode: their speeds are never equal."""
     shape = 1, SHARED * mesh.grid.size, SHARED
     taken = [sample.decode(mesh, shape, kernels)[1] for _ in range(12)][2:]
     own = statistics.median(one.waiting / one.calls for one in taken)
@@ -147,25 +147,25 @@ def _meeting(sample: _Sample, mesh: Mesh, kernels: Kernels) -> float:
 
 
 def fit(samples: Sequence[Timed]) -> dict[str, Rates]:
-    """For each kind the rates that explain the samples best, none below zero, and those of all passes over memory."""
+    """Return the nonnegative rates that best explain each kind's samples; `OTHER` has those of passes over memory."""
     kinds: dict[str, list[tuple[Work, float]]] = defaultdict(list)
     for kind, work, seconds in samples:
         kinds[kind].append((work, seconds))
         if not work.flops and kind != "view":
             kinds[OTHER].append((work, seconds))
-    return {kind: _fitted(found) for kind, found in kinds.items()}
+    return {kind: _fitted(some) for kind, some in kinds.items()}
 
 
 def _fitted(samples: Sequence[tuple[Work, float]]) -> Rates:
     features = torch.tensor([[getattr(work, name) for name in FEATURES] for work, _ in samples], dtype=torch.float64)
     seconds = torch.tensor([seconds for _, seconds in samples], dtype=torch.float64).clamp_min(1e-9)
-    # Between the absolute error, which would forget the small ones, and the relative one, which knows nothing else.
+    # A compromise: absolute errors would ignore the short samples, relative errors would ignore the long ones.
     weight = seconds.rsqrt().unsqueeze(1)
     best, found = math.inf, Rates(calls=float(seconds.mean()))
     scale = features.amax(0)
     usable = [index for index in range(len(FEATURES)) if scale[index] > 0]
     for count in range(1, len(usable) + 1):
-        for chosen in map(list, combinations(usable, count)):  # as few features as there are, all may be tried
+        for chosen in map(list, combinations(usable, count)):  # few enough to try every choice
             left = features[:, chosen] / scale[chosen] * weight
             solution = torch.linalg.lstsq(left, seconds.unsqueeze(1) * weight, driver="gelsd").solution
             error = float((left @ solution - seconds.unsqueeze(1) * weight).square().sum())
@@ -177,7 +177,7 @@ def _fitted(samples: Sequence[tuple[Work, float]]) -> Rates:
 
 
 def _link(take: Callable[[int], object], device: Device) -> Link:
-    """What `take(bytes)` takes, by its medians over several sizes."""
+    """Return the link that best explains the median seconds of `take(bytes)` over several sizes."""
     samples = []
     for size in MESSAGES:
         seconds = []
@@ -199,14 +199,17 @@ def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
 
 
 def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
-    """Measure; all ranks of the mesh, which spans the world along its rows, call, and all get rank 0's figures."""
+    """Measure this machine.
+
+    Collective: every rank must call it, and all get rank 0's figures. The mesh must span the world along its rows.
+    """
     device = mesh.device
     sample = _Sample(device, dtype)
     together = rates(sample, device, kernels)
-    alone, hosts = together, mesh.transport.all_values(socket.gethostname())
+    single, hosts = together, mesh.transport.all_values(socket.gethostname())
     if mesh.transport.world > 1:
-        alone = rates(sample, device, kernels) if mesh.rank == 0 else {}
-        mesh.transport.all_values(None)  # until it is done
+        single = rates(sample, device, kernels) if mesh.rank == 0 else {}
+        mesh.transport.all_values(None)  # the others wait for rank 0
     size = mesh.grid.size
     exchange, gather = {"host": Link(0, 0)}, {"host": Link(0, 0)}
     for pair in [(rank, rank + 1) for rank in range(size - 1)]:
@@ -215,11 +218,11 @@ def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
             exchange[name] = mesh.transport.all_values(_link(partial(_exchange, mesh, pair), device))[pair[0]]
     if size > 1:
 
-        def everyone(count: int) -> None:
+        def gather_from_all(count: int) -> None:
             own = torch.empty(max(1, count // (size - 1)), dtype=torch.uint8, device=mesh.device.torch_device)
             mesh.transport.all_gather("plane", own, size)
 
-        gather = dict.fromkeys(exchange, _link(everyone, device))
+        gather = dict.fromkeys(exchange, _link(gather_from_all, device))
         meeting = _meeting(sample, mesh, kernels)
         exchange, gather = (
             {pair: replace(link, latency=max(link.latency, meeting)) for pair, link in links.items()}
@@ -228,13 +231,15 @@ def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
     source = torch.empty(MESSAGES[-1], dtype=torch.uint8, device=mesh.device.torch_device)
     target = torch.empty_like(source, device="cpu")
     copy = _link(lambda count: target[:count].copy_(source[:count]), device)
-    own = Calibration(device.describe()["device"], device.kind, "measured", alone, together, exchange, gather, copy)
-    return mesh.transport.all_values(own)[0]
+    measured = Calibration(
+        device.describe()["device"], device.kind, "measured", single, together, exchange, gather, copy
+    )
+    return mesh.transport.all_values(measured)[0]
 
 
 @dataclass(frozen=True)
 class _Key:
-    """What a calibration is good for."""
+    """The conditions that a calibration on file is valid for."""
 
     device: str
     backend: str
@@ -251,7 +256,7 @@ class _Key:
 
 
 def key_of(mesh: Mesh, dtype: torch.dtype, eager: bool) -> _Key:
-    """What a calibration of these ranks is kept by; `eager` are the kernels."""
+    """Return the key of these ranks' calibration; `eager`: whether the kernels are eager."""
     device = mesh.device
     native = device.kind != "cpu" or has_units(dtype)
     return _Key(
@@ -261,22 +266,22 @@ def key_of(mesh: Mesh, dtype: torch.dtype, eager: bool) -> _Key:
         ranks=mesh.transport.world,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        kernels="eager, bands" if eager else "C++, bands",  # convolutions hold their norms
+        kernels="eager, fused norms" if eager else "C++, fused norms",  # convolutions include their norms
     )
 
 
 def calibrated(
     mesh: Mesh, dtype: torch.dtype, kernels: Kernels, *, remeasure: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    describe: Callable[[str], None] = lambda text: None,
 ) -> Calibration:  # fmt: skip
-    """This machine's calibration: what rank 0 has on file, else what all ranks measure now.
+    """Return this machine's calibration: the one that rank 0 has on file, else a new one. Collective.
 
     Args:
-        mesh: of all ranks of the world, along its rows.
-        dtype: what is computed in.
-        kernels: which ones.
+        mesh: all ranks of the world, along its rows.
+        dtype: the dtype of computation.
+        kernels: the kernels of the decodes.
         remeasure: measure even if there is a file.
-        say: told, on rank 0, what takes so long.
+        describe: called on rank 0 with what takes so long.
     """
     path = key_of(mesh, dtype, kernels is EAGER).path
     kept = stored(path) if mesh.rank == 0 and not remeasure else None
@@ -284,7 +289,7 @@ def calibrated(
     if kept is not None:
         return kept
     if mesh.rank == 0:
-        say(f"measuring this machine once, for {path}")
+        describe(f"measuring this machine once, for {path}")
     measured = measure(mesh, dtype, kernels)
     if mesh.rank == 0:
         _keep(path, measured)
@@ -292,10 +297,10 @@ def calibrated(
 
 
 def stored(path: Path) -> Calibration | None:
-    """The calibration in a file, if there is one as this version writes it."""
+    """Return the calibration in a file; None if the file is missing, broken, or of another version."""
     try:
         return Calibration.from_json(path.read_text())
-    except (OSError, ValueError):  # missing, broken, or of another version: measured again
+    except (OSError, ValueError):  # measured again
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a machine takes for each kind of work: the numbers that turn a cost into seconds, and the files they are in."""
+"""Calibrations: the rates of a machine that turn a cost into seconds, and their files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from halovae.distributed.transport import Link
 from halovae.planning.cost import EXCHANGE, GATHER, Cost, Work
 
-# The rates of kinds that a calibration does not know.
+# The key of the rates for kinds that a calibration does not know.
 OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds for each unit of work of one kind; see `Work`."""
+    """Seconds per unit of one kind of work; see `Work`."""
 
     calls: float = 0
     flops: float = 0
@@ -31,45 +31,45 @@ class Rates:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one kind of device takes, among so many others.
+    """The rates of one kind of device.
 
     Attributes:
-        name: the device's.
+        name: the device's name.
         device: its kind.
         origin: "measured", or what an estimate was made from.
-        alone: the rates, by kind of operator, of a rank that computes while the others are idle.
-        together: those of a rank while all compute.
-        exchange: of ranks that swap borders, by the class of their pair: "host" within one, "hosts" between two.
-        gather: the same where a rank collects what all have; bytes are those of the others.
-        host_copy: from the device to the host.
+        single: the rates, by kind of operator, of a rank that computes while the others are idle.
+        together: the rates of a rank while all compute.
+        exchange: the links of ranks that swap borders: "host" for two ranks of one host, "hosts" for ranks of two.
+        gather: the same for a rank that collects what all ranks have; its bytes are those of the others.
+        host_copy: the link from the device to the host.
     """
 
     name: str
     device: str
     origin: str
-    alone: Mapping[str, Rates]
+    single: Mapping[str, Rates]
     together: Mapping[str, Rates]
     exchange: Mapping[str, Link]
     gather: Mapping[str, Link]
     host_copy: Link
 
     def links(self, hosts: bool) -> dict[str, Link]:
-        """What exchanges and gathers take on one host, or on several."""
+        """Return the links of exchanges and gathers, on one host or on several."""
         pair = "hosts" if hosts and "hosts" in self.exchange else "host"
         return {EXCHANGE: self.exchange[pair], GATHER: self.gather[pair]}
 
     def seconds(self, cost: Cost, ranks: int, hosts: bool = False) -> dict[str, float]:
-        """What a decode of this cost takes on `ranks` ranks, on one host or several, by layer."""
-        rates = self.alone if ranks == 1 else self.together
+        """Return the seconds by layer of a decode of this cost on `ranks` ranks, on one host or several."""
+        rates = self.single if ranks == 1 else self.together
         links = self.links(hosts)
-        found: dict[str, float] = {}
+        by_layer: dict[str, float] = {}
         for (layer, kind), work in cost.work.items():
             if kind in links:
                 seconds = links[kind].seconds(work.bytes, work.calls)
             else:
                 seconds = rates.get(kind, rates[OTHER]).seconds(work)
-            found[layer] = found.get(layer, 0) + seconds
-        return found
+            by_layer[layer] = by_layer.get(layer, 0) + seconds
+        return by_layer
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -79,13 +79,13 @@ class Calibration:
         """Read what `as_json` wrote.
 
         Raises:
-            ValueError: it is something else; says what is wrong.
+            ValueError: the text is something else; the message says what is wrong.
         """
         try:
             data = json.loads(text)
             if set(data) != {one.name for one in fields(cls)}:
                 raise ValueError(f"has the fields {', '.join(sorted(data))}")
-            for rates in (data["alone"], data["together"]):
+            for rates in (data["single"], data["together"]):
                 rates.update({kind: Rates(**_numbers(one)) for kind, one in rates.items()})
                 rates[OTHER]
             for links in (data["exchange"], data["gather"]):
@@ -93,7 +93,7 @@ class Calibration:
                 links["host"]
             return cls(**{**data, "host_copy": Link(**_numbers(data["host_copy"]))})
         except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"no calibration: {error}") from error
+            raise ValueError(f"not a calibration: {error}") from error
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
@@ -104,16 +104,16 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def shipped() -> dict[str, Path]:
-    """The calibrations that come with the package, by name."""
+    """Return the files of the calibrations that ship with the package, by name."""
     folder = Path(str(files("halovae.planning") / "devices"))
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
 def read(source: str) -> Calibration:
-    """A calibration from a file, or one that ships with the package, by its name.
+    """Read a calibration from a file, or one that ships with the package, by its name.
 
     Raises:
-        ValueError: there is none; says which ship.
+        ValueError: there is none; the message lists those that ship.
     """
     path = shipped().get(source.removesuffix(".json"), Path(source))
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""What a decode takes, in the features that a calibration prices: calls, FLOPs, bytes and weights, by kind of operator.
+"""What a decode takes, in the features that a calibration prices: calls, FLOPs, bytes, weights, by kind of operator.
 
-Operators between ranks are run on tensors that have shapes but no data; a recorder notes what they are made of.
+Operators between ranks run on meta tensors. A recorder counts the work of the operators that they consist of.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from halovae.device.memory import LiveBytes
 from halovae.kernels.native import EAGER, LANES, Kernels, Norms
 
 CPU = torch.device("cpu")
-# Kinds of work that are no operators: swapping borders, or sending frames; and collecting what all ranks have. Their
-# bytes are those of the largest message, and of what comes from others.
+# Kinds of work that are not operators. An exchange swaps borders or sends frames; its bytes are those of the largest
+# message. A gather collects what all ranks have; its bytes are those that come from the others.
 EXCHANGE, GATHER = "exchange", "gather"
 
 
 @dataclass
 class Work:
-    """What operators of one kind do, all together.
+    """The work of all operators of one kind.
 
     Attributes:
-        calls: how many there are.
-        flops: multiplications and additions, as torch's FLOP counter has them.
-        bytes: of what they read and write, weights aside.
-        weights: numbers among their weights.
+        calls: how many operators there are.
+        flops: multiplications and additions, as torch's FLOP counter counts them.
+        bytes: bytes that they read and write, without weights.
+        weights: how many numbers their weights have.
     """
 
     calls: float = 0
@@ -51,10 +51,11 @@ class Cost:
     """What the rank with the most to do takes.
 
     Attributes:
-        work: by layer and kind of operator; exchanges and gathers are kinds as well.
-        messages: how many it sends, a gather being one to each other rank; likewise `bytes_sent`.
+        work: its work by layer and kind of operator; exchanges and gathers are kinds as well.
+        messages: how many messages it sends; a gather is one to each other rank.
+        bytes_sent: the bytes of these messages.
         weights: bytes of the parameters that it uses.
-        peak: bytes of live tensors at the highest point, feature caches included, weights and the finished clip not.
+        peak: bytes of live tensors at the highest point, with feature caches, without weights and the finished clip.
     """
 
     work: dict[tuple[str, str], Work]
@@ -65,7 +66,7 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Of all layers."""
+        """The FLOPs of all layers."""
         return round(sum(work.flops for work in self.work.values()))
 
     def kinds(self) -> dict[str, Work]:
@@ -76,22 +77,22 @@ class Cost:
         """The work of all kinds by layer."""
         return self._summed(0)
 
-    def _summed(self, part: int) -> dict[str, Work]:
-        found: dict[str, Work] = defaultdict(Work)
+    def _summed(self, index: int) -> dict[str, Work]:
+        total: dict[str, Work] = defaultdict(Work)
         for key, work in self.work.items():
-            found[key[part]].add(work)
-        return dict(found)
+            total[key[index]].add(work)
+        return dict(total)
 
 
 class Recorder(LiveBytes):
-    """Notes what each operator on tensors without data does, besides the bytes that would live."""
+    """Counts the work of each operator on meta tensors, and the bytes that would live."""
 
     counts_meta = True
 
     def __init__(self) -> None:
         super().__init__()
         self.work: dict[str, Work] = defaultdict(Work)
-        self._results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}  # by the calls that had them
+        self._results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}  # by call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -99,17 +100,17 @@ class Recorder(LiveBytes):
         return result
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What the operator returns; one that writes into its first argument has nothing to do without data."""
+        """Return the operator's result. An operator that writes into its first argument does nothing without data."""
         if _in_place(func):
             return args[0]
         if _named(func)[1]:
             return super().called(func, args, kwargs)
-        # torch finds out the results of many operators in Python, at length; most calls are like an earlier one.
+        # For many operators torch infers shapes in Python, which is slow. Most calls repeat an earlier one.
         call = func, tuple(map(_likeness, args)), tuple((name, _likeness(one)) for name, one in kwargs.items())
         if call not in self._results:
             result = self._laid_out(func, args, kwargs)
-            given = [one.untyped_storage() for one in args if isinstance(one, Tensor)]
-            if not isinstance(result, Tensor) or result.untyped_storage() in given:
+            inputs = [one.untyped_storage() for one in args if isinstance(one, Tensor)]
+            if not isinstance(result, Tensor) or result.untyped_storage() in inputs:
                 return result
             self._results[call] = result.shape, result.stride(), result.dtype
         shape, stride, dtype = self._results[call]
@@ -117,7 +118,7 @@ class Recorder(LiveBytes):
 
     def _laid_out(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = super().called(func, args, kwargs)
-        if "conv" in func._schema.name and args[0].stride(1) == 1:  # where there is data, channels stay last
+        if "conv" in func._schema.name and args[0].stride(1) == 1:  # with data, channels stay last
             formats = {4: torch.channels_last, 5: torch.channels_last_3d}
             result = torch.empty_like(result, memory_format=formats[result.ndim])
         return result
@@ -127,13 +128,13 @@ class Recorder(LiveBytes):
         self.work[kind].add(work)
 
     def kernels(self) -> Kernels:
-        """Kernels that stand for compiled ones, which no mode sees, and do nothing but be noted."""
+        """Return stand-ins for compiled kernels, which no mode sees. They only count their work."""
 
         def normalize(x: Tensor, scale: Tensor, added: float, least: float, silu: bool, out: Tensor) -> None:
             self.note("norm_silu", norm_work(x, out))
 
         def nothing(*_: Any) -> Any:
-            raise AssertionError("of GroupNorm, its operators are noted")
+            raise AssertionError("GroupNorm is counted by its operators")
 
         def takes(x: Tensor) -> bool:
             return x.dtype != torch.float64 and x.stride(-1) == 1 and x.shape[-1] % LANES == 0
@@ -141,18 +142,18 @@ class Recorder(LiveBytes):
         return replace(EAGER, norms=Norms(takes, normalize, nothing, nothing))
 
     def taken(self) -> dict[str, Work]:
-        """What was noted since this was last asked, by kind."""
+        """Return the work by kind since the last call of this method."""
         work, self.work = self.work, defaultdict(Work)
         return dict(work)
 
 
 def norm_work(x: Tensor, out: Tensor) -> Work:
-    """What a compiled norm over channels and SiLU does."""
+    """Return the work of a compiled norm over channels with SiLU."""
     return Work(calls=1, bytes=_bytes(x) + _bytes(out))
 
 
 def described(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> tuple[str, Work]:
-    """The kind of an operator, and the work of this call of it."""
+    """Return the kind of an operator, and the work of this call."""
     name, is_view = _named(func)
     if is_view:
         return name, Work(calls=1)
@@ -179,7 +180,7 @@ def described(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: An
 
 @cache
 def _named(func: Any) -> tuple[str, bool]:
-    """A name for what an operator does, and whether it touches no data."""
+    """Return a name for what an operator does, and whether it touches no data."""
     schema = func._schema
     name = schema.name.removeprefix("aten::").replace("::", " ").removeprefix("_")
     aliases = [one.alias_info for one in schema.returns]
@@ -192,7 +193,7 @@ def _named(func: Any) -> tuple[str, bool]:
 
 
 def _likeness(value: Any) -> Any:
-    """What of an operator's argument its result's shape and layout depend on."""
+    """Return what the shape and layout of an operator's result depend on in an argument."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (list, tuple)):

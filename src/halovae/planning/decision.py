@@ -1,4 +1,4 @@
-"""Decisions: which grid is the fastest that fits into memory, and why the others are not."""
+"""Decisions: which grid is the fastest that fits into memory, and why the others were not chosen."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from halovae.grid import Grid
 
-# What a decode may take beyond its tensors (scratch of libraries, an allocator's unused parts), as a share of them.
+# What a decode may take beyond its tensors (scratch of libraries, an allocator's unused memory), as a share of them.
 MARGIN = 0.15
-# A more involved grid must be predicted to be faster by this much: predictions are not better.
+# A more complex grid must be predicted to be faster by this share: predictions are not more precise.
 WORTH = 0.02
 
 
@@ -19,9 +19,10 @@ class Candidate:
 
     Attributes:
         grid: how ranks share the batch and the plane.
-        seconds: until the last rank is done. Of one that was ruled out unseen, what it takes at least.
-        peak: bytes of live tensors of the rank with the most to do, weights aside; likewise its `messages` and
-            `bytes_sent`. None of one that was ruled out unseen.
+        seconds: seconds until the last rank is done; a lower bound if the grid was ruled out without tracing.
+        peak: bytes of live tensors of the rank with the most to do, without weights; None if it was not traced.
+        messages: how many messages that rank sends; None if it was not traced.
+        bytes_sent: the bytes of these messages; None if it was not traced.
         verdict: why it was chosen, or not.
     """
 
@@ -33,7 +34,7 @@ class Candidate:
     verdict: str = ""
 
     def fits(self, budget: int | None) -> bool:
-        """Whether it stays within so many bytes."""
+        """Whether the peak and a margin are within `budget` bytes."""
         return budget is None or (self.peak is not None and self.peak * (1 + MARGIN) <= budget)
 
     def as_dict(self) -> dict[str, Any]:
@@ -43,12 +44,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """The grid that was chosen, and those that were not.
+    """The chosen grid, and the others.
 
     Attributes:
         candidates: the chosen one first, the others by their time.
-        budget: bytes that a rank may take; None for any number.
-        calibration: whose rates the times are from.
+        budget: bytes that a rank may take; None for no limit.
+        calibration: the calibration that the times come from.
     """
 
     candidates: tuple[Candidate, ...]
@@ -60,13 +61,14 @@ class Decision:
         return self.candidates[0]
 
     def stands(self, budget: int) -> bool:
-        """Whether it would be the same within another budget."""
+        """Whether the decision would be the same within another budget."""
         faster = (one for one in self.candidates if one.seconds < self.chosen.seconds and not one.fits(self.budget))
         return self.chosen.fits(budget) and not any(one.fits(budget) for one in faster)
 
     def leaner(self) -> Grid | None:
-        """What to fall back on when memory runs out: the fastest grid that takes at most half of the chosen one's, else
-        the one that takes the least; None if no grid takes less.
+        """Return the grid to fall back on when memory runs out; None if no grid takes less.
+
+        It is the fastest one that takes at most half of the chosen grid's peak, else the one that takes the least.
         """
         peak = self.chosen.peak or 0
         others = [one for one in self.candidates[1:] if one.peak is not None and one.peak < peak]
@@ -76,7 +78,7 @@ class Decision:
         return min(others, key=lambda one: one.peak or 0).grid if others else None
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
+        """The chosen candidate, the others, the budget, and the calibration as JSON can hold them."""
         return {
             "chosen": self.chosen.as_dict(),
             "others": [one.as_dict() for one in self.candidates[1:]],

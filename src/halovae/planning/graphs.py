@@ -23,7 +23,7 @@ from halovae.errors import TraceError, UnplannableError
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER
 from halovae.plane import context, operators, windows
-from halovae.plane.agreement import likeness, meta_arguments
+from halovae.plane.agreement import argument_key, meta_arguments
 from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
 from halovae.plane.live import is_operator, peak, shares, size, size_of
@@ -37,7 +37,7 @@ _PRODUCTS = {
     aten.mm.default: 1, aten.bmm.default: 1, aten.linear.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2,
 }  # fmt: skip
 
-_RUN = (*operators.BETWEEN_RANKS, *windows.OPERATORS)  # priced by what they do
+_RUN = (*operators.BETWEEN_RANKS, *windows.OPERATORS)  # priced by running them on meta tensors
 
 WorkByKind = dict[tuple[str, str], Work]
 
@@ -66,10 +66,10 @@ class Traced:
     """What a rank takes for one item.
 
     Attributes:
-        cost: of its graph, by submodule and kind of operator.
-        pictures: the shape of what the item decodes to.
-        fallbacks: operators that no rule covers: they run replicated.
-        random: whether it draws random numbers.
+        cost: the cost of its graph, by submodule and kind of operator.
+        pictures: the shape of the decoded item.
+        fallbacks: operators that no rule covers; they run replicated.
+        random: whether the function draws random numbers.
     """
 
     cost: Cost
@@ -79,13 +79,13 @@ class Traced:
 
 
 def cells(shape: Sequence[int], multiple: int) -> tuple[int, int]:
-    """Rows and cols that ranks share out, of an input `[..., H, W]`: so many at a time where they are a multiple."""
+    """Return the rows and cols of `[..., H, W]` that ranks share, each in units of `multiple` if divisible by it."""
     height, width = (size if size % multiple else size // multiple for size in shape[-2:])
     return height, width
 
 
 def busiest(grid: Grid, height: int, width: int) -> int:
-    """The rank with the most cells to compute, halos included."""
+    """Return the rank with the most cells to compute, halos included."""
     load = []
     for rank, shard in enumerate(grid.shards(grid.batch, height, width)):
         _, row, col = grid.coordinates(rank)
@@ -99,18 +99,18 @@ def traced(
     function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype, grid: Grid,
     rank: int | None = None, multiple: int = 1, compiled: bool = True, kind: str = "meta",
 ) -> Traced:  # fmt: skip
-    """What a rank of a grid takes, by its graph.
+    """Return what a rank of a grid takes, by its graph.
 
     Args:
-        function: from latents to pictures, or the reverse.
-        module: whose parameters it uses; meta tensors will do.
-        shape: of its input, plane last.
-        dtype: of its input.
+        function: decodes latents to pictures, or encodes pictures.
+        module: the module whose parameters `function` uses; meta tensors will do.
+        shape: the shape of the input, plane last.
+        dtype: the dtype of the input.
         grid: rows and cols of ranks.
-        rank: which one; None for the one with the most to do.
-        multiple: of which bounds are to be multiples, as `trace` has it.
+        rank: the rank; None for the one with the most to do.
+        multiple: bounds between ranks are multiples of it, as in `trace`.
         compiled: whether a CPU's passes over memory are compiled.
-        kind: of device whose algorithms are priced, "cpu" or "meta": see `context.on`.
+        kind: the kind of device whose algorithms are priced, "cpu" or "meta"; see `context.on`.
 
     Raises:
         UnplannableError: the function cannot be traced.
@@ -136,8 +136,8 @@ class _Watch(Recorder):
     """A recorder that computes the statistics of each kind of tensor once: PyTorch takes long to find their shapes.
 
     Args:
-        results: of earlier operators, shared by recorders.
-        statistics: likewise, of those that return several tensors.
+        results: results of earlier operators, shared by recorders.
+        statistics: the same for operators that return several tensors.
     """
 
     def __init__(self, results: dict[Any, Any], statistics: dict[Any, Any]) -> None:
@@ -155,18 +155,18 @@ class _Watch(Recorder):
 
 
 class _Pricer:
-    """Adds up the work of nodes, in the kinds that calibrations know."""
+    """Adds up the work of nodes, by the kinds that calibrations know."""
 
     def __init__(self, mesh: Mesh, bodies: Mapping[str, fx.Graph], compiled: bool, kind: str) -> None:
         self._mesh, self._bodies, self._kind = mesh, bodies, kind
         self._compiled = compiled and kind == "cpu"
-        self._known: dict[Any, tuple[dict[str, Work], int]] = {}  # of operators between ranks: also bytes at the peak
+        self._known: dict[Any, tuple[dict[str, Work], int]] = {}  # work and peak of operators between ranks
         self._called: dict[str, tuple[WorkByKind, int, int]] = {}
         self._results: dict[Any, Any] = {}
         self._statistics: dict[Any, Any] = {}
 
     def add(self, nodes: Iterable[fx.Node], total: WorkByKind) -> tuple[int, int]:
-        """Add the work of nodes to `total`; returns the messages and the bytes that are sent."""
+        """Add the work of nodes to `total`. Return how many messages and bytes they send."""
         messages = sent = 0
         for node in nodes:
             if node.op == "call_module":
@@ -197,14 +197,14 @@ class _Pricer:
         return [_aten(node)]
 
     def scratch(self, node: fx.Node) -> int:
-        """Bytes that an operator between ranks holds at its peak besides its result."""
+        """Return the bytes that an operator between ranks holds at its peak besides its result."""
         if node.target not in _RUN:
             return 0
         return max(0, self._run(node)[1] - (0 if shares(node) else size(node)))
 
     def _run(self, node: fx.Node) -> tuple[dict[str, Work], int]:
-        """What an operator between ranks does, and its peak, by running it on meta tensors."""
-        key = node.target, likeness(node)
+        """Run an operator between ranks on meta tensors. Return its work and its peak."""
+        key = node.target, argument_key(node)
         if key not in self._known:
             recorder = _Watch(self._results, self._statistics)
             mesh = Mesh(self._mesh.grid, CPU, TracedTransport(self._mesh.rank, self._mesh.grid.size, recorder))
@@ -219,7 +219,7 @@ class _Pricer:
 
 
 def _aten(node: fx.Node) -> tuple[str, Work]:
-    """The kind and the work of an operator of PyTorch, as `planning.cost.described` has them."""
+    """Return the kind and the work of an operator of PyTorch, as `planning.cost.described` does."""
     target: Any = node.target
     if target is operator.getitem:  # one result of several
         source = node.all_input_nodes[0]
@@ -240,7 +240,7 @@ def _aten(node: fx.Node) -> tuple[str, Work]:
             assert isinstance(first, fx.Node)
             return "linear", Work(1, flops(node), size_of(first) + size_of(node), _numel(second))
         return "linear", Work(1, flops(node), _touched(node))
-    if name.startswith("scaled_dot_product"):  # a kernel of PyTorch's choice, of an operator that runs replicated
+    if name.startswith("scaled_dot_product"):  # PyTorch chooses the kernel; the operator runs replicated
         query, key = (one.meta["shape"] for one in node.all_input_nodes[:2])
         return "scaled_dot_product_attention", Work(1, 4.0 * math.prod(query) * key[-2], _touched(node))
     return name, Work(1, bytes=_touched(node))

@@ -1,4 +1,4 @@
-"""What a decode may take on this machine: memory, and the rates that price it, measured once."""
+"""What plans know about this machine: the memory that a decode may take, and rates that are measured once."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _calibrations: dict[str, Calibration] = {}
 
 
 def usable(offers: Sequence[tuple[int, str]], device: str) -> int:
-    """Bytes that a decode may take on each rank.
+    """Return the bytes that a decode may take on each rank.
 
     Args:
-        offers: every rank's free bytes, and its host.
-        device: the kind of the ranks' devices. Processes on the CPU share what their host has.
+        offers: every rank's free bytes and host.
+        device: the kind of the ranks' devices. Processes on the CPU share their host's memory.
     """
     hosts = [host for _, host in offers]
     sharing = max(map(hosts.count, hosts)) if device == "cpu" else 1
@@ -32,12 +32,12 @@ def usable(offers: Sequence[tuple[int, str]], device: str) -> int:
 
 
 def calibration_of(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
-    """What this machine takes for each kind of work, measured at most once; all ranks ask together.
+    """Return this machine's calibration, measured at most once. Collective: every rank must call it.
 
     Args:
         everyone: the mesh of all ranks.
-        dtype: what is computed in.
-        kernels: what with.
+        dtype: the dtype of computation.
+        kernels: the kernels of the decodes.
     """
     name = _name(everyone, dtype, kernels)
     if name not in _calibrations:
@@ -58,12 +58,12 @@ def _name(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> str:
 
 
 def _calibration(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
-    if given := os.environ.get("HALOVAE_CALIBRATION"):  # a file, or the name of one that ships
-        return read(given)
+    if source := os.environ.get("HALOVAE_CALIBRATION"):  # a file, or the name of one that ships
+        return read(source)
     if everyone.transport.world == 1:
-        # Alone there is little to decide, which a stranger's figures do: nobody should wait for a measurement.
+        # One rank has little to decide. A shipped calibration is good enough, and saves the wait for a measurement.
         return stored(key_of(everyone, dtype, kernels is EAGER).path) or read(_similar(everyone.device.kind))
-    return calibrated(everyone, dtype, kernels, say=_say)
+    return calibrated(everyone, dtype, kernels, describe=_warn)
 
 
 def _similar(device: str) -> str:
@@ -71,5 +71,5 @@ def _similar(device: str) -> str:
     return next(name for name in shipped() if name.startswith(device if device != "xpu" else "cuda"))
 
 
-def _say(text: str) -> None:
+def _warn(text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=2)

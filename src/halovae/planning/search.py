@@ -16,28 +16,28 @@ from halovae.planning.cost import EXCHANGE, GATHER, Cost
 from halovae.planning.decision import MARGIN, WORTH, Candidate, Decision
 from halovae.planning.graphs import Traced, cells, traced
 
-_LITTLE = f"less plain, and at most {WORTH:.0%} faster"
+_LITTLE = f"more complex, and at most {WORTH:.0%} faster"
 _ADVISED = (2, 4, 8, 16, 32, 64)
 _SHRUNK = (0.75, 0.5, 0.25, 0.125)
 
 
 class Search:
-    """Prices the grids of one decode or encode, and decides among them.
+    """Prices the grids of one decode or encode, and decides between them.
 
     Items of a batch are decoded one after the other, or shared by whole items. Pictures stay on the ranks that
     decode them.
 
     Args:
-        function: from latents to pictures, or the reverse.
-        module: whose parameters it uses; meta tensors will do.
-        shape: of one item of its input, plane last.
-        dtype: of its input.
-        calibration: what prices the work.
+        function: decodes latents to pictures, or encodes pictures.
+        module: the module whose parameters `function` uses; meta tensors will do.
+        shape: the shape of one item of the input, plane last.
+        dtype: the dtype of the input.
+        calibration: the rates that price the work.
         batch: how many items there are.
-        budget: bytes that a rank may take besides weights; None for any number. An attribute, too: it may change.
+        budget: bytes that a rank may take besides weights; None for no limit. It is an attribute that may change.
         hosts: whether the ranks are on several hosts.
-        allowed: whether a grid is a candidate; None for all.
-        multiple: of which bounds are to be multiples, as `trace` has it.
+        allowed: whether a grid is a candidate; None allows all.
+        multiple: bounds between ranks are multiples of it, as in `trace`.
         computing: how many ranks compute at once on a grid of one rank: all of them if each needs the result.
         compiled: whether a CPU's passes over memory are compiled.
     """
@@ -50,14 +50,14 @@ class Search:
     ) -> None:  # fmt: skip
         self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
         self._plane, self._multiple = cells(shape, multiple), multiple
-        self._alone, self._compiled = computing, compiled
+        self._computing_at_once, self._compiled = computing, compiled
         self._calibration, self._batch, self.budget, self._hosts = calibration, batch, budget, hosts
         self._allowed = allowed
         self._traced: dict[Grid, Traced] = {}
         self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
 
     def traced(self, grid: Grid) -> Traced:
-        """What the rank with the most to do takes for one item, traced once.
+        """Return what the rank with the most to do takes for one item. Each grid is traced once.
 
         Raises:
             UnplannableError: the decode cannot be traced.
@@ -74,7 +74,7 @@ class Search:
         return self._traced[plane]
 
     def price(self, grid: Grid) -> Candidate:
-        """What a grid takes."""
+        """Return a grid as a candidate, with what it is predicted to take."""
         found, items = self.traced(grid), -(-self._batch // grid.batch)
         cost = found.cost
         return Candidate(
@@ -82,20 +82,20 @@ class Search:
         )
 
     def _seconds(self, cost: Cost, grid: Grid) -> float:
-        ranks = grid.size if grid.size > 1 else self._alone
+        ranks = grid.size if grid.size > 1 else self._computing_at_once
         return sum(self._calibration.seconds(cost, ranks, self._hosts).values())
 
     def decide(self, world: int) -> Decision:
-        """The fastest grid of up to so many ranks that fits.
+        """Decide for the fastest grid of up to `world` ranks that fits.
 
         Raises:
-            MemoryBudgetError: none fits. Says what the leanest takes, and how many ranks would do.
+            MemoryBudgetError: no grid fits; the message says what the leanest takes, and how many ranks would do.
             UnplannableError: the decode cannot be traced.
         """
-        alone = self.price(Grid())
-        seen: dict[Grid, Candidate] = {Grid(): alone}
+        single = self.price(Grid())
+        seen: dict[Grid, Candidate] = {Grid(): single}
         unseen: list[Candidate] = []
-        best = alone if alone.fits(self.budget) else None
+        best = single if single.fits(self.budget) else None
         for grid in sorted(self._grids(world), key=lambda one: (self._share(one), *_complexity(one))):
             if grid in seen:
                 continue
@@ -122,22 +122,22 @@ class Search:
                         yield grid
 
     def _share(self, grid: Grid) -> float:
-        """The share of an item's cells that the largest shard has, times the items."""
+        """Return the share of an item's cells in the largest shard, times the items of a rank."""
         height, width = self._plane
         return -(-self._batch // grid.batch) * _cells(grid, height, width) / (height * width)
 
     def _floor(self, grid: Grid) -> float:
-        """Seconds that a grid takes at least.
+        """Return the least seconds that a grid can take.
 
-        Work that all ranks repeat does not shrink with the shard: grids that cut further show how much that is.
+        Work that all ranks repeat does not shrink with the shard. Traced grids of smaller shards show how much it is.
         """
         items, share = -(-self._batch // grid.batch), self._share(replace(grid, batch=1)) / self._batch
-        alone = self._computing[Grid()]
-        floors = [share * alone]
+        single = self._computing[Grid()]
+        floors = [share * single]
         for other, seconds in self._computing.items():
             finer = self._share(other) / self._batch
             if other.rows >= grid.rows and other.cols >= grid.cols and finer < share:
-                floors.append(seconds + (alone - seconds) * (share - finer) / (1 - finer))
+                floors.append(seconds + (single - seconds) * (share - finer) / (1 - finer))
         return items * max(floors)
 
     def _cannot_win(self, floor: float, grid: Grid, best: Candidate) -> bool:
@@ -159,14 +159,14 @@ class Search:
         if one is best:
             verdict = "chosen: the fastest that fits" if self.budget is not None else "chosen: the fastest"
             if any(other.seconds < best.seconds and other.fits(self.budget) for other in seen):
-                verdict = f"chosen: plainer than those that are up to {WORTH:.0%} faster"
+                verdict = f"chosen: simpler than grids that are up to {WORTH:.0%} faster"
         elif one.peak is None:
             slower = ratio > 1 + WORTH
-            verdict = f"not looked at: {f'at least {ratio:.2f}x the time' if slower else _LITTLE}"
+            verdict = f"not traced: {f'at least {ratio:.2f}x the time' if slower else _LITTLE}"
         elif not one.fits(self.budget):
             verdict = "does not fit into the memory budget"
         else:
-            verdict = f"{ratio:.2f}x the time" + (", but less plain" if ratio <= 1 else "")
+            verdict = f"{ratio:.2f}x the time" + (", but more complex" if ratio <= 1 else "")
         if one.peak is not None and one.grid.size > 1 and (names := self.traced(one.grid).fallbacks):
             verdict += f"; {', '.join(names)} {'runs' if len(names) == 1 else 'run'} replicated"
         return replace(one, verdict=verdict)
@@ -174,20 +174,20 @@ class Search:
     def _too_little(self, seen: Sequence[Candidate], world: int) -> MemoryBudgetError:
         assert self.budget is not None
         least = min(seen, key=lambda one: one.peak or 0)
-        said = f"the leanest grid ({least.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
+        message = f"the leanest grid ({least.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
         for ranks in _ADVISED:
             if world < ranks <= self._plane[0] and self.price(Grid(rows=ranks)).fits(self.budget):
-                said += f"; what would fit: {ranks} ranks"
+                message += f"; what would fit: {ranks} ranks"
                 break
         size = self._smaller(world)
         if size is not None:
-            said += f"{' or' if 'what would fit' in said else '; what would fit:'} pictures of {size}"
+            message += f"{' or' if 'what would fit' in message else '; what would fit:'} pictures of {size}"
         return MemoryBudgetError(
-            f"tensors of shape {list(self._shape)} do not fit into a memory budget of {_mib(self.budget)}: {said}"
+            f"tensors of shape {list(self._shape)} do not fit into a memory budget of {_mib(self.budget)}: {message}"
         )
 
     def _smaller(self, world: int) -> str | None:
-        """The size of pictures, WIDTHxHEIGHT in pixels, that would fit; None if none of a few does."""
+        """Return a size of pictures that would fit, WIDTHxHEIGHT in pixels; None if none of a few sizes does."""
         for share in _SHRUNK:
             other = copy.copy(self)
             other._plane = rows, cols = max(1, int(share * self._plane[0])), max(1, int(share * self._plane[1]))
@@ -198,7 +198,7 @@ class Search:
                 if other.price(Grid(rows=min(world, rows))).fits(self.budget):
                     height, width = max(other._shape[-2:], other.traced(Grid()).pictures[-2:])  # the input, of encodes
                     return f"{width}x{height}"
-            except UnplannableError:  # it does not take every size
+            except UnplannableError:  # the model does not take every size
                 return None
         return None
 
@@ -208,7 +208,7 @@ def _cells(grid: Grid, height: int, width: int) -> int:
 
 
 def _complexity(grid: Grid) -> tuple[int, int]:
-    return grid.size, grid.cols  # borders between cols are not in one piece of memory
+    return grid.size, grid.cols  # borders between cols are not contiguous in memory
 
 
 def _mib(amount: float) -> str:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from halovae.device.memory import MemoryMeter
-from halovae.distributed.mesh import Mesh, mesh_for
-from halovae.distributed.transport import world_size
-from halovae.grid import Grid
+from halovae.distributed.mesh import Mesh
 from halovae.plane.results import Chunks, ShardReport
 from halovae.report import DecodeReport, RankReport
 
 if TYPE_CHECKING:
+    from halovae.runtime.options import Choice
     from halovae.runtime.plane_call import PlaneCall
-    from halovae.runtime.sharing import Choice
 
 
 class PictureStream(Iterator["Tensor | None"]):
@@ -30,18 +28,16 @@ class PictureStream(Iterator["Tensor | None"]):
         choice: how ranks share them.
         chunks: its result.
         call: what makes them.
-        mesh: the ranks; None for all of the world.
+        everyone: the mesh of all ranks.
 
     Attributes:
         latents: what is decoded.
     """
 
-    def __init__(
-        self, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall, mesh: Mesh | None = None
-    ) -> None:
+    def __init__(self, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall, everyone: Mesh) -> None:
         self.latents, self._choice, self._call = latents, choice, call
         self._chunks = chunks
-        self._mesh = mesh or mesh_for(Grid(rows=world_size()), latents.device)
+        self._mesh = everyone
         self._memory = MemoryMeter(self._mesh.device, by_thread=self._mesh.transport.shared_device)
         self._own: RankReport | None = None
         self._taken: ShardReport | None = None

@@ -7,6 +7,7 @@ import math
 import socket
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from halovae.device.kinds import Device
-from halovae.distributed.mesh import Mesh, mesh_for
-from halovae.distributed.transport import world_size
+from halovae.distributed.mesh import Mesh
 from halovae.errors import MemoryBudgetError, RankOutOfMemoryError, UnplannableError
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER, Kernels, compiled, explain, prepare, ready
@@ -28,7 +28,9 @@ from halovae.plane.results import Chunks
 from halovae.plane.stored import Identity
 from halovae.planning.planner import calibration_of, is_unmeasured, usable
 from halovae.planning.search import Search
-from halovae.runtime.sharing import Call, Choice, Sharing
+from halovae.runtime.options import Call, Choice, Sharing
+
+_CHOICES = 64  # that a call keeps: one for each shape and way to share it
 
 
 class PlaneCall:
@@ -55,7 +57,8 @@ class PlaneCall:
         self._sharded = Sharded(self._run, [vae], self._multiple, identity)
         if Device.default().kind == "cpu" and (weight := next(vae.parameters(), None)) is not None:
             prepare(weight.device)  # while there is something else to do
-        self._choices: dict[tuple[str, bool], Choice] = {}  # by what is asked, and whether kernels are eager
+        # By what is asked, how it is shared, and whether kernels are eager.
+        self._choices: OrderedDict[tuple[str, Sharing, bool], Choice] = OrderedDict()
         self.fell_back = ""  # what the last call gave up when memory ran out
         # Of the result: its class, the field that counts, and the class of a distribution in there.
         self.kind: tuple[type, str, type | None] = (Tensor, "", None)
@@ -66,7 +69,7 @@ class PlaneCall:
         return self._sharded.report
 
     def choose(self, x: Tensor, sharing: Sharing, options: Mapping[str, Any]) -> Choice:
-        """How ranks share a call. Collective.
+        """Choose how ranks share a call. Collective.
 
         Args:
             x: the latents or pictures.
@@ -80,7 +83,7 @@ class PlaneCall:
         """
         try:
             sharing.check()
-            shared = Grid(rows=world_size()) if sharing.mode == "parallel" else Grid()
+            shared = Grid(rows=sharing.world) if sharing.mode == "parallel" else Grid()
             grid = sharing.mesh.grid if sharing.mesh else sharing.grid or shared
             if self.sizes is not None and self.name == "decode" and isinstance(x, Tensor):
                 self.sizes.check_latents(x.shape, x.dtype, grid)  # it says best what is expected
@@ -93,7 +96,7 @@ class PlaneCall:
             _warn_unless_finite(x)
         if sharing.mesh is not None:
             return Choice(sharing.mesh.grid, x.shape[0])
-        world, (height, width) = world_size(), x.shape[-2:]
+        world, (height, width) = sharing.world, x.shape[-2:]
         kernels = None
         if self._mesh is not None and sharing.mode == "single":
             _, kernels = self._agreed(self._mesh, f"{list(x.shape)}, {x.dtype}, {sharing}")
@@ -123,11 +126,11 @@ class PlaneCall:
 
     def refuse(self, sharing: Sharing, error: Exception) -> None:
         """Raise an error, of which the other ranks learn. They are about to agree."""
-        (sharing.mesh or self.everyone()).agree("", error, None)
+        self.everyone(sharing).agree("", error, None)
 
-    def everyone(self) -> Mesh:
+    def everyone(self, sharing: Sharing) -> Mesh:
         """The mesh over which ranks agree."""
-        return self._mesh or mesh_for(Grid(rows=world_size()), next(self.vae.parameters()).device)
+        return sharing.mesh or self._mesh or sharing.everyone(next(self.vae.parameters()).device)
 
     def _used(self, grid: Grid) -> Mesh | None:
         """The mesh of its own for a grid, if it has any."""
@@ -150,16 +153,18 @@ class PlaneCall:
             raise UnplannableError("an option is no plain value, or hooks move weights: it runs eagerly")
         batch, names = x.shape[0], ",".join(tensors)
         asked = f"{list(x.shape)}, {x.dtype}, {key}, {[list(one.shape) for one in tensors.values()]}, {sharing}"
-        everyone, world = self.everyone(), world_size()
+        everyone, world = self.everyone(sharing), sharing.world
         # To measure this machine takes longer than the compiler. What fits into a budget is to fit the next time, too.
         wait = sharing.memory_budget is not None or is_unmeasured(everyone, x.dtype)
         offers, kernels = self._agreed(everyone, asked, wait)
         budget = sharing.memory_budget or usable(offers, everyone.device.kind)
-        known = self._choices.get((asked, kernels is EAGER))
+        this = asked, sharing, kernels is EAGER
+        known = self._choices.get(this)
         # Encodes are small beside decodes: without a budget of their own none is refused for what is free just now.
         limited = self.name == "decode" or sharing.memory_budget is not None
         decided = None if known is None else known.decision
         if known is not None and decided is not None and (not limited or decided.stands(budget - known.kept)):
+            self._choices.move_to_end(this)
             return known
 
         def search(items: int) -> Search:
@@ -202,7 +207,9 @@ class PlaneCall:
         falls_back = sharing.gather != "none" and world > 1 and self._mesh is None
         other = decision.leaner() if falls_back else None
         leaner = None if other is None else choice_of(other)
-        choice = self._choices[asked, kernels is EAGER] = choice_of(decision.chosen.grid, leaner)
+        choice = self._choices[this] = choice_of(decision.chosen.grid, leaner)
+        while len(self._choices) > _CHOICES:
+            self._choices.popitem(last=False)
         return choice
 
     def arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], bool]:
@@ -235,8 +242,8 @@ class PlaneCall:
                 return Chunks(self._rounds(x, choice, sharing, static))
             return self._sharded.stream(
                 x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh or self._used(choice.grid),
-                gather=sharing.gather, options=static, convert=sharing.convert, leaner=choice.leaner is not None,
-                kernels=choice.kernels,
+                group=sharing.group, gather=sharing.gather, options=static, convert=sharing.convert,
+                leaner=choice.leaner is not None, kernels=choice.kernels,
             )  # fmt: skip
 
         chunks = started(choice)
@@ -275,8 +282,8 @@ class PlaneCall:
             some = x[start : start + choice.items]
             try:
                 part = self._sharded(
-                    some, grid=choice.grid, mesh=self._used(choice.grid), gather=sharing.gather, options=options,
-                    convert=sharing.convert, leaner=choice.leaner is not None, kernels=choice.kernels,
+                    some, grid=choice.grid, mesh=self._used(choice.grid), group=sharing.group, gather=sharing.gather,
+                    options=options, convert=sharing.convert, leaner=choice.leaner is not None, kernels=choice.kernels,
                 )  # fmt: skip
             except RankOutOfMemoryError as error:
                 assert choice.leaner is not None

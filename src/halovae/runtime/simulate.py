@@ -6,9 +6,11 @@ The decoder's code is that of real ranks; only what is between them differs. Par
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halovae.distributed.mesh import Mesh
@@ -55,7 +57,14 @@ class Simulation:
     seconds: float
 
 
-def simulate(decoder: VAE, latents: Tensor, grid: Grid, link: Link | None = None, **options: Any) -> Simulation:
+def simulate(
+    decoder: VAE,
+    latents: Tensor,
+    grid: Grid,
+    link: Link | None = None,
+    module_kwargs: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Simulation:
     """Decode by `grid.size` ranks in this process, on the decoder's device.
 
     Args:
@@ -63,7 +72,8 @@ def simulate(decoder: VAE, latents: Tensor, grid: Grid, link: Link | None = None
         latents: as the decoder's `stream` takes them.
         grid: how the ranks share the latents.
         link: what to predict the time over; None for the defaults of `Link`.
-        options: of the decoder's `stream`, but for `mode`, `grid` and `gather`.
+        module_kwargs: further arguments of the module's own `decode`.
+        dtype: of the frames; see the decoder's `stream`.
 
     Raises:
         ValueError: as the decoder's `stream` raises it.
@@ -72,7 +82,7 @@ def simulate(decoder: VAE, latents: Tensor, grid: Grid, link: Link | None = None
     ready(decoder.device, wait=True)
 
     def work(mesh: Mesh, transport: SimulatedTransport) -> tuple[Tensor | None, SimulatedRank, float]:
-        stream = _own(decoder).stream(latents, mesh=mesh, **options)
+        stream = _own(decoder).stream(latents, mesh=mesh, module_kwargs=module_kwargs, dtype=dtype)
         transport.all_values(None)  # until all ranks have recorded their graphs: only the first decode does that
         clock, computing, waiting = transport.clock, transport.computing, transport.waiting
         frames = stream.join()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from halovae.device.kinds import Device
 from halovae.errors import CheckpointError
@@ -20,9 +21,10 @@ from halovae.kernels.native import ready
 from halovae.models import load as checkpoints
 from halovae.models.classes import denormalized, moved
 from halovae.plane import ShardReport
+from halovae.planning.decision import Decision
+from halovae.runtime.options import Call, DecodeOptions, EncodeOptions, Sharing
 from halovae.runtime.pictures import PictureStream
 from halovae.runtime.plane_call import PlaneCall
-from halovae.runtime.sharing import Call, Sharing
 
 
 class VAE:
@@ -70,7 +72,7 @@ class VAE:
         """What the last decode took; None before the first."""
         return self.calls["decode"].report if "decode" in self.calls else None
 
-    def warmup(self, shape: Sequence[int], **options: Any) -> float:
+    def warmup(self, shape: Sequence[int], **options: Unpack[DecodeOptions]) -> float:
         """Do what only the first decode of a shape does, and decode zeros once. Collective: all ranks call it.
 
         On the CPU it waits for the compiler: the first process on a machine compiles for some seconds, in the
@@ -99,20 +101,38 @@ class VAE:
         Device(self.device).synchronize()
         return time.perf_counter() - begin
 
-    def decode(self, latents: Tensor, **options: Any) -> Tensor | None:
+    def plan(self, shape: Sequence[int], **options: Unpack[DecodeOptions]) -> Decision | None:
+        """Say how ranks would share a decode, and why, without decoding. Collective: all ranks call it.
+
+        Args:
+            shape: of the latents, `[B, C, H, W]` or `[B, C, T, H, W]`.
+            options: as for `stream`.
+
+        Returns:
+            The grid that mode "auto" takes and those that lost, each with its predicted seconds, memory, and messages.
+            None where there is nothing to predict: another mode, one rank without a budget, or a module that no graph
+            can be recorded of.
+
+        Raises:
+            ValueError, TypeError: as `stream`.
+        """
+        call = self._call("decode")
+        sharing, own = self._read(call, options, DecodeOptions)
+        return call.choose(torch.zeros(*shape, dtype=self.dtype, device=self.device), sharing, own).decision
+
+    def decode(self, latents: Tensor, **options: Unpack[DecodeOptions]) -> Tensor | None:
         """Decode latents to pictures.
 
         Args:
             latents: as for `stream`, which takes the same options and raises the same errors.
-            options: `mode`, `grid`, `gather`, `dtype`, `denormalize`, `memory_budget`, and those of the module's own
-                `decode`.
+            options: as for `stream`.
 
         Returns:
             What the module's `decode` returns as `sample`; None on the ranks that receive nothing.
         """
         return self.stream(latents, **options).join()
 
-    def decode_many(self, latents: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
+    def decode_many(self, latents: Sequence[Tensor], **options: Unpack[DecodeOptions]) -> list[Tensor | None]:
         """Decode latents of one size, but maybe of different lengths, as one batch, where time is known to be causal.
 
         Shorter latents are zero-padded to the longest. Padded frames are decoded and discarded: time is causal, so they
@@ -147,7 +167,7 @@ class VAE:
             return [None] * len(latents)
         return [own[:, : sizes.frames(shape[1])] for own, shape in zip(frames, shapes, strict=True)]
 
-    def stream(self, latents: Tensor, **options: Any) -> PictureStream:
+    def stream(self, latents: Tensor, **options: Unpack[DecodeOptions]) -> PictureStream:
         """Decode latents, and yield frames as soon as they are there, where the module decodes a clip in chunks.
 
         Collective: all ranks take all chunks.
@@ -155,18 +175,24 @@ class VAE:
         Args:
             latents: `[B, C, H, W]` or `[B, C, T, H, W]`, floating point, on any device, the same on all ranks. They
                 are decoded in the module's dtype.
-            mode: "auto": the grid that is predicted to be the fastest, by the recorded graph and what was measured on
-                this machine (which the first decode on several ranks does, within a minute). "parallel": all ranks
-                share the rows. "single": each rank decodes all by itself.
-            grid: how ranks share the latents, instead of `mode`.
-            gather: who receives pictures: "rank0" (the default), "all" ranks, or "none": each rank keeps its own part.
-            dtype: None for the module's dtype, another floating dtype, or uint8 for pictures in 0..255.
-            denormalize: undo first what pipelines do to latents, as the config says it: a mean and a standard
-                deviation for each channel, or a scaling and a shift. Off, as in diffusers.
-            memory_budget: bytes that a decode may take on each rank, above the resting process; mode "auto" plans
-                within them. None for what is free on the rank with the least.
-            mesh: a mesh to use instead of the one that all decodes with this grid share; all its ranks share the plane.
-            options: further arguments of the module's own `decode`, such as `temb` or `num_frames`.
+            options: keyword arguments, all of them optional:
+
+                - `mode`: "auto", the default: the grid that is predicted to be the fastest, by the recorded graph and
+                  what was measured on this machine (which the first decode on several ranks does, within a minute).
+                  "parallel": all ranks share the rows. "single": each rank decodes all by itself.
+                - `grid`: how ranks share the latents, instead of `mode`.
+                - `gather`: who receives pictures: "rank0", the default; "all" ranks; or "none": each rank keeps its own
+                  shard.
+                - `dtype`: None for the module's dtype, another floating dtype, or uint8 for pictures in 0..255.
+                - `denormalize`: undo first what pipelines do to latents, as the config says it: a mean and a standard
+                  deviation for each channel, or a scaling and a shift. Off, as in diffusers.
+                - `memory_budget`: bytes that a decode may take on each rank, above the resting process; mode "auto"
+                  plans within them. None for what is free on the rank with the least.
+                - `mesh`: the ranks and their grid: a `torch.distributed.DeviceMesh` with dims out of "batch", "rows",
+                  and "cols", in this order, which may leave out ranks of the world; or a `halovae.Mesh`.
+                - `group`: the ranks, as a process group, which share the latents by `mode` or `grid`. None for all of
+                  the world. Ranks outside of it do not call.
+                - `module_kwargs`: further arguments of the module's own `decode`, such as `temb` or `num_frames`.
 
         Yields:
             `[B, 3, T', H', W']`, or `[B, 3, H', W']` of pictures; None on the ranks that receive nothing.
@@ -180,29 +206,28 @@ class VAE:
         Warns:
             RuntimeWarning: the latents hold NaN or infinite values; the decode goes on.
         """
-        denormalize = options.pop("denormalize", False)
-        sharing, options = _sharing(options)
         call = self._call("decode")
+        sharing, own = self._read(call, options, DecodeOptions)
         if isinstance(latents, Tensor) and latents.is_floating_point():
             try:
-                if denormalize:
+                if options.get("denormalize"):
                     if call.sizes is not None:
                         call.sizes.check_latents(latents.shape, latents.dtype, Grid())
                     latents = denormalized(latents, self.config, type(self.module).__name__)
             except ValueError as error:
                 call.refuse(sharing, error)
             latents = moved(self.module, latents)
-        choice = call.choose(latents, sharing, options)
-        return PictureStream(latents, choice, call.stream(latents, choice, sharing, options), call, sharing.mesh)
+        choice = call.choose(latents, sharing, own)
+        return PictureStream(latents, choice, call.stream(latents, choice, sharing, own), call, call.everyone(sharing))
 
-    def encode(self, pictures: Tensor, **options: Any) -> Tensor | None:
+    def encode(self, pictures: Tensor, **options: Unpack[EncodeOptions]) -> Tensor | None:
         """Encode pictures or clips.
 
         Args:
             pictures: `[B, C, H, W]` or `[B, C, T, H, W]` as the module's `encode` takes them.
-            mode: as for `stream`, and so are `grid` and `memory_budget`. On one rank each encodes all by itself.
-            gather: who receives the result: "all" ranks (the default), "rank0", or "none".
-            options: further arguments of the module's own `encode`.
+            options: `mode`, `grid`, `memory_budget`, `mesh`, and `group` as for `stream`; `gather`: who receives the
+                result: "all" ranks, the default; "rank0"; or "none"; `module_kwargs`: further arguments of the module's
+                own `encode`.
 
         Returns:
             The parameters of the latents' distribution (means, then logarithms of variances) where the module makes
@@ -210,42 +235,50 @@ class VAE:
 
         Raises:
             ValueError: as for `stream`.
-            TypeError: pictures without a plane.
+            TypeError: pictures without a plane, or an unknown option.
             RuntimeError: another rank refused.
         """
-        sharing, options = _sharing({"gather": "all", **options})
         call = self._call("encode")
-        return call.stream(pictures, call.choose(pictures, sharing, options), sharing, options).join()
+        sharing, own = self._read(call, {"gather": "all", **options}, EncodeOptions)
+        return call.stream(pictures, call.choose(pictures, sharing, own), sharing, own).join()
 
     def _call(self, name: Call) -> PlaneCall:
         if name not in self.calls:
             raise TypeError(f"{type(self.module).__name__} has no {name}, or was loaded without")
         return self.calls[name]
 
+    def _read(self, call: PlaneCall, options: Mapping[str, Any], known: type) -> tuple[Sharing, Mapping[str, Any]]:
+        """How ranks share a call, and the arguments of the module's own call. All ranks learn of an unknown option."""
+        sharing = Sharing.of(options, self.device)
+        unknown = ", ".join(sorted(options.keys() - known.__annotations__.keys()))
+        if unknown:
+            expected = ", ".join(known.__annotations__)
+            call.refuse(
+                sharing,
+                TypeError(
+                    f"{call.name}: unknown option {unknown}; expected {expected}. Arguments of the module's own "
+                    f"{call.name} go into module_kwargs"
+                ),
+            )
+        return sharing, options.get("module_kwargs") or {}
 
-def _sharing(options: dict[str, Any]) -> tuple[Sharing, dict[str, Any]]:
-    """The options that say how ranks share a call, and those of the module's own call."""
-    names = Sharing.__dataclass_fields__
-    own = {name: value for name, value in options.items() if name not in names}
-    return Sharing(**{name: value for name, value in options.items() if name in names}), own
 
-
-def replace_call(vae: nn.Module, name: Call, sharing: Sharing, warn: Callable[[Any], None]) -> None:
+def replace_call(vae: nn.Module, name: Call, options: DecodeOptions, warn: Callable[[Any], None]) -> None:
     """Replace the `decode` or `encode` of an autoencoder's instance.
 
     Args:
         vae: the autoencoder.
         name: which of the two.
-        sharing: how ranks share it.
+        options: how ranks share it.
         warn: is called with the autoencoder at each call.
     """
     from diffusers.utils.accelerate_utils import apply_forward_hook
 
     # The hook moves an offloaded VAE to its device first, as around diffusers' own.
-    vars(vae)[name] = apply_forward_hook(_method(PlaneCall(vae, name), sharing, warn)).__get__(vae)
+    vars(vae)[name] = apply_forward_hook(_method(PlaneCall(vae, name), options, warn)).__get__(vae)
 
 
-def _method(call: PlaneCall, sharing: Sharing, warn: Callable[[Any], None]) -> Callable[..., Any]:
+def _method(call: PlaneCall, given: DecodeOptions, warn: Callable[[Any], None]) -> Callable[..., Any]:
     name = call.name
 
     @functools.wraps(getattr(type(call.vae), name))
@@ -259,6 +292,7 @@ def _method(call: PlaneCall, sharing: Sharing, warn: Callable[[Any], None]) -> C
         if isinstance(x, Tensor) and x.is_floating_point():
             x = moved(used.vae, x)  # pipelines hand over what the transformer's dtype is
         options, as_tuple = used.arguments(x, *args, **kwargs)
+        sharing = Sharing.of(given, next(used.vae.parameters()).device)
         value = used.stream(x, used.choose(x, sharing, options), sharing, options).join()
         return used.result(used.blank(x) if value is None else value, as_tuple)
 

@@ -1,4 +1,4 @@
-"""What clients see of jobs."""
+"""Jobs, their files and previews as clients see them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from halovae.serving.jobs import Job, Kind
 from halovae.serving.schemas import Decode, Failure, Video
 
 
-def found(dispatcher: Dispatcher, job_id: str, kind: Kind, param: str | None = None, status: int = 404) -> Job:
-    """A job by its id; an error for the client if there is none of that kind."""
+def find_job(dispatcher: Dispatcher, job_id: str, kind: Kind, param: str | None = None, status: int = 404) -> Job:
+    """Return the job of this id and kind.
+
+    Raises:
+        ApiError: there is no such job.
+    """
     job = dispatcher.jobs.get(job_id)
     if job is None or job.kind != kind:
         raise ApiError(status, f"there is no {kind} {ascii(job_id)[:80]}", param or f"{kind}_id", "not_found")
@@ -21,9 +25,13 @@ def found(dispatcher: Dispatcher, job_id: str, kind: Kind, param: str | None = N
 
 
 def file_of(dispatcher: Dispatcher, job: Job, index: int) -> Path:
-    """The file of one of a job's results; an error for the client if there is none."""
+    """Return the path of one result of a job.
+
+    Raises:
+        ApiError: there is no such file.
+    """
     if job.status != "completed":
-        # Not 409, which OpenAI's client would retry.
+        # Not 409: OpenAI's client would retry.
         raise ApiError(404, f"{job.id} is {job.status}: there is no content", code=f"{job.kind}_not_ready")
     if index >= len(job.files):
         raise ApiError(404, f"{job.id} holds {len(job.files)} results", "index", "not_found")
@@ -34,25 +42,29 @@ def file_of(dispatcher: Dispatcher, job: Job, index: int) -> Path:
 
 
 def preview_of(dispatcher: Dispatcher, job: Job) -> Response:
-    """A job's preview as JPEG; an error for the client if there is none."""
-    drawn = dispatcher.preview(job)
-    if drawn is None:
-        message = f"{job.id} is {job.status}: it has a preview only while it is made, with preview_every"
+    """Return a job's preview as JPEG.
+
+    Raises:
+        ApiError: there is none.
+    """
+    preview = dispatcher.preview(job)
+    if preview is None:
+        message = f"{job.id} is {job.status}: it has a preview only while it is running, with preview_every"
         raise ApiError(404, message, code="no_preview")
-    return Response(drawn.jpeg, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
+    return Response(preview.jpeg, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 
 
-def shown(dispatcher: Dispatcher, job: Job) -> Video:
-    """A job as clients see it."""
-    wish, done, preview = job.wish, job.status == "completed", dispatcher.preview(job)
+def describe(dispatcher: Dispatcher, job: Job) -> Video:
+    """Return a job as clients see it."""
+    spec, done, preview = job.spec, job.status == "completed", dispatcher.preview(job)
     end = job.completed if job.ended else None
     expires = None if end is None else int(end + dispatcher.expire_after)
     error = Failure(code=job.error_code, message=job.error_message or "") if job.error_code else None
     return Video(
         id=job.id, object=job.kind, created_at=int(job.created), completed_at=None if end is None else int(end),
-        expires_at=expires, model=job.model, status=job.status, progress=dispatcher.progress(job), prompt=wish.text,
-        seconds=f"{wish.frames / wish.fps:g}", size=f"{wish.size[0]}x{wish.size[1]}", error=error,
-        num_frames=wish.frames, fps=wish.fps, seed=wish.seed, n=wish.count, adjusted=wish.asked,
+        expires_at=expires, model=job.model, status=job.status, progress=dispatcher.progress(job), prompt=spec.text,
+        seconds=f"{spec.frames / spec.fps:g}", size=f"{spec.size[0]}x{spec.size[1]}", error=error,
+        num_frames=spec.frames, fps=spec.fps, seed=spec.seed, n=spec.count, adjusted=spec.asked,
         inference_time_s=round(end - job.started, 3) if done and end and job.started else None,
         peak_memory_mb=job.report["peak_memory_mb"] if job.report else None,
         url=f"/v1/{job.kind}s/{job.id}/content" if done else None,

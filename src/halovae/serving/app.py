@@ -1,4 +1,4 @@
-"""The routes."""
+"""The front's HTTP routes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from starlette.requests import ClientDisconnect
 
 from halovae import __version__
 from halovae.serving import errors, pictures, thumbnails
-from halovae.serving.answers import file_of, found, preview_of, shown
+from halovae.serving.answers import describe, file_of, find_job, preview_of
 from halovae.serving.dispatch import Dispatcher, QueueFull
 from halovae.serving.errors import ApiError
-from halovae.serving.jobs import Job, Jobs, Kind, Wish
+from halovae.serving.jobs import Job, Jobs, JobSpec, Kind
 from halovae.serving.metrics import Metrics
-from halovae.serving.requests import BodyLimit, pictures_of, read, reference_of, wish_for
+from halovae.serving.requests import BodyLimit, job_spec_for, pictures_of, read, reference_of
 from halovae.serving.schemas import (
     Asked,
     Deleted,
@@ -42,14 +42,14 @@ from halovae.serving.schemas import (
 from halovae.serving.settings import FrontSettings, RankSettings
 
 log = logging.getLogger(__name__)
-_SWEEP = 30.0  # seconds between two looks for what has expired
-_PAUSE = 0.5  # seconds until a job that could not be removed is tried again
+_SWEEP = 30.0  # seconds between two sweeps for expired results
+_PAUSE = 0.5  # seconds until the removal of a job is tried again
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
         400: "A field is wrong; `error.param` names it.",
         401: "The key is missing or wrong.",
-        404: "There is no such thing.",
+        404: "It does not exist.",
         413: "The body is too large.",
         429: "The queue is full.",
         503: "The jobs cannot be read or written at the moment.",
@@ -59,9 +59,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def make_app(ranks: RankSettings, front: FrontSettings, fail: Callable[[str], object] = lambda reason: None) -> FastAPI:
-    """The server's front. It works with whatever ranks come to its endpoint.
+    """Make the server's front. It works with any ranks that connect to its endpoint.
 
-    `fail` is called with a reason when the front can no longer do its work. It has to end the server.
+    `fail` is called with a reason when the front can no longer work. It must end the server.
     """
     metrics = Metrics()
 
@@ -95,33 +95,33 @@ async def _sweeping(dispatcher: Dispatcher) -> None:
         try:
             dispatcher.expire()
         except Exception:
-            log.exception("old results could not be removed: tried again in %g s", _SWEEP)
+            log.exception("old results could not be removed: the next try is in %g s", _SWEEP)
         await asyncio.sleep(_SWEEP)
 
 
 def _ended_early(fail: Callable[[str], object], task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         error = task.exception()
-        log.critical("%s ended: so does the server", task.get_name(), exc_info=error)
+        log.critical("%s ended: the server ends too", task.get_name(), exc_info=error)
         fail(f"{task.get_name()} ended ({error!r})")
 
 
 def _dispatcher(request: Request) -> Dispatcher:
-    found: Dispatcher = request.app.state.dispatcher
-    return found
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    return dispatcher
 
 
 def _front(request: Request) -> FrontSettings:
-    found: FrontSettings = request.app.state.front
-    return found
+    front: FrontSettings = request.app.state.front
+    return front
 
 
 async def _authorized(request: Request) -> None:
     key = _front(request).api_key
     if key is None:
         return
-    given = request.headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")
-    if not hmac.compare_digest(given, key.encode()):
+    sent = request.headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")
+    if not hmac.compare_digest(sent, key.encode()):
         raise ApiError(401, "the key is missing or wrong: send 'Authorization: Bearer KEY'", code="invalid_api_key")
 
 
@@ -132,7 +132,7 @@ _api = APIRouter(prefix="/v1", dependencies=[Depends(_authorized)])
 
 
 def _body(schema: type[Asked]) -> dict[str, Any]:
-    """How a body that the handler reads by itself is described."""
+    """Return the OpenAPI description of a body that the handler reads by itself."""
     fields = schema.model_json_schema()
     kinds = ("application/json", "multipart/form-data")
     return {"requestBody": {"required": True, "content": {kind: {"schema": fields} for kind in kinds}}}
@@ -146,7 +146,7 @@ async def page() -> str:
 
 @_open.get("/health")
 async def health(request: Request, dispatcher: Dispatching) -> JSONResponse:
-    """200 while there are ranks that work; 503 while they are being started."""
+    """200 while ranks are ready; 503 while they are starting."""
     jobs = {status: dispatcher.jobs.count(status) for status in ("queued", "in_progress")}
     body = {"status": "ready" if dispatcher.ready else "starting", "model": _front(request).name, "jobs": jobs}
     return JSONResponse(body, 200 if dispatcher.ready else 503, None if dispatcher.ready else {"Retry-After": "5"})
@@ -154,13 +154,13 @@ async def health(request: Request, dispatcher: Dispatching) -> JSONResponse:
 
 @_open.get("/metrics")
 async def metrics(request: Request, dispatcher: Dispatching) -> Response:
-    """Figures for Prometheus."""
+    """Metrics for Prometheus."""
     return Response(request.app.state.metrics.text(dispatcher.jobs, dispatcher.ready), media_type="text/plain")
 
 
 @_api.get("/models")
 async def models(front: Front) -> dict[str, Any]:
-    """The one model."""
+    """The list of models. It holds the one model that is served."""
     pipeline = front.pipeline
     model = {
         "id": front.name, "object": "model", "created": 0, "owned_by": "halovae", "pipeline": pipeline.name,
@@ -172,13 +172,13 @@ async def models(front: Front) -> dict[str, Any]:
 
 @_api.post("/videos", response_model=Video, openapi_extra=_body(VideoRequest))
 async def create_video(request: Request, dispatcher: Dispatching, front: Front) -> Video:
-    """Make a video; answers at once, ask for it again until it is completed."""
+    """Start to make a video. Answers at once; poll the video until it is completed."""
     asked, uploads = await _read(request, VideoRequest)
     if not front.pipeline.makes_video:
         raise ApiError(400, f"{front.name} makes pictures: POST /v1/images/generations")
     images = await reference_of(asked, uploads.get("input_reference", []), front.allow_url_inputs, front.max_body)
-    job = await _submitted(dispatcher, front, "video", wish_for(front.pipeline, asked, images), images)
-    return shown(dispatcher, job)
+    job = await _submitted(dispatcher, front, "video", job_spec_for(front.pipeline, asked, images), images)
+    return describe(dispatcher, job)
 
 
 @_api.get("/videos", response_model=VideoList)
@@ -188,24 +188,24 @@ async def list_videos(
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
 ) -> VideoList:
-    """The videos, the newest first."""
-    start = None if after is None else found(dispatcher, after, "video", "after", 400)
+    """List the videos, by default the newest first."""
+    start = None if after is None else find_job(dispatcher, after, "video", "after", 400)
     jobs = dispatcher.jobs.page("video", limit + 1, order == "desc", start)
-    data = [shown(dispatcher, job) for job in jobs[:limit]]
+    data = [describe(dispatcher, job) for job in jobs[:limit]]
     ends = (data[0].id, data[-1].id) if data else (None, None)
     return VideoList(data=data, first_id=ends[0], last_id=ends[1], has_more=len(jobs) > limit)
 
 
 @_api.get("/videos/{video_id}", response_model=Video)
 async def get_video(video_id: str, dispatcher: Dispatching) -> Video:
-    """How far a video is."""
-    return shown(dispatcher, found(dispatcher, video_id, "video"))
+    """The status of a video."""
+    return describe(dispatcher, find_job(dispatcher, video_id, "video"))
 
 
 @_api.delete("/videos/{video_id}", response_model=Deleted)
 async def delete_video(video_id: str, dispatcher: Dispatching) -> Deleted:
-    """Forget a video; one that is being made is given up within a step."""
-    await dispatcher.remove(found(dispatcher, video_id, "video"))
+    """Delete a video. A running job is cancelled within a step."""
+    await dispatcher.remove(find_job(dispatcher, video_id, "video"))
     return Deleted(id=video_id)
 
 
@@ -217,7 +217,7 @@ async def video_content(
     index: Annotated[int, Query(ge=0, le=9)] = 0,
 ) -> Response:
     """The video, its first frame as webp, or a sheet of its frames as jpeg."""
-    path = file_of(dispatcher, found(dispatcher, video_id, "video"), index)
+    path = file_of(dispatcher, find_job(dispatcher, video_id, "video"), index)
     if variant == "video":
         return FileResponse(path, media_type="video/mp4", filename=path.name)
     draw, kind = {"thumbnail": (thumbnails.thumbnail, "webp"), "spritesheet": (thumbnails.spritesheet, "jpeg")}[variant]
@@ -226,20 +226,20 @@ async def video_content(
 
 @_api.get("/videos/{video_id}/preview", response_class=Response)
 async def video_preview(video_id: str, dispatcher: Dispatching) -> Response:
-    """The latest preview of a video that is being made, as jpeg."""
-    return preview_of(dispatcher, found(dispatcher, video_id, "video"))
+    """The latest preview of a running video job, as jpeg."""
+    return preview_of(dispatcher, find_job(dispatcher, video_id, "video"))
 
 
 @_api.post("/images/generations", response_model=Images, openapi_extra=_body(ImageRequest))
 async def create_image(request: Request, dispatcher: Dispatching, front: Front) -> Images:
-    """Make pictures; answers when they are made."""
+    """Make pictures. Answers when they are done."""
     asked, _ = await _read(request, ImageRequest)
     return await _made(request, dispatcher, front, asked, ())
 
 
 @_api.post("/images/edits", response_model=Images, openapi_extra=_body(EditRequest))
 async def edit_image(request: Request, dispatcher: Dispatching, front: Front) -> Images:
-    """Make pictures from others; answers when they are made."""
+    """Make pictures from other pictures. Answers when they are done."""
     asked, uploads = await _read(request, EditRequest)
     images = await pictures_of(uploads.get("image", []), "image")
     return await _made(request, dispatcher, front, asked, images)
@@ -250,26 +250,26 @@ async def image_content(
     image_id: str, dispatcher: Dispatching, index: Annotated[int, Query(ge=0, le=9)] = 0
 ) -> Response:
     """A picture, as PNG."""
-    path = file_of(dispatcher, found(dispatcher, image_id, "image"), index)
+    path = file_of(dispatcher, find_job(dispatcher, image_id, "image"), index)
     return Response(path.read_bytes(), media_type="image/png")
 
 
 @_api.get("/images/{image_id}/preview", response_class=Response)
 async def image_preview(image_id: str, dispatcher: Dispatching) -> Response:
-    """The latest preview of pictures that are being made, as jpeg."""
-    return preview_of(dispatcher, found(dispatcher, image_id, "image"))
+    """The latest preview of a running picture job, as jpeg."""
+    return preview_of(dispatcher, find_job(dispatcher, image_id, "image"))
 
 
 @_api.delete("/images/{image_id}", include_in_schema=False)
 async def delete_image(image_id: str, dispatcher: Dispatching) -> dict[str, Any]:
-    """Forget pictures; for the page."""
-    await dispatcher.remove(found(dispatcher, image_id, "image"))
+    """Delete pictures. The page uses this."""
+    await dispatcher.remove(find_job(dispatcher, image_id, "image"))
     return {"id": image_id, "deleted": True}
 
 
 @_api.get("/jobs", include_in_schema=False)
 async def jobs(dispatcher: Dispatching) -> StreamingResponse:
-    """The latest jobs, and then each that changes, as server-sent events; for the page."""
+    """Stream the latest jobs, then each job that changes, as server-sent events. The page uses this."""
 
     async def events() -> AsyncIterator[str]:
         with dispatcher.listening() as listener:
@@ -290,7 +290,7 @@ async def jobs(dispatcher: Dispatching) -> StreamingResponse:
 
 def _event(dispatcher: Dispatcher, job_id: str) -> str:
     job = dispatcher.jobs.get(job_id)
-    data = {"id": job_id, "gone": True} if job is None else shown(dispatcher, job).model_dump()
+    data = {"id": job_id, "gone": True} if job is None else describe(dispatcher, job).model_dump()
     return f"data: {json.dumps(data)}\n\n"
 
 
@@ -298,15 +298,15 @@ async def _read(request: Request, schema: Any) -> Any:
     try:
         return await read(request, schema)
     except ClientDisconnect as gone:
-        raise ApiError(400, "the client left before the body was whole") from gone
+        raise ApiError(400, "the client disconnected before the body was complete") from gone
 
 
 async def _submitted(
-    dispatcher: Dispatcher, front: FrontSettings, kind: Kind, wish: Wish, images: Sequence[bytes]
+    dispatcher: Dispatcher, front: FrontSettings, kind: Kind, spec: JobSpec, images: Sequence[bytes]
 ) -> Job:
-    job = Job.new(kind, front.name, wish)
+    job = Job.new(kind, front.name, spec)
     paths = [dispatcher.inputs / f"{job.id}-{index}.png" for index in range(len(images))]
-    job.wish = replace(wish, images=tuple(map(str, paths)))
+    job.spec = replace(spec, images=tuple(map(str, paths)))
     try:
         for path, data in zip(paths, images, strict=True):
             path.write_bytes(data)
@@ -318,7 +318,7 @@ async def _submitted(
             raise
         if isinstance(refused, OSError):
             raise ApiError(507, f"the picture cannot be kept: {refused.strerror}", code="disk_full") from refused
-        message = f"{front.max_queue} jobs wait already (--max-queue)"
+        message = f"{front.max_queue} jobs are already waiting (--max-queue)"
         raise ApiError(429, message, code="queue_full", headers={"Retry-After": "10"}) from refused
     return job
 
@@ -326,22 +326,24 @@ async def _submitted(
 async def _made(
     request: Request, dispatcher: Dispatcher, front: FrontSettings, asked: ImageRequest, images: Sequence[bytes]
 ) -> Images:
-    """The answer to a request for pictures, once they are there. A client that leaves takes its job along."""
+    """Answer a request for pictures once they are done. If the client disconnects, its job is removed."""
     if front.pipeline.makes_video:
         raise ApiError(400, f"{front.name} makes videos: POST /v1/videos")
-    job = await _submitted(dispatcher, front, "image", wish_for(front.pipeline, asked, images), images)
+    job = await _submitted(dispatcher, front, "image", job_spec_for(front.pipeline, asked, images), images)
     waiting = asyncio.create_task(_ended(dispatcher, job))
     while not waiting.done():
         await asyncio.wait([waiting], timeout=0.5)
         if not waiting.done() and await request.is_disconnected():
             waiting.cancel()
             await _removed(dispatcher, job)
-            raise ApiError(400, "the client left before its pictures were made")
+            raise ApiError(400, "the client disconnected before its pictures were done")
     await waiting
     done = dispatcher.jobs.get(job.id)
     if done is None or not done.ended:
-        raise ApiError(503, "the pictures were given up", code="cancelled", headers={"Retry-After": "10"})
-    made = shown(dispatcher, done)
+        raise ApiError(
+            503, "the job was deleted, or the server is ending", code="cancelled", headers={"Retry-After": "10"}
+        )
+    made = describe(dispatcher, done)
     if made.error is not None:
         raise ApiError(500, made.error.message, code=made.error.code)
     if asked.response_format == "url":
@@ -365,7 +367,7 @@ async def _made(
 
 
 async def _removed(dispatcher: Dispatcher, job: Job) -> None:
-    """Remove a job for which nobody waits any more, as soon as the database can be written."""
+    """Remove a job whose client has left, as soon as the database can be written."""
     while True:
         try:
             return await dispatcher.remove(job)

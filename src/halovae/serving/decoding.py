@@ -1,4 +1,4 @@
-"""The decodes of a rank, in a thread of their own: the next order is denoised meanwhile."""
+"""Decodes on a rank. They run in a thread of their own, so that the next attempt can be denoised meanwhile."""
 
 from __future__ import annotations
 
@@ -16,44 +16,57 @@ from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.errors import MemoryBudgetError
 from halovae.report import DecodeReport
 from halovae.runtime.vae import VAE
-from halovae.serving.files import Batch, Order, Writer
-from halovae.serving.lead import IDLE, Lead
-from halovae.serving.line import RankLine
+from halovae.serving.broadcast import IDLE, RankZeroBroadcast
+from halovae.serving.channel import RankChannel
+from halovae.serving.files import Attempt, Batch, Writer
 
 _MIB = 2**20
 
 
 class Decoding(threading.Thread):
-    """Decodes latents, those of one shape together.
+    """Decodes latents. Latents of one shape are decoded together.
 
     Args:
-        decoder: the VAE's.
-        options: of `VAE.stream`.
+        decoder: the VAE.
+        options: options of `VAE.stream`.
         most: how many latents to decode at once.
-        lead: from rank 0, which chooses what is decoded next.
-        line: to the front; None on other ranks.
+        broadcast: from rank 0, which chooses what is decoded next.
+        channel: to the front; None except on rank 0.
 
     Attributes:
-        needs: bytes that a decode of latents of a shape `[B, C, T, H, W]` took on a rank, as last measured.
+        needs: bytes that a decode took on a rank when last measured, by the latents' shape `[B, C, T, H, W]`.
     """
 
-    def __init__(self, decoder: VAE, options: dict[str, Any], most: int, lead: Lead, line: RankLine | None) -> None:
+    def __init__(
+        self,
+        decoder: VAE,
+        options: dict[str, Any],
+        most: int,
+        broadcast: RankZeroBroadcast,
+        channel: RankChannel | None,
+    ) -> None:
         super().__init__(daemon=True, name="decoding")
-        self._decoder, self._options, self._most, self._lead, self._line = decoder, options, most, lead, line
-        self._writer = Writer(line) if line is not None else None
-        self._waiting: dict[str, tuple[Order, Tensor]] = {}
+        self._decoder, self._options, self._most, self._broadcast, self._channel = (
+            decoder,
+            options,
+            most,
+            broadcast,
+            channel,
+        )
+        self._writer = Writer(channel) if channel is not None else None
+        self._waiting: dict[str, tuple[Attempt, Tensor]] = {}
         self._changed = threading.Condition()
         self._running = 0
         self.needs: dict[tuple[int, ...], int] = {}
 
-    def add(self, order: Order, latents: Tensor) -> None:
-        """Decode latents `[B, C, T, H, W]`, one for each of the order's paths, when their turn comes."""
+    def add(self, attempt: Attempt, latents: Tensor) -> None:
+        """Queue latents `[B, C, T, H, W]` for decoding, one for each of the attempt's paths."""
         with self._changed:
-            self._waiting[order.id] = (order, latents)
+            self._waiting[attempt.id] = (attempt, latents)
             self._changed.notify_all()
 
     def wait_until(self, fits: Callable[[], bool]) -> None:
-        """Wait until nothing is being decoded or about to be, or `fits()`."""
+        """Wait until no decode is running or queued, or until `fits()`."""
         with self._changed:
             self._changed.wait_for(lambda: fits() or not (self._waiting or self._running))
 
@@ -62,41 +75,41 @@ class Decoding(threading.Thread):
         if self._writer is not None:
             self._writer.start()
         while True:
-            chosen = self._lead.say(self._choose() if self._lead.first else [])
+            chosen = self._broadcast.send(self._choose() if self._broadcast.is_rank_zero else [])
             if chosen:
-                with survived(self._lead, self._line, chosen):
+                with survived(self._broadcast, self._channel, chosen):
                     self._decode(chosen)
             with self._changed:
                 self._running = 0
                 self._changed.notify_all()
 
     def _choose(self) -> list[str]:
-        """The orders to decode next: the one that has waited longest, and those of its shape as far as they fit."""
+        """Return the ids of attempts to decode next: the oldest, and others of its shape, up to `most` latents."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting, IDLE)
             chosen: list[str] = []
             size, shape = 0, None
-            for order, (_, latents) in self._waiting.items():
+            for attempt_id, (_, latents) in self._waiting.items():
                 shape = shape or latents.shape[1:]
                 if latents.shape[1:] == shape and (not chosen or size + len(latents) <= self._most):
-                    chosen.append(order)
+                    chosen.append(attempt_id)
                     size += len(latents)
             self._running = len(chosen)
             return chosen
 
     def _decode(self, chosen: list[str]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: all(order in self._waiting for order in chosen))
-            taken = [self._waiting.pop(order) for order in chosen]
+            self._changed.wait_for(lambda: all(attempt_id in self._waiting for attempt_id in chosen))
+            taken = [self._waiting.pop(attempt_id) for attempt_id in chosen]
             self._running = len(chosen)
-        batch = Batch([order for order, _ in taken])
+        batch = Batch([attempt for attempt, _ in taken])
         latents = torch.cat([latents for _, latents in taken])
         del taken
         stream = self._decoder.stream(latents, dtype=torch.uint8, denormalize=True, **self._options)
         for piece in stream:
             if self._writer is not None and piece is not None:
                 self._writer.write(batch, piece)
-            if not self._lead.say(self._asked_for(chosen)):
+            if not self._broadcast.send(self._is_wanted(chosen)):
                 stream.close()
                 if self._writer is not None:
                     self._writer.finish(batch, {})
@@ -106,52 +119,56 @@ class Decoding(threading.Thread):
         if self._writer is not None:
             self._writer.finish(batch, summary(report))
 
-    def _asked_for(self, orders: list[str]) -> bool:
-        return self._line is None or any(order not in self._line.cancelled for order in orders)
+    def _is_wanted(self, attempt_ids: list[str]) -> bool:
+        channel = self._channel
+        return channel is None or any(attempt_id not in channel.cancelled for attempt_id in attempt_ids)
 
 
 class survived:
-    """What fails on all ranks alike fails these orders, and the ranks go on. What fails on one rank ends it: the
-    others wait for its messages, and only the agent that watches them can end them too.
+    """A context that turns an error on all ranks into failed attempts, and lets the ranks go on.
+
+    An error on only some ranks ends their processes. The other ranks wait for messages from them, and only the agent
+    that watches all ranks can end those.
     """
 
-    def __init__(self, lead: Lead, line: RankLine | None, orders: list[str]) -> None:
-        self._lead, self._line, self._orders = lead, line, orders
+    def __init__(self, broadcast: RankZeroBroadcast, channel: RankChannel | None, attempt_ids: list[str]) -> None:
+        self._broadcast, self._channel, self._attempt_ids = broadcast, channel, attempt_ids
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
         if error is None:
             return True
-        logging.getLogger(__name__).error("failed: orders %s", ", ".join(self._orders), exc_info=error)
-        if not isinstance(error, Exception) or not self._lead.failed_together():
+        logging.getLogger(__name__).error("attempts failed: %s", ", ".join(self._attempt_ids), exc_info=error)
+        if not isinstance(error, Exception) or not self._broadcast.failed_together():
             os._exit(1)
         memory = isinstance(error, MemoryBudgetError) or is_out_of_memory(error)
-        if self._line is not None:
-            for order in self._orders:
-                self._line.tell(
-                    "failed", order, code="out_of_memory" if memory else "internal_error", message=str(error)
+        if self._channel is not None:
+            for attempt_id in self._attempt_ids:
+                self._channel.send(
+                    "failed", attempt_id, code="out_of_memory" if memory else "internal_error", message=str(error)
                 )
         return True
 
 
 def summary(report: DecodeReport) -> dict[str, Any]:
-    """What clients are told of a decode; sizes in MiB. `one_device` is what one rank alone was predicted to take."""
-    memory, chosen, alone = report.memory, None, None
+    """Return a decode's figures for clients. Sizes are in MiB. `one_device` holds the prediction for a single rank."""
+    memory, chosen, one_device = report.memory, None, None
     if report.decision is not None:
         chosen = report.decision["chosen"]
-        alone = next((one for one in (chosen, *report.decision["others"]) if one["ranks"] == 1), None)
+        candidates = (chosen, *report.decision["others"])
+        one_device = next((candidate for candidate in candidates if candidate["ranks"] == 1), None)
     return {
         "seconds": round(report.seconds, 3),
         "plan": chosen["grid"] if chosen else report.grid,
-        "why": chosen["verdict"] if chosen else "as the server was told",
+        "why": chosen["verdict"] if chosen else "set by the server's options",
         "batch": report.frames[0],
         "peak_memory_mb": round(memory.peak_reserved / _MIB, 1),
         "peak_allocated_mb": round(memory.peak_allocated / _MIB, 1),
         "pool_overhead_mb": round(memory.pool_overhead / _MIB, 1),
         "remaining_mb": round(memory.remaining / _MIB, 1),
         "predicted": _predicted(chosen),
-        "one_device": _predicted(alone),
+        "one_device": _predicted(one_device),
         "fell_back": report.fell_back,
     }
 

@@ -1,4 +1,4 @@
-"""The front's end of the line: which job the ranks get next, and what becomes of it."""
+"""The front's end of the rank channel. It sends attempts to the ranks, and stores the outcome of each job."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ import zmq
 import zmq.asyncio
 
 from halovae.io.media import discard
-from halovae.serving.jobs import ATTEMPTS, Job, Jobs, Wish, adopt, tidy
-from halovae.serving.line import BEAT
+from halovae.serving.channel import BEAT
+from halovae.serving.jobs import ATTEMPTS, Job, Jobs, JobSpec, adopt, tidy
 from halovae.serving.metrics import Metrics
 from halovae.serving.settings import FrontSettings, RankSettings
 
 log = logging.getLogger(__name__)
-_SILENCE = 10 * BEAT  # after which ranks count as gone
-_AHEAD = 2  # orders that are not denoised yet: one at work, and one for when it is done
-_DENOISING = 80  # percent of a job's progress; the rest is decoding
+_SILENCE = 10 * BEAT  # seconds without a message after which ranks count as gone
+_AHEAD = 2  # attempts that ranks hold before denoising ends: the current one and the next
+_DENOISING = 80  # percent of a job's progress at the end of denoising; the rest is decoding
 _BUSY = 0.05  # seconds that the event loop waits for another process that writes to the database
-_PAUSES = 0.1, 2.0  # seconds until news that could not be written is tried again: at first, and at most
+_PAUSES = 0.1, 2.0  # seconds until a failed write is tried again: the first pause, and the longest
 
 
 class QueueFull(Exception):
-    """As many jobs wait as may."""
+    """The queue holds as many jobs as it may."""
 
 
 class Drawn(NamedTuple):
     """The latest preview of a job.
 
     Attributes:
-        done: how many steps of all its results were done.
+        done: how many steps were done, over all results of the job.
         jpeg: the picture.
     """
 
@@ -51,37 +51,38 @@ class Drawn(NamedTuple):
 
 
 @dataclass
-class _Flight:
-    """A job that the ranks have."""
+class _Attempt:
+    """An attempt that the ranks have."""
 
     job: Job
     stage: str = "waiting"
     done: int = 0
     preview: Drawn | None = None
-    over: bool = False  # the ranks have let go of it, which is not on disk yet
+    over: bool = False  # the attempt has ended, but its end is not on disk yet
 
 
-class _News(NamedTuple):
-    """What has become of an order, until it is on disk.
+class _PendingWrite(NamedTuple):
+    """A change to an attempt's job that is not on disk yet.
 
     Attributes:
-        write: puts it on disk before it does anything else.
-        last: nothing more will come of the order.
+        attempt: the attempt's id.
+        write: writes the change to disk before it does anything else.
+        last: whether the change ends the attempt.
     """
 
-    order: str
+    attempt: str
     write: Callable[[Job], None]
     last: bool
 
 
 class Dispatcher:
-    """Takes jobs, gives them to the ranks in turn, and keeps what comes of them; for the event loop's thread."""
+    """Takes jobs, gives them to the ranks in turn, and keeps their results. For the event loop's thread only."""
 
     def __init__(self, jobs: Jobs, ranks: RankSettings, front: FrontSettings, metrics: Metrics) -> None:
         self.jobs, self._ranks, self._front, self._metrics = jobs, ranks, front, metrics
-        self._flights: dict[str, _Flight] = {}
-        self._removed: dict[str, Job] = {}  # by order, until the ranks have let go of it
-        self._news: deque[_News] = deque()
+        self._attempts: dict[str, _Attempt] = {}
+        self._removed: dict[str, Job] = {}  # by attempt id, until the ranks have ended the attempt
+        self._pending: deque[_PendingWrite] = deque()
         self._pause, self._next_try = _PAUSES[0], 0.0
         self._peer: bytes | None = None
         self._ready, self._heard = False, 0.0
@@ -90,7 +91,7 @@ class Dispatcher:
         self.inputs.mkdir(exist_ok=True)
         ranks.results.mkdir(exist_ok=True)
         for job in jobs.of("in_progress"):
-            self._retry(job, "the server was ended while it was being made")
+            self._retry(job, "the server ended while the job was running")
         tidy(ranks.results)
         adopt(ranks.output, ranks.results, jobs.of("completed"))
         context = zmq.asyncio.Context.instance()
@@ -101,7 +102,7 @@ class Dispatcher:
 
     @property
     def expire_after(self) -> float:
-        """Seconds that finished files are kept."""
+        """How long finished files are kept, in seconds."""
         return self._front.expire_after
 
     @property
@@ -110,51 +111,51 @@ class Dispatcher:
         return self._ready and time.monotonic() - self._heard < _SILENCE
 
     async def run(self) -> None:
-        """Hear what the ranks have to say, and write it down, for ever."""
+        """Receive messages from the ranks and write them to disk, forever."""
         while True:
-            pause = max(0.0, self._next_try - time.monotonic()) if self._news else None
+            pause = max(0.0, self._next_try - time.monotonic()) if self._pending else None
             if await self._socket.poll(None if pause is None else round(1000 * pause)):
                 parts = await self._socket.recv_multipart()
                 try:
                     peer, message = parts
                     await self._take(peer, json.loads(message))
-                except Exception:  # one job's trouble must not end the others'
-                    log.exception("a message of the ranks was not understood")
+                except Exception:  # a failure of one job must not end the others
+                    log.exception("a message from the ranks could not be handled")
             if time.monotonic() >= self._next_try:
                 self._write()
             await self._pump()
 
     async def close(self) -> None:
-        with suppress(sqlite3.Error):  # a job whose end is not written is made again after the next start
+        with suppress(sqlite3.Error):  # a job whose end is not written runs again after the next start
             self._write()
         self._socket.close()
         for listener in self._listeners:
             listener.put_nowait(None)
 
     def progress(self, job: Job) -> int:
-        """Percent."""
+        """Return the job's progress in percent."""
         if job.status == "completed":
             return 100
-        flight = self._flight(job)
-        if flight is None or flight.stage == "waiting":
+        attempt = self._attempt_of(job)
+        if attempt is None or attempt.stage == "waiting":
             return 0
-        if flight.stage == "denoising":
-            return _DENOISING * flight.done // (job.wish.steps * job.wish.count)
-        return _DENOISING + (99 - _DENOISING) * flight.done // job.wish.frames
+        if attempt.stage == "denoising":
+            return _DENOISING * attempt.done // (job.spec.steps * job.spec.count)
+        return _DENOISING + (99 - _DENOISING) * attempt.done // job.spec.frames
 
     def preview(self, job: Job) -> Drawn | None:
-        """The latest one; None if there is none, or the job is no longer being made."""
-        flight = self._flight(job)
-        return None if flight is None else flight.preview
+        """Return the job's latest preview; None if there is none, or the job is no longer running."""
+        attempt = self._attempt_of(job)
+        return None if attempt is None else attempt.preview
 
-    def _flight(self, job: Job) -> _Flight | None:
-        return next((one for one in self._flights.values() if one.job.id == job.id), None)
+    def _attempt_of(self, job: Job) -> _Attempt | None:
+        return next((attempt for attempt in self._attempts.values() if attempt.job.id == job.id), None)
 
     async def submit(self, job: Job) -> None:
-        """Keep a job, and work on it when its turn comes.
+        """Store a job, and queue it.
 
         Raises:
-            QueueFull: as many wait as may.
+            QueueFull: the queue holds as many jobs as it may.
         """
         if self.jobs.count("queued") >= self._front.max_queue:
             raise QueueFull
@@ -164,21 +165,21 @@ class Dispatcher:
         await self._pump()
 
     async def remove(self, job: Job) -> None:
-        """Stop working on a job, and forget it and its files."""
+        """Cancel a job, and delete it and its files."""
         self.jobs.delete(job.id)
-        for order, flight in list(self._flights.items()):
-            if flight.job.id == job.id:
-                del self._flights[order]
-                if not flight.over:
-                    self._removed[order] = job
-                    await self._send({"kind": "cancel", "order": order})
+        for attempt_id, attempt in list(self._attempts.items()):
+            if attempt.job.id == job.id:
+                del self._attempts[attempt_id]
+                if not attempt.over:
+                    self._removed[attempt_id] = job
+                    await self._send({"kind": "cancel", "attempt": attempt_id})
         self._discard(job)
         self._publish(job)
         await self._pump()
 
     @contextmanager
     def listening(self) -> Iterator[asyncio.Queue[Job | None]]:
-        """A queue of the jobs that change from now on; None at the server's end."""
+        """Yield a queue that receives each job that changes, and None when the server ends."""
         listener: asyncio.Queue[Job | None] = asyncio.Queue()
         self._listeners.add(listener)
         try:
@@ -187,7 +188,7 @@ class Dispatcher:
             self._listeners.discard(listener)
 
     async def changes(self, job: Job) -> AsyncIterator[Job]:
-        """A job each time it has changed, until it has ended or is gone."""
+        """Yield a job each time it changes, until it ends or is deleted."""
         with self.listening() as listener:
             current = self.jobs.get(job.id)
             while current is not None and not current.ended:
@@ -200,21 +201,21 @@ class Dispatcher:
                         yield current
 
     def expire(self) -> None:
-        """Forget ended jobs that are too old, and the oldest ones while all files together are too large."""
+        """Delete ended jobs that are too old, and the oldest ones while all files together are too large."""
         now, size = time.time(), 0
         for job in reversed(self.jobs.of("completed", "failed")):
             try:
                 size += sum(path.stat().st_size for path in self.paths(job) if path.exists())
                 old = now - (job.completed or job.created) > self._front.expire_after
                 if old or (self._front.max_output is not None and size > self._front.max_output):
-                    self._discard(job)  # first: what is no longer in the database would never be removed
+                    self._discard(job)  # first: files of jobs that are not in the database are never removed
                     self.jobs.delete(job.id)
                     self._publish(job)
             except OSError:
-                log.exception("%s cannot be removed, and is tried again at the next sweep", job.id)
+                log.exception("%s cannot be removed: the next sweep tries again", job.id)
 
     def paths(self, job: Job) -> list[Path]:
-        """Where a job's results are, or will be."""
+        """Return the paths of a job's results, whether they exist yet or not."""
         return [self._ranks.results / name for name in job.names()]
 
     async def _send(self, message: dict[str, Any]) -> None:
@@ -226,79 +227,81 @@ class Dispatcher:
         if kind == "beat" and peer != self._peer:
             await self._greet(peer)
         if peer != self._peer:
-            return  # ranks that are no more
+            return  # from ranks that have been replaced
         self._heard = time.monotonic()
         if kind == "beat":
             self._ready = bool(message["ready"])
-        elif flight := self._flights.get(message["order"]):
-            self._advance(message["order"], flight, kind, message)
-        elif kind in ("finished", "failed", "cancelled") and message["order"] in self._removed:
-            self._discard(self._removed.pop(message["order"]))
+        elif attempt := self._attempts.get(message["attempt"]):
+            self._advance(message["attempt"], attempt, kind, message)
+        elif kind in ("finished", "failed", "cancelled") and message["attempt"] in self._removed:
+            self._discard(self._removed.pop(message["attempt"]))
 
     async def _greet(self, peer: bytes) -> None:
-        """New ranks: what others were given is to be done again."""
+        """Welcome new ranks, and retry the jobs that earlier ranks had."""
         if self._peer is not None:
             self._metrics.restarts.inc()
         self._peer, self._ready = peer, False
         await self._send({"kind": "welcome"})
-        for order, flight in list(self._flights.items()):
-            if flight.over:
-                continue  # its end is still to be written
-            if flight.stage == "waiting":
-                del self._flights[order]
+        for attempt_id, attempt in list(self._attempts.items()):
+            if attempt.over:
+                continue  # its end is not written yet
+            if attempt.stage == "waiting":
+                del self._attempts[attempt_id]
             else:
-                flight.over = True
-                self._news.append(
-                    _News(order, partial(self._retry, reason="a rank ended while it was being made"), True)
+                attempt.over = True
+                self._pending.append(
+                    _PendingWrite(
+                        attempt_id, partial(self._retry, reason="a rank ended while the job was running"), True
+                    )
                 )
 
-    def _advance(self, order: str, flight: _Flight, kind: str, message: dict[str, Any]) -> None:
-        """What the ranks are at is known at once; what becomes of the job only once it is written."""
+    def _advance(self, attempt_id: str, attempt: _Attempt, kind: str, message: dict[str, Any]) -> None:
+        """Apply a message about an attempt. Progress is visible at once, the job's status only once it is written."""
         now = time.time()
         write: Callable[[Job], None]
         if kind == "started":
             write = partial(self._begin, now=now)
-            flight.stage = "denoising"
+            attempt.stage = "denoising"
         elif kind == "progress":
-            flight.stage, flight.done = message["stage"], message["done"]
-            return self._publish(flight.job)
+            attempt.stage, attempt.done = message["stage"], message["done"]
+            return self._publish(attempt.job)
         elif kind == "preview":
-            flight.preview = Drawn(flight.done, base64.b64decode(message["picture"]))
-            return self._publish(flight.job)
+            attempt.preview = Drawn(attempt.done, base64.b64decode(message["picture"]))
+            return self._publish(attempt.job)
         elif kind == "denoised":
             write = partial(self._denoised, seconds=message["seconds"])
-            flight.stage, flight.done = "decoding", 0
+            attempt.stage, attempt.done = "decoding", 0
         elif kind == "finished":
             write = partial(self._complete, now=now, decode=message["decode"])
         elif kind == "failed":
             write = partial(self._fail, code=message["code"], message=message["message"])
-        else:  # cancelled by nobody here: the ranks let go of it
-            write = partial(self._retry, reason="the ranks gave it up")
-        flight.over = kind not in ("started", "denoised")
-        self._news.append(_News(order, write, flight.over))
+        else:  # cancelled, though this front did not cancel it
+            write = partial(self._retry, reason="the ranks gave the job up")
+        attempt.over = kind not in ("started", "denoised")
+        self._pending.append(_PendingWrite(attempt_id, write, attempt.over))
 
     def _write(self) -> None:
-        """Write the news in order. What cannot be written now, and what comes after it, is tried again later."""
-        while self._news:
-            order, write, last = self._news[0]
-            flight = self._flights.get(order)
-            if flight is not None:  # else its job was removed meanwhile
+        """Write pending changes in order. If one cannot be written, it and all later ones are tried again later."""
+        while self._pending:
+            attempt_id, write, last = self._pending[0]
+            attempt = self._attempts.get(attempt_id)
+            if attempt is not None:  # None if its job was removed meanwhile
                 try:
-                    write(flight.job)
+                    write(attempt.job)
                 except sqlite3.OperationalError as error:
                     if self._pause == _PAUSES[0]:
-                        log.warning("the jobs cannot be written (%s): this is tried again until they are", error)
+                        log.warning("the jobs cannot be written (%s): writing is tried again until it succeeds", error)
                     self._next_try = time.monotonic() + self._pause
                     self._pause = min(2 * self._pause, _PAUSES[1])
                     return
                 except sqlite3.Error:
                     raise  # waiting would not help
                 except Exception:
-                    log.exception("%s is written, but not all was done that follows", flight.job.id)
+                    log.exception("%s is written, but a later step failed", attempt.job.id)
                 if last:
-                    del self._flights[order]
-                self._publish(flight.job)
-            self._news.popleft()
+                    del self._attempts[attempt_id]
+                self._publish(attempt.job)
+            self._pending.popleft()
         if self._pause != _PAUSES[0]:
             self._pause = _PAUSES[0]
             log.warning("the jobs are written again")
@@ -322,13 +325,13 @@ class Dispatcher:
             self._fail(job, "interrupted", f"{reason}, {ATTEMPTS} times")
 
     def _fail(self, job: Job, code: str, message: str) -> None:
-        text = message.encode(errors="replace").decode()  # SQLite takes no lone surrogates
+        text = message.encode(errors="replace").decode()  # SQLite rejects lone surrogates
         self.jobs.update(job, status="failed", completed=time.time(), error_code=code, error_message=text)
         self._metrics.failed.labels(job.kind, code).inc()
         self._drop_inputs(job)
 
     def _drop_inputs(self, job: Job) -> None:
-        for path in job.wish.images:
+        for path in job.spec.images:
             Path(path).unlink(missing_ok=True)
 
     def _discard(self, job: Job) -> None:
@@ -341,28 +344,30 @@ class Dispatcher:
             listener.put_nowait(job)
 
     async def _pump(self) -> None:
-        """Give the ranks what they have room for."""
+        """Send the ranks as many waiting jobs as they have room for."""
         if not self._ready:
             return
         most = _AHEAD + 2 * self._ranks.decode_batch
-        ahead = sum(flight.stage in ("waiting", "denoising") for flight in self._flights.values() if not flight.over)
-        room = min(_AHEAD - ahead, most - len(self._flights))
+        ahead = sum(
+            attempt.stage in ("waiting", "denoising") for attempt in self._attempts.values() if not attempt.over
+        )
+        room = min(_AHEAD - ahead, most - len(self._attempts))
         if room <= 0:
             return
-        given = {flight.job.id for flight in self._flights.values()}
+        sent = {attempt.job.id for attempt in self._attempts.values()}
         try:
-            waiting = [job for job in self.jobs.of("queued", limit=len(given) + room) if job.id not in given]
-        except sqlite3.OperationalError as error:  # the ranks' next beat comes here again
+            waiting = [job for job in self.jobs.of("queued", limit=len(sent) + room) if job.id not in sent]
+        except sqlite3.OperationalError as error:  # the next beat of the ranks calls this again
             return log.warning("the jobs cannot be read (%s)", error)
         for job in waiting[:room]:
-            order = uuid.uuid4().hex
-            self._flights[order] = _Flight(job)
+            attempt_id = uuid.uuid4().hex
+            self._attempts[attempt_id] = _Attempt(job)
             await self._send(
-                {"kind": "order", "order": order, "prompt": _prompt(job.wish), "fps": job.wish.fps,
-                 "preview_every": job.wish.preview_every, "paths": [str(path) for path in self.paths(job)]}
+                {"kind": "attempt", "attempt": attempt_id, "prompt": _prompt(job.spec), "fps": job.spec.fps,
+                 "preview_every": job.spec.preview_every, "paths": [str(path) for path in self.paths(job)]}
             )  # fmt: skip
 
 
-def _prompt(wish: Wish) -> dict[str, Any]:
-    fields = asdict(wish)
+def _prompt(spec: JobSpec) -> dict[str, Any]:
+    fields = asdict(spec)
     return {name: fields[name] for name in fields.keys() - {"count", "fps", "preview_every", "asked"}}

@@ -1,4 +1,4 @@
-"""What a rank does in a server: denoise one order after the other, and pass the latents on to be decoded."""
+"""The work of a rank in a server: it denoises one attempt after another, and passes the latents on to the decoder."""
 
 from __future__ import annotations
 
@@ -27,68 +27,70 @@ from halovae.pipelines.previews import Preview, previews
 from halovae.pipelines.specs import Prompt
 from halovae.planning.planner import USABLE
 from halovae.runtime.vae import VAE
+from halovae.serving.broadcast import IDLE, RankZeroBroadcast
+from halovae.serving.channel import RankChannel
 from halovae.serving.decoding import Decoding, summary, survived
-from halovae.serving.files import Batch, Order, Writer
-from halovae.serving.lead import IDLE, Lead
-from halovae.serving.line import RankLine
+from halovae.serving.files import Attempt, Batch, Writer
 from halovae.serving.settings import RankSettings
 
 log = logging.getLogger(__name__)
 
 
 class Cancelled(Exception):
-    """Nobody asks for the order any more."""
+    """The front has cancelled the attempt."""
 
 
 def serve_as_rank(settings: RankSettings, ready: Event | None = None) -> None:
-    """Work on what the front orders, until the process is ended.
+    """Work on the front's attempts until the process is ended.
 
     Args:
         settings: the same on all ranks.
-        ready: is set once orders can be worked on.
+        ready: an event to set once attempts can be worked on.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    first = int(os.environ.get("RANK", "0")) == 0
-    line = RankLine(settings.endpoint) if first else None
+    is_rank_zero = int(os.environ.get("RANK", "0")) == 0
+    channel = RankChannel(settings.endpoint) if is_rank_zero else None
     begin = time.monotonic()
     generator = Generator(
         settings.model, settings.dtype, settings.vae_dtype, settings.ulysses, settings.ring, settings.offload,
         settings.vae_mode,
     )  # fmt: skip
-    engine = Engine(generator, settings, line)
+    engine = Engine(generator, settings, channel)
     if settings.warmup is not None:
         engine.warm_up(*settings.warmup)
-    if line is not None:
+    if channel is not None:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         log.info("%s is ready on %d rank(s), after %.1f s", settings.model.name, ranks, time.monotonic() - begin)
-        line.ready = True
+        channel.ready = True
     if ready is not None:
         ready.set()
     engine.run()
 
 
 class Engine:
-    """A rank's work; all ranks have one, and rank 0's `line` says what to do."""
+    """The work of one rank. Every rank has an engine; rank 0 receives attempts by its `channel`."""
 
-    def __init__(self, generator: Generator, settings: RankSettings, line: RankLine | None) -> None:
-        self._generator, self._line = generator, line
+    def __init__(self, generator: Generator, settings: RankSettings, channel: RankChannel | None) -> None:
+        self._generator, self._channel = generator, channel
         self._device = Device(generator.device)
-        self._lead = Lead()
+        self._broadcast = RankZeroBroadcast()
         self._options: dict[str, Any] = {"memory_budget": settings.memory_budget}
         self._options |= {"grid": settings.vae_grid} if settings.vae_grid else {"mode": settings.vae_mode}
-        # None where a pipeline decodes within its own call.
+        # None if the pipeline decodes within its own call.
         self._decoding: Decoding | None = None
         self._writer: Writer | None = None
         if not generator.kind.whole:
-            self._decoding = Decoding(generator.decoder, self._options, settings.decode_batch, Lead(), line)
-        elif line is not None:
-            self._writer = Writer(line)
-        self._needs: dict[tuple[Any, ...], int] = {}  # bytes that denoising took on a rank, by what was made
+            self._decoding = Decoding(
+                generator.decoder, self._options, settings.decode_batch, RankZeroBroadcast(), channel
+            )
+        elif channel is not None:
+            self._writer = Writer(channel)
+        self._needs: dict[tuple[Any, ...], int] = {}  # bytes that denoising took on a rank, by `_memory_key`
         self._free = 0
         self._previews: VAE | None = None
 
     def warm_up(self, width: int, height: int, frames: int) -> None:
-        """Generate something once, so that the first request need not wait for what is done only once."""
+        """Generate once, so that the first request does not wait for one-time work."""
         ready(self._device.torch_device, wait=True)
         kind, picture = self._generator.kind, io.BytesIO()
         Image.new("RGB", (width, height)).save(picture, "png")
@@ -101,110 +103,120 @@ class Engine:
         self._generator.decoder.warmup(latents.shape, **self._options)
 
     def run(self) -> None:
-        """Denoise what is ordered, for ever."""
+        """Denoise attempts, forever."""
         for thread in (self._decoding, self._writer):
             if thread is not None:
                 thread.start()
         while True:
-            order = self._lead.say(self._next() if self._lead.first else None)
-            if order is None:
+            attempt = self._broadcast.send(self._next() if self._broadcast.is_rank_zero else None)
+            if attempt is None:
                 continue
-            with survived(self._lead, self._line, [order.id]):
+            with survived(self._broadcast, self._channel, [attempt.id]):
                 try:
-                    results = self._results(order)
+                    results = self._results(attempt)
                 except Cancelled:
-                    if self._line is not None:
-                        self._line.tell("cancelled", order.id)
+                    if self._channel is not None:
+                        self._channel.send("cancelled", attempt.id)
                 else:
-                    self._pass_on(order, results)
+                    self._pass_on(attempt, results)
 
-    def _next(self) -> Order | None:
-        """The next order, once it may be denoised beside what is being decoded; None if there is none for long."""
-        assert self._line is not None
+    def _next(self) -> Attempt | None:
+        """Return the next attempt once it may be denoised beside running decodes.
+
+        None if no attempt arrives within `IDLE`, or if its input pictures are lost.
+        """
+        assert self._channel is not None
         try:
-            message = self._line.orders.get(timeout=IDLE)
+            message = self._channel.attempts.get(timeout=IDLE)
         except queue.Empty:
             return None
         try:
-            order = _order(message)
+            attempt = _attempt_from(message)
         except OSError as error:
-            self._line.tell("failed", message["order"], code="input_lost", message=str(error))
+            self._channel.send("failed", message["attempt"], code="input_lost", message=str(error))
             return None
         if self._decoding is not None:
-            self._decoding.wait_until(lambda: self._has_room(order))
-        return order
+            self._decoding.wait_until(lambda: self._has_room(attempt))
+        return attempt
 
-    def _has_room(self, order: Order) -> bool:
-        """Whether denoising has memory beside a decode: both have been measured before, and together are not too much.
+    def _has_room(self, attempt: Attempt) -> bool:
+        """Whether an attempt may be denoised beside a decode: both were measured, and fit into memory together.
 
-        What was not measured yet is denoised alone, and measured.
+        An attempt that was not measured yet is denoised on its own, and measured.
         """
         assert self._decoding is not None
-        need, decodes = self._needs.get(_likeness(order)), self._decoding.needs.values()
+        need, decodes = self._needs.get(_memory_key(attempt)), self._decoding.needs.values()
         return need is not None and bool(decodes) and need + max(decodes) <= USABLE * self._free
 
-    def _pass_on(self, order: Order, results: Sequence[Tensor | Made]) -> None:
-        """Have latents decoded, or frames written."""
-        latents = [one for one in results if isinstance(one, Tensor)]
-        made = [one for one in results if isinstance(one, Made)]
+    def _pass_on(self, attempt: Attempt, results: Sequence[Tensor | Made]) -> None:
+        """Queue latents for decoding, or frames for writing."""
+        latents = [result for result in results if isinstance(result, Tensor)]
+        made = [result for result in results if isinstance(result, Made)]
         if self._decoding is not None:
-            self._decoding.add(order, torch.cat(latents))
+            self._decoding.add(attempt, torch.cat(latents))
         elif self._writer is not None:
-            batch = Batch([order])
-            self._writer.write(batch, torch.cat([one.frames for one in made if one.frames is not None]))
-            seconds = round(sum(one.report.seconds for one in made), 3)
+            batch = Batch([attempt])
+            self._writer.write(batch, torch.cat([result.frames for result in made if result.frames is not None]))
+            seconds = round(sum(result.report.seconds for result in made), 3)
             self._writer.finish(batch, {**summary(made[-1].report), "seconds": seconds})
 
-    def _results(self, order: Order) -> list[Tensor | Made]:
-        """The latents of all of an order's results, or their frames where the pipeline decodes too."""
-        meter = MemoryMeter(self._device) if _likeness(order) not in self._needs else None
-        begin, prompt, watch = time.monotonic(), order.prompt, self._watch(order)
+    def _results(self, attempt: Attempt) -> list[Tensor | Made]:
+        """Return the latents of all results of an attempt, or their frames if the pipeline decodes within its own call.
+
+        Raises:
+            Cancelled: the front has cancelled the attempt.
+        """
+        meter = MemoryMeter(self._device) if _memory_key(attempt) not in self._needs else None
+        begin, prompt, watch = time.monotonic(), attempt.prompt, self._watch(attempt)
         results: list[Tensor | Made] = []
-        for index in range(len(order.paths)):
-            made = index * prompt.steps
+        for index in range(len(attempt.paths)):
+            steps_before = index * prompt.steps
 
-            def told(step: int, made: int = made) -> None:
-                if self._lead.say(self._line is not None and order.id in self._line.cancelled):
+            def report_step(step: int, steps_before: int = steps_before) -> None:
+                if self._broadcast.send(self._channel is not None and attempt.id in self._channel.cancelled):
                     raise Cancelled
-                if self._line is not None:
-                    self._line.tell("progress", order.id, stage="denoising", done=made + step)
+                if self._channel is not None:
+                    self._channel.send("progress", attempt.id, stage="denoising", done=steps_before + step)
 
-            if self._line is not None and index == 0:
-                self._line.tell("started", order.id)
-            told(0)
-            own = replace(prompt, seed=prompt.seed + index)
+            if self._channel is not None and index == 0:
+                self._channel.send("started", attempt.id)
+            report_step(0)
+            seeded = replace(prompt, seed=prompt.seed + index)
             if self._generator.kind.whole:
-                results.append(self._generator.make(own, told, watch, **self._options))
+                results.append(self._generator.make(seeded, report_step, watch, **self._options))
             else:
-                results.append(self._generator.denoise(own, told, watch))
-        everyone = self._lead.all_say((meter.read().above_resting if meter else 0, self._device.memory()[0]))
+                results.append(self._generator.denoise(seeded, report_step, watch))
+        memory = self._broadcast.gather((meter.read().above_resting if meter else 0, self._device.memory()[0]))
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self._device.kind == "cpu" else 1
-        self._free = min(free for _, free in everyone) // sharing
+        self._free = min(free for _, free in memory) // sharing
         if meter:
-            self._needs[_likeness(order)] = max(need for need, _ in everyone)
-        if self._line is not None:
-            self._line.tell("denoised", order.id, seconds=round(time.monotonic() - begin, 3))
+            self._needs[_memory_key(attempt)] = max(need for need, _ in memory)
+        if self._channel is not None:
+            self._channel.send("denoised", attempt.id, seconds=round(time.monotonic() - begin, 3))
         return results
 
-    def _watch(self, order: Order) -> StepEnd | None:
-        """What draws an order's previews, on rank 0; None if nobody asked for them, or it is not known how."""
-        line, pipeline = self._line, self._generator.pipeline
-        if line is None or order.preview_every is None:
+    def _watch(self, attempt: Attempt) -> StepEnd | None:
+        """Return a callback that draws an attempt's previews.
+
+        None on ranks other than 0, if no previews are requested, or if the pipeline supports none.
+        """
+        channel, pipeline = self._channel, self._generator.pipeline
+        if channel is None or attempt.preview_every is None:
             return None
         if self._previews is None:
-            self._previews = VAE(pipeline.vae)  # of its own, as a decode may be under way in another thread
+            self._previews = VAE(pipeline.vae)  # a separate VAE, as a decode may be running in another thread
 
         def show(preview: Preview) -> None:
             file = io.BytesIO()
             preview.picture.save(file, "jpeg")
-            line.tell("preview", order.id, step=preview.step, picture=base64.b64encode(file.getvalue()).decode())
+            channel.send("preview", attempt.id, step=preview.step, picture=base64.b64encode(file.getvalue()).decode())
 
         try:
             draw = previews(
-                pipeline, every=order.preview_every, show=show, size=order.prompt.size, decoder=self._previews
+                pipeline, every=attempt.preview_every, show=show, size=attempt.prompt.size, decoder=self._previews
             )
         except TypeError as error:
-            log.warning("no previews of %s: %s", order.id, error)
+            log.warning("no previews of %s: %s", attempt.id, error)
             return None
         works = True
 
@@ -213,18 +225,18 @@ class Engine:
             try:
                 if works:
                     draw(*step)
-            except Exception as error:  # the job does not fail for it
+            except Exception as error:  # a failed preview does not fail the job
                 works = False
-                log.warning("no more previews of %s: %s", order.id, error)
+                log.warning("no more previews of %s: %s", attempt.id, error)
 
         return watch
 
 
-def _order(message: dict[str, Any]) -> Order:
+def _attempt_from(message: dict[str, Any]) -> Attempt:
     prompt = message["prompt"]
     images = tuple(Path(path).read_bytes() for path in prompt["images"])
-    return Order(
-        message["order"],
+    return Attempt(
+        message["attempt"],
         Prompt(**{**prompt, "size": tuple(prompt["size"]), "images": images}),
         tuple(Path(path) for path in message["paths"]),
         message["fps"],
@@ -232,8 +244,8 @@ def _order(message: dict[str, Any]) -> Order:
     )
 
 
-def _likeness(order: Order) -> tuple[Any, ...]:
-    """What denoising memory depends on."""
-    prompt = order.prompt
+def _memory_key(attempt: Attempt) -> tuple[Any, ...]:
+    """Return the properties of an attempt on which its denoising memory depends."""
+    prompt = attempt.prompt
     guided = prompt.negative is not None or (prompt.guidance or 0) > 1
-    return prompt.size, prompt.frames, len(prompt.images), guided, order.preview_every is not None
+    return prompt.size, prompt.frames, len(prompt.images), guided, attempt.preview_every is not None

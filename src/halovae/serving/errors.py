@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients read."""
+"""Errors in the format that OpenAI's clients read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        status: of HTTP.
-        message: says what would be accepted.
-        param: the field of the request that is wrong.
-        code: for programs.
-        headers: of the answer.
+        status: HTTP status.
+        message: what is wrong, and what would be accepted.
+        param: the request field that is wrong.
+        code: error code for programs.
+        headers: HTTP headers of the response.
     """
 
     def __init__(
@@ -34,27 +34,27 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """Return the HTTP response."""
         kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
         body = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return JSONResponse({"error": body}, self.status, self.headers)
 
 
 def from_validation(error: ValidationError | RequestValidationError) -> ApiError:
-    """What a field's check says, for the first field that is wrong."""
+    """Return the error for the first field that failed validation."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    path = [str(name) for name in first["loc"] if name not in ("body", "query", "path")]
     param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {param!r}", param, "unknown_parameter")
-    given = "" if first["type"] == "missing" else f" (got {_short(first.get('input'))})"
-    return ApiError(400, f"{param}: {first['msg']}{given}" if param else str(first["msg"]), param, "invalid_value")
+    got = "" if first["type"] == "missing" else f" (got {_short(first.get('input'))})"
+    return ApiError(400, f"{param}: {first['msg']}{got}" if param else str(first["msg"]), param, "invalid_value")
 
 
 def from_database(error: sqlite3.OperationalError) -> ApiError:
-    """What a client is told when the jobs cannot be read or written: nothing was changed."""
+    """Return the error for jobs that cannot be read or written. Nothing was changed."""
     if "full" in str(error):
-        return ApiError(507, "the disk is full: jobs cannot be kept", code="disk_full")
+        return ApiError(507, "the disk is full: jobs cannot be stored", code="disk_full")
     message = f"the jobs cannot be reached at the moment ({error}): try again"
     return ApiError(503, message, code="database_unavailable", headers={"Retry-After": "2"})
 
@@ -65,7 +65,7 @@ def _short(value: Any) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Let all errors of an app have the shape."""
+    """Make an app answer with `ApiError.response` for all errors."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Fetch what a client's URL names, without letting it reach into the server's own network."""
+"""Fetches URLs that clients send, on the public internet only, so that they do not reach the server's own network."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _TIMEOUT = 15.0
 
 
 async def fetch(url: str, most: int, param: str) -> bytes:
-    """Up to `most` bytes of what an http or https URL names.
+    """Return the content of an http or https URL, of at most `most` bytes.
 
-    Each hop's name is resolved once, and the connection goes to the address that was checked.
+    Each hop's host name is resolved once, and the connection goes to the address that was checked.
 
     Raises:
-        ApiError: the address is not a public one, nothing is there, or it is too large.
+        ApiError: the address is not public, the content cannot be fetched, or it is too large.
     """
     async with httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False) as client:
         for _ in range(_HOPS):
@@ -46,7 +46,7 @@ async def fetch(url: str, most: int, param: str) -> bytes:
 
 
 async def _public(url: str, param: str) -> tuple[str, str]:
-    """The host of a URL, and an address of it that is on the public internet."""
+    """Return the host of a URL and its address. All addresses of the host must be on the public internet."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
@@ -55,10 +55,10 @@ async def _public(url: str, param: str) -> tuple[str, str]:
     if host is None or parts.scheme not in ("http", "https"):
         raise ApiError(400, f"{param}: expected an http or https URL", param)
     try:
-        found = await anyio.to_thread.run_sync(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        resolved = await anyio.to_thread.run_sync(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
         raise ApiError(400, f"{param}: no such host", param) from error
-    addresses = [ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found]
+    addresses = [ipaddress.ip_address(str(info[4][0]).partition("%")[0]) for info in resolved]
     for address in addresses:
         plain = getattr(address, "ipv4_mapped", None) or address
         if not plain.is_global or plain.is_multicast:

@@ -1,4 +1,4 @@
-"""Frames to files, in a thread of its own: the next batch decodes while this one's last frames are encoded."""
+"""Writes frames to files in a thread of its own, so that the next batch can be decoded meanwhile."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from halovae.io import media
 from halovae.pipelines.specs import Prompt
-from halovae.serving.line import RankLine
+from halovae.serving.channel import RankChannel
 
-_WAITING = 2  # pieces of frames: more of them would only take memory
+_WAITING = 2  # pieces of frames that may wait to be written; more would only take memory
 
 
 @dataclass(frozen=True)
-class Order:
+class Attempt:
     """One attempt at a job.
 
     Attributes:
-        id: the attempt's.
-        prompt: what to make; the seeds from `prompt.seed` on make one result each.
+        id: the attempt's id.
+        prompt: what to make; each seed from `prompt.seed` on makes one result.
         paths: where the results go.
-        fps: of a video.
+        fps: frames per second of a video.
         preview_every: steps from one preview to the next; None for no previews.
     """
 
@@ -41,81 +41,81 @@ class Order:
 
 @dataclass
 class Batch:
-    """Orders whose frames are decoded together."""
+    """Attempts whose frames are decoded together."""
 
-    orders: Sequence[Order]
+    attempts: Sequence[Attempt]
     done: int = 0
     sinks: dict[str, list[media.Sink]] = field(default_factory=dict)
 
 
 class Writer(threading.Thread):
-    """Writes frames as they come, and tells the front of each order's progress and end. On rank 0."""
+    """Writes frames as they come, and reports the progress and end of each attempt to the front. Runs on rank 0."""
 
-    def __init__(self, line: RankLine) -> None:
+    def __init__(self, channel: RankChannel) -> None:
         super().__init__(daemon=True, name="writer")
-        self._line = line
+        self._channel = channel
         self._queue: queue.Queue[tuple[Batch, Tensor | None, dict[str, Any]]] = queue.Queue(_WAITING)
 
     def write(self, batch: Batch, frames: Tensor) -> None:
-        """Append frames `[B, 3, T, H, W]`, uint8, to the batch's files; waits while much is still to be written."""
+        """Append frames `[B, 3, T, H, W]`, uint8, to the batch's files. Blocks while too many pieces wait."""
         self._queue.put((batch, frames, {}))
 
     def finish(self, batch: Batch, decode: dict[str, Any]) -> None:
-        """The batch has all its frames, and its decode took this."""
+        """Close the batch's files and report each attempt as finished. `decode` holds the figures of its decode."""
         self._queue.put((batch, None, decode))
 
     def run(self) -> None:
         while True:
             batch, frames, decode = self._queue.get()
             first = 0
-            for order in batch.orders:
-                last = first + len(order.paths)
+            for attempt in batch.attempts:
+                last = first + len(attempt.paths)
                 if batch.done == 0 and frames is not None:
-                    self._attempt(batch, order, self._open)
-                if order.id in batch.sinks:
+                    self._run_step(batch, attempt, self._open)
+                if attempt.id in batch.sinks:
                     if frames is None:
-                        self._attempt(batch, order, self._close, decode)
+                        self._run_step(batch, attempt, self._close, decode)
                     else:
-                        self._attempt(batch, order, self._append, frames[first:last])
+                        self._run_step(batch, attempt, self._append, frames[first:last])
                 first = last
             batch.done += 0 if frames is None else frames.shape[2]
             del frames
 
-    def _attempt(self, batch: Batch, order: Order, step: Any, *args: Any) -> None:
-        """One step of an order. A failure ends this order alone."""
+    def _run_step(self, batch: Batch, attempt: Attempt, step: Any, *args: Any) -> None:
+        """Run one step of an attempt. A failure ends only this attempt."""
         try:
-            if order.id in self._line.cancelled:
-                self._drop(batch, order)
-                self._line.tell("cancelled", order.id)
+            if attempt.id in self._channel.cancelled:
+                self._drop(batch, attempt)
+                self._channel.send("cancelled", attempt.id)
             else:
-                step(batch, order, *args)
+                step(batch, attempt, *args)
         except Exception as error:
-            self._drop(batch, order)
-            for path in order.paths:
+            self._drop(batch, attempt)
+            for path in attempt.paths:
                 media.discard(path)
             if not isinstance(error, OSError):
-                logging.getLogger(__name__).exception("order %s cannot be written", order.id)
+                logging.getLogger(__name__).exception("attempt %s cannot be written", attempt.id)
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            self._line.tell("failed", order.id, code="disk_full" if full else "cannot_write", message=str(error))
+            self._channel.send("failed", attempt.id, code="disk_full" if full else "cannot_write", message=str(error))
 
-    def _open(self, batch: Batch, order: Order) -> None:
-        sinks = batch.sinks[order.id] = []
-        for path in order.paths:
-            sinks.append(media.Sink(path, order.fps))
+    def _open(self, batch: Batch, attempt: Attempt) -> None:
+        sinks = batch.sinks[attempt.id] = []
+        for path in attempt.paths:
+            sinks.append(media.Sink(path, attempt.fps))
 
-    def _append(self, batch: Batch, order: Order, frames: Tensor) -> None:
-        for sink, own in zip(batch.sinks[order.id], frames, strict=True):
-            sink.write(own)
-        self._line.tell("progress", order.id, stage="decoding", done=batch.done + frames.shape[2])
+    def _append(self, batch: Batch, attempt: Attempt, frames: Tensor) -> None:
+        for sink, result in zip(batch.sinks[attempt.id], frames, strict=True):
+            sink.write(result)
+        self._channel.send("progress", attempt.id, stage="decoding", done=batch.done + frames.shape[2])
 
-    def _close(self, batch: Batch, order: Order, decode: dict[str, Any]) -> None:
-        for sink in batch.sinks[order.id]:
+    def _close(self, batch: Batch, attempt: Attempt, decode: dict[str, Any]) -> None:
+        for sink in batch.sinks[attempt.id]:
             sink.close(whole=True)
-        del batch.sinks[order.id]
-        self._line.tell("finished", order.id, decode=decode)
+        del batch.sinks[attempt.id]
+        self._channel.send("finished", attempt.id, decode=decode)
 
-    def _drop(self, batch: Batch, order: Order) -> None:
-        for sink in batch.sinks.pop(order.id, []):
+    def _drop(self, batch: Batch, attempt: Attempt) -> None:
+        for sink in batch.sinks.pop(attempt.id, []):
             try:
                 sink.close(whole=False)
             except OSError:  # the reason is known already

@@ -1,4 +1,4 @@
-"""Jobs, in SQLite, so that they outlive the processes that work on them."""
+"""Jobs in SQLite. They outlive the processes that work on them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any, Literal
 
 Kind = Literal["video", "image"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
-ATTEMPTS = 2  # how often a job is begun before it fails with the ranks it ran on
+ATTEMPTS = 2  # how often a job is started before it fails because its ranks ended
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a job is to make, checked and rounded.
+class JobSpec:
+    """What a job asks for, checked and rounded.
 
     Attributes:
         text: the prompt; `size`, `frames`, `steps`, `seed`, `negative`, `guidance` and `guidance_2` as in `Prompt`.
         images: paths of pictures to start from, written by the front.
-        count: how many to make, with the seeds from `seed` on.
-        fps: of a video.
+        count: how many results to make, one for each seed from `seed` on.
+        fps: frames per second of a video.
         preview_every: steps from one preview to the next; None for no previews.
-        asked: by field of the request, what was asked for where it was rounded.
+        asked: what was asked for where a value was rounded, by field of the request.
     """
 
     text: str
@@ -48,19 +48,19 @@ class Wish:
 
 @dataclass
 class Job:
-    """A job as it is kept; times are seconds since 1970.
+    """A job as it is stored. Times are seconds since 1970.
 
     Attributes:
         seq: its place in the order of arrival.
-        attempts: how often ranks have begun it.
-        report: what its decode took, as `DecodeReport` has it.
+        attempts: how often ranks have started it.
+        report: figures of its decode, as `decoding.summary` returns them.
         denoised: seconds that denoising took.
     """
 
     id: str
     kind: Kind
     model: str
-    wish: Wish
+    spec: JobSpec
     created: float
     seq: int = 0
     status: Status = "queued"
@@ -74,27 +74,27 @@ class Job:
     denoised: float | None = None
 
     @classmethod
-    def new(cls, kind: Kind, model: str, wish: Wish) -> Job:
-        return cls(f"{kind}_{uuid.uuid4().hex}", kind, model, wish, time.time())
+    def new(cls, kind: Kind, model: str, spec: JobSpec) -> Job:
+        return cls(f"{kind}_{uuid.uuid4().hex}", kind, model, spec, time.time())
 
     @property
     def ended(self) -> bool:
         return self.status in ("completed", "failed")
 
     def names(self) -> list[str]:
-        """The names of the files it makes."""
+        """Return the file names of its results."""
         suffix = "mp4" if self.kind == "video" else "png"
-        return [f"{self.id}-{index}.{suffix}" for index in range(self.wish.count)]
+        return [f"{self.id}-{index}.{suffix}" for index in range(self.spec.count)]
 
 
-# Of a result that is being written: a name of `Job.names`, as `media.partial_of` changes it.
+# Names of results that are being written: a name of `Job.names`, as `media.partial_of` changes it.
 _PARTIAL = re.compile(r"\.(video|image)_[0-9a-f]{32}-[0-9]+\.(mp4|png)\.partial")
-_JSON = ("wish", "files", "report")
-_COLUMNS = tuple(one.name for one in fields(Job) if one.name != "seq")
+_JSON = ("spec", "files", "report")
+_COLUMNS = tuple(column.name for column in fields(Job) if column.name != "seq")
 
 
 class Jobs:
-    """All jobs of an output directory; for one thread."""
+    """All jobs of an output directory. For use from one thread."""
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None)
@@ -108,11 +108,11 @@ class Jobs:
         self._db.close()
 
     def wait_for_others(self, seconds: float) -> None:
-        """How long a call waits for another process that writes, before it raises sqlite3.OperationalError."""
+        """Set how long a call waits for another writing process before it raises sqlite3.OperationalError."""
         self._db.execute(f"PRAGMA busy_timeout = {round(1000 * seconds)}")
 
     def add(self, job: Job) -> None:
-        """Keep a new job; it is on disk when this returns."""
+        """Store a new job. It is on disk when this returns."""
         values = _row(asdict(job))
         marks = ", ".join("?" for _ in _COLUMNS)
         cursor = self._db.execute(
@@ -124,7 +124,7 @@ class Jobs:
         return next(iter(self._select("WHERE id = ?", job)), None)
 
     def update(self, job: Job, **changes: Any) -> None:
-        """Change a job on disk, and then here: a change that cannot be written is not made."""
+        """Change a job on disk, then in memory. A change that cannot be written is not made in memory."""
         assigned = ", ".join(f"{name} = ?" for name in changes)
         self._db.execute(f"UPDATE jobs SET {assigned} WHERE id = ?", [*_row(changes).values(), job.id])
         for name, value in changes.items():
@@ -134,7 +134,7 @@ class Jobs:
         self._db.execute("DELETE FROM jobs WHERE id = ?", (job,))
 
     def of(self, *statuses: Status, limit: int = -1) -> list[Job]:
-        """The jobs with one of these statuses, in order of arrival."""
+        """Return the jobs with one of these statuses, in order of arrival."""
         marks = ", ".join("?" for _ in statuses)
         return self._select(f"WHERE status IN ({marks}) ORDER BY seq LIMIT ?", *statuses, limit)
 
@@ -142,7 +142,7 @@ class Jobs:
         return int(self._db.execute("SELECT count(*) FROM jobs WHERE status = ?", (status,)).fetchone()[0])
 
     def page(self, kind: Kind | None, limit: int, newest_first: bool = True, after: Job | None = None) -> list[Job]:
-        """Up to `limit` jobs in order of arrival or against it, beginning after a given one."""
+        """Return up to `limit` jobs that follow `after`, the newest first or in order of arrival."""
         where, values = ["1"], []
         if kind is not None:
             where.append("kind = ?")
@@ -161,19 +161,20 @@ def _row(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if isinstance(value, Wish) else value
+    return asdict(value) if isinstance(value, JobSpec) else value
 
 
 def _job(row: sqlite3.Row) -> Job:
     values = {name: json.loads(value) if name in _JSON else value for name, value in dict(row).items()}
-    wish = values["wish"]
-    values["wish"] = Wish(**{**wish, "size": tuple(wish["size"]), "images": tuple(wish["images"])})
+    spec = values["spec"]
+    values["spec"] = JobSpec(**{**spec, "size": tuple(spec["size"]), "images": tuple(spec["images"])})
     return Job(**values)
 
 
 def tidy(results: Path) -> None:
-    """Remove the partial results of ended processes. A finished result of an unknown job stays: its database may be
-    lost. So does every file that has another name.
+    """Remove partial results of ended processes.
+
+    Finished results of unknown jobs stay, as the database may have been lost. Files with other names stay too.
     """
     for path in results.glob(".*.partial"):
         if _PARTIAL.fullmatch(path.name) and path.is_file():
@@ -181,7 +182,7 @@ def tidy(results: Path) -> None:
 
 
 def adopt(output: Path, results: Path, completed: Iterable[Job]) -> None:
-    """Move the results of these jobs from `output` itself, where an earlier version kept them."""
+    """Move the results of these jobs from `output` to `results`. An earlier version kept them in `output`."""
     for job in completed:
         for name in job.names():
             if (output / name).is_file() and not (results / name).exists():

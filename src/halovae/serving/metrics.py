@@ -1,4 +1,4 @@
-"""Figures for Prometheus."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
 class Metrics:
-    """A server's."""
+    """The metrics of one server."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
-        self.submitted = Counter("halovae_jobs_submitted", "Jobs taken", ["kind"], registry=registry)
-        self.completed = Counter("halovae_jobs_completed", "Jobs done", ["kind"], registry=registry)
+        self.submitted = Counter("halovae_jobs_submitted", "Jobs accepted", ["kind"], registry=registry)
+        self.completed = Counter("halovae_jobs_completed", "Jobs completed", ["kind"], registry=registry)
         self.failed = Counter("halovae_jobs_failed", "Jobs failed", ["kind", "code"], registry=registry)
-        self.restarts = Counter("halovae_rank_restarts", "Times that the ranks began anew", registry=registry)
+        self.restarts = Counter("halovae_rank_restarts", "Times that the ranks were restarted", registry=registry)
         self.denoising = Histogram(
-            "halovae_denoising_seconds", "Of a job", ["kind"], registry=registry, buckets=_SECONDS
+            "halovae_denoising_seconds", "Time to denoise a job", ["kind"], registry=registry, buckets=_SECONDS
         )
         self.decoding = Histogram(
-            "halovae_decode_seconds", "Of a batch, for each of its jobs", ["kind"], registry=registry, buckets=_SECONDS
+            "halovae_decode_seconds",
+            "Time to decode a job's batch",
+            ["kind"],
+            registry=registry,
+            buckets=_SECONDS,
         )
         self.batch = Histogram(
             "halovae_decode_batch", "Results decoded together", registry=registry, buckets=(1, 2, 4, 8, 16)
         )
-        self.reserved = Gauge("halovae_decode_peak_reserved_bytes", "Of the last decode", registry=registry)
-        self.allocated = Gauge("halovae_decode_peak_allocated_bytes", "Of the last decode", registry=registry)
+        self.reserved = Gauge("halovae_decode_peak_reserved_bytes", "Peak of the last decode", registry=registry)
+        self.allocated = Gauge("halovae_decode_peak_allocated_bytes", "Peak of the last decode", registry=registry)
         self._jobs = Gauge("halovae_jobs", "Jobs by status", ["status"], registry=registry)
-        self._ready = Gauge("halovae_ranks_ready", "Whether jobs are worked on", registry=registry)
+        self._ready = Gauge("halovae_ranks_ready", "Whether the ranks are ready", registry=registry)
 
     def finished(self, job: Job, decode: dict[str, Any]) -> None:
-        """Count a job that is done, and its decode."""
+        """Count a completed job, and observe its decode."""
         self.completed.labels(job.kind).inc()
         self.decoding.labels(job.kind).observe(decode["seconds"])
         self.batch.observe(decode["batch"])
@@ -43,7 +47,7 @@ class Metrics:
         self.allocated.set(decode["peak_allocated_mb"] * 2**20)
 
     def text(self, jobs: Jobs, ready: bool) -> bytes:
-        """All of them, as Prometheus reads them."""
+        """Return all metrics in Prometheus' text format."""
         for status in ("queued", "in_progress", "completed", "failed"):
             self._jobs.labels(status).set(jobs.count(status))
         self._ready.set(ready)

@@ -1,4 +1,4 @@
-"""Pictures that strangers send: checked before anything of them is used."""
+"""Checks pictures that clients send before they are used."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MOST_PIXELS = 64_000_000
 
 
 def checked(data: bytes, param: str) -> bytes:
-    """A picture as a plain RGB PNG: turned as its EXIF data say, on white where it is transparent.
+    """Return a picture as a plain RGB PNG, rotated as its EXIF data says, with transparency on white.
 
     Raises:
-        ApiError: it is none, is cut off, or is too large.
+        ApiError: the data is no picture, is cut off, or is too large.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its size is checked here
+            warnings.simplefilter("ignore")  # Pillow's warning about large pictures; the size is checked below
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 width, height = picture.size
                 if width * height > MOST_PIXELS:
@@ -34,17 +34,17 @@ def checked(data: bytes, param: str) -> bytes:
                     upright = Image.alpha_composite(white, upright.convert("RGBA"))
                 plain = upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ApiError(400, f"{param}: expected a whole {', '.join(FORMATS)} picture ({error})", param) from error
+        raise ApiError(400, f"{param}: expected a complete {', '.join(FORMATS)} picture ({error})", param) from error
     out = io.BytesIO()
     plain.save(out, "png", compress_level=1)
     return out.getvalue()
 
 
 def from_data_url(url: str, param: str) -> bytes:
-    """The bytes of a `data:...;base64,` URL.
+    """Decode the bytes of a `data:...;base64,` URL.
 
     Raises:
-        ApiError: it is none.
+        ApiError: `url` is not such a URL, or its base64 is damaged.
     """
     head, comma, body = url.partition(",")
     if not (comma and head.startswith("data:") and head.endswith(";base64")):
@@ -56,7 +56,7 @@ def from_data_url(url: str, param: str) -> bytes:
 
 
 def converted(png: bytes, kind: str, quality: int) -> bytes:
-    """A PNG as "png", "jpeg" or "webp"."""
+    """Convert a PNG to "png", "jpeg" or "webp"."""
     if kind == "png":
         return png
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Bodies of requests, JSON or multipart, to fields; and fields to what a job is to make."""
+"""Reads request bodies, JSON or multipart, and turns their fields into job specs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from halovae.pipelines.specs import Pipeline, Prompt
 from halovae.serving import pictures
 from halovae.serving.errors import ApiError, from_validation
 from halovae.serving.fetch import fetch
-from halovae.serving.jobs import Wish
+from halovae.serving.jobs import JobSpec
 from halovae.serving.schemas import Asked, EditRequest, ImageRequest, VideoRequest
 
 Schema = TypeVar("Schema", bound=BaseModel)
-# Which field of a request each of a prompt's attributes comes from.
+# The request field that each of these prompt attributes comes from.
 _FIELDS = {
     "frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale",
     "guidance_2": "guidance_scale_2", "negative": "negative_prompt",
@@ -30,7 +30,7 @@ _FIELDS = {
 
 
 class BodyLimit:
-    """Refuses bodies of more than `most` bytes, at once where their length is declared."""
+    """Refuses bodies of more than `most` bytes; at once if their length is declared."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most
@@ -58,10 +58,10 @@ class BodyLimit:
 
 
 async def read(request: Request, schema: type[Schema]) -> tuple[Schema, dict[str, list[UploadFile | str]]]:
-    """The fields of a request, checked, and by field what may be files.
+    """Return the checked fields of a request, and the values of `image` and `input_reference`, which may be files.
 
     Raises:
-        ApiError: names the field that is wrong.
+        ApiError: a field is wrong; the error names it. Or the body cannot be read.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
@@ -84,25 +84,25 @@ async def read(request: Request, schema: type[Schema]) -> tuple[Schema, dict[str
             raise ApiError(400, f"the body is neither JSON nor a form ({error})", code="invalid_json") from error
         if not isinstance(fields, dict):
             raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    files = {name: _several(fields[name]) for name in ("image", "input_reference") if fields.get(name) is not None}
+    files = {name: _items(fields[name]) for name in ("image", "input_reference") if fields.get(name) is not None}
     try:
         return schema.model_validate(fields), files
     except ValidationError as error:
         raise from_validation(error) from error
 
 
-def _several(value: Any) -> list[Any]:
-    several = value if isinstance(value, list) else [value]
-    return [one.get("image_url") if isinstance(one, dict) else one for one in several]
+def _items(value: Any) -> list[Any]:
+    items = value if isinstance(value, list) else [value]
+    return [item.get("image_url") if isinstance(item, dict) else item for item in items]
 
 
 async def pictures_of(files: Sequence[UploadFile | str], param: str) -> tuple[bytes, ...]:
-    """Pictures as plain PNGs.
+    """Return pictures as plain PNGs.
 
     Raises:
-        ApiError: one of them is none.
+        ApiError: one of the files is not a valid picture.
     """
-    found = []
+    checked = []
     for file in files:
         if isinstance(file, UploadFile):
             data = await file.read()
@@ -110,12 +110,16 @@ async def pictures_of(files: Sequence[UploadFile | str], param: str) -> tuple[by
             data = pictures.from_data_url(file, param)
         else:
             raise ApiError(400, f"{param}: expected a file, or a data: URL in base64", param)
-        found.append(await anyio.to_thread.run_sync(pictures.checked, data, param))
-    return tuple(found)
+        checked.append(await anyio.to_thread.run_sync(pictures.checked, data, param))
+    return tuple(checked)
 
 
 async def reference_of(asked: VideoRequest, files: Sequence[UploadFile | str], allowed: bool, most: int) -> Any:
-    """The pictures that a video starts from."""
+    """Return the pictures that a video starts from, as plain PNGs.
+
+    Raises:
+        ApiError: a file is not a valid picture, or the request names a path or URL that is not allowed.
+    """
     if asked.output_path is not None:
         message = "output_path: the server chooses where files go; fetch them by /v1/videos/{id}/content"
         raise ApiError(400, message, "output_path", "invalid_value")
@@ -127,11 +131,11 @@ async def reference_of(asked: VideoRequest, files: Sequence[UploadFile | str], a
     return (await anyio.to_thread.run_sync(pictures.checked, data, "reference_url"),)
 
 
-def wish_for(pipeline: Pipeline, asked: Asked, images: Sequence[bytes]) -> Wish:
-    """What a job is to make; the pictures' files are still to be named.
+def job_spec_for(pipeline: Pipeline, asked: Asked, images: Sequence[bytes]) -> JobSpec:
+    """Return the job spec of a request. The caller still has to set the paths of its pictures.
 
     Raises:
-        ApiError: names the field that the pipeline cannot serve.
+        ApiError: the pipeline cannot serve a field; the error names it.
     """
     size, frames, fps, guidance_2 = None, None, pipeline.fps, None
     if isinstance(asked, VideoRequest):
@@ -165,7 +169,7 @@ def wish_for(pipeline: Pipeline, asked: Asked, images: Sequence[bytes]) -> Wish:
         adjusted["size"] = size
     if prompt.frames not in (None, made.frames):
         adjusted["num_frames"] = frames
-    return Wish(
+    return JobSpec(
         made.text, made.size, made.frames, made.steps, made.seed, made.negative, made.guidance, made.guidance_2,
         count=asked.n, fps=fps, preview_every=asked.preview_every, asked=adjusted,
     )  # fmt: skip

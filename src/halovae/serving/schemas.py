@@ -1,4 +1,4 @@
-"""Requests and answers: OpenAI's fields for videos and images, and those that serving stacks add to them."""
+"""Schemas of requests and responses: OpenAI's fields for videos and images, and fields that serving stacks add."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _SIZE = "^([1-9][0-9]{0,3})x([1-9][0-9]{0,3})$"
 
 def _text(text: str) -> str:
     if "\0" in text:
-        raise ValueError("it holds a NUL character")
+        raise ValueError("it contains a NUL character")
     return text
 
 
 def _size(text: str) -> str:
-    found = re.search(_SIZE, text)
-    if not found:
+    match = re.search(_SIZE, text)
+    if not match:
         raise ValueError("expected WIDTHxHEIGHT in pixels, such as 1280x720")
-    if int(found[1]) * int(found[2]) > MOST_PIXELS:
+    if int(match[1]) * int(match[2]) > MOST_PIXELS:
         raise ValueError(f"expected at most {MOST_PIXELS} pixels")
     return text
 
@@ -44,7 +44,7 @@ Prompt = Annotated[
 Size = Annotated[
     str,
     Field(
-        description="WIDTHxHEIGHT in pixels; what the model cannot make is rounded down.",
+        description="WIDTHxHEIGHT in pixels. Sizes that the model cannot make are rounded down.",
         json_schema_extra={"pattern": _SIZE},
     ),
     AfterValidator(_size),
@@ -53,18 +53,18 @@ Guidance = Annotated[float, Field(ge=0, le=100)]
 
 
 class Asked(BaseModel):
-    """What all requests have in common."""
+    """The fields that all requests have in common."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: Prompt
     model: Text | None = Field(None, description="Any name: there is one model.")
     num_inference_steps: int = Field(50, ge=1, le=1000)
-    guidance_scale: Guidance | None = Field(None, description="How strongly the prompt leads.")
+    guidance_scale: Guidance | None = Field(None, description="How strongly the prompt guides the result.")
     negative_prompt: Text | None = Field(None, description="What to avoid.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Equal seeds give equal results.")
-    n: int = Field(1, ge=1, le=10, description="How many results, with the seeds from `seed` on.")
-    preview_every: int | None = Field(None, ge=1, le=1000, description="Draw a preview every this many steps.")
+    n: int = Field(1, ge=1, le=10, description="How many results to make, one for each seed from `seed` on.")
+    preview_every: int | None = Field(None, ge=1, le=1000, description="Steps from one preview to the next.")
     user: Text | None = Field(None, description="Without effect.")
 
 
@@ -73,14 +73,14 @@ class VideoRequest(Asked):
 
     size: Size | None = None
     num_frames: int | None = Field(None, ge=1, le=MOST_FRAMES)
-    seconds: float | None = Field(None, gt=0, le=120, description="Instead of `num_frames`.")
+    seconds: float | None = Field(None, gt=0, le=120, description="Length, instead of `num_frames`.")
     fps: float | None = Field(None, ge=1, le=120, description="Frames per second. [default: the model's usual]")
-    guidance_scale_2: Guidance | None = Field(None, description="The same for Wan2.2-A14B's second transformer.")
+    guidance_scale_2: Guidance | None = Field(None, description="`guidance_scale` of Wan2.2-A14B's second transformer.")
     input_reference: Any = Field(
         None, description="A picture to start from: a file, or a data: URL.", json_schema_extra=_FILE
     )
-    reference_url: Text | None = Field(None, description="Its address, where the server allows that.")
-    output_path: Text | None = Field(None, description="Refused: files are fetched by /content.")
+    reference_url: Text | None = Field(None, description="URL of a picture to start from, if the server allows URLs.")
+    output_path: Text | None = Field(None, description="Refused: fetch files from /content.")
 
 
 class ImageRequest(Asked):
@@ -113,14 +113,17 @@ class Failure(BaseModel):
 
 
 class Measured(BaseModel):
-    """What a plan was predicted to take."""
+    """The predicted time and memory of a plan."""
 
     seconds: float
     peak_allocated_mb: float
 
 
 class Decode(BaseModel):
-    """What the decode of a job took; sizes in MiB, of the rank with the most. With others it was `batch` results."""
+    """What the decode of a job took. Sizes are in MiB, of the rank with the most.
+
+    `batch` is how many results were decoded together.
+    """
 
     seconds: float
     plan: str
@@ -136,7 +139,7 @@ class Decode(BaseModel):
 
 
 class Video(BaseModel):
-    """A video, made or to be made. `object` to `error` are OpenAI's, the others as SGLang has them, or halovae's."""
+    """A video job. The fields `object` to `error` are OpenAI's; the others are SGLang's or halovae's."""
 
     id: str
     object: Literal["video", "image"] = "video"
@@ -154,12 +157,12 @@ class Video(BaseModel):
     fps: float
     seed: int
     n: int
-    adjusted: dict[str, Any] = Field(description="What was asked for, by field, where it had to be rounded.")
+    adjusted: dict[str, Any] = Field(description="Requested values that were rounded, by field.")
     inference_time_s: float | None
     peak_memory_mb: float | None
     url: str | None
     file_path: str | None
-    preview: str | None = Field(description="Where the latest preview is, while the job is being made.")
+    preview: str | None = Field(description="Path of the latest preview while the job is running.")
     decode: Decode | None
 
 
@@ -174,7 +177,7 @@ class VideoList(BaseModel):
 
 
 class Deleted(BaseModel):
-    """A video that is no more."""
+    """A deleted video."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
@@ -182,14 +185,14 @@ class Deleted(BaseModel):
 
 
 class ImageData(BaseModel):
-    """One picture: itself, or where it is."""
+    """One picture: its content, or its URL."""
 
     b64_json: str | None = None
     url: str | None = None
 
 
 class Images(BaseModel):
-    """Pictures that were made."""
+    """The response to a request for pictures."""
 
     created: int
     data: list[ImageData]

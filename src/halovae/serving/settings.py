@@ -1,4 +1,4 @@
-"""What a server was started with."""
+"""The settings that a server was started with."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ import torch
 
 from halovae.grid import Grid
 from halovae.pipelines.specs import Pipeline
-from halovae.runtime.sharing import Mode
+from halovae.runtime.options import Mode
 
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What every rank has to know.
+    """The settings that the ranks and the front share.
 
     Attributes:
         model: the pipeline's folder.
-        output: where the jobs and their results are kept.
-        dtype: of the transformer and the text encoder; likewise `vae_dtype`.
-        ulysses: degree of sequence parallelism by heads; likewise `ring`, in turns.
-        vae_mode: how ranks share a decode, or an encode.
-        vae_grid: how they share a decode, instead.
-        memory_budget: of a decode, in bytes.
-        offload: keep all but the VAE in the host's memory.
+        output: the folder of the jobs and their results.
+        dtype: dtype of the transformer and the text encoder.
+        vae_dtype: dtype of the VAE.
+        ulysses: degree of sequence parallelism by attention heads.
+        ring: degree of ring attention.
+        vae_mode: how ranks share decodes and encodes.
+        vae_grid: the grid of decodes; it takes the place of `vae_mode` for them.
+        memory_budget: bytes that a decode may take on a rank.
+        offload: whether all models but the VAE are kept in the host's memory while they are not used.
         decode_batch: how many latents may be decoded at once.
-        warmup: width, height and frames to generate once before the first request.
+        warmup: width, height, and number of frames to generate once before the first request; None for no warmup.
     """
 
     model: Path
@@ -46,29 +48,29 @@ class RankSettings:
 
     @property
     def results(self) -> Path:
-        """Where finished files go: a folder of the server's own, as `output` may hold other programs' files."""
+        """The folder of finished files. Only the server uses it; `output` may hold files of other programs."""
         return self.output / "results"
 
     @property
     def endpoint(self) -> str:
-        """Where the front and rank 0 meet: a socket of this host, whose name must be short (107 bytes on Linux)."""
+        """Address of the socket between the front and rank 0. Its path may have at most 107 bytes on Linux."""
         name = hashlib.sha256(str(self.output).encode()).hexdigest()[:16]
         return f"ipc://{tempfile.gettempdir()}/halovae-{name}"
 
 
 @dataclass(frozen=True)
 class FrontSettings:
-    """What the front has to know besides.
+    """The settings that only the front needs.
 
     Attributes:
-        name: the model's, for clients.
-        pipeline: what it makes.
-        host: to listen on; likewise `port`.
-        api_key: what clients have to send; None for nothing.
+        name: the model's name for clients.
+        pipeline: describes what the model can make.
+        host, port: the address to listen on.
+        api_key: the key that clients must send; None for no key.
         max_queue: how many jobs may wait.
-        max_body: the largest request in bytes.
-        expire_after: seconds that finished files are kept.
-        max_output: bytes that finished files may take together; the oldest go first.
+        max_body: size limit of a request in bytes.
+        expire_after: how long finished files are kept, in seconds.
+        max_output: bytes that finished files may take together; the oldest are deleted first. None for no limit.
         allow_url_inputs: whether `reference_url` is fetched.
     """
 

@@ -1,4 +1,4 @@
-"""Small pictures of a video: its first frame, and a sheet of frames from all over it."""
+"""Small pictures of a video: its first frame, and a sheet of frames at even distances."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import av
 from PIL import Image
 
-_SIDE = 4  # a sheet holds so many rows and cols
+_SIDE = 4  # rows, and columns, of a sheet
 _WIDTH = 320
 
 
 def thumbnail(path: Path) -> bytes:
-    """The first frame, as webp."""
+    """Return the first frame, as webp."""
     with av.open(str(path)) as container:
         picture = next(container.decode(video=0)).to_image()
     return _saved(_small(picture), "webp")
 
 
 def spritesheet(path: Path) -> bytes:
-    """Sixteen frames (all, if there are fewer) at even distances, row by row, as jpeg."""
+    """Return a sheet of sixteen frames (all, if there are fewer) at even distances, row by row, as jpeg."""
     with av.open(str(path)) as container:
         total = sum(1 for _ in container.decode(video=0))
     count = min(total, _SIDE * _SIDE)

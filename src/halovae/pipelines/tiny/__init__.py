@@ -1,6 +1,6 @@
-"""Complete pipelines on random weights, a few megabytes each: for trying things without a checkpoint.
+"""Complete pipelines with random weights, a few megabytes each, for trials without a checkpoint.
 
-Diffusers layout and the true architectures, with fewer layers and channels. What comes out is noise.
+They have diffusers layout and the true architectures, with fewer layers and channels. Their results are noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["FAMILIES", "MODELS", "TEXT_DIM", "make_model", "transformer"]
 FAMILIES: dict[str, Callable[[], Any]] = {**images.MODELS, **videos.MODELS}
 """By name: pipelines that decode within their own call."""
 MODELS: dict[str, Callable[[], Any]] = {**wan.MODELS, **FAMILIES}
-"""All that can be made."""
+"""All pipelines that can be made."""
 
 
 def make_model(name: str, folder: Path) -> None:
@@ -26,7 +26,7 @@ def make_model(name: str, folder: Path) -> None:
 
     Args:
         name: one of `MODELS`.
-        folder: where to; made if it is not there.
+        folder: where to save it; created if it does not exist.
 
     Raises:
         ValueError: an unknown name.

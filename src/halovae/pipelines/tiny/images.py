@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from halovae.pipelines.tiny import text
-from halovae.pipelines.tiny.parts import flow, made, vae, vae_of
+from halovae.pipelines.tiny.components import flow, made, vae, vae_of
 from halovae.pipelines.tiny.text import TEXT_DIM
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -49,7 +49,7 @@ def _flux2() -> Any:
         "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
     }  # fmt: skip
     torch.manual_seed(0)
-    # Thirty layers, of which the pipeline takes the tenth's, the twentieth's and the last one's output.
+    # Thirty layers: the pipeline takes the outputs of the tenth, the twentieth, and the last.
     config = Mistral3Config(
         text_config={"model_type": "mistral", **text.decoder_config(30, head_dim=8)}, vision_config=vision
     )

@@ -10,9 +10,9 @@ from diffusers.configuration_utils import register_to_config
 
 
 class NoGuardrail(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Approves of everything: what a tiny pipeline makes is noise.
+    """Approves everything, since results of a tiny pipeline are noise.
 
-    True pipelines have NVIDIA's guardrail, from the package `cosmos_guardrail`.
+    Published pipelines use NVIDIA's guardrail, from the package `cosmos_guardrail`.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -25,5 +25,5 @@ class NoGuardrail(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return True
 
     def check_video_safety(self, frames: Any) -> Any:
-        """The frames, None if they are harmful."""
+        """Return the frames; None if they are harmful."""
         return frames

@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders of one or two layers, made without a download, that tiny pipelines share."""
+"""Tokenizers and small text encoders that tiny pipelines share, made without a download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from halovae.pipelines.diffusers import do_without_torchvision
 
 TEXT_DIM = 32
 _LETTERS = "abcdefghijklmnopqrstuvwxyz,."
-# Tokens that Qwen's templates hold whole.
+# Special tokens in Qwen's templates.
 _QWEN_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
     "<|video_pad|>",
@@ -78,13 +78,13 @@ def clip(projected: bool = False) -> Any:
 def bpe(template: str, cls: str = "Qwen2Tokenizer", chat: bool = False) -> Any:
     """A tokenizer that knows the words of a prompt template.
 
-    The pipelines cut the template's first tokens off by their number, which is the true vocabulary's: a word must
-    be one token here as it is there.
+    Pipelines cut off a fixed number of the template's first tokens. The number belongs to the true vocabulary, so each
+    word must be one token here, as it is there.
 
     Args:
-        template: the words.
+        template: the text with the words.
         cls: "Qwen2Tokenizer", or "PreTrainedTokenizerFast" with Llama's special tokens.
-        chat: give it a template for chats.
+        chat: whether to add a chat template.
     """
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -125,7 +125,7 @@ def bpe(template: str, cls: str = "Qwen2Tokenizer", chat: bool = False) -> Any:
 
 
 def chat_template(**marks: str) -> str:
-    """A Jinja template for chats; `marks` stand at the `start`, in the `middle` and at the `end` of a message."""
+    """A Jinja chat template, with `marks` at the `start`, in the `middle`, and at the `end` of a message."""
     template = _CHAT
     for name, text in marks.items():
         template = template.replace("{{ " + name + " }}", text)
@@ -141,7 +141,7 @@ def gemma_tokenizer() -> Any:
 
 
 def decoder_config(layers: int = 1, vocabulary: int = _VOCABULARY, **more: Any) -> dict[str, Any]:
-    """What all decoder-only text encoders have in common."""
+    """The config that all decoder-only text encoders share."""
     return {
         "vocab_size": vocabulary, "hidden_size": TEXT_DIM, "intermediate_size": 64, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, **more,
@@ -149,7 +149,7 @@ def decoder_config(layers: int = 1, vocabulary: int = _VOCABULARY, **more: Any) 
 
 
 def qwen25vl(tokenizer: Any, layers: int = 1, cls: str = "Qwen2_5_VL") -> Any:
-    """Qwen2.5-VL, or Qwen2-VL as "Qwen2VL"."""
+    """Build Qwen2.5-VL, or Qwen2-VL for `cls="Qwen2VL"`."""
     import transformers
 
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
@@ -176,7 +176,7 @@ def qwen25vl(tokenizer: Any, layers: int = 1, cls: str = "Qwen2_5_VL") -> Any:
 
 
 def processor(tokenizer: Any, cls: str = "Qwen2VLProcessor") -> Any:
-    """Qwen's processor of pictures and text."""
+    """Build Qwen's processor of pictures and text."""
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from halovae.pipelines.tiny import text
-from halovae.pipelines.tiny.parts import flow, made, vae, vae_of
+from halovae.pipelines.tiny.components import flow, made, vae, vae_of
 from halovae.pipelines.tiny.text import TEXT_DIM
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -16,11 +16,11 @@ _T5: dict[str, Callable[[], Any]] = {"text_encoder": text.t5, "tokenizer": text.
 
 
 def _of_t5(pipeline: str, vae: Any, transformer: Any, scheduler: Any, **more: Any) -> Any:
-    """A pipeline whose only text encoder is a T5."""
+    """Build a pipeline whose only text encoder is a T5."""
     import diffusers
 
-    parts = {name: make() for name, make in _T5.items()}
-    return getattr(diffusers, pipeline)(vae=vae, transformer=transformer, scheduler=scheduler, **parts, **more)
+    encoders = {name: make() for name, make in _T5.items()}
+    return getattr(diffusers, pipeline)(vae=vae, transformer=transformer, scheduler=scheduler, **encoders, **more)
 
 
 def _hunyuan_video() -> Any:
@@ -178,7 +178,7 @@ def _cosmos() -> Any:
         made(
             "CosmosTransformer3DModel", **_HEADS, in_channels=4, out_channels=4, num_layers=2, mlp_ratio=2.0,
             text_embed_dim=TEXT_DIM, adaln_lora_dim=4, max_size=(16, 32, 32),
-            concat_padding_mask=False,  # diffusers resizes the mask by torchvision, which need not be there
+            concat_padding_mask=False,  # diffusers resizes the mask with torchvision, which may be missing
         ),
         diffusers.EDMEulerScheduler(
             sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, prediction_type="epsilon", final_sigmas_type="sigma_min"
@@ -239,7 +239,7 @@ def _kandinsky(pipeline: str, vae: Any, transformer: Any, template: str = "") ->
         transformer=transformer,
         scheduler=flow(shift=5.0),
     )
-    # A word that the true vocabulary holds in pieces too.
+    # The true vocabulary splits this word, too.
     tokenizer = text.bpe((template or made.prompt_template).replace("postprocessing", ""), chat=True)
     made.register_modules(text_encoder=text.qwen25vl(tokenizer), tokenizer=text.processor(tokenizer))
     return made

@@ -14,7 +14,7 @@ _VAE_WIDTH = 8
 
 
 def transformer(family: str, in_channels: int = 16, out_channels: int = 16) -> Any:
-    """A transformer of two layers, "wan" or "qwen-image", on seeded random weights."""
+    """Build a transformer of two layers, "wan" or "qwen-image", with seeded random weights."""
     from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -39,43 +39,44 @@ def transformer(family: str, in_channels: int = 16, out_channels: int = 16) -> A
 
 
 def _wan(family: str, image_to_video: bool = False, **options: Any) -> Any:
-    """A `WanPipeline` or `WanImageToVideoPipeline` with a tokenizer of single characters."""
+    """Build a `WanPipeline` or `WanImageToVideoPipeline` with a tokenizer of single characters."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
     config = UMT5Config(vocab_size=64, d_model=TEXT_DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     channels = 48 if family == "wan2.2-5b" else 16
-    # The first frame's latents, and which frames are given, come beside the noise.
-    given = channels + 4 if image_to_video else 0
+    # Input channels for the first frame's latents and a mask of the given frames, besides the noise.
+    extra = channels + 4 if image_to_video else 0
     return (WanImageToVideoPipeline if image_to_video else WanPipeline)(
         tokenizer=t5_tokenizer(),
         text_encoder=UMT5EncoderModel(config).eval(),
         vae=random_vae(family, _VAE_WIDTH),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=transformer("wan", channels + given, channels),
+        transformer=transformer("wan", channels + extra, channels),
         **options,
     )
 
 
 def _qwen(name: str, edit: bool) -> Any:
-    """The Qwen-Image pipeline called `name` in diffusers."""
+    """Build the Qwen-Image pipeline called `name` in diffusers."""
     import diffusers
 
-    parts = {
+    components = {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
         "vae": random_vae("qwen-image", _VAE_WIDTH),
         "transformer": transformer("qwen-image"),
     }
     pipeline = getattr(diffusers, name)
     unset = {"text_encoder": None, "tokenizer": None, **({"processor": None} if edit else {})}
-    template = pipeline(**parts, **unset).prompt_template_encode
+    template = pipeline(**components, **unset).prompt_template_encode
     tokenizer = bpe(template)
-    own = {"processor": processor(tokenizer)} if edit else {}
-    return pipeline(**parts, text_encoder=qwen25vl(tokenizer), tokenizer=tokenizer, **own)
+    if edit:
+        components["processor"] = processor(tokenizer)
+    return pipeline(**components, text_encoder=qwen25vl(tokenizer), tokenizer=tokenizer)
 
 
-# By name: as the VAE's families are called, but for Wan2.2-A14B, which has two transformers and Wan2.1's VAE.
+# By name of the VAE's family, except for Wan2.2-A14B, which has two transformers and Wan2.1's VAE.
 MODELS: dict[str, Callable[[], Any]] = {
     "wan2.1": lambda: _wan("wan2.1"),
     "wan2.1-i2v": lambda: _wan("wan2.1", image_to_video=True),

@@ -1,6 +1,6 @@
-"""Rewrites of a recorded graph that make it fast. Each knows operators, never models.
+"""Passes: rewrites that speed up a recorded graph. They recognize operators, never models.
 
-`HALOVAE_PASSES` names those that run, with commas between them; empty for none. By default all run.
+`HALOVAE_PASSES` lists the passes to run, separated by commas; empty for none. By default all run.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
 
 
 def chosen() -> tuple[str, ...]:
-    """The passes that run, in their order.
+    """Return the names of the passes to run, in order.
 
     Raises:
-        ValueError: `HALOVAE_PASSES` names one that there is not.
+        ValueError: `HALOVAE_PASSES` names an unknown pass.
     """
-    named = os.environ.get("HALOVAE_PASSES")
-    if named is None:
+    value = os.environ.get("HALOVAE_PASSES")
+    if value is None:
         return tuple(PASSES)
-    asked = {name.strip() for name in named.split(",")} - {""}
-    if unknown := asked - PASSES.keys():
+    names = {name.strip() for name in value.split(",")} - {""}
+    if unknown := names - PASSES.keys():
         raise ValueError(
-            f"HALOVAE_PASSES={named}: there is no pass {', '.join(sorted(unknown))}; expected some of "
+            f"HALOVAE_PASSES={value}: there is no pass {', '.join(sorted(unknown))}; expected some of "
             f"{', '.join(PASSES)}"
         )
-    return tuple(name for name in PASSES if name in asked)
+    return tuple(name for name in PASSES if name in names)
 
 
 def improve(graphs: Iterable[fx.Graph], mesh: Mesh, names: Sequence[str]) -> dict[str, int]:
     """Run passes over a program's graphs.
 
-    A graph that writes to tensors in place stays as it was recorded: passes move and merge what reads them.
+    If a graph writes to tensors in place, no pass runs: passes move and merge nodes that read tensors.
 
     Args:
-        graphs: the program's own, and those that it calls.
-        mesh: this rank's place.
-        names: of the passes, in their order.
+        graphs: the program's graph and the graphs that it calls.
+        mesh: the mesh, with this rank's position.
+        names: the passes to run, in order.
 
     Returns:
-        How many changes each made, by its name.
+        The number of changes by each pass, by name.
     """
     graphs = list(graphs)
     if any(map(writes, graphs)):

@@ -1,4 +1,7 @@
-"""Sums of maps lie in memory as their first term does: make that the convolution's result, not an attention's."""
+"""Swap terms of sums to make them channels last.
+
+A sum has the memory layout of its first term. That should be a convolution's result, not an attention's.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ _CONVOLUTIONS = (
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many sums were turned around."""
-    found, last = 0, set[fx.Node]()
+    """Return how many sums were swapped."""
+    changes, last = 0, set[fx.Node]()
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.meta.get("shape"), tuple):
             continue
@@ -31,9 +34,9 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             second: fx.Node = node.args[1]
             if second in last and isinstance(first, fx.Node) and first not in last and same(first, second):
                 node.args = (second, first)
-                found += 1
+                changes += 1
             if second in last or first in last:
                 last.add(node)
         elif isinstance(first, fx.Node) and first in last and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             last.add(node)
-    return found
+    return changes

@@ -1,6 +1,6 @@
-"""Convolutions of 3 x 3 cells as one operator with their halos, and those of one cell as another.
+"""Replace a convolution of 3 x 3 cells and its halo exchange by one operator, and a convolution of one cell by another.
 
-How to compute them is chosen when they run.
+These operators choose their algorithm when they run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _PADS = {
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many convolutions are other operators now."""
-    found = 0
+    """Return how many convolutions were replaced."""
+    changes = 0
     for node in list(graph.nodes):
         arguments: Any = node.args
         if node.target is operators.convolution:
@@ -40,24 +40,24 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
                 continue
             if not any(padding) and groups == 1 and set(weight.meta["shape"][2:]) == {1}:
                 replaced(node, windows.pointwise, (x, weight, bias), {})
-                found += 1
+                changes += 1
                 continue
             fetches = _fetches(x)
             padding = list(padding)
             source: Any = fetches[0].args[0] if fetches else x
             edges = _edges(source, fetches, mesh) if not any(padding) else None
-            made = [one for one in (_cut(fetch, edges is not None) for fetch in fetches) if one is not None]
-            if len(made) < len(fetches) or any(padding[dim - 2] for dim, *_ in made):
+            known = [cut for cut in (_cut(fetch, edges is not None) for fetch in fetches) if cut is not None]
+            if len(known) < len(fetches) or any(padding[dim - 2] for dim, *_ in known):
                 continue
-            early, cuts = False, tuple(made)
+            early, cuts = False, tuple(known)
             if edges is not None and _is_window(weight, (*padding[:-2], 1, 1), dilation, groups, cuts):
                 arguments = (source.args[0], weight, bias, (*padding[:-2], 1, 1), cuts, early)
                 recounted(replaced(node, windows.convolution, arguments, edges, *reversed(fetches), source), mesh)
-                found += 1
+                changes += 1
                 continue
             if edges is not None:
                 continue
-            for dim, *_ in made:
+            for dim, *_ in known:
                 padding[dim - 2] = 1
             x = source
         else:
@@ -65,31 +65,32 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         if _is_window(weight, padding, dilation, groups, cuts):
             arguments = (x, weight, bias, tuple(padding), cuts, early)
             replaced(node, windows.convolution, arguments, {}, *reversed(fetches))
-            found += 1
-    return found
+            changes += 1
+    return changes
 
 
 def _is_window(weight: Any, padding: Any, dilation: Any, groups: Any, cuts: Any) -> bool:
+    """Whether `windows.convolution` supports a convolution."""
     *_, rows, cols = weight.meta["shape"]
     plain = set(dilation) == {1} and groups == 1 and tuple(padding[-2:]) == (1, 1)
-    return plain and len(padding) in (2, 3) and (rows, cols) == (3, 3) and all(one[4] == 1 for one in cuts)
+    return plain and len(padding) in (2, 3) and (rows, cols) == (3, 3) and all(cut[4] == 1 for cut in cuts)
 
 
 def _fetches(x: Any) -> list[fx.Node]:
-    """The fetches that a map comes from, in order."""
-    found: list[fx.Node] = []
+    """Return the chain of fetches that ends at a map, in order."""
+    fetches: list[fx.Node] = []
     while only_user(x, operators.fetch):
-        found.insert(0, x)
+        fetches.insert(0, x)
         x = x.args[0]
-    return found
+    return fetches
 
 
 def _cut(fetch: fx.Node, padded: bool) -> Cut | None:
-    """A fetch of one row (or col) of each neighbor, as the operators of convolutions have it.
+    """Return the cut of a fetch of one row (or col) from each neighbor; None for other fetches.
 
     Args:
         fetch: the node.
-        padded: whether the first and the last rank's part has one cell more, which the cut leaves out.
+        padded: whether the first and the last rank's shard have one extra cell, which the cut excludes.
     """
     arguments: Any = fetch.args
     _, dim, mesh_dim, bounds, needed = arguments
@@ -105,9 +106,9 @@ def _cut(fetch: fx.Node, padded: bool) -> Cut | None:
 
 
 def _edges(x: Any, fetches: list[fx.Node], mesh: Mesh) -> dict[str, Any] | None:
-    """What a map was padded with before its halos came, as `windows.convolution` has it; None if it is not so.
+    """Return the arguments of `windows.convolution` for a map's padding before its halo exchange; None without it.
 
-    Along a dim that is cut, each of the ranks at its ends has padded its side. Frames may be repeated, too.
+    Along a dim that is cut, only the ranks at its ends have padded, each on its side. Frames may be repeated, too.
     """
     if not isinstance(x, fx.Node) or x.target not in _PADS or not used_once(x):
         return None
@@ -127,5 +128,5 @@ def _edges(x: Any, fetches: list[fx.Node], mesh: Mesh) -> dict[str, Any] | None:
     mode = _PADS[x.target]
     if any(rest) and (mode == "reflect" or min(rest) < 0):
         return None
-    given: dict[str, Any] = {"edges": (mode, (*sides[1], *sides[0]))}
-    return {**given, "repeats": tuple(rest)} if any(rest) else given
+    edges: dict[str, Any] = {"edges": (mode, (*sides[1], *sides[0]))}
+    return {**edges, "repeats": tuple(rest)} if any(rest) else edges

@@ -1,8 +1,8 @@
-"""Copies lie channels last, on the CPU: those of pixels that are rearranged, and of channels that are repeated.
+"""Make copies channels last on the CPU: copies that rearrange pixels, and copies that repeat channels.
 
-PyTorch's copies lie as their dims follow each other, convolutions' results channels last. A sum of the two takes 25
-times as long as one of two that lie alike, and a copy that changes from one to the other 5 to 10 times as long as one
-that does not (256 channels of 5 x 64 x 64 cells, and 128 of 10 x 64 x 64, fp32, one thread, torch 2.13).
+PyTorch's copies are contiguous, and results of convolutions are channels last. A sum of maps with different layouts
+takes 25 times as long as one of maps with the same layout. A copy that changes the layout takes 5 to 10 times as long
+as one that keeps it (256 channels of 5 x 64 x 64 cells, and 128 of 10 x 64 x 64, fp32, one thread, torch 2.13).
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ from halovae.plane.live import root
 from halovae.plane.passes.graphs import inserted, only_user, shared
 
 aten = torch.ops.aten
-_CHANNELS = 8  # of a map; what has fewer is a picture
+_CHANNELS = 8  # of a map; a tensor with fewer channels is a picture
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many copies lie channels last now, or are not made any more; none on accelerators."""
+    """Return how many copies became channels last or were removed; none on accelerators."""
     if mesh.device.kind != "cpu":
         return 0
     _reshape_at_once(graph)
-    kept, found = shared(graph), 0
+    kept, changes = shared(graph), 0
     for node in list(graph.nodes):
         source: Any = node.args[0] if node.args else None
         if node.target is aten.repeat.default:
-            found += _repeat(node)
+            changes += _repeat(node)
         elif node.target is aten.clone.default and node.kwargs.get("memory_format") is torch.contiguous_format:
             if root(node) not in kept and _is_read_by_a_copy(node):
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
-                found += 1
+                changes += 1
             elif len(node.meta["shape"]) > 4 and (channels := _channels(node, list(node.users))):
                 _lay(node, source, channels)
-                found += 1
+                changes += 1
         elif node.target is aten.reshape.default and _copies(node) and (channels := _channels(source, [node])):
             node.target, node.args = windows.copied, (source, channels, node.meta["shape"])
-            found += 1
-    return found
+            changes += 1
+    return changes
 
 
 def _reshape_at_once(graph: fx.Graph) -> None:
+    """Merge two successive reshapes into one."""
     for node in list(graph.nodes):
         before: Any = node.args[0] if node.args else None
         if node.target is aten.reshape.default and only_user(before, aten.reshape.default):
@@ -57,21 +58,22 @@ def _reshape_at_once(graph: fx.Graph) -> None:
 
 
 def _repeat(node: fx.Node) -> bool:
-    """Repeat only channels by a copy that lies channels last."""
+    """Replace a repeat of only channels by a channels-last copy. Return whether it was replaced."""
     arguments: Any = node.args
     x, sizes = arguments
     shape, (items, *others) = node.meta["shape"], x.meta["shape"] or (1,)
-    alone = len(shape) in (4, 5) and len(sizes) == 1 + len(others) and all(one == 1 for one in (sizes[0], *sizes[2:]))
-    if not alone or sizes[1] == 1:
+    only_channels = len(shape) in (4, 5) and len(sizes) == 1 + len(others)
+    only_channels = only_channels and all(times == 1 for times in (sizes[0], *sizes[2:]))
+    if not only_channels or sizes[1] == 1:
         return False
-    made = inserted(node, aten.unsqueeze.default, (x, 1), (items, 1, *others))
-    made = inserted(node, aten.expand.default, (made, [items, sizes[1], *others]))
-    node.target, node.args = windows.copied, (made, 2, shape)
+    repeated = inserted(node, aten.unsqueeze.default, (x, 1), (items, 1, *others))
+    repeated = inserted(node, aten.expand.default, (repeated, [items, sizes[1], *others]))
+    node.target, node.args = windows.copied, (repeated, 2, shape)
     return True
 
 
 def _lay(node: fx.Node, source: fx.Node, channels: int) -> None:
-    """Let a copy lie channels last, and be what it is reshaped to, if that is a map."""
+    """Make a copy channels last. If it is reshaped to a map, include the reshape."""
     node.target, node.args, node.kwargs = windows.copied, (source, channels, None), {}
     shape = next(iter(node.users)).meta["shape"]
     if len(shape) in (4, 5):
@@ -83,7 +85,7 @@ def _lay(node: fx.Node, source: fx.Node, channels: int) -> None:
 
 
 def _is_read_by_a_copy(node: fx.Node) -> bool:
-    """Whether a copy of repeated values is only permuted, with some of its dims split. That needs no copy before."""
+    """Whether a copy of repeated values is only permuted, with some dims split. Then the copy is not needed."""
     source: Any = node.args[0]
     if source.target is not aten.expand.default or not node.users:
         return False
@@ -92,37 +94,37 @@ def _is_read_by_a_copy(node: fx.Node) -> bool:
             return False
         if any(len(group) > 1 for group in _groups(user.meta["shape"], node.meta["shape"])):
             return False
-        if any(one.target is not aten.permute.default for one in user.users):
+        if any(reader.target is not aten.permute.default for reader in user.users):
             return False
     return True
 
 
-def _groups(shape: Sequence[int], given: Sequence[int]) -> Iterator[list[int]]:
-    """The dims that become one, or several, when a tensor is reshaped. Those of one cell are left out.
+def _groups(shape: Sequence[int], source: Sequence[int]) -> Iterator[list[int]]:
+    """Find the dims that a reshape merges or splits. Dims of one cell are left out.
 
     Args:
-        shape: what it is reshaped to.
-        given: what it has.
+        shape: the shape after the reshape.
+        source: the shape before it.
 
     Yields:
-        Neighboring dims of `given`, of which some of `shape` are made.
+        Neighboring dims of `source` that the reshape turns into one or more dims of `shape`.
     """
-    at, dims = 0, [dim for dim, size in enumerate(given) if size != 1 and 0 not in given]
+    at, dims = 0, [dim for dim, size in enumerate(source) if size != 1 and 0 not in source]
     sizes = [size for size in shape if size != 1]
     while dims:
-        group, own = [dims.pop(0)], sizes[at]
+        group, wanted = [dims.pop(0)], sizes[at]
         at += 1
-        while (whole := math.prod(given[dim] for dim in group)) != own:
-            if whole < own:
+        while (whole := math.prod(source[dim] for dim in group)) != wanted:
+            if whole < wanted:
                 group.append(dims.pop(0))
             else:
-                own *= sizes[at]
+                wanted *= sizes[at]
                 at += 1
         yield group
 
 
 def _copies(node: fx.Node) -> bool:
-    """Whether a map comes of something permuted by merging dims that are not neighbors in memory."""
+    """Whether a reshape to a map merges dims of a permuted tensor that are not neighbors in memory."""
     source: Any = node.args[0]
     if (
         len(node.meta["shape"]) not in (4, 5)
@@ -136,9 +138,9 @@ def _copies(node: fx.Node) -> bool:
 
 
 def _channels(node: Any, users: Sequence[fx.Node]) -> int:
-    """How many dims after the first are the channels of a tensor that is reshaped to maps; 0 if that is not so.
+    """Return how many dims after the first are channels of a tensor that is reshaped to maps; 0 if it is not.
 
-    If it is reshaped to more dims instead, the channels are the dims before the last ones that stay as they are.
+    If it is reshaped to more dims than a map has, the channels are the dims before the last ones that stay unchanged.
     """
     items, *sizes = node.meta["shape"]
     shapes = {user.meta["shape"] if user.target is aten.reshape.default else None for user in users}

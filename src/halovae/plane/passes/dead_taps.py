@@ -1,4 +1,4 @@
-"""Leave out what of a kernel in time meets only zeros: causal padding before the first frames, all of an image's."""
+"""Remove temporal taps that meet only zeros: the causal padding before a clip's first frames, or before an image."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CONVOLUTIONS = (aten.convolution.default, windows.convolution)
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many convolutions have fewer taps.
+    """Return how many convolutions have fewer taps.
 
-    Ranks decide alike: frames are not partitioned. Halos get smaller.
+    All ranks decide the same way, since frames are not partitioned. Halos get smaller.
     """
-    found = 0
+    changes = 0
     for node in list(graph.nodes):
         if node.target not in _CONVOLUTIONS:
             continue
@@ -43,12 +43,12 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             graph.erase_node(padded)
         if node.target is windows.convolution:
             recounted(node, mesh)
-        found += 1
-    return found
+        changes += 1
+    return changes
 
 
 def _zeros(node: Any) -> int:
-    """Frames of zeros that a map `[N, C, T, H, W]` begins with."""
+    """Return the number of frames of zeros at the beginning of a map `[N, C, T, H, W]`."""
     if not isinstance(node, fx.Node) or node.target is not aten.constant_pad_nd.default:
         return 0
     if len(node.meta["shape"]) != 5 or any(value != 0 for value in node.args[2:]):
@@ -58,7 +58,7 @@ def _zeros(node: Any) -> int:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Whether a convolution has a stride of 1 in time, and neither padding nor dilation there."""
+    """Whether a convolution has a stride of 1 in time, and no padding or dilation there."""
     arguments: Any = node.args
     if node.target is windows.convolution:
         return bool(arguments[3][0] == 0) and "repeats" not in node.kwargs

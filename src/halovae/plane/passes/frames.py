@@ -1,7 +1,7 @@
-"""Causal convolutions put frames together themselves: zeros, those kept of the chunk before, and the chunk's own.
+"""Let causal convolutions concatenate their frames: zeros, the feature cache, and the frames of the chunk.
 
-What is kept for the next chunk is copied by the convolution, too. So the map that it reads has no other user, and what
-normalizes and activates it can become a part of the convolution.
+The convolution also fills the feature cache for the next chunk. So its input has no other user, and the norm and
+activation before it can be fused into it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from halovae.plane.operators import emit
 from halovae.plane.passes.graphs import only_user
 
 aten = torch.ops.aten
-# Nodes that keep their order. An exchange does on all ranks, also on those that only receive.
+# Nodes that keep their order. Halo exchanges do on all ranks, also on ranks that only receive.
 _STAYING = (emit, *operators.BETWEEN_RANKS, *windows.OPERATORS)
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many nodes went."""
-    found = 0
+    """Return how many nodes were removed."""
+    removed = 0
     for node in list(graph.nodes):
         if node.target is not windows.convolution or len(node.meta["shape"]) != 5 or node.args[3][0]:
             continue
         if _with_repeats(node):
-            found += 1
+            removed += 1
             continue
         if "repeats" in node.kwargs:
             continue
@@ -40,20 +40,20 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
                 keep = graph.call_function(windows.kept, (node.args[1], tuple(copy.meta["shape"])))
             keep.meta = {**copy.meta}
             copy.replace_all_uses_with(keep)
-            for one in reversed(later):
-                node.append(one)
+            for user in reversed(later):
+                node.append(user)
             gone += [copy] if copy.args[0] is x else [copy, copy.args[0]]
         node.args = (x, *node.args[1:])
-        given = {"zeros": zeros, "past": past, "keep": keep}
-        node.kwargs = {**node.kwargs, **{name: value for name, value in given.items() if value}}
-        for one in gone:
-            graph.erase_node(one)
-        found += len(gone)
-    return found
+        options = {"zeros": zeros, "past": past, "keep": keep}
+        node.kwargs = {**node.kwargs, **{name: value for name, value in options.items() if value}}
+        for unused in gone:
+            graph.erase_node(unused)
+        removed += len(gone)
+    return removed
 
 
 def _with_repeats(node: fx.Node) -> bool:
-    """Let a convolution repeat the first and the last frame itself, where that is all that its input does."""
+    """Let a convolution repeat the first and last frame itself, if its input only does that."""
     cat: Any = node.args[0]
     if node.kwargs.keys() & {"repeats", "zeros", "past"} or not only_user(cat, aten.cat.default):
         return False
@@ -71,8 +71,8 @@ def _with_repeats(node: fx.Node) -> bool:
         node.args = (x, *node.args[1:])
         node.kwargs = {**node.kwargs, "repeats": repeats}
         node.graph.erase_node(cat)
-        for one in dict.fromkeys((*before, *after)):
-            _erase_unused(one)
+        for part in dict.fromkeys((*before, *after)):
+            _erase_unused(part)
         return True
     return False
 
@@ -88,7 +88,7 @@ def _times_of_all(nodes: list[Any], x: fx.Node, frame: int) -> int | None:
 
 
 def _times(node: Any, x: fx.Node, frame: int) -> Any:
-    """How often a node repeats one frame of a map, and nothing else; None if it does not."""
+    """Return how often a node repeats one frame of a map; None if it does anything else."""
     if not isinstance(node, fx.Node):
         return None
     times = 1
@@ -109,13 +109,13 @@ def _times(node: Any, x: fx.Node, frame: int) -> Any:
 
 
 def _erase_unused(node: Any) -> None:
-    while isinstance(node, fx.Node) and not node.users and node.all_input_nodes:  # what is erased has none
+    while isinstance(node, fx.Node) and not node.users and node.all_input_nodes:  # an erased node has no inputs
         gone, node = node, node.args[0]
         gone.graph.erase_node(gone)
 
 
 def _parts(x: Any) -> tuple[Any, int, Any, list[fx.Node]]:
-    """The map, frames of zeros and frames of the past before it, and the nodes that put them together."""
+    """Split an input into a map, the number of zero frames and the past before it, and the nodes that join them."""
     zeros, past, gone = 0, None, list[fx.Node]()
     if only_user(x, aten.constant_pad_nd.default):
         source, widths, *value = x.args
@@ -130,7 +130,7 @@ def _parts(x: Any) -> tuple[Any, int, Any, list[fx.Node]]:
 
 
 def _copied(x: Any, node: fx.Node, gone: list[fx.Node]) -> Any:
-    """The copy of a map, or of its last frames, that is all that others see of it; None if there is no such copy."""
+    """Return the only other user of a map, if it copies the map or its last frames; else None."""
     others = [user for user in x.users if user is not node and user not in gone]
     if len(others) != 1:
         return None
@@ -144,15 +144,15 @@ def _copied(x: Any, node: fx.Node, gone: list[fx.Node]) -> Any:
 
 
 def _between(copy: fx.Node, node: fx.Node) -> list[fx.Node] | None:
-    """The nodes before a convolution that need a copy, in order; None if some of them cannot come after it."""
-    found, todo = set[fx.Node](), [copy]
+    """Return the nodes before a convolution that depend on a copy, in order; None if one cannot come after it."""
+    dependents, todo = set[fx.Node](), [copy]
     while todo:
         for user in todo.pop().users:
             if user is node or (user.op != "call_function" and user < node):
                 return None
-            if user < node and user not in found:
+            if user < node and user not in dependents:
                 if user.target in _STAYING:
                     return None
-                found.add(user)
+                dependents.add(user)
                 todo.append(user)
-    return sorted(found)
+    return sorted(dependents)

@@ -1,4 +1,4 @@
-"""What passes ask of a recorded graph, and how they put nodes in."""
+"""Queries on recorded graphs, and ways to insert nodes, shared by passes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from halovae.plane.live import root
 def writes(graph: fx.Graph) -> bool:
     """Whether an operator writes to a tensor that others may see."""
     schemas: Iterator[Any] = (getattr(node.target, "_schema", None) for node in graph.nodes)
-    arguments = [one for schema in schemas if schema is not None for one in schema.arguments]
-    return any(one.alias_info is not None and one.alias_info.is_write for one in arguments)
+    arguments = [argument for schema in schemas if schema is not None for argument in schema.arguments]
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
 
 
 def shared(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose memory may be another's, too, by `live.root`.
+    """Return the nodes, by `live.root`, that may share memory with tensors outside the graph.
 
-    Called graphs may return views of what they take. What a graph takes or returns is its caller's.
+    Called graphs may return views of their inputs. A graph's inputs and outputs belong to its caller.
     """
     found = set()
     for node in graph.nodes:
@@ -38,24 +38,24 @@ def shared(graph: fx.Graph) -> set[fx.Node]:
 
 
 def uses(user: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's arguments, each as often as it is there."""
+    """Return the nodes among a node's arguments, with repetitions."""
     found: list[fx.Node] = []
     fx.node.map_arg((user.args, user.kwargs), found.append)
     return found
 
 
 def used_once(node: fx.Node) -> bool:
-    """Whether a node is one argument of one other."""
+    """Whether a node has one user, which takes it as one argument."""
     return len(node.users) == 1 and uses(next(iter(node.users))).count(node) == 1
 
 
 def only_user(node: Any, target: Any) -> bool:
-    """Whether a value is a node that calls `target`, and is one argument of one other node."""
+    """Whether a value is a node that calls `target`, and has one user, which takes it as one argument."""
     return isinstance(node, fx.Node) and node.target is target and used_once(node)
 
 
 def is_cast(node: Any, mesh: Mesh) -> bool:
-    """Whether a value is a node that does nothing but change a tensor's dtype."""
+    """Whether a value is a node that only changes a tensor's dtype."""
     if not isinstance(node, fx.Node) or node.target is not torch.ops.aten._to_copy.default:
         return False
     unchanged = {"layout": torch.strided, "device": mesh.device.torch_device}
@@ -65,7 +65,7 @@ def is_cast(node: Any, mesh: Mesh) -> bool:
 
 
 def widened(wide: Any, rounded: fx.Node, mesh: Mesh) -> Any:
-    """What of half precision is computed with in fp32, and rounded then; None if one of the casts is another."""
+    """Return the half-precision tensor that `wide` casts to fp32 if `rounded` casts back to its dtype; else None."""
     if not is_cast(wide, mesh) or not is_cast(rounded, mesh) or wide.meta["dtype"] != torch.float32:
         return None
     (x,) = wide.args
@@ -76,47 +76,47 @@ def widened(wide: Any, rounded: fx.Node, mesh: Mesh) -> Any:
 def replaced(
     node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *others: fx.Node
 ) -> fx.Node:
-    """Put a call in place of a node.
+    """Replace a node by a call.
 
     Args:
-        node: what it replaces.
-        function: what is called.
-        args: with what.
-        kwargs: and with what by name.
-        others: nodes whose messages the call sends, too.
+        node: the node to replace.
+        function: the function to call.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        others: nodes whose messages the call also sends; they are erased if they have no other users.
     """
     with node.graph.inserting_before(node):
         new = node.graph.call_function(function, args, kwargs)
     new.meta = {**node.meta}
     for name in ("messages", "sent"):
-        new.meta[name] = sum(one.meta.get(name, 0) for one in (node, *others))
+        new.meta[name] = sum(old.meta.get(name, 0) for old in (node, *others))
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
-    for one in others:
-        if not one.users:
-            one.graph.erase_node(one)
+    for other in others:
+        if not other.users:
+            other.graph.erase_node(other)
     return new
 
 
 def inserted(node: fx.Node, target: Any, arguments: tuple[Any, ...], shape: Sequence[int] | None = None) -> fx.Node:
-    """A call put in before a node, of that one's dtype. To reshape and to expand tell their shape themselves."""
+    """Insert a call before a node, with the node's dtype. By default `arguments[1]` is the shape (reshape, expand)."""
     with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, arguments)
-    made.meta = {**node.meta, "shape": tuple(arguments[1] if shape is None else shape), "messages": 0, "sent": 0}
-    made.meta["bytes"] = math.prod(made.meta["shape"]) * node.meta["dtype"].itemsize
-    return made
+        call = node.graph.call_function(target, arguments)
+    call.meta = {**node.meta, "shape": tuple(arguments[1] if shape is None else shape), "messages": 0, "sent": 0}
+    call.meta["bytes"] = math.prod(call.meta["shape"]) * node.meta["dtype"].itemsize
+    return call
 
 
 def recounted(node: fx.Node, mesh: Mesh) -> None:
-    """Note the messages that a convolution's halos are now, and their bytes. It has no norm yet."""
+    """Update a convolution's number of halo messages, and their bytes. The convolution has no norm yet."""
     cuts: Any = node.args[3 if node.target is windows.upsampled_convolution else 4]
     x: Any = node.args[0]
     with _disable_current_modes():
-        repeats: Any = node.kwargs.get("repeats", ())  # they travel, too
+        repeats: Any = node.kwargs.get("repeats", ())  # halos include repeated frames
         sizes = [size + sum(repeats) * (at == 2) for at, size in enumerate(x.meta["shape"])]
-        part: Tensor = torch.empty(sizes, dtype=x.meta["dtype"], device="meta")
+        local: Tensor = torch.empty(sizes, dtype=x.meta["dtype"], device="meta")
         messages = sent = 0
         for dim, mesh_dim, bounds, needed, *_ in cuts:
-            part, more, size = operators.fetched_shape(mesh, part, dim, mesh_dim, bounds, needed)
+            local, more, size = operators.fetched_shape(mesh, local, dim, mesh_dim, bounds, needed)
             messages, sent = messages + more, sent + size
     node.meta |= {"messages": messages, "sent": sent}

@@ -1,4 +1,4 @@
-"""Leave out operators that change nothing: `x / 1`, `x + 0`, and copies of maps that only change how they lie."""
+"""Remove operators that change no value: `x / 1`, `x + 0`, and copies of maps that only change the memory layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from halovae.plane.passes.graphs import shared
 
 aten = torch.ops.aten
 _NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
-# Operators that give the same result however a map lies in memory.
+# Operators whose result does not depend on a map's memory layout.
 _AGNOSTIC = (
     aten.silu.default, aten.convolution.default, operators.convolution, operators.group_norm,
     operators.whole_group_norm, windows.convolution, windows.pointwise,
@@ -20,7 +20,7 @@ _AGNOSTIC = (
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many nodes went."""
+    """Return how many nodes were removed."""
     kept, gone = shared(graph), 0
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):

@@ -1,4 +1,4 @@
-"""Pointwise operators write over their first input where nobody needs it any more."""
+"""Let pointwise operators overwrite their first input after its last use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OVERWRITING: dict[Any, Callable[..., Any]] = {
     aten.silu.default: aten.silu_.default,
     windows.added: windows.added_,
 }
-# Operators whose result is memory of its own: it is neither a view nor another one's.
+# Operators that allocate memory for their result: it is not a view, and shares no memory with other tensors.
 _ALLOCATING = (
     *_OVERWRITING, *_OVERWRITING.values(), aten.convolution.default, aten.constant_pad_nd.default,
     aten.upsample_nearest2d.default, operators.convolution, operators.group_norm, operators.whole_group_norm,
@@ -31,33 +31,33 @@ _ALLOCATING = (
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many operators write over their input."""
-    last, kept, found = last_uses(graph), shared(graph), 0
+    """Return how many operators overwrite their input."""
+    last, kept, changes = last_uses(graph), shared(graph), 0
     for node in list(graph.nodes):
         x: Any = node.args[0] if node.args else None
         if not isinstance(x, fx.Node) or last[root(x)] is not node or not is_own(x) or root(x) in kept:
             continue
         if node.target in (aten.add.Tensor, aten.mul.Tensor) and not node.kwargs and _is_better(node, last, kept):
             x, node.args = node.args[1], (node.args[1], x)
-        if sum(root(one) is root(x) for one in uses(node)) > 1:
-            continue  # it reads what it would write to once more, or another view of it
+        if sum(root(argument) is root(x) for argument in uses(node)) > 1:
+            continue  # it reads the memory that it would write to through another argument
         if node.target in (windows.convolution, windows.normalized):
             node.kwargs = {**node.kwargs, "spare": True}
         elif node.target in _OVERWRITING and same(node, x):
             node.target = _OVERWRITING[node.target]
         else:
             continue
-        found += 1
-        if shares(node):  # now its result lies in its input's memory
+        changes += 1
+        if shares(node):  # its result is now in its input's memory
             owner = root(x)
             last[owner] = last.pop(node)
             if node in kept:
                 kept.add(owner)
-    return found
+    return changes
 
 
 def _is_better(node: fx.Node, last: dict[fx.Node, fx.Node], kept: set[fx.Node]) -> bool:
-    """Whether to write over the second map leaves no gaps, as to write over some channels of another one does."""
+    """Whether overwriting the second map leaves no gaps, while the first one is only a part of a larger map."""
     arguments: Any = node.args
     x, y = arguments
     if not isinstance(y, fx.Node) or not same(x, y) or size_of(root(x)) == size_of(x) or not is_own(y):
@@ -66,16 +66,16 @@ def _is_better(node: fx.Node, last: dict[fx.Node, fx.Node], kept: set[fx.Node]) 
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Where memory is used for the last time, by the node that made it."""
+    """Return the last user of each memory, by the node that allocated it."""
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        for one in (node, *node.all_input_nodes):
-            last[root(one)] = node
+        for used in (node, *node.all_input_nodes):
+            last[root(used)] = node
     return last
 
 
 def is_own(x: fx.Node) -> bool:
-    """Whether a tensor has all of the memory that an operator allocated, and each value a place of its own."""
+    """Whether a tensor's memory was allocated by an operator, and each of its values has its own place there."""
     owner = root(x)
     while x is not owner:
         if x.target in (aten.expand.default, aten.as_strided.default):

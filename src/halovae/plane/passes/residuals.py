@@ -1,4 +1,4 @@
-"""A convolution's result is added to the residual where it is merged, on the CPU: one pass over both maps less."""
+"""Let a convolution add its result to the residual, on the CPU: this saves one pass over both maps."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ aten = torch.ops.aten
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many sums are part of a convolution; none on accelerators, whose convolutions only make maps."""
+    """Return how many sums were fused; none on accelerators, whose convolutions cannot add to a map."""
     if mesh.device.kind != "cpu":
         return 0
-    last, kept, found = last_uses(graph), shared(graph), 0
+    last, kept, changes = last_uses(graph), shared(graph), 0
     for node in list(graph.nodes):
         if node.target not in (aten.add_.Tensor, aten.add.Tensor) or len(node.args) != 2 or node.kwargs:
             continue
-        made: Any = next((one for one in node.args if _comes_right_after(node, one)), None)
-        onto: Any = next((one for one in node.args if one is not made), None)
-        if made is None or not isinstance(onto, fx.Node) or not same(onto, node) or not same(made, node):
+        result: Any = next((term for term in node.args if _comes_right_after(node, term)), None)
+        onto: Any = next((term for term in node.args if term is not result), None)
+        if result is None or not isinstance(onto, fx.Node) or not same(onto, node) or not same(result, node):
             continue
         owner = root(node)
         free = is_own(onto) and root(onto) not in kept and last[root(onto)] is node
-        if not (free or owner is root(onto)):  # where the sum is written there already, it was free before
+        if not (free or owner is root(onto)):  # if the sum is already in place, `onto` was free
             continue
-        if root(onto) in map(root, made.all_input_nodes):
+        if root(onto) in map(root, result.all_input_nodes):
             continue
-        replaced(node, windows.residual_convolution, (onto, *made.args), dict(made.kwargs), made)
+        replaced(node, windows.residual_convolution, (onto, *result.args), dict(result.kwargs), result)
         if owner is not root(onto):
             last[root(onto)] = last.pop(owner)
             if owner in kept:
                 kept.add(root(onto))
-        found += 1
-    return found
+        changes += 1
+    return changes
 
 
-def _comes_right_after(node: fx.Node, made: Any) -> bool:
-    """Whether nothing is computed between a convolution and the sum that takes its result: views and weights aside."""
-    if not only_user(made, windows.convolution):
+def _comes_right_after(node: fx.Node, result: Any) -> bool:
+    """Whether only views and weights are between a convolution and the sum that takes its result."""
+    if not only_user(result, windows.convolution):
         return False
-    between = made.next
+    between = result.next
     while between is not node and _computes_nothing(between):
         between = between.next
     return between is node

@@ -1,4 +1,4 @@
-"""Nearest upsampling and the convolution after it become one operator, whose halos travel at the low resolution."""
+"""Fuse nearest upsampling and the convolution after it; ranks then exchange halos at the low resolution."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _NEAREST = (aten.upsample_nearest2d.default, aten._upsample_nearest_exact2d.defa
 
 
 def run(graph: fx.Graph, mesh: Mesh) -> int:
-    """Returns how many upsamplings are part of a convolution.
+    """Return how many upsamplings were fused or replaced.
 
-    Ranks decide alike, since what is asked is the same for all of them: by how much a map grows is, a rank's own sizes
-    and who else uses the upsampled map are not. Halos of the two kinds differ in size.
+    All ranks must decide the same way, because halos of fused and unfused operators differ in size. So the decision
+    depends on the upsampling factors, which are equal on all ranks, not on a rank's own sizes or on other users of the
+    upsampled map.
     """
-    found = 0
+    changes = 0
     for node in list(graph.nodes):
         if node.target is not windows.convolution or node.kwargs:
             continue
@@ -37,15 +38,15 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         if None in halved:
             continue
         recounted(replaced(node, windows.upsampled_convolution, (x, weight, bias, tuple(halved)), {}, *gone), mesh)
-        found += 1
+        changes += 1
     if backends.kernels(mesh.device.kind) is not None:
         left = [node for node in graph.nodes if node.target in (*_NEAREST, *_NEAREST_OF_FRAMES)]
-        found += sum(map(_repeated_by_kernel, left))
-    return found
+        changes += sum(map(_repeated_by_kernel, left))
+    return changes
 
 
 def _repeated_by_kernel(node: fx.Node) -> bool:
-    """Let a kernel of ours upsample, by whole numbers, where PyTorch's takes channels-last maps apart."""
+    """Replace upsampling by whole factors with halovae's own kernel: PyTorch's is slow for channels-last maps."""
     factors = _factors(node)
     if factors is None:
         return False
@@ -54,18 +55,18 @@ def _repeated_by_kernel(node: fx.Node) -> bool:
 
 
 def _factors(node: fx.Node) -> tuple[int, ...] | None:
-    """How often each frame, row and col of a map comes; None if that is no whole number."""
+    """Return how often each frame, row and col of a map is repeated; None if a factor is not whole."""
     x: Any = node.args[0]
     sizes, larger = x.meta["shape"][2:], node.meta["shape"][2:]
-    if any(size % one for one, size in zip(sizes, larger, strict=True)):
+    if any(size % before for before, size in zip(sizes, larger, strict=True)):
         return None
-    factors = tuple(size // one for one, size in zip(sizes, larger, strict=True))
+    factors = tuple(size // before for before, size in zip(sizes, larger, strict=True))
     scales = [*node.args[2:], *(None,) * len(factors)]
     return factors if all(scale in (None, factor) for scale, factor in zip(scales, factors, strict=False)) else None
 
 
 def _repeated(larger: Any, mesh: Mesh) -> tuple[Any, list[fx.Node]]:
-    """What is upsampled, and the nodes that do it: also by way of fp32 and back, which changes no value."""
+    """Return the map before upsampling by two, and the nodes that upsample it, with casts to fp32 and back."""
     gone = [larger]
     if isinstance(larger, fx.Node) and larger.target is aten._to_copy.default:
         gone.append(larger.args[0])
@@ -76,6 +77,7 @@ def _repeated(larger: Any, mesh: Mesh) -> tuple[Any, list[fx.Node]]:
 
 
 def _halved(cut: Cut) -> Cut | None:
+    """Return a cut at the low resolution; None if a bound is odd, or the cut fetches more than one cell."""
     dim, mesh_dim, bounds, needed, width, before, after = cut
     halos = tuple(((start - 1, stop + 1),) for start, stop in ranges(bounds))
     if any(bound % 2 for bound in bounds) or needed != halos:

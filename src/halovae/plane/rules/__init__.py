@@ -1,4 +1,4 @@
-"""What each operator does on partitioned tensors: one file for each kind of operator."""
+"""Rules: what each operator does on partitioned tensors. One file for each kind of operator."""
 
 from importlib import import_module
 

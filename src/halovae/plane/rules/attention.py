@@ -1,4 +1,4 @@
-"""Attention: queries stay where they are, keys and values are gathered."""
+"""Attention: queries stay on their ranks, keys and values are gathered."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> PlaneTensor:
-    """`scaled_dot_product_attention` of which any argument may be partitioned.
+    """`scaled_dot_product_attention`, in which any argument may be partitioned.
 
     Args:
         query: `[*, L, D]`.
         key: `[*, S, D]`.
         value: `[*, S, Dv]`.
-        attn_mask: as for PyTorch; likewise the others.
+        attn_mask: as for PyTorch.
         dropout_p: must be 0.
-        is_causal: the queries are gathered then.
-        scale: of the scores.
-        enable_gqa: several queries' heads share a key's.
+        is_causal: whether the mask is causal; then the queries are gathered, too.
+        scale: scale of the scores.
+        enable_gqa: whether several heads of queries share a head of keys.
     """
     plane = next(plane_tensors([query, key, value, attn_mask])).plane
     if dropout_p > 0:
@@ -52,27 +52,27 @@ def _attention(
     is_causal: bool, scale: float | None, enable_gqa: bool,
 ) -> PlaneTensor:  # fmt: skip
     q, k, v = (plane.lift(one) for one in (query, key, value))
-    q = plane.to_whole(q, [q.ndim - 1, *([q.ndim - 2] if is_causal else [])])
-    k, v = (plane.to_whole(one, [one.ndim - 2, one.ndim - 1]) for one in (k, v))
+    q = plane.replicate(q, [q.ndim - 1, *([q.ndim - 2] if is_causal else [])])
+    k, v = (plane.replicate(one, [one.ndim - 2, one.ndim - 1]) for one in (k, v))
     if enable_gqa:
-        q, k, v = (plane.to_whole(one, [one.ndim - 3]) for one in (q, k, v))
+        q, k, v = (plane.replicate(one, [one.ndim - 3]) for one in (q, k, v))
     batch = common([(*one.partition[:-2], (), ()) for one in (q, k, v)])
     used = {factor.mesh_dim for dim in batch for factor in dim}
     if used & {factor.mesh_dim for factor in q.partition[-2] if factor.mesh_dim is not None}:
-        q = plane.to_whole(q, [q.ndim - 2])
+        q = plane.replicate(q, [q.ndim - 2])
     locals_ = [
         aligned(plane, one, (*batch[:-2], *one.partition[-2:])) if not enable_gqa else one.local for one in (q, k, v)
     ]
     layout = (*(q.partition[:-2] if enable_gqa else batch[:-2]), q.partition[-2], v.partition[-1])
     mask: Tensor | None = None
     if attn_mask is not None:
-        whole = plane.to_whole(plane.lift(attn_mask), [attn_mask.ndim - 1])
-        mask = aligned(plane, whole, (*layout[:-1], whole.partition[-1]))
+        lifted = plane.replicate(plane.lift(attn_mask), [attn_mask.ndim - 1])
+        mask = aligned(plane, lifted, (*layout[:-1], lifted.partition[-1]))
     result = plane.run(operators.attention, *locals_, mask, dropout_p, is_causal, scale, enable_gqa)
     return plane.wrap(result, layout)
 
 
 @rule(aten.scaled_dot_product_attention)
 def undecomposed(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As inference mode delivers it."""
+    """Attention as it arrives in inference mode."""
     return attention(*args, **kwargs)

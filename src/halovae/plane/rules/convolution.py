@@ -1,4 +1,4 @@
-"""Convolutions of any kernel, stride, dilation, padding and groups; transposed ones; pooling."""
+"""Convolutions of any kernel, stride, dilation, padding and groups; transposed convolutions; pooling."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from halovae.plane.layout import (
     partitioned,
     proper,
     ranges,
+    replicated_dim,
     shape,
     sole,
-    whole,
 )  # fmt: skip
 from halovae.plane.rules.registry import known, plain, rule
 from halovae.plane.tensor import PlaneTensor, channels_last, is_channels_last
@@ -32,22 +32,23 @@ if TYPE_CHECKING:
     from halovae.plane.plane import Plane
 
 aten = torch.ops.aten
-Reach = Callable[[int, int], tuple[int, int]]  # the inputs that a range of outputs depends on
-# Edges are computed twice where a map has this many rows (or cols) for each of a halo; and on the CPU, where every call
-# lays the weights out again, this many values for each of the weights; elsewhere, where a few small operators take
-# longer than to copy a small map, this many values. (docs/plane.md, docs/benchmarks/accelerator.md)
+InputRange = Callable[[int, int], tuple[int, int]]  # the range of inputs that a range of outputs depends on
+# Edges are computed twice if a map has at least this many rows (or cols) for each one of a halo; and, on the CPU, where
+# every call lays out the weights again, at least this many values for each weight; on other devices, where a few small
+# operators take longer than copying a small map, at least this many values.
+# (docs/plane.md, docs/benchmarks/accelerator.md)
 _EXTENT_TO_HALO, _MAP_TO_WEIGHTS, _LARGE_MAP = 8, 16, 2**24
 
 
 def output_factor(plane: Plane, before: Factor, size: int, bounds: Callable[[int], int], mesh_dim: MeshDim) -> Factor:
-    """The factor of an operator's result: cut where the input is, else evenly, else not at all.
+    """Return the factor of an operator's result: cut where the input is, else evenly, else not at all.
 
     Args:
         plane: the plane.
-        before: the input's.
+        before: the input's factor.
         size: extent of the result.
-        bounds: where in the result a bound of the input lies.
-        mesh_dim: over which to partition.
+        bounds: the position in the result of a bound of the input.
+        mesh_dim: the mesh dim to partition over.
     """
     ranks = plane.extents.get(mesh_dim, 1)
     if ranks == 1 or size < ranks:
@@ -59,22 +60,24 @@ def output_factor(plane: Plane, before: Factor, size: int, bounds: Callable[[int
     return Factor(size, mesh_dim, even(size, ranks))
 
 
-def supply(plane: Plane, local: Tensor, dim: int, before: Factor, result: Factor, reach: Reach) -> tuple[Tensor, int]:
-    """This rank's part of a map with all that its part of the result depends on, zeros outside of the map included.
+def fetch_inputs(
+    plane: Plane, local: Tensor, dim: int, before: Factor, result: Factor, inputs_of: InputRange
+) -> tuple[Tensor, int]:
+    """Fetch the range of a dim that this rank's shard of the result depends on, with zeros outside of the map.
 
     Args:
         plane: the plane.
-        local: this rank's part.
-        dim: the dim to extend it along.
+        local: this rank's shard.
+        dim: the dim to fetch along.
         before: the dim's factor.
-        result: the result's.
-        reach: the inputs that a range of outputs depends on.
+        result: the factor of the result.
+        inputs_of: the range of inputs that a range of outputs depends on.
 
     Returns:
-        The data, and the index in the whole map of their first row (or col).
+        The data, and the index of their first row (or col) in the whole map.
     """
-    parts = ranges(result.bounds) if result.mesh_dim is not None else ((0, result.size),)
-    needed = tuple((reach(start, stop),) for start, stop in parts)
+    owned = ranges(result.bounds) if result.mesh_dim is not None else ((0, result.size),)
+    needed = tuple((inputs_of(start, stop),) for start, stop in owned)
     mesh_dim = result.mesh_dim or before.mesh_dim
     assert mesh_dim is not None
     if result.mesh_dim is None:
@@ -86,7 +89,7 @@ def supply(plane: Plane, local: Tensor, dim: int, before: Factor, result: Factor
 
 
 def zero_extended(x: Tensor, dim: int, interval: tuple[int, int], size: int) -> Tensor:
-    """An interval of a dim, with zeros for what lies outside of it."""
+    """Return an interval of a dim, with zeros outside of the dim."""
     start, stop = interval
     low = min(max(start, 0), size)
     inner = x.narrow(dim, low, max(min(stop, size) - low, 0))
@@ -95,19 +98,19 @@ def zero_extended(x: Tensor, dim: int, interval: tuple[int, int], size: int) -> 
 
 
 def prepared(plane: Plane, x: PlaneTensor, spatial: int) -> PlaneTensor:
-    """A convolution's input `[N, C, *]`: channels whole, and each spatial dim one factor, or whole."""
+    """Return a convolution's input `[N, C, *]`: channels replicated, each spatial dim one factor or replicated."""
     tangled = [dim for dim in range(x.ndim - spatial, x.ndim) if sole(x.partition[dim]) is None]
-    return plane.to_whole(x, [dim for dim in (x.ndim - spatial - 1, *tangled) if is_partitioned(x.partition[dim])])
+    return plane.replicate(x, [dim for dim in (x.ndim - spatial - 1, *tangled) if is_partitioned(x.partition[dim])])
 
 
 def mesh_dim_of(plane: Plane, x: PlaneTensor, dim: int) -> MeshDim | None:
-    """Over which mesh dim a spatial dim is partitioned, or may be once it is large enough."""
+    """The mesh dim that a spatial dim is partitioned over, or may be once it is large enough; None if there is none."""
     factor = sole(x.partition[dim])
     if factor is not None:
         return factor.mesh_dim
-    wished: MeshDim | None = {x.ndim - 2: "rows", x.ndim - 1: "cols"}.get(dim)  # type: ignore[assignment]
+    target: MeshDim | None = {x.ndim - 2: "rows", x.ndim - 1: "cols"}.get(dim)  # type: ignore[assignment]
     taken = {one.mesh_dim for other in x.partition for one in other}
-    return wished if wished in plane.extents and wished not in taken else None
+    return target if target in plane.extents and target not in taken else None
 
 
 def windows(
@@ -119,10 +122,10 @@ def windows(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[Tensor, list[int], list[Factor]]:
-    """This rank's part of the input of a sliding window over the spatial dims.
+    """Fetch the inputs that this rank needs for a sliding window over the spatial dims.
 
     Returns:
-        The data, with what is padded of partitioned dims; the padding left to do; the factors of the result.
+        The data, with the padding of partitioned dims; the padding that is left to do; the factors of the result.
     """
     spatial = len(kernel)
     local, left, factors = x.local, list(padding), []
@@ -136,14 +139,14 @@ def windows(
         def middle(bound: int, k: int = k, s: int = s, p: int = p, d: int = d) -> int:
             return -((d * (k - 1) - 2 * (bound + p)) // (2 * s))  # ceil((bound + p - d (k - 1) / 2) / s)
 
-        def reach(start: int, stop: int, k: int = k, s: int = s, p: int = p, d: int = d) -> tuple[int, int]:
+        def inputs_of(start: int, stop: int, k: int = k, s: int = s, p: int = p, d: int = d) -> tuple[int, int]:
             return start * s - p, (stop - 1) * s - p + d * (k - 1) + 1
 
         factor = output_factor(plane, before, size, middle, mesh_dim)
         if factor.mesh_dim is None and before.mesh_dim is None:
             factors.append(factor)
             continue
-        local, _ = supply(plane, local, dim, before, factor, reach)
+        local, _ = fetch_inputs(plane, local, dim, before, factor, inputs_of)
         left[index] = 0
         factors.append(factor)
     return local, left, factors
@@ -151,17 +154,19 @@ def windows(
 
 @rule(aten.convolution, aten._convolution, aten.convolution_overrideable)
 def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each rank fetches what its part of the result depends on, and pads nothing of what is partitioned."""
+    """Each rank fetches the inputs of its shard of the result, with the padding of partitioned dims."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, *rest = args
     weight, bias = plain(weight), plain(bias)
     if not isinstance(x, PlaneTensor) or isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
         return NotImplemented
-    last = is_channels_last(x) or is_channels_last(weight)  # then the result is, too, on devices that know such maps
+    last = is_channels_last(x) or is_channels_last(
+        weight
+    )  # then the result is, too, on devices with channels-last maps
     one_cell = None
     if not transposed:
         mesh_dims = tuple(plane.extents)
         one_cell = _layout_of_one_cell(x.partition, weight.shape, tuple(stride), tuple(padding), mesh_dims)
-    if one_cell is not None:  # nothing is needed of other ranks: little has to be known
+    if one_cell is not None:  # a kernel of one cell needs no other ranks: the fast path
         plane.note(one_cell)
         local = known(func).direct(x.local, weight, bias, *args[3:])
         return plane.wrap(local, one_cell, strides=channels_last(shape(one_cell)) if last else None)
@@ -179,7 +184,7 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
     if transposed:
         lengths = zip(x.shape[2:], kernel, stride, padding, dilation, output_padding, strict=True)
         if any((n - 1) * s - 2 * p + d * (k - 1) + extra < 0 for n, k, s, p, d, extra in lengths):
-            return NotImplemented  # PyTorch refuses it
+            return NotImplemented  # PyTorch raises an error
         channels = weight.shape[1] * groups
         local, factors = _transposed(plane, x, weight, bias, stride, padding, dilation, output_padding, groups)
     else:
@@ -203,9 +208,9 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _unpadded(plane: Plane, x: PlaneTensor, padding: list[int]) -> tuple[PlaneTensor, list[int]]:
-    """A map before its rows and cols were padded with zeros, and what a convolution is to pad instead.
+    """Return a map before its rows and cols were padded with zeros, and the padding for the convolution instead.
 
-    Nothing is copied to pad then, and halos are those of a convolution that pads. Zeros along other dims stay.
+    This saves the copy for the padding, and halos are those of a convolution that pads. Zeros along other dims stay.
     """
     assert x.padded is not None
     assert plane.recorder is not None
@@ -213,7 +218,7 @@ def _unpadded(plane: Plane, x: PlaneTensor, padding: list[int]) -> tuple[PlaneTe
     left, right, top, bottom = (*widths, 0, 0, 0, 0)[:4]
     moved = any(plane.recorder.writes(one.local) for one in (x, source))
     if module != plane.recorder.module:
-        return x, padding  # a call between them may be a graph of its own
+        return x, padding  # the padding may be in another graph
     if moved or (left, top) != (right, bottom) or len(padding) < 2 or not (left or top):
         return x, padding
     rest = [0, 0, 0, 0, *widths[4:]]
@@ -225,9 +230,9 @@ def _unpadded(plane: Plane, x: PlaneTensor, padding: list[int]) -> tuple[PlaneTe
 def _cuts(
     plane: Plane, x: PlaneTensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[operators.Cut, ...]:
-    """Along which dims `operators.convolution` can compute without other ranks; none where a copy takes less.
+    """Return the dims whose halos `operators.convolution` fetches while it computes; none if a copy is faster.
 
-    Ranks decide by their own parts. That needs no agreement: `windows` sends the same messages in the same order.
+    Ranks decide by their own shards. They need not agree: `windows` sends the same messages in the same order.
     """
     least = _MAP_TO_WEIGHTS * weight.numel() if x.device.type == "cpu" else _LARGE_MAP
     if any(step != 1 for step in stride) or x.local.numel() < least:
@@ -250,12 +255,12 @@ def _cuts(
 
 
 def _received(local: Tensor, cuts: Sequence[operators.Cut]) -> int:
-    """Bytes of the halos, those along a second dim with the corners."""
+    """Bytes of the halos; those along a second dim include the corners."""
     total, size = 0, local.nbytes
     for dim, *_, width, before, after in cuts:
-        line = size // local.shape[dim]
-        total += (before + after) * width * line
-        size += 2 * width * line
+        row = size // local.shape[dim]
+        total += (before + after) * width * row
+        size += 2 * width * row
     return total
 
 
@@ -264,7 +269,7 @@ def _layout_of_one_cell(
     layout: Layout, weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
     mesh_dims: tuple[str, ...],
 ) -> Layout | None:  # fmt: skip
-    """The layout of the result; None where it is not the input's but for the channels, which every rank has."""
+    """Return the result's layout, if it is the input's except for replicated channels; else None."""
     spatial = len(weight) - 2
     if len(layout) != len(weight) or {*weight[2:], *stride} != {1} or {*padding} != {0}:
         return None
@@ -272,11 +277,11 @@ def _layout_of_one_cell(
     cut = {factor.mesh_dim for _, factor in partitioned(layout)}
     if 1 in places or any(at >= 2 and sole(layout[at]) is None for at in places):
         return None
-    # A dim that is whole may be large enough to be partitioned now.
+    # A replicated dim may be large enough to be partitioned now.
     for at, mesh_dim in ((len(layout) - 2, "rows"), (len(layout) - 1, "cols")):
         if at >= len(layout) - spatial and at not in places and mesh_dim in mesh_dims and mesh_dim not in cut:
             return None
-    return (layout[0], whole(weight[0]), *layout[2:])
+    return (layout[0], replicated_dim(weight[0]), *layout[2:])
 
 
 def _dim(factor: Factor) -> tuple[Factor, ...]:
@@ -287,7 +292,7 @@ def _transposed(
     plane: Plane, x: PlaneTensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], output_padding: Sequence[int], groups: int,
 ) -> tuple[Tensor, list[Factor]]:  # fmt: skip
-    """A transposed convolution: input i reaches the outputs `i * s - p + d * t`."""
+    """A transposed convolution: input i contributes to the outputs `i * s - p + d * t`."""
     spatial = weight.ndim - 2
     local, factors = x.local, []
     cuts: list[tuple[int, int, int]] = []
@@ -304,10 +309,10 @@ def _transposed(
         def middle(bound: int, k: int = k, s: int = s, p: int = p, d: int = d) -> int:
             return -((-(2 * bound - 1) * s + 2 * p - d * (k - 1)) // 2)
 
-        def reach(
+        def inputs_of(
             start: int, stop: int, k: int = k, s: int = s, p: int = p, d: int = d, n: int = length
         ) -> tuple[int, int]:
-            # A stride beyond the kernel leaves gaps: the first input is one that begins no later than the outputs.
+            # A stride larger than the kernel leaves gaps: the first input begins no later than the outputs.
             first = max(0, min(-((d * (k - 1) - start - p) // s), (start + p) // s, n - 1))
             return first, min(n - 1, (stop - 1 + p) // s) + 1
 
@@ -315,7 +320,7 @@ def _transposed(
         if factor.mesh_dim is None and before.mesh_dim is None:
             factors.append(factor)
             continue
-        local, first = supply(plane, local, dim, before, factor, reach)
+        local, first = fetch_inputs(plane, local, dim, before, factor, inputs_of)
         start = factor.bounds[plane.coordinates[mesh_dim]] if factor.mesh_dim else 0
         needed = factor.local(plane.coordinates)
         left[index], extra[index] = 0, 0
@@ -324,12 +329,12 @@ def _transposed(
     result: Tensor = aten.convolution(local, weight, bias, stride, left, dilation, True, extra, groups)
     for dim, start, needed in cuts:
         missing = start + needed - result.shape[dim]
-        if missing > 0:  # output padding, which nothing reaches
+        if missing > 0:  # output padding, to which no input contributes
             shape = [*result.shape[:dim], missing, *result.shape[dim + 1 :]]
-            filling = result.new_zeros(shape)
+            fill = result.new_zeros(shape)
             if bias is not None:
-                filling = filling + bias.view(-1, *[1] * spatial)
-            result = torch.cat([result, filling], dim)
+                fill = fill + bias.view(-1, *[1] * spatial)
+            result = torch.cat([result, fill], dim)
         if (start, needed) != (0, result.shape[dim]):
             result = result.narrow(dim, start, needed)
     return result.contiguous() if cuts else result, factors
@@ -337,7 +342,7 @@ def _transposed(
 
 @rule(aten.avg_pool2d, aten.avg_pool3d)
 def pooling(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pooling without padding, whose windows end within the map."""
+    """Pooling without padding, whose windows lie within the map."""
     x, kernel = args[:2]
     stride, padding = (args[at] if len(args) > at else None for at in (2, 3))
     rest = args[4:]
@@ -347,7 +352,7 @@ def pooling(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if any(padding or [0]) or any(rest[:1]) or kwargs:
         return NotImplemented
     dims = [dim for dim in range(x.ndim - spatial, x.ndim) if sole(x.partition[dim]) is None]
-    x = plane.to_whole(x, dims)
+    x = plane.replicate(x, dims)
     sizes = [(x.shape[x.ndim - spatial + i] - k) // s + 1 for i, (k, s) in enumerate(zip(kernel, stride, strict=True))]
     data, _, factors = windows(plane, x, sizes, kernel, stride, [0] * spatial, [1] * spatial)
     layout = (*x.partition[: x.ndim - spatial], *(_dim(factor) for factor in factors))

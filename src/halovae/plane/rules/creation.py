@@ -1,4 +1,4 @@
-"""New tensors, and random ones."""
+"""New tensors and random tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 @rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
 def like(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each rank makes its part."""
+    """Each rank makes its shard."""
     x, *rest = args
     strides = strides_like(x, kwargs.get("memory_format") or torch.preserve_format)
     return plane.wrap(func(x.local, *rest, **kwargs), x.partition, strides=strides)
@@ -29,7 +29,7 @@ def like(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
 def new(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A buffer of a map's size is partitioned as that map is; others are whole."""
+    """A buffer of a map's size is partitioned as that map is; others are replicated."""
     x, sizes, *rest = args
     layout = plane.like_seen(tuple(sizes)) or replicated(tuple(sizes))
     return plane.wrap(func(x.local, plane.local_sizes(layout), *rest, **kwargs), layout)
@@ -40,7 +40,7 @@ def new(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     aten.random_, aten.exponential_,
 )  # fmt: skip
 def random(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Every rank draws the whole plane's numbers, the same as one device does, and keeps its part."""
+    """Every rank draws the whole plane's numbers, as one device does, and keeps its shard."""
     x, *rest = args
     if func._schema.name == "aten::bernoulli":
         return NotImplemented
@@ -51,11 +51,11 @@ def random(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     # PyTorch draws in the order of memory.
     blank = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     drawn = func(blank, *rest, **kwargs)
-    part = plane.to_layout(plane.lift(drawn), x.partition)
+    shard = plane.to_layout(plane.lift(drawn), x.partition)
     if func._schema.name.endswith("_"):
-        x.local.copy_(part.local)
+        x.local.copy_(shard.local)
         return x
-    return plane.wrap(part.local, part.partition, "")
+    return plane.wrap(shard.local, shard.partition, "")
 
 
 _MAKERS = frozenset((torch.zeros, torch.ones, torch.empty, torch.full))
@@ -63,10 +63,10 @@ _SEEN = _MAKERS | {F.scaled_dot_product_attention}
 
 
 class Interception(TorchFunctionMode):
-    """Sees the functions that PyTorch decides about before plane tensors are asked.
+    """Intercepts functions that plane tensors do not see in time.
 
-    Attention, since PyTorch chooses a kernel for it first. Buffers of a map's size, which are made partitioned as that
-    map is, so that writing a map into one stays on each rank.
+    Attention: PyTorch chooses a kernel before it dispatches. New buffers of a map's size: they are partitioned as that
+    map is, so that no data moves when the map is written into one.
     """
 
     def __init__(self, plane: Plane) -> None:
@@ -74,7 +74,7 @@ class Interception(TorchFunctionMode):
         self._plane = plane
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _SEEN:  # most functions: each of them comes by here
+        if func not in _SEEN:  # the fast path: every function call passes through here
             return func(*args, **kwargs) if kwargs else func(*args)
         # `types` lacks plane tensors, whose own `__torch_function__` is disabled.
         if func is F.scaled_dot_product_attention and any(

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halovae.plane.layout import Factor, Layout, extent, is_partitioned, joined, partitioned, ranges, sole, whole
+from halovae.plane.layout import (
+    Factor,
+    Layout,
+    extent,
+    is_partitioned,
+    joined,
+    partitioned,
+    ranges,
+    replicated_dim,
+    sole,
+)
 from halovae.plane.rules.pointwise import common
 from halovae.plane.rules.registry import known, rule
 from halovae.plane.tensor import PlaneTensor
@@ -24,7 +34,7 @@ def _without(layout: Layout, dim: int) -> Layout:
 
 @lru_cache(maxsize=4096)
 def _side_by_side(layouts: tuple[Layout, ...], dim: int) -> Layout | None:
-    """The layout of tensors that are alike but for a dim that every rank has all of, along that dim; else None."""
+    """The layout of a concatenation along a replicated dim, if the other dims have equal layouts; else None."""
     first = layouts[0]
     if not first or any(len(one) != len(first) for one in layouts):
         return None
@@ -33,12 +43,12 @@ def _side_by_side(layouts: tuple[Layout, ...], dim: int) -> Layout | None:
         return None
     if any(extent(factors) == 0 for one in layouts for factors in one):
         return None
-    return (*first[:dim], whole(sum(extent(one[dim]) for one in layouts)), *first[dim + 1 :])
+    return (*first[:dim], replicated_dim(sum(extent(one[dim]) for one in layouts)), *first[dim + 1 :])
 
 
 @rule(aten.cat)
 def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Along a dim that is whole, on each rank; along a partitioned one, each rank fetches its part of the result."""
+    """Replicated dims are joined on each rank; along a partitioned dim, each rank fetches its shard of the result."""
     tensors, dim = (*args, kwargs.get("dim", 0))[:2]
     if all(isinstance(one, PlaneTensor) for one in tensors) and len({one.dtype for one in tensors}) == 1:
         joint = _side_by_side(tuple([one.partition for one in tensors]), dim)
@@ -47,7 +57,7 @@ def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     ndim = max(one.ndim for one in tensors)
     pieces = [plane.lift(one) for one in tensors if one.ndim == ndim and one.numel()]
     dim %= ndim
-    if len({one.dtype for one in pieces}) > 1:  # a rank may have a part of some pieces only
+    if len({one.dtype for one in pieces}) > 1:  # a rank may own cells of some pieces only
         dtype = reduce(torch.promote_types, [one.dtype for one in pieces])
         pieces = [plane.lift(one.to(dtype)) for one in pieces]
     if not pieces:
@@ -63,11 +73,11 @@ def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for one in pieces:
         factor = sole(one.partition[dim])
         entangled = is_partitioned(one.partition[dim]) and (factor is None or factor.mesh_dim not in mesh_dims)
-        kept.append(plane.to_whole(one, [dim]) if entangled else one)
+        kept.append(plane.replicate(one, [dim]) if entangled else one)
     mesh_dim = next(iter(sorted(mesh_dims)), None)
     result = plane.factor(total, mesh_dim) if mesh_dim is not None and len(mesh_dims) == 1 else Factor(total)
     if result.mesh_dim is None:
-        kept = [plane.to_whole(one, [dim]) for one in kept]
+        kept = [plane.replicate(one, [dim]) for one in kept]
     kept = [plane.to_layout(one, (*others[:dim], one.partition[dim], *others[dim + 1 :])) for one in kept]
     layout = (*others[:dim], joined((result,)), *others[dim + 1 :])
     if result.mesh_dim is None:
@@ -89,6 +99,6 @@ def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @rule(aten.stack)
 def stack(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Along a new dim."""
+    """Concatenation along a new dim."""
     tensors, dim = (*args, kwargs.get("dim", 0))[:2]
     return aten.cat.default([plane.lift(one).unsqueeze(dim) for one in tensors], dim % (tensors[0].ndim + 1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halovae.plane.layout import Dim, is_partitioned, whole
+from halovae.plane.layout import Dim, is_partitioned, replicated_dim
 from halovae.plane.rules.pointwise import aligned
 from halovae.plane.rules.registry import plain, rule
 from halovae.plane.tensor import PlaneTensor
@@ -23,10 +23,10 @@ def _mesh_dims(*dims: Dim) -> set[Any]:
 
 
 def arranged(plane: Plane, a: PlaneTensor, b: PlaneTensor) -> tuple[PlaneTensor, PlaneTensor]:
-    """`a` `[*, M, K]` and `b` `[*, K, N]` such that each mesh dim partitions one of their indices.
+    """Return `a` `[*, M, K]` and `b` `[*, K, N]` in layouts in which each mesh dim partitions one of their indices.
 
-    M before N, since what has many rows is mostly a map and what has many cols a weight or keys. A sum over K is left
-    partitioned where both are cut alike, or where `a` is whole: it is cut for free, and only sums travel.
+    M takes precedence over N: matrices with many rows are mostly maps, and those with many cols weights or keys. A sum
+    over K stays partitioned if both have the same cut, or if `a` is replicated: cutting it is free, and only sums move.
     """
     batch = range(a.ndim - 2)
     for dim in batch:
@@ -34,8 +34,8 @@ def arranged(plane: Plane, a: PlaneTensor, b: PlaneTensor) -> tuple[PlaneTensor,
             if is_partitioned(a.partition[dim]) and not _mesh_dims(a.partition[dim]) & _mesh_dims(*b.partition):
                 b = plane.to_layout(b, (*b.partition[:dim], a.partition[dim], *b.partition[dim + 1 :]))
             else:
-                a = plane.to_whole(a, [dim])
-                b = plane.to_whole(b, [dim])
+                a = plane.replicate(a, [dim])
+                b = plane.replicate(b, [dim])
     items, rows, inner = _mesh_dims(*(a.partition[dim] for dim in batch)), a.ndim - 2, a.ndim - 1
     if a.partition[inner] != b.partition[rows]:
         mine, theirs = _mesh_dims(a.partition[inner]), _mesh_dims(b.partition[rows])
@@ -43,9 +43,9 @@ def arranged(plane: Plane, a: PlaneTensor, b: PlaneTensor) -> tuple[PlaneTensor,
         if theirs and not mine and small and not theirs & (_mesh_dims(a.partition[rows]) | items):
             a = plane.to_layout(a, (*a.partition[:inner], b.partition[rows]))
         else:
-            a, b = plane.to_whole(a, [inner]), plane.to_whole(b, [rows])
+            a, b = plane.replicate(a, [inner]), plane.replicate(b, [rows])
     if _mesh_dims(b.partition[-1]) & (_mesh_dims(*a.partition)):
-        b = plane.to_whole(b, [b.ndim - 1])
+        b = plane.replicate(b, [b.ndim - 1])
     return a, b
 
 
@@ -67,7 +67,7 @@ def mm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @rule(aten.addmm, aten.baddbmm)
 def addmm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A product and a sum."""
+    """A product plus a tensor."""
     added, a, b = args
     a, b = arranged(plane, plane.lift(a), plane.lift(b))
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
@@ -76,7 +76,7 @@ def addmm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         result = product(plane, aten.mm.default if a.ndim == 2 else aten.bmm.default, a, b)
         result = result * alpha if alpha != 1 else result
         return result + (added * beta if beta != 1 else added) if beta != 0 else result
-    if beta == 0:  # what is added is not read, and may be anything
+    if beta == 0:  # `added` is not read: it may hold any values
         result = aten.mm.default(a.local, b.local) if a.ndim == 2 else aten.bmm.default(a.local, b.local)
         return plane.wrap(result * alpha if alpha != 1 else result, layout)
     return plane.wrap(func(aligned(plane, added, layout), a.local, b.local, **kwargs), layout)
@@ -84,23 +84,23 @@ def addmm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 @rule(aten.linear)
 def linear(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A product with weights that every rank has."""
+    """A product with replicated weights."""
     x, weight, *bias = args
     weight, bias = plain(weight), [plain(one) for one in bias]
     if any(isinstance(one, PlaneTensor) for one in (weight, *bias)) or not isinstance(x, PlaneTensor):
         return NotImplemented
-    x = plane.to_whole(x, [x.ndim - 1])
+    x = plane.replicate(x, [x.ndim - 1])
     local: Tensor = func(x.local, weight, *bias)
     size = weight.shape[0]
-    return plane.wrap(local, (*x.partition[:-1], whole(size)) if weight.ndim == 2 else x.partition[:-1])
+    return plane.wrap(local, (*x.partition[:-1], replicated_dim(size)) if weight.ndim == 2 else x.partition[:-1])
 
 
 @rule(aten._cdist_forward, aten._euclidean_dist)
 def cdist(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Distances between rows, as between those of a product's two matrices."""
+    """Distances between rows, arranged like the matrices of a product."""
     a, b, *rest = args
     a, b = plane.lift(a), plane.lift(b)
-    turned = plane.lift(plane.to_whole(b, [b.ndim - 1]).transpose(-1, -2))
-    a, turned = arranged(plane, plane.to_whole(a, [a.ndim - 1]), turned)
+    turned = plane.lift(plane.replicate(b, [b.ndim - 1]).transpose(-1, -2))
+    a, turned = arranged(plane, plane.replicate(a, [a.ndim - 1]), turned)
     local = func(a.local, turned.local.transpose(-1, -2), *rest)
     return plane.wrap(local, (*a.partition[:-1], turned.partition[-1]))

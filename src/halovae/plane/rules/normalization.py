@@ -1,4 +1,4 @@
-"""Normalizations. Those over the plane reduce their statistics over its ranks."""
+"""Normalizations. Statistics over the plane are reduced over its ranks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ aten = torch.ops.aten
 
 @rule(aten.native_group_norm)
 def group_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each rank normalizes its part with statistics of all; alone among those that have parts, with PyTorch's own."""
+    """Each rank normalizes its shard with the statistics of all ranks; a map on one rank runs PyTorch's own."""
     x, weight, bias, _, channels, _, groups, eps = args
     weight, bias = plain(weight), plain(bias)
     if isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
         return NotImplemented
     if torch.Size(x.shape[1:]).numel() == groups:
-        return NotImplemented  # groups of one value: PyTorch refuses these for a rank's part, if that is one item
-    x = plane.to_whole(x, [1])
+        return NotImplemented  # groups of one value: PyTorch raises an error for a shard of one item
+    x = plane.replicate(x, [1])
     local, own = x.local, x.local.shape[0]
     mesh_dims = {factor.mesh_dim for dim in x.partition[2:] for factor in dim if factor.mesh_dim is not None}
     if not mesh_dims:
@@ -39,18 +39,18 @@ def group_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             counts.append(torch.Size(sizes).numel() * (channels // groups))
         plane.received += (len(counts) - 1) * 2 * own * groups * max(4, local.element_size())
         result = plane.run(operators.group_norm, local, weight, bias, groups, eps, scope, tuple(counts))
-    # The statistics that the operator returns besides serve training only.
+    # The operator also returns statistics, which only training needs.
     return plane.wrap(result, x.partition), None, None
 
 
 @rule(aten.native_layer_norm, aten._fused_rms_norm, aten.rms_norm)
 def layer_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Over the last dims, which every rank has whole."""
+    """Norms over the last dims, which are replicated."""
     x, normalized, *rest = args
     rest = [plain(one) for one in rest]
     if any(isinstance(one, PlaneTensor) for one in rest):
         return NotImplemented
-    x = plane.to_whole(x, range(x.ndim - len(normalized), x.ndim))
+    x = plane.replicate(x, range(x.ndim - len(normalized), x.ndim))
     result = func(x.local, normalized, *rest, **kwargs)
     if isinstance(result, tuple):
         return plane.wrap(result[0], x.partition), *(None for _ in result[1:])
@@ -59,7 +59,7 @@ def layer_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 @rule(aten.native_batch_norm, aten._native_batch_norm_legit_no_training, aten._batch_norm_impl_index)
 def batch_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """With given statistics."""
+    """Norms with given statistics."""
     x, *rest = args
     rest = [plain(one) for one in rest]
     training = func._schema.name != "aten::_native_batch_norm_legit_no_training" and rest[4]

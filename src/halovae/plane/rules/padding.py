@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 @rule(aten.constant_pad_nd)
 def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Ranks at the border pad; a negative width cuts."""
+    """Ranks at the border pad; a negative width crops."""
     x, widths, *value = args
     if any(width < 0 for width in widths):
         for at in range(len(widths) // 2):
@@ -34,7 +34,7 @@ def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
             continue
         factor = sole(x.partition[dim])
         if factor is None:
-            x = plane.to_whole(x, [dim])
+            x = plane.replicate(x, [dim])
             size = x.shape[dim] + before + after
             layout[dim] = joined((Factor(size),))
             continue
@@ -47,7 +47,7 @@ def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         if position < len(factor.bounds) - 2:
             pads[at + 1] = 0
         layout[dim] = (Factor(size, factor.mesh_dim, bounds),)
-    # A rank that pads nothing copies all the same: PyTorch returns a tensor of its own.
+    # A rank that pads nothing copies, too: PyTorch returns a new tensor.
     local = func(x.local, pads, *value, **kwargs) if any(pads) else x.local.clone()
     result = plane.wrap(local, tuple(layout))
     if plane.recorder is not None and not any((*value, *kwargs.values())):
@@ -58,19 +58,19 @@ def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 def reindexed(
     plane: Plane, x: PlaneTensor, dim: int, size: int, source: Callable[[int], int], result: Factor | None = None
 ) -> PlaneTensor:
-    """The tensor whose index i along `dim` is index `source(i)` of `x`.
+    """Return the tensor whose index i along `dim` is index `source(i)` of `x`.
 
     Args:
         plane: the plane.
         x: the tensor.
         dim: the dim.
         size: its extent in the result.
-        source: which of x's indices.
-        result: the result's factor; None to cut it where the padded input is cut.
+        source: the index in `x` of an index in the result.
+        result: the result's factor; None for the factor of `x`.
     """
     factor = sole(x.partition[dim])
     if factor is None:
-        x = plane.to_whole(x, [dim])
+        x = plane.replicate(x, [dim])
         index = torch.tensor([source(i) for i in range(size)], device=x.device)
         layout = (*x.partition[:dim], joined((Factor(size),)), *x.partition[dim + 1 :])
         return plane.wrap(x.local.index_select(dim, index), layout)
@@ -78,8 +78,8 @@ def reindexed(
         result = factor
     assert factor.mesh_dim is not None
     needed, picks = [], []
-    parts = ranges(result.bounds) if result.mesh_dim else ((0, size),) * plane.extents[factor.mesh_dim]
-    for start, stop in parts:
+    owned = ranges(result.bounds) if result.mesh_dim else ((0, size),) * plane.extents[factor.mesh_dim]
+    for start, stop in owned:
         indices = [source(i) for i in range(start, stop)]
         cuts = [at for at in range(1, len(indices)) if abs(indices[at] - indices[at - 1]) > 1]
         intervals: list[tuple[int, int]] = []
@@ -103,28 +103,28 @@ def _padded(
     plane: Plane, func: Any, x: PlaneTensor, widths: Sequence[int], source: Callable[[int, int], int],
     short: int | None = None, beyond: int | None = None,
 ) -> Any:  # fmt: skip
-    """A map with more rows and cols that are made of its own.
+    """Pad a map with copies of its own rows and cols.
 
     Args:
         plane: the plane.
-        func: PyTorch's operator, for what a rank can do alone.
+        func: PyTorch's operator, for padding that needs no other ranks.
         x: the map.
         widths: before and after, the last dim first.
-        source: which of so many indices an index of the result is.
-        short: by how much the widths must be shorter than the map; None for any width.
-        beyond: how many rows more than a width its rank at the border needs to pad alone; None if it cannot.
+        source: the index in the map of an index relative to it, given the map's extent.
+        short: by how much widths must be smaller than the map; None for any width.
+        beyond: how many rows more than a width a rank at the border needs to pad without others; None if it cannot.
     """
-    alone, shared, layout = list(widths), list[int](), list(x.partition)
+    local, shared, layout = list(widths), list[int](), list(x.partition)
     for at in range(len(widths) // 2):
         dim, pads = x.ndim - 1 - at, widths[2 * at : 2 * at + 2]
         size, factor = x.shape[dim] + sum(pads), sole(x.partition[dim])
         if size < 1 or (short is not None and max(pads) > x.shape[dim] - short):
-            return NotImplemented  # PyTorch refuses it
+            return NotImplemented  # PyTorch raises an error
         if not any(pads):
             continue
         if factor is None:
             if is_partitioned(x.partition[dim]):
-                return _padded(plane, func, plane.to_whole(x, [dim]), widths, source, short, beyond)
+                return _padded(plane, func, plane.replicate(x, [dim]), widths, source, short, beyond)
             layout[dim] = joined((Factor(size),))
             continue
         assert factor.mesh_dim is not None
@@ -135,13 +135,13 @@ def _padded(
         layout[dim] = (Factor(size, factor.mesh_dim, bounds),)
         if beyond is None or min(pads) < 0 or any(end < pad + beyond for end, pad in zip(ends, pads, strict=True)):
             shared.append(at)
-            alone[2 * at : 2 * at + 2] = 0, 0
+            local[2 * at : 2 * at + 2] = 0, 0
             continue
         position = plane.coordinates[factor.mesh_dim]
-        alone[2 * at] *= position == 0
-        alone[2 * at + 1] *= position == len(factor.bounds) - 2
+        local[2 * at] *= position == 0
+        local[2 * at + 1] *= position == len(factor.bounds) - 2
     inner = [x.partition[d] if x.ndim - 1 - d in shared else layout[d] for d in range(x.ndim)]
-    x = plane.wrap(func(x.local, alone) if any(alone) else x.local.clone(), tuple(inner))
+    x = plane.wrap(func(x.local, local) if any(local) else x.local.clone(), tuple(inner))
     for at in shared:
         dim, before = x.ndim - 1 - at, widths[2 * at]
         length, (result,) = x.shape[dim], layout[dim]
@@ -151,7 +151,7 @@ def _padded(
 
 @rule(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d)
 def reflect(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Rows inside of the border, mirrored."""
+    """Pad with the rows inside of the border, mirrored."""
 
     def source(i: int, n: int) -> int:
         return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
@@ -161,14 +161,14 @@ def reflect(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 @rule(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d)
 def replicate(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The rows at the border, repeated."""
+    """Pad with the rows at the border, repeated."""
     narrow = -max(0, *args[1])  # one row is enough, however wide the padding
     return _padded(plane, func, args[0], args[1], lambda i, n: min(max(i, 0), n - 1), beyond=narrow)
 
 
 @rule(aten._pad_circular)
 def circular(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Rows from the other end."""
+    """Pad with rows from the other end."""
     return _padded(plane, func, args[0], args[1], lambda i, n: i % n, short=0)
 
 
@@ -183,7 +183,7 @@ def flip(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @rule(aten.roll)
 def roll(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Rows moved along, around the end."""
+    """Rows shifted, those beyond the end to the start."""
     if len(args) < 3:
         return NotImplemented
     x, shifts, dims = args

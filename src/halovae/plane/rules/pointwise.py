@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halovae.plane.layout import Dim, Layout, extent, is_partitioned, replicated, shape, whole
+from halovae.plane.layout import Dim, Layout, extent, is_partitioned, replicated, replicated_dim, shape
 from halovae.plane.rules.registry import known, rule
 from halovae.plane.tensor import PlaneTensor, channels_last, made, strides_of_new
 
@@ -20,11 +20,11 @@ aten = torch.ops.aten
 
 
 def common(layouts: Sequence[Layout], leader: int | None = None) -> Layout:
-    """A layout of the broadcast of tensors, in which most of what is partitioned stays so.
+    """Return a layout of the broadcast of tensors, in which most partitioned dims stay partitioned.
 
     Args:
-        layouts: the tensors'.
-        leader: which of them keeps its layout.
+        layouts: the tensors' layouts.
+        leader: index of a tensor that keeps its layout; None for none.
     """
     ndim = max(map(len, layouts))
     aligned = [((),) * (ndim - len(layout)) + layout for layout in layouts]
@@ -41,14 +41,14 @@ def common(layouts: Sequence[Layout], leader: int | None = None) -> Layout:
                 break
         else:
             if is_partitioned(best):
-                best = whole(extent(best))
+                best = replicated_dim(extent(best))
         used |= {factor.mesh_dim for factor in best if factor.mesh_dim is not None}
         result.append(best)
     return tuple(result)
 
 
 def aligned(plane: Plane, x: Tensor, layout: Layout) -> Tensor:
-    """This rank's part of a tensor that is broadcast with one of this layout."""
+    """Return this rank's shard of a tensor that is broadcast with one of this layout."""
     lifted = plane.lift(x)
     needed = _needed(lifted.partition, layout)
     return lifted.local if needed == lifted.partition else plane.to_layout(lifted, needed).local
@@ -68,8 +68,8 @@ def _shared(layouts: tuple[Layout, ...], leader: int | None) -> tuple[Layout, bo
     return layout, all(_needed(one, layout) == one for one in layouts)
 
 
-def _alike(partition: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
-    """The ranks' parts, where all tensors have the first one's layout: most calls. None for others."""
+def _same_layout_locals(partition: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+    """Return the arguments with shards in place of tensors, if all have this layout, as in most calls; else None."""
     for one in kwargs.values():
         if isinstance(one, (Tensor, list, tuple)):
             return None
@@ -90,13 +90,13 @@ def pointwise(
     plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> Any:  # fmt: skip
-    """Any number of tensors of any layouts, broadcast."""
+    """Compute on any number of tensors in any layouts, which are broadcast."""
     first = args[0] if args else None
     if isinstance(first, PlaneTensor):
-        alike = _alike(first.partition, args, kwargs)
-        if alike is not None:
+        local_args = _same_layout_locals(first.partition, args, kwargs)
+        if local_args is not None:
             details = known(func)
-            result = details.direct(*alike, **kwargs)
+            result = details.direct(*local_args, **kwargs)
             if details.writes:
                 return first
             if isinstance(result, Tensor):
@@ -112,8 +112,8 @@ def pointwise(
     in_place = details.writes
     if in_place and not isinstance(first, PlaneTensor):
         return NotImplemented
-    layout, still = _shared(layouts, 0 if in_place else None)
-    if still:
+    layout, in_position = _shared(layouts, 0 if in_place else None)
+    if in_position:
         locals_ = [one.local if isinstance(one, PlaneTensor) else one for one in flat]
     else:
         locals_ = [aligned(plane, one, layout) if isinstance(one, Tensor) else one for one in flat]
@@ -133,7 +133,7 @@ def pointwise(
 
 
 def strides_like(x: PlaneTensor, memory_format: torch.memory_format = torch.preserve_format) -> tuple[int, ...] | None:
-    """The strides of a new tensor like another; None if it is contiguous."""
+    """The strides of a new tensor like `x`; None if it is contiguous."""
     if memory_format is torch.preserve_format:
         return strides_of_new(x.shape, x.stride())
     return None if memory_format is torch.contiguous_format else channels_last(x.shape)
@@ -144,7 +144,7 @@ def strides_like(x: PlaneTensor, memory_format: torch.memory_format = torch.pres
     aten.lerp_, aten.where, aten.nan_to_num,
 )  # fmt: skip
 def untagged(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pointwise operators that PyTorch does not tag as such."""
+    """Pointwise operators without PyTorch's tag for them."""
     if func is aten.where.default:
         return NotImplemented
     return pointwise(plane, func, args, kwargs, kwargs.get("memory_format") or torch.preserve_format)

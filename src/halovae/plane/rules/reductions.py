@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halovae.plane.layout import Layout, is_partitioned, local_extent
-from halovae.plane.layout import whole as whole_dim
+from halovae.plane.layout import Layout, is_partitioned, local_extent, replicated_dim
 from halovae.plane.rules.registry import known, rule
 from halovae.plane.tensor import PlaneTensor
 
@@ -53,20 +52,20 @@ def _reduced(layout: Layout, dims: tuple[int, ...], keep: bool) -> Layout:
 
 
 def over_ranks(plane: Plane, x: PlaneTensor, dims: Sequence[int], local: Tensor, combine: Combine) -> Tensor:
-    """Combine `[ranks, ...]` of what each rank reduced its part to, on all of them in the same order."""
+    """Combine what ranks reduced their shards to: `[ranks, ...]`, in the same order on all ranks."""
     mesh_dims = {factor.mesh_dim for dim in dims for factor in x.partition[dim] if factor.mesh_dim is not None}
     return combine(plane.gather(local, mesh_dims)) if mesh_dims else local
 
 
 def _wide(x: Tensor, asked: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of a sum, and the one to add in."""
+    """The dtype of a sum, and the dtype to accumulate in."""
     result = asked or (x.dtype if x.dtype.is_floating_point or x.dtype.is_complex else torch.int64)
     return result, torch.promote_types(result, torch.float32) if result.is_floating_point else result
 
 
 @rule(aten.sum, aten.mean)
 def total(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each rank adds up its part; the sums are added in fp32 at least."""
+    """Each rank sums its shard; the ranks' sums are added in fp32 at least."""
     x = args[0]
     dims = _dims(x, _argument(func, args, kwargs, "dim", None))
     keep = _argument(func, args, kwargs, "keepdim", False)
@@ -74,16 +73,16 @@ def total(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not any(is_partitioned(x.partition[dim]) for dim in dims):
         return plane.wrap(known(func).direct(x.local, *args[1:], **kwargs), layout)
     result, wide = _wide(x, kwargs.get("dtype"))
-    part = aten.sum.dim_IntList(x.local, dims, keep, dtype=wide)
-    whole = over_ranks(plane, x, dims, part, lambda parts: parts.sum(0))
+    local = aten.sum.dim_IntList(x.local, dims, keep, dtype=wide)
+    combined = over_ranks(plane, x, dims, local, lambda sums: sums.sum(0))
     if func._schema.name == "aten::mean":
-        whole = whole / math.prod(x.shape[dim] for dim in dims)
-    return plane.wrap(whole.to(result), layout)
+        combined = combined / math.prod(x.shape[dim] for dim in dims)
+    return plane.wrap(combined.to(result), layout)
 
 
 @rule(aten.amax, aten.amin, aten.max.default, aten.min.default, aten.all, aten.any)
 def extreme(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each rank takes its part's; then the ranks' are taken."""
+    """Each rank reduces its shard; then the ranks' results are reduced."""
     x = args[0]
     dims = _dims(x, _argument(func, args, kwargs, "dim", None))
     layout = reduced_layout(x.partition, dims, _argument(func, args, kwargs, "keepdim", False))
@@ -91,12 +90,12 @@ def extreme(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     again: Any = {"max": torch.amax, "amax": torch.amax, "min": torch.amin, "amin": torch.amin}.get(name)
     again = again or {"all": torch.all, "any": torch.any}[name]
     local = func(x.local, *args[1:], **kwargs)
-    return plane.wrap(over_ranks(plane, x, dims, local, lambda parts: again(parts, 0)), layout)
+    return plane.wrap(over_ranks(plane, x, dims, local, lambda results: again(results, 0)), layout)
 
 
 @rule(aten.linalg_vector_norm)
 def vector_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of any order over whole dims; of order 2 over partitioned ones."""
+    """Norms of any order over replicated dims; of order 2 over partitioned dims."""
     x = args[0]
     dims = _dims(x, _argument(func, args, kwargs, "dim", None))
     layout = reduced_layout(x.partition, dims, _argument(func, args, kwargs, "keepdim", False))
@@ -107,13 +106,13 @@ def vector_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
     result, wide = _wide(x, kwargs.get("dtype"))
     keep = _argument(func, args, kwargs, "keepdim", False)
     local = aten.linalg_vector_norm(x.local, 2, dims, keep, dtype=wide)
-    whole = over_ranks(plane, x, dims, local, lambda parts: parts.square().sum(0).sqrt())
-    return plane.wrap(whole.to(result), layout)
+    combined = over_ranks(plane, x, dims, local, lambda norms: norms.square().sum(0).sqrt())
+    return plane.wrap(combined.to(result), layout)
 
 
 @rule(aten.var, aten.std, aten.var_mean, aten.std_mean)
 def variance(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """From each rank's mean and squared deviation (Chan et al. 1983)."""
+    """Ranks' means and squared deviations are combined (Chan et al. 1983)."""
     x = args[0]
     if func._overloadname != "correction":
         return NotImplemented
@@ -128,18 +127,18 @@ def variance(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     correction = _argument(func, args, kwargs, "correction", None)
     mesh_dims = {factor.mesh_dim for dim in dims for factor in x.partition[dim] if factor.mesh_dim is not None}
     _, wide = _wide(x, None)
-    spread, mean = torch.var_mean(x.local.to(wide), dims, correction=0, keepdim=keep)
-    means, spreads = plane.gather(torch.stack((mean, spread)), mesh_dims).unbind(1)
+    result, mean = torch.var_mean(x.local.to(wide), dims, correction=0, keepdim=keep)
+    means, variances = plane.gather(torch.stack((mean, result)), mesh_dims).unbind(1)
     counts = [
         math.prod(local_extent(x.partition[dim], {**plane.coordinates, **place}) for dim in dims)
         for place in plane.places(mesh_dims)
     ]
     count = torch.tensor(counts, dtype=wide, device=x.device).view(-1, *[1] * mean.ndim)
     mean = (count * means).sum(0) / sum(counts)
-    squares = (count * (spreads + (means - mean).square())).sum(0)
-    spread = squares / max(0, sum(counts) - (1 if correction is None else correction))
-    spread = spread.sqrt() if name.startswith("std") else spread
-    first = plane.wrap(spread.to(x.dtype), layout)
+    squares = (count * (variances + (means - mean).square())).sum(0)
+    result = squares / max(0, sum(counts) - (1 if correction is None else correction))
+    result = result.sqrt() if name.startswith("std") else result
+    first = plane.wrap(result.to(x.dtype), layout)
     return (first, plane.wrap(mean.to(x.dtype), layout)) if name.endswith("mean") else first
 
 
@@ -148,21 +147,21 @@ def variance(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     aten.max.dim, aten.min.dim, aten.logsumexp, aten.glu, aten.argsort, aten.prod.dim_int, aten.logcumsumexp,
 )  # fmt: skip
 def along(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Along a dim that every rank has whole."""
+    """Operators along a dim, which is replicated."""
     x = args[0]
     dims = _argument(func, args, kwargs, "dim", -1)
     if dims is None or not x.ndim:
         return NotImplemented
     dims = _dims(x, dims)
-    whole = plane.to_whole(x, dims)
-    found = func(whole.local, *args[1:], **kwargs)
+    x = plane.replicate(x, dims)
+    found = func(x.local, *args[1:], **kwargs)
     results = []
     for one in found if isinstance(found, tuple) else (found,):
         if one.ndim < x.ndim:
-            layout = reduced_layout(whole.partition, dims, False)
+            layout = reduced_layout(x.partition, dims, False)
         else:
             layout = tuple(
-                factors if dim not in dims else whole_dim(one.shape[dim]) for dim, factors in enumerate(whole.partition)
+                replicated_dim(one.shape[dim]) if dim in dims else factors for dim, factors in enumerate(x.partition)
             )
         results.append(plane.wrap(one, layout))
     return (

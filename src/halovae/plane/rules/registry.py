@@ -1,4 +1,4 @@
-"""Which rule an operator has, and what happens to those that have none."""
+"""The registry of rules, dispatch to them, and the fallback for operators without a rule."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _RULES: dict[Any, Rule] = {}
 def rule(*operators: Any) -> Callable[[Rule], Rule]:
     """Register a function as the rule of ATen operators, all overloads of each.
 
-    It takes the plane, the operator, and its arguments, and returns what the operator returns. `NotImplemented` says
-    that it does not cover the case.
+    A rule takes the plane, the operator, and its arguments, and returns the operator's result, or `NotImplemented` for
+    a case that it does not cover.
     """
 
     def register(function: Rule) -> Rule:
@@ -37,7 +37,7 @@ def rule(*operators: Any) -> Callable[[Rule], Rule]:
 
 @cache
 def rule_of(func: Any) -> Rule | None:
-    """The rule of an operator: its own, or that of all pointwise ones."""
+    """The rule of an operator: its own, or the common rule of pointwise operators; None if it has none."""
     from halovae.plane.rules.pointwise import pointwise
 
     found = _RULES.get(func) or _RULES.get(func.overloadpacket)
@@ -46,7 +46,7 @@ def rule_of(func: Any) -> Rule | None:
 
 @cache
 def is_composite(func: Any) -> bool:
-    """Whether an operator is made of others. Some operators are and have kernels of their own besides."""
+    """Whether an operator decomposes into others. Some of these have kernels of their own, too."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
@@ -68,7 +68,7 @@ def returns_view(func: Any) -> bool:
 
 
 def plane_tensors(values: Iterable[Any]) -> Iterator[PlaneTensor]:
-    """The plane tensors among arguments, in lists too."""
+    """The plane tensors among arguments, including those in lists."""
     for value in values:
         if isinstance(value, PlaneTensor):
             yield value
@@ -77,20 +77,20 @@ def plane_tensors(values: Iterable[Any]) -> Iterator[PlaneTensor]:
 
 
 def plain(x: Any) -> Any:
-    """What every rank has all of, such as weights that were computed in the call, as a plain tensor."""
+    """Return a replicated plane tensor, such as weights that were computed in the call, as a plain tensor."""
     return x.local if isinstance(x, PlaneTensor) and not any(True for _ in partitioned(x.partition)) else x
 
 
 class Known(NamedTuple):
-    """What is looked up of an operator at each call.
+    """Properties of an operator, cached for each call.
 
     Attributes:
         func: the operator.
         rule: its rule.
-        composite: whether it is made of others.
+        composite: whether it decomposes into others.
         targets: positions and names of the arguments whose values it changes.
         writes: whether it writes to any argument.
-        direct: calls it.
+        direct: calls it, by the fastest way.
     """
 
     func: Any
@@ -101,11 +101,11 @@ class Known(NamedTuple):
     direct: Callable[..., Any]
 
 
-_KNOWN: dict[int, Known] = {}  # by id: operators stay, and hash slowly
+_KNOWN: dict[int, Known] = {}  # by id: operators are never freed, and hash slowly
 
 
 def known(func: Any) -> Known:
-    """What there is to know of an operator."""
+    """Return the cached properties of an operator."""
     found = _KNOWN.get(id(func))
     if found is None:
         # Some operators that write change a tensor's sizes, not its values.
@@ -118,7 +118,7 @@ def known(func: Any) -> Known:
 
 
 aten = torch.ops.aten
-# PyTorch's own bindings take the arguments of these as they arrive, and less than half of the time of a call by schema.
+# PyTorch's own bindings take these operators' arguments unchanged, in less than half of the time of a call by schema.
 _DIRECT: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
@@ -187,7 +187,7 @@ def _dispatched(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def fallback(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operator that no rule covers: on all of the data, on every rank."""
+    """Call an operator that no rule covers on the full data, replicated on all ranks."""
     if torch.Tag.inplace_view in func.tags:
         raise RuntimeError(f"{func}: cannot change the sizes of a partitioned tensor in place")
     if func.overloadpacket is torch.ops.aten.as_strided:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halovae.plane.layout import Factor, is_partitioned, joined, sole, whole
+from halovae.plane.layout import Factor, is_partitioned, joined, replicated_dim, sole
 from halovae.plane.rules.convolution import mesh_dim_of, output_factor
 from halovae.plane.rules.padding import reindexed
 from halovae.plane.rules.registry import rule
@@ -38,13 +38,13 @@ def result_factor(plane: Plane, x: PlaneTensor, dim: int, size: int) -> Factor:
     aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d,
 )  # fmt: skip
 def nearest(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """By a whole number, each rank resamples its own part; else rows are picked."""
+    """For whole-number factors each rank resamples its own shard; for others, rows are picked."""
     x, sizes, *scales = args
     if kwargs or func._overloadname != "default":
         return NotImplemented
     spatial = _spatial(func)
     dims = range(x.ndim - spatial, x.ndim)
-    x = plane.to_whole(x, [dim for dim in dims if sole(x.partition[dim]) is None])
+    x = plane.replicate(x, [dim for dim in dims if sole(x.partition[dim]) is None])
     whole_numbers = all(size % x.shape[dim] == 0 for dim, size in zip(dims, sizes, strict=True))
     given = [*scales, *(None,) * spatial][:spatial]
     if whole_numbers and all(
@@ -82,7 +82,9 @@ def weighted(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     ]
     if all(one or not is_partitioned(x.partition[dim]) for one, dim in zip(idle, dims, strict=True)):
         local = [n if one else size for one, n, size in zip(idle, x.local.shape[-spatial:], sizes, strict=True)]
-        layout = [x.partition[dim] if one else whole(size) for one, dim, size in zip(idle, dims, sizes, strict=True)]
+        layout = [
+            x.partition[dim] if one else replicated_dim(size) for one, dim, size in zip(idle, dims, sizes, strict=True)
+        ]
         return plane.wrap(func(x.local, local, corners, *scales), (*x.partition[:-spatial], *layout))
     for dim, size, scale, skipped in zip(dims, sizes, given, idle, strict=True):
         length = x.shape[dim]
@@ -125,22 +127,22 @@ def _positions(size: int, length: int, corners: bool, scale: float | None, clamp
 
 @rule(aten.pixel_shuffle)
 def pixel_shuffle(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Channels become pixels: views alone."""
+    """Channels become pixels; only by views."""
     x, r = args
     *batch, channels, height, width = x.shape
     n = len(batch)
-    parts = x.reshape(*batch, channels // r**2, r, r, height, width)
+    split = x.reshape(*batch, channels // r**2, r, r, height, width)
     order = [*range(n), n, n + 3, n + 1, n + 4, n + 2]
-    return parts.permute(order).reshape(*batch, channels // r**2, height * r, width * r)
+    return split.permute(order).reshape(*batch, channels // r**2, height * r, width * r)
 
 
 @rule(aten.pixel_unshuffle)
 def pixel_unshuffle(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pixels become channels: views alone."""
+    """Pixels become channels; only by views."""
     x, r = args
     *batch, channels, height, width = x.shape
     n = len(batch)
-    parts = x.reshape(*batch, channels, height // r, r, width // r, r)
-    return parts.permute([*range(n + 1), n + 2, n + 4, n + 1, n + 3]).reshape(
+    split = x.reshape(*batch, channels, height // r, r, width // r, r)
+    return split.permute([*range(n + 1), n + 2, n + 4, n + 1, n + 3]).reshape(
         *batch, channels * r * r, height // r, width // r
     )

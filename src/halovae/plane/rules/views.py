@@ -1,4 +1,4 @@
-"""Views: they regroup, order, cut or add dims. Data moves only where a cut is not where the ranks' bounds are."""
+"""Views: they regroup, order, cut or add dims. Data moves only if a cut does not match the ranks' bounds."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from halovae.plane.layout import (
     joined,
     proper,
     ranges,
+    replicated_dim,
     sole,
-    whole,
 )
 from halovae.plane.operators import Needed
 from halovae.plane.rules.registry import plain, rule
@@ -41,7 +41,7 @@ def _resolved(own: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 @rule(aten.view, aten.reshape, aten._unsafe_view, aten._reshape_alias)
 def view(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Partitioned dims stay so where the view leaves each rank's part in one piece."""
+    """Partitioned dims stay partitioned if the view leaves each rank's shard in one piece."""
     x, sizes = args[:2]
     if isinstance(sizes, torch.dtype) or x.numel() == 0:
         return NotImplemented
@@ -56,17 +56,17 @@ def view(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if moved is not x:
         source = source or version(x.local)
     if strides is None or local.untyped_storage()._cdata != moved.local.untyped_storage()._cdata:
-        # Plain PyTorch would copy, or refuse; or it would not, but this rank's part lies in memory otherwise.
+        # Plain PyTorch would copy or raise an error, or only this rank's memory format needs a copy.
         frozen, source = frozen or "it had to be copied", source or version(x.local)
     return made(local, layout, plane, frozen, strides, source)
 
 
 @lru_cache(maxsize=4096)
-def viewed_strides(sizes: tuple[int, ...], strides: tuple[int, ...], wished: tuple[int, ...]) -> tuple[int, ...] | None:
+def viewed_strides(sizes: tuple[int, ...], strides: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...] | None:
     """The strides of a view in other sizes; None if it needs a copy."""
     with no_dispatch():
         try:
-            return torch.empty_strided(sizes, strides, device="meta").view(wished).stride()
+            return torch.empty_strided(sizes, strides, device="meta").view(target).stride()
         except RuntimeError:
             return None
 
@@ -74,7 +74,7 @@ def viewed_strides(sizes: tuple[int, ...], strides: tuple[int, ...], wished: tup
 def _view_of(
     x: PlaneTensor, local: torch.Tensor, layout: Layout, strides: tuple[int, ...], frozen: str = ""
 ) -> PlaneTensor:
-    """A view of a tensor; `frozen` says why it is a copy in truth."""
+    """Return a view of a tensor; `frozen` says why it is really a copy."""
     source = x.source or (version(x.local) if frozen else None)
     return made(local, layout, x.plane, x.frozen or frozen, strides, source)
 
@@ -167,7 +167,7 @@ def _expanded(layout: Layout, strides: tuple[int, ...], sizes: tuple[int, ...]) 
     for index, size in enumerate(sizes):
         dim = layout[index - new] if index >= new else ()
         kept = size in (-1, extent(dim))
-        found.append(dim if kept else whole(size))
+        found.append(dim if kept else replicated_dim(size))
         steps.append(strides[index - new] if kept and index >= new else 0)
     return tuple(found), tuple(steps)
 
@@ -176,16 +176,16 @@ class _Cut(NamedTuple):
     """A range of a dim.
 
     Attributes:
-        dim: which one.
-        start: where it begins.
-        stop: before which it ends.
+        dim: the dim.
+        start: its first index.
+        stop: the index before which it ends.
         step: from each index to the next.
-        strides: of the result.
-        layout: of the result.
+        strides: strides of the result.
+        layout: layout of the result.
         all: whether it is all of the dim.
-        factor: what each rank has of the dim; None if all of them have all of it, or are to have.
-        needed: what each rank needs of it.
-        free: whether all of them have that.
+        factor: the dim's partitioned factor; None if the dim is or must be replicated.
+        needed: the intervals that each rank needs.
+        free: whether each rank owns what it needs.
     """
 
     dim: int
@@ -219,8 +219,8 @@ def _cut(layout: Layout, strides: tuple[int, ...], dim: int, start: Any, end: An
     if not proper(bounds, length):
         bounds = even(length, ranks) if length >= ranks else ()
     result = Factor(length, factor.mesh_dim, bounds) if bounds else Factor(length)
-    parts = list(ranges(bounds)) if bounds else [(0, length)] * ranks
-    needed = tuple(((start + a * step, start + (b - 1) * step + 1),) for a, b in parts)
+    kept = list(ranges(bounds)) if bounds else [(0, length)] * ranks
+    needed = tuple(((start + a * step, start + (b - 1) * step + 1),) for a, b in kept)
     owned = ranges(factor.bounds)
     free = all(own[0] <= mine[0] and mine[1] <= own[1] for own, (mine,) in zip(owned, needed, strict=True))
     layout = (*layout[:dim], joined((result,)), *layout[dim + 1 :])
@@ -229,26 +229,26 @@ def _cut(layout: Layout, strides: tuple[int, ...], dim: int, start: Any, end: An
 
 @rule(aten.slice)
 def slice_(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A range of a dim: each rank keeps what it owns of it, if it owns any."""
+    """A range of a dim: each rank keeps the cells that it owns, if every rank owns some."""
     x, dim, start, end, step = args if len(args) == 5 else (*args, *(0, None, None, 1)[len(args) - 1 :])
     return _sliced(plane, x, dim, start, end, step)
 
 
 def _sliced(plane: Plane, x: PlaneTensor, dim: int, start: int | None, end: int | None, step: int = 1) -> PlaneTensor:
     cut = _cut(x.partition, x.stride(), dim, start, end, step)
-    local, frozen = _part(plane, x, cut)
+    local, frozen = _shard(plane, x, cut)
     return _view_of(x, local, cut.layout, cut.strides, frozen)
 
 
-def _part(plane: Plane, x: PlaneTensor, cut: _Cut) -> tuple[torch.Tensor, str]:
-    """This rank's part of a range, and why it is a copy, if it is one."""
+def _shard(plane: Plane, x: PlaneTensor, cut: _Cut) -> tuple[torch.Tensor, str]:
+    """Return this rank's shard of a range, and why it is a copy; an empty text if it is a view."""
     at, step = cut.dim, cut.step
     if cut.all:
         return x.local, ""
     if cut.factor is None:
-        whole_x = plane.to_whole(x, (at,))
-        local = whole_x.local[(slice(None),) * at + (slice(cut.start, cut.stop, step),)]
-        return local, "" if whole_x is x else whole_x.frozen
+        replicated = plane.replicate(x, (at,))
+        local = replicated.local[(slice(None),) * at + (slice(cut.start, cut.stop, step),)]
+        return local, "" if replicated is x else replicated.frozen
     local = plane.fetch(x.local, at, cut.factor, cut.needed)
     if step != 1:
         local = local[(slice(None),) * at + (slice(None, None, step),)]
@@ -263,7 +263,7 @@ def select(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     dim %= len(sizes)
     index %= sizes[dim]
     cut = _cut(x.partition, x.stride(), dim, index, index + 1, 1)
-    local, frozen = _part(plane, x, cut)
+    local, frozen = _shard(plane, x, cut)
     layout, strides = cut.layout, cut.strides
     layout, strides = (*layout[:dim], *layout[dim + 1 :]), (*strides[:dim], *strides[dim + 1 :])
     return _view_of(x, local.squeeze((dim,)), layout, strides, frozen)
@@ -289,7 +289,7 @@ def unbind(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @rule(aten.repeat)
 def repeat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The tensor put side by side: the repetition is a factor before the dim's own."""
+    """Copies of the tensor side by side: the repetition is a factor before the dim's own."""
     x, times = args
     new = len(times) - x.ndim
     own = [x.partition[index - new] if index >= new else () for index in range(len(times))]
@@ -301,7 +301,7 @@ def repeat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @rule(aten.repeat_interleave)
 def repeat_interleave(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each index repeated by a number."""
+    """Each index repeated a number of times."""
     x, times, dim = (*args, kwargs.get("dim"))[:3]
     if not isinstance(times, int) or dim is None or times < 1:
         return NotImplemented
@@ -318,16 +318,16 @@ def index_select(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[st
     if isinstance(index, PlaneTensor) or not isinstance(x, PlaneTensor):
         return NotImplemented
     at = dim % x.ndim
-    x = plane.to_whole(x, [at])
-    layout = (*x.partition[:at], whole(index.numel()), *x.partition[at + 1 :])
+    x = plane.replicate(x, [at])
+    layout = (*x.partition[:at], replicated_dim(index.numel()), *x.partition[at + 1 :])
     return plane.wrap(func(x.local, at, index), layout)
 
 
 @rule(aten.embedding)
 def embedding(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Rows of a table that every rank has."""
+    """Rows of a replicated table."""
     table, index, *rest = args
     table = plain(table)
     if isinstance(table, PlaneTensor):
         return NotImplemented
-    return plane.wrap(func(table, index.local, *rest, **kwargs), (*index.partition, whole(table.shape[1])))
+    return plane.wrap(func(table, index.local, *rest, **kwargs), (*index.partition, replicated_dim(table.shape[1])))

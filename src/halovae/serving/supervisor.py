@@ -1,4 +1,4 @@
-"""The ranks of this host: a process in which torch's elastic agent starts and watches them, begun anew if need be."""
+"""Runs the ranks of this host. An agent process starts and watches them with torch's elastic agent."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from halovae.distributed.launch import end_with_parent, launch
 from halovae.serving.engine import serve_as_rank
 from halovae.serving.settings import RankSettings
 
-_PAUSE = 0.2  # seconds between two looks, and before ranks are begun anew
-# How often in a row ranks may end before they are ready, once they have been: something may kill them as they load.
+_PAUSE = 0.2  # seconds between two checks, and before ranks are restarted
+# Starts in a row that may end before the ranks are ready, once they have been ready: something may kill them as they
+# load.
 _TRIES = 5
-_GAVE_UP = 3  # exit code
+_GAVE_UP = 3  # the agent's exit code
 
 
-class GroupLost(RuntimeError):
-    """The ranks ended before they were ready: they would do so again."""
+class RanksLost(RuntimeError):
+    """The ranks ended before they were ready. Another start would fail too."""
 
 
-class Group:
-    """Several ranks, as long as the server lives."""
+class Supervisor:
+    """Keeps several ranks running for as long as the server lives."""
 
     def __init__(self, ranks: int, settings: RankSettings) -> None:
         self._ranks, self._settings = ranks, settings
@@ -36,10 +37,10 @@ class Group:
         self._process: BaseProcess | None = None
 
     async def run(self) -> None:
-        """Start the ranks, and start them again whenever they end.
+        """Start the ranks, and restart them whenever they end.
 
         Raises:
-            GroupLost: they ended before they were ready.
+            RanksLost: the ranks ended before they were ready.
         """
         while True:
             self._process = self._context.Process(
@@ -49,8 +50,8 @@ class Group:
             while self._process.is_alive():
                 await asyncio.sleep(_PAUSE)
             if self._process.exitcode == _GAVE_UP:
-                raise GroupLost
-            logging.getLogger(__name__).warning("the ranks' agent ended, and is begun anew")
+                raise RanksLost
+            logging.getLogger(__name__).warning("the ranks' agent ended, and is restarted")
 
     def stop(self) -> None:
         """End the ranks."""
@@ -61,7 +62,7 @@ class Group:
 
 
 def _watch_over(ranks: int, settings: RankSettings, ready: Event) -> None:
-    """Keep ranks running, unless they end before they are ready: at first, or again and again."""
+    """Keep ranks running. Exit with `_GAVE_UP` if the first start, or `_TRIES` later ones in a row, end unready."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     left = 1
     while True:

@@ -1,4 +1,4 @@
-"""What tiny pipelines are put together from: a VAE of the zoo, a transformer or U-Net, a scheduler."""
+"""Components of tiny pipelines: a VAE of the zoo, a transformer or U-Net, a scheduler."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import torch
 from halovae.models.zoo import ENTRIES, Entry, build
 
 
-def vae(name: str, **facts: Any) -> Any:
-    """An autoencoder of the zoo, with facts about its latents in its config: `scaling_factor`, `shift_factor`, ..."""
+def vae(name: str, **scaling: Any) -> Any:
+    """Build an autoencoder of the zoo, with `scaling_factor` or `shift_factor` of its latents added to its config."""
     made: Any = build(next(entry for entry in ENTRIES if entry.name == name))
-    made.register_to_config(**facts)
+    made.register_to_config(**scaling)
     return made
 
 
 def vae_of(cls: str, **config: Any) -> Any:
-    """An autoencoder for which the zoo has none of the ratio or channels that the pipeline insists on."""
+    """Build an autoencoder with a ratio or channels that its pipeline requires, and that no entry of the zoo has."""
     return build(Entry(cls, lambda: made(cls, **config), None, None, 1))
 
 
 def made(cls: str, **config: Any) -> Any:
-    """A class of diffusers on seeded random weights, in eval mode. Zeros are drawn anew: what they gate shall count."""
+    """Build a diffusers class with seeded random weights, in eval mode. All-zero weights get noise, so that layers
+    which they gate have an effect.
+    """
     import diffusers
 
     torch.manual_seed(0)
@@ -35,7 +37,7 @@ def made(cls: str, **config: Any) -> Any:
 
 
 def flow(**config: Any) -> Any:
-    """The flow matching scheduler."""
+    """Build the flow matching scheduler."""
     import diffusers
 
     return diffusers.FlowMatchEulerDiscreteScheduler(**config)

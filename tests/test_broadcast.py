@@ -1,4 +1,4 @@
-"""Whether a failure is everybody's, or a rank's alone."""
+"""Whether all ranks failed, or only one."""
 
 import time
 from collections.abc import Callable
@@ -11,16 +11,16 @@ import torch.distributed as dist
 
 from halovae.distributed.ranks import Ranks
 from halovae.distributed.transport import join_world
-from halovae.serving import lead
+from halovae.serving import broadcast
 
 BUSY = 3.0  # seconds
 
 
-@patch.object(lead, "_AGREEMENT", timedelta(seconds=1))
+@patch.object(broadcast, "_AGREEMENT", timedelta(seconds=1))
 def failed_together(alone: int | None) -> bool | None:
-    """What a rank that failed is told, while ranks that did not are busy."""
+    """Return what a failed rank learns while the others are busy; None on the others."""
     join_world(torch.device("cpu"))
-    mine, begin = lead.Lead(), time.monotonic()
+    mine, begin = broadcast.RankZeroBroadcast(), time.monotonic()
     if alone not in (None, dist.get_rank()):
         time.sleep(BUSY)
         return None

@@ -1,4 +1,4 @@
-"""Convolutions by Winograd whose windows are made band by band, or at once: what they are in double precision."""
+"""Convolutions by Winograd whose windows are computed in row blocks or at once, against double precision."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from halovae.distributed.mesh import Mesh
 from halovae.distributed.simulated import on_threads
 from halovae.kernels import winograd
 from halovae.kernels.native import EAGER
-from halovae.kernels.pool import Pool
+from halovae.kernels.pool import BufferPool
 from halovae.kernels.schemes import PLAIN
 from halovae.plane import context, rings, windows
 from halovae.plane.layout import Bounds, MeshDim, ranges
@@ -32,19 +32,19 @@ BOUND = 2e-5
 
 @pytest.fixture(autouse=True)
 def winograd_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Winograd for any map, a row of tiles at a time."""
+    """Use Winograd for any map, one row of tiles at a time."""
     monkeypatch.setattr(winograd, "is_profitable", lambda *_: True)
     monkeypatch.setattr(winograd, "ROWS", 1)
-    for name in ("empty", "scratch"):  # what is read and was not written shows
-        monkeypatch.setattr(Pool, name, filled(getattr(Pool, name)))
+    for name in ("empty", "scratch"):  # reads of unwritten memory give NaN
+        monkeypatch.setattr(BufferPool, name, filled(getattr(BufferPool, name)))
 
 
 def filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *given, **named: allocate(*given, **named).fill_(torch.nan)
+    return lambda *args, **kwargs: allocate(*args, **kwargs).fill_(torch.nan)
 
 
 def drawn_bounds(data: st.DataObject, ranks: int) -> Bounds:
-    """Of which some are whole tiles."""
+    """Draw bounds; some shards are whole tiles."""
     bounds = [0]
     for _ in range(ranks):
         bounds.append(bounds[-1] + data.draw(st.sampled_from([1, 2, 4, 5, 8, 8, 12])))
@@ -79,7 +79,7 @@ def drawn(data: st.DataObject) -> None:
     some = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
     rows, cols = some(*GRIDS)
     vertical, horizontal = drawn_bounds(data, rows), drawn_bounds(data, cols)
-    frames, items = some(0, 1, 3), some(1, 2)  # of a picture there are none
+    frames, items = some(0, 1, 3), some(1, 2)  # 0 for a picture
     plane = vertical[-1], horizontal[-1]
     x = torch.randn(items, 4, *([frames] if frames else []), *plane)
     x = x.contiguous(memory_format=torch.channels_last_3d if frames else torch.channels_last) if some(0, 1) else x
@@ -133,7 +133,7 @@ def drawn(data: st.DataObject) -> None:
         edges: Any = None if mode is None else (mode, sides)
         keep = torch.full((items, 4, kept, *local.shape[-2:]), torch.nan) if kept else None
         padding = (*([before] if frames else []), 1, 1)
-        with context.on(mesh, EAGER, Pool(CPU)), torch.inference_mode():
+        with context.on(mesh, EAGER, BufferPool(CPU)), torch.inference_mode():
             found = windows.convolution(
                 local, weight, bias, padding, cuts, False, zeros=zeros, past=own(past), keep=keep, gamma=gamma,
                 beta=beta, norm=norm, silu=silu, spare=spare, repeats=repeats, edges=edges, onto=own(onto),
@@ -170,7 +170,7 @@ def test_an_upsampled_convolution_is_exact_on_any_grid(data: st.DataObject) -> N
 
     def work(mesh: Mesh) -> None:
         (top, bottom), (left, right) = ranges(vertical)[mesh.row], ranges(horizontal)[mesh.col]
-        with context.on(mesh, EAGER, Pool(CPU)), torch.inference_mode():
+        with context.on(mesh, EAGER, BufferPool(CPU)), torch.inference_mode():
             found = windows.upsampled_convolution(
                 x[..., top:bottom, left:right].clone(), weight, bias, cuts_of(x, vertical, horizontal)
             )
@@ -187,13 +187,13 @@ def test_many_convolutions_of_windows_are_exact(data: st.DataObject) -> None:
     drawn(data)
 
 
-def test_a_window_of_whole_tiles_is_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_of_whole_tiles_is_never_allocated_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def window(*_: object) -> Tensor:
         raise AssertionError("a whole window")
 
     monkeypatch.setattr(rings, "window", window)
     x, weight = torch.randn(1, 4, 16, 12), torch.randn(4, 4, 3, 3)
-    with context.on(Mesh(Grid(), CPU), EAGER, Pool(CPU)), torch.inference_mode():
+    with context.on(Mesh(Grid(), CPU), EAGER, BufferPool(CPU)), torch.inference_mode():
         found = windows.convolution(x, weight, None, (1, 1), (), False, silu=True)
         larger = windows.upsampled_convolution(x, weight, None, ())
     torch.testing.assert_close(found, F.conv2d(F.silu(x), weight, padding=1), rtol=0, atol=BOUND)
@@ -202,15 +202,13 @@ def test_a_window_of_whole_tiles_is_never_there_as_a_whole(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_results_lie_over_the_map_by_bands_unless_rows_are_read_again(
-    blocks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_blocks_overwrite_the_map_unless_rows_are_read_again(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "WEIGHTS", 36 * 64 * 64 // blocks)
     made, window = list[Any](), rings.window
 
-    def counted(*given: Any) -> Tensor:
-        made.append(given)
-        return window(*given)
+    def counted(*args: Any) -> Tensor:
+        made.append(args)
+        return window(*args)
 
     monkeypatch.setattr(rings, "window", counted)
     x = torch.randn(1, 64, 16, 12).contiguous(memory_format=torch.channels_last)
@@ -218,26 +216,26 @@ def test_results_lie_over_the_map_by_bands_unless_rows_are_read_again(
     expected = F.conv2d(F.silu(x), weight, padding=1)
     for spare in (False, True):
         made.clear()
-        with context.on(Mesh(Grid(), CPU), EAGER, Pool(CPU)), torch.inference_mode():
+        with context.on(Mesh(Grid(), CPU), EAGER, BufferPool(CPU)), torch.inference_mode():
             found = windows.convolution(x, weight, None, (1, 1), (), False, silu=True, spare=spare)
         assert (found.data_ptr() == x.data_ptr()) is spare
         assert len(made) == int(spare and blocks == 2)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_all_but_the_outermost_bands_are_made_and_convolved_before_what_is_waited_for() -> None:
+def test_only_the_outermost_row_blocks_wait_for_halos() -> None:
     events = list[Any]()
 
     class Noted:
         x = torch.zeros(1, 4, 1, 20, 8)
 
-        def write(self, item: int, start: int, rows: slice, band: Tensor) -> None:
+        def write(self, item: int, start: int, rows: slice, block: Tensor) -> None:
             events.append((start + rows.start, start + rows.stop))
-            band[:, :, rows].zero_()
+            block[:, :, rows].zero_()
 
     out = torch.empty(1, 4, 1, 20, 8)
     weight, ready = torch.zeros(4, 4, 1, 3, 3), lambda: events.append("ready")
     with torch.inference_mode():
-        winograd.convolve(PLAIN, Noted(), weight, None, out, EAGER, Pool(CPU), ready=ready)
+        winograd.convolve(PLAIN, Noted(), weight, None, out, EAGER, BufferPool(CPU), ready=ready)
     assert events == [(1, 6), (6, 10), (10, 14), (14, 18), "ready", (18, 22), (0, 1)]
     assert not out.any()

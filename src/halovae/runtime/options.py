@@ -1,16 +1,19 @@
-"""How ranks share a call of an autoencoder: what a caller asks for, and what was chosen."""
+"""What a caller asks of a call, how ranks share it, and what was chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.device.regions import region
-from halovae.distributed.mesh import Mesh
+from halovae.distributed.mesh import Mesh, mesh_for, mesh_over
+from halovae.distributed.transport import world_size
 from halovae.grid import Grid
 from halovae.kernels.native import Kernels
 from halovae.plane.results import Gather
@@ -20,29 +23,76 @@ Call = Literal["decode", "encode"]
 Mode = Literal["auto", "single", "parallel"]
 
 
+class EncodeOptions(TypedDict, total=False):
+    """Keyword arguments of `VAE.encode`; see there."""
+
+    mode: Mode
+    grid: Grid | None
+    gather: Gather
+    memory_budget: int | None
+    mesh: Mesh | DeviceMesh | None
+    group: dist.ProcessGroup | None
+    module_kwargs: Mapping[str, Any] | None
+
+
+class DecodeOptions(EncodeOptions, total=False):
+    """Keyword arguments of `VAE.stream` and of what decodes by it; see there."""
+
+    dtype: torch.dtype | None
+    denormalize: bool
+
+
 @dataclass(frozen=True)
 class Sharing:
-    """What a caller asks for; see `VAE.stream`."""
+    """How ranks share a call, as a caller asks for it; see `VAE.stream`."""
 
     mode: Mode = "auto"
     grid: Grid | None = None
     gather: Gather = "rank0"
     dtype: torch.dtype | None = None
     memory_budget: int | None = None
-    mesh: Mesh | None = None
+    mesh: Mesh | None = field(default=None, repr=False)  # ranks compare what they are asked by its text
+    group: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], device: torch.device) -> Sharing:
+        """Read the options that say how ranks share a call; others are left out. Collective for a new `DeviceMesh`.
+
+        Args:
+            options: `DecodeOptions` or `EncodeOptions`.
+            device: where the exchanged tensors live.
+
+        Raises:
+            ValueError: a `DeviceMesh` with other dims, or without this rank.
+        """
+        names = {one.name for one in fields(cls)} - {"mesh"}
+        given = {name: value for name, value in options.items() if name in names}
+        return cls(**given, mesh=mesh_over(options.get("mesh"), device))
+
+    @property
+    def world(self) -> int:
+        """How many ranks there are."""
+        return world_size(self.group) if self.mesh is None else self.mesh.transport.world
+
+    def everyone(self, device: torch.device) -> Mesh:
+        """Return the mesh over which all ranks agree."""
+        return self.mesh or mesh_for(Grid(rows=self.world), device, self.group)
 
     def check(self) -> None:
         """Check all but the grid, which the mesh checks.
 
         Raises:
-            ValueError: an unknown mode or gather, a budget below 1, or a grid that is not the mesh's.
-            TypeError: a dtype that pictures cannot have.
+            ValueError: an unknown mode or gather, a budget below 1, or a grid or a group beside a mesh that has
+                another.
+            TypeError: a dtype that pictures cannot have, or a mesh or a group of another type.
         """
         for name, value, known in (("mode", self.mode, get_args(Mode)), ("gather", self.gather, get_args(Gather))):
             if value not in known:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
         if self.mesh is not None and self.grid not in (None, self.mesh.grid):
             raise ValueError(f"grid {self.grid} is not the grid of the given mesh, {self.mesh.grid}: leave one out")
+        if self.mesh is not None and self.group is not None:
+            raise ValueError("group and mesh both name the ranks: leave one out")
         if self.memory_budget is not None and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
             raise ValueError(f"memory_budget={self.memory_budget!r}: expected a number of bytes > 0")
         if self.dtype is not None and not self.dtype.is_floating_point and self.dtype != torch.uint8:

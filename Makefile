@@ -29,7 +29,7 @@ test: lint docs
 	$(BIN)/pytest
 
 test-slow: .venv/.installed
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --timeout 3600
 
 mutants: .venv/.installed
 	$(BIN)/python scripts/mutants.py

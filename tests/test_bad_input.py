@@ -35,7 +35,7 @@ def test_latents_of_the_wrong_kind(decoder: halovae.VAE, bad: Tensor, error: typ
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"chunk": 1}, TypeError, "unexpected keyword argument 'chunk'"),
+        ({"chunk": 1}, TypeError, "unknown option chunk; expected mode, grid"),
         ({"mode": "fast"}, ValueError, "auto, single, parallel"),
         ({"memory_budget": 0}, ValueError, "expected a number of bytes > 0"),
         ({"gather": "rank1"}, ValueError, "rank0, all, none"),

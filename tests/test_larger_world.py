@@ -45,18 +45,33 @@ def over_mesh(z: Tensor, ranks: list[Any], names: tuple[str, ...]) -> tuple[Tens
     [
         ([1, 2], ("rows",), "2x1", [0]),
         ([2, 0], ("cols",), "1x2", [1]),  # not in the order of the world
-        ([[1], [0]], ("batch", "rows"), "2x1x1", [2]),
         ([[2, 0, 1]], ("batch", "rows"), "3x1", []),
+        ([[[1], [0]], [[3], [2]]], ("batch", "rows", "cols"), "2x2x1", []),
     ],
 )
 def test_a_device_mesh_says_who_decodes(
     ranks: Callable[[int], Ranks], ranks_of: list[Any], names: tuple[str, ...], grid: str, left_out: list[int]
 ) -> None:
     z = latents(FAMILY, frames=2, batch=2, height=6, width=6)
-    found = ranks(3).run(over_mesh, z, ranks_of, names)
+    found = ranks(4 if grid == "2x2x1" else 3).run(over_mesh, z, ranks_of, names)
     for rank, (error, (_, used)) in enumerate(zip(errors(z, [frames for frames, _ in found]), found, strict=True)):
         assert (error is None) == (rank in left_out)
         assert error is None or (error <= BOUND and used == grid)
+
+
+def in_replicas(z: Tensor) -> list[Tensor | None]:
+    """Both halves of the world decode latents of their own, on dims of one mesh."""
+    mesh = device_mesh([[[0], [1]], [[2], [3]]], ("replica", "rows", "cols"))["rows", "cols"]
+    own = z[dist.get_rank() // 2 :][:1]
+    return [halovae.load(vae(FAMILY)).decode(own, mesh=mesh, gather="all")]
+
+
+def test_dims_of_a_larger_mesh_say_who_decodes(ranks: Callable[[int], Ranks]) -> None:
+    z = latents(FAMILY, frames=2, batch=2, height=6, width=6)
+    for rank, found in enumerate(ranks(4).run(in_replicas, z)):
+        error = errors(z[rank // 2 :][:1], found)[0]
+        assert error is not None
+        assert error <= BOUND
 
 
 def in_group(z: Tensor, options: dict[str, Any]) -> tuple[Tensor | None, str]:

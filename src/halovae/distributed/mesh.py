@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from halovae.device.kinds import Device, Stopwatch
-from halovae.distributed.transport import ProcessGroupTransport, Scope, Transport, Value, world_size
+from halovae.distributed.transport import (
+    ProcessGroupTransport,
+    Scope,
+    SharedGroupTransport,
+    Transport,
+    Value,
+    world_size,
+)
 from halovae.grid import Grid, Shard
 
 
@@ -46,18 +54,15 @@ class Mesh:
         grid: the extents of the mesh; without `transport`, `grid.size` must equal the number of ranks, or be 1: each
             rank then computes by itself.
         device: where the exchanged tensors live.
-        transport: how the ranks reach each other, which may be more than the grid has; None for the processes of
-            `ranks`, or for none at all where the grid has one rank.
-        ranks: the ranks by their numbers in the world, this one among them; None for all of the world.
+        transport: how the ranks reach each other, which may be more than the grid has; None for the processes of this
+            world, or for none at all where the grid has one rank.
 
     Raises:
         ValueError: the grid does not match the world.
     """
 
-    def __init__(
-        self, grid: Grid, device: torch.device, transport: Transport | None = None, ranks: Sequence[int] | None = None
-    ) -> None:
-        world = world_size() if ranks is None else len(ranks)
+    def __init__(self, grid: Grid, device: torch.device, transport: Transport | None = None) -> None:
+        world = world_size()
         if transport is None and grid.size not in (1, world):
             raise ValueError(
                 f"grid {grid} needs {grid.size} ranks, but the world has {world}: choose a grid of {world}, "
@@ -66,7 +71,7 @@ class Mesh:
         self.grid = grid
         self.device = Device(device)
         self.traffic = Traffic(self.device)
-        self.transport = transport or (ProcessGroupTransport(grid, device, ranks) if grid.size > 1 else Transport())
+        self.transport = transport or (ProcessGroupTransport(grid, device) if grid.size > 1 else Transport())
         self.rank = self.transport.rank
         self.item, self.row, self.col = grid.coordinates(self.rank)
         self._user: int | None = None
@@ -159,7 +164,7 @@ class Mesh:
             self._user = None
 
 
-_meshes: dict[tuple[Grid, torch.device, object, tuple[int, ...] | None], Mesh] = {}
+_meshes: dict[tuple[Any, ...], Mesh] = {}
 
 
 def mesh_for(grid: Grid, device: torch.device, group: dist.ProcessGroup | None = None) -> Mesh:
@@ -174,18 +179,21 @@ def mesh_for(grid: Grid, device: torch.device, group: dist.ProcessGroup | None =
         ValueError: the grid does not match the number of ranks, or this rank is not in the group.
     """
     if group is None:
-        return _mesh_of(grid, device, None)
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"group: rank {dist.get_rank()} is not in it, but calls")
-    return _mesh_of(grid, device, tuple(dist.get_process_group_ranks(group)))
+        world = dist.group.WORLD if dist.is_initialized() else None
+        return _kept((grid, device, world), lambda: Mesh(grid, device))
+    if grid.size not in (1, world_size(group)):
+        raise ValueError(f"grid {grid} needs {grid.size} ranks, but the group has {world_size(group)}")
+    ranks = dist.get_process_group_ranks(group)
+    return _kept((grid, device, group), lambda: _over_group(grid, device, group, ranks))
 
 
 def mesh_over(mesh: Mesh | DeviceMesh | None, device: torch.device) -> Mesh | None:
     """Return the mesh over a `DeviceMesh` with dims out of "batch", "rows", and "cols", in that order.
 
     Args:
-        mesh: its ranks may be some of the world's; those that it leaves out do not take part. A `Mesh` is returned as
-            it is, and so is None.
+        mesh: its ranks may be some of the world's. One of several dims that leaves out ranks of the world is flattened
+            first, for which torch needs all ranks of its root mesh to call. A `Mesh` is returned as it is, and so is
+            None.
         device: where the exchanged tensors live.
 
     Raises:
@@ -193,20 +201,31 @@ def mesh_over(mesh: Mesh | DeviceMesh | None, device: torch.device) -> Mesh | No
     """
     if not isinstance(mesh, DeviceMesh):
         return mesh
-    names = mesh.mesh_dim_names
-    known = ("batch", "rows", "cols")
+    names, known = mesh.mesh_dim_names, ("batch", "rows", "cols")
     if names is None or list(names) != [name for name in known if name in names]:
         raise ValueError(f"mesh: its dims are {names}, expected names out of {known}, in this order")
     if mesh.get_coordinate() is None:
         raise ValueError(f"mesh: rank {dist.get_rank()} is not in {mesh.mesh.tolist()}, but calls")
     grid = Grid(**dict(zip(names, mesh.mesh.shape, strict=True)))
-    return _mesh_of(grid, device, tuple(mesh.mesh.flatten().tolist()))
+    ranks = mesh.mesh.flatten().tolist()
+
+    def made() -> Mesh:
+        if len(ranks) == dist.get_world_size():
+            assert dist.group.WORLD is not None
+            return _over_group(grid, device, dist.group.WORLD, ranks)
+        flat = mesh if mesh.ndim == 1 else mesh._flatten()
+        return _over_group(grid, device, flat.get_group(), ranks)
+
+    return _kept((grid, device, dist.group.WORLD, names, tuple(ranks)), made)
 
 
-def _mesh_of(grid: Grid, device: torch.device, ranks: tuple[int, ...] | None) -> Mesh:
-    key = (grid, device, dist.group.WORLD if dist.is_initialized() else None, ranks)
+def _over_group(grid: Grid, device: torch.device, group: dist.ProcessGroup, ranks: list[int]) -> Mesh:
+    return Mesh(grid, device, SharedGroupTransport(grid, device, group, ranks) if grid.size > 1 else Transport())
+
+
+def _kept(key: tuple[Any, ...], make: Callable[[], Mesh]) -> Mesh:
     if key not in _meshes:
-        _meshes[key] = Mesh(grid, device, ranks=ranks)
+        _meshes[key] = make()
     return _meshes[key]
 
 

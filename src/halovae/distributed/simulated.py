@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halovae.device.kinds import Device
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.transport import Link, Scope, Transport, Value, patience
+from halovae.distributed.transport import Link, Scope, Transport, Value, members, patience
 from halovae.grid import Grid
 
 Result = TypeVar("Result")
@@ -76,17 +76,6 @@ class _Meeting:
         self.turn = threading.Condition()
         self.failure: BaseException | None = None
         self._letters: defaultdict[tuple[int, int], deque[tuple[Any, float]]] = defaultdict(deque)
-
-    def members(self, scope: Scope, rank: int) -> list[int]:
-        """The ranks that meet in a scope, this one among them."""
-        item, row, col = self.grid.coordinates(rank)
-        same = {
-            "rows": lambda i, r, c: (i, c) == (item, col),
-            "cols": lambda i, r, c: (i, r) == (item, row),
-            "plane": lambda i, r, c: i == item,
-            "world": lambda i, r, c: True,
-        }[scope]
-        return [other for other in range(self.grid.size) if same(*self.grid.coordinates(other))]
 
     def post(self, sender: int, receiver: int, content: Any, sent: float) -> None:
         self._letters[sender, receiver].append((content, sent))
@@ -171,8 +160,8 @@ class SimulatedTransport(Transport):
     def _all(self, scope: Scope, own: Any) -> tuple[list[Any], float]:
         """What everybody in the scope gives, and when the last of them gave it."""
         self.pause()
-        members = self._meeting.members(scope, self.rank)
-        for peer in members:
+        peers = members(self._meeting.grid, scope, self.rank)
+        for peer in peers:
             self._meeting.post(self.rank, peer, own, self.clock)
-        letters = [self._meeting.collect(peer, self.rank) for peer in members]
+        letters = [self._meeting.collect(peer, self.rank) for peer in peers]
         return [content for content, _ in letters], max(sent for _, sent in letters)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,19 @@ Value = TypeVar("Value")
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """How many ranks there are: of a process group, else of the torchrun that started this process, else 1.
+    """Return how many ranks there are: of a process group, else of the torchrun that started this process, else 1.
 
     Args:
         group: the process group; None for the world's.
+
+    Raises:
+        ValueError: this rank is not in the group.
     """
-    return dist.get_world_size(group) if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_initialized():
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group: rank {dist.get_rank()} is not in it, but calls")
+    return dist.get_world_size(group)
 
 
 def patience() -> timedelta:
@@ -148,34 +155,46 @@ class Transport:
         return fact
 
 
+def members(grid: Grid, scope: Scope, rank: int) -> list[int]:
+    """Return the ranks of a grid that meet in a scope, `rank` among them, in order."""
+    item, row, col = grid.coordinates(rank)
+    same = {
+        "rows": lambda i, r, c: (i, c) == (item, col),
+        "cols": lambda i, r, c: (i, r) == (item, row),
+        "plane": lambda i, r, c: i == item,
+        "world": lambda i, r, c: True,
+    }[scope]
+    return [other for other in range(grid.size) if same(*grid.coordinates(other))]
+
+
+def _started(operations: list[dist.P2POp]) -> Callable[[], None]:
+    works = dist.batch_isend_irecv(operations)
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait
+
+
 class ProcessGroupTransport(Transport):
-    """A transport between processes, over process groups of its own: the messages of two transports cannot meet.
+    """A transport between the world's processes, over process groups of its own: two transports' messages cannot meet.
 
-    The grid's ranks are the first of its ranks. The others only take part where all do. Making one is a collective
-    call: all of its ranks make it, in the same order.
-
-    Args:
-        grid: the extents over batch, rows, and cols.
-        device: where messages lie.
-        ranks: its ranks by their numbers in the world, this one among them; None for all of the world.
+    The grid's ranks are the first of the world. The others only take part where all of the world does. Making one is a
+    collective call: all ranks make it, in the same order.
     """
 
-    def __init__(self, grid: Grid, device: torch.device, ranks: Sequence[int] | None = None) -> None:
+    def __init__(self, grid: Grid, device: torch.device) -> None:
         join_world(device)
         self._device = device
-        self._ranks = list(range(dist.get_world_size()) if ranks is None else ranks)
-        self.rank, self.world = self._ranks.index(dist.get_rank()), len(self._ranks)
-        mesh = torch.tensor(self._ranks[: grid.size]).view(grid.batch, grid.rows, grid.cols)
-        groups: dict[Scope, Tensor] = {
-            "rows": mesh.movedim(1, -1).flatten(0, 1),
-            "cols": mesh.flatten(0, 1),
-            "plane": mesh.flatten(1),
-            "world": torch.tensor([self._ranks]),
-        }
-        everyone = ranks is None
-        self._groups = {scope: _own_group(members.tolist(), everyone) for scope, members in groups.items()}
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        scopes: tuple[Scope, ...] = "rows", "cols", "plane"
+        self._groups: dict[Scope, dist.ProcessGroup | None] = {"world": _own_group([list(range(self.world))])}
+        for scope in scopes:
+            every = {tuple(members(grid, scope, rank)) for rank in range(grid.size)}
+            self._groups[scope] = _own_group([list(ranks) for ranks in sorted(every)])
 
-    def _group(self, scope: Scope) -> _Group:
+    def _group(self, scope: Scope) -> dist.ProcessGroup:
         group = self._groups[scope]
         assert group is not None
         return group
@@ -183,55 +202,73 @@ class ProcessGroupTransport(Transport):
     def start(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> Callable[[], None]:
-        group = self._group(scope).group
-        operations = [dist.P2POp(dist.isend, tensor, self._ranks[peer], group) for peer, tensor in sends]
-        operations += [dist.P2POp(dist.irecv, tensor, self._ranks[peer], group) for peer, tensor in receives]
-        works = dist.batch_isend_irecv(operations)
-
-        def wait() -> None:
-            for work in works:
-                work.wait()
-
-        return wait
+        group = self._group(scope)
+        operations = [dist.P2POp(dist.isend, tensor, peer, group) for peer, tensor in sends]
+        return _started(operations + [dist.P2POp(dist.irecv, tensor, peer, group) for peer, tensor in receives])
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
         everyone = [torch.empty_like(own) for _ in range(ranks)]
-        group = self._group(scope)
-        dist.all_gather(everyone, own, group.group)
-        return [everyone[place] for place in group.places]
+        dist.all_gather(everyone, own, self._group(scope))
+        return everyone
 
     def all_values(self, value: Value) -> list[Value]:
-        group = self._group("world")
         everyone: list[Value] = [value] * self.world
-        dist.all_gather_object(everyone, value, group.group)
-        return [everyone[place] for place in group.places]
+        dist.all_gather_object(everyone, value, self._group("world"))
+        return everyone
 
     def anyone(self, fact: bool) -> bool:
         flag = torch.tensor(int(fact), device=self._device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, self._group("world").group)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self._group("world"))
         return bool(flag)
 
 
-class _Group(NamedTuple):
-    """A process group, and where in it each of its ranks is: torch sorts them."""
+def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Make process groups of disjoint ranks, and return this rank's; None if it is in none. Collective."""
+    group, _ = dist.new_subgroups_by_enumeration(groups, timeout=patience())
+    return group
 
-    group: dist.ProcessGroup
-    places: list[int]
 
+class SharedGroupTransport(Transport):
+    """A transport over one process group of the caller's. It makes no groups, so ranks outside need not take part.
 
-def _own_group(groups: list[list[int]], everyone: bool) -> _Group | None:
-    """Make disjoint process groups, and return the one that this rank is in, if any. Collective.
+    Its messages go between those that the caller sends over the group: all of its ranks use it in the same order.
 
     Args:
-        groups: the ranks of each.
-        everyone: whether all ranks of the world make them; else only those that are in one.
+        grid: of all ranks of the group.
+        device: where messages lie.
+        group: the process group, which this rank is in.
+        ranks: its ranks, by their numbers in the world, in the grid's order.
     """
-    own = next((ranks for ranks in groups if dist.get_rank() in ranks), None)
-    if everyone:
-        made, _ = dist.new_subgroups_by_enumeration(groups, timeout=patience())
-    elif own is not None:
-        made = dist.new_group(own, timeout=patience(), use_local_synchronization=True)
-    if own is None:
-        return None
-    assert isinstance(made, dist.ProcessGroup)
-    return _Group(made, [sorted(own).index(rank) for rank in own])
+
+    def __init__(self, grid: Grid, device: torch.device, group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
+        self._grid, self._device, self._group, self._ranks = grid, device, group, list(ranks)
+        self.rank, self.world = self._ranks.index(dist.get_rank()), len(self._ranks)
+        self._places = [dist.get_group_rank(group, rank) for rank in self._ranks]
+
+    def start(
+        self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], None]:
+        group, ranks = self._group, self._ranks
+        operations = [dist.P2POp(dist.isend, tensor, ranks[peer], group) for peer, tensor in sends]
+        return _started(operations + [dist.P2POp(dist.irecv, tensor, ranks[peer], group) for peer, tensor in receives])
+
+    def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
+        everyone = [torch.empty_like(own) for _ in range(ranks)]
+        if ranks == self.world:
+            dist.all_gather(everyone, own, self._group)
+            return [everyone[place] for place in self._places]
+        peers = members(self._grid, scope, self.rank)
+        everyone[peers.index(self.rank)] = own
+        others = [(peer, one) for peer, one in zip(peers, everyone, strict=True) if peer != self.rank]
+        self.exchange(scope, [(peer, own) for peer, _ in others], others)
+        return everyone
+
+    def all_values(self, value: Value) -> list[Value]:
+        everyone: list[Value] = [value] * self.world
+        dist.all_gather_object(everyone, value, self._group)
+        return [everyone[place] for place in self._places]
+
+    def anyone(self, fact: bool) -> bool:
+        flag = torch.tensor(int(fact), device=self._device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self._group)
+        return bool(flag)

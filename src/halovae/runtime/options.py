@@ -63,10 +63,12 @@ class Sharing:
             device: where the exchanged tensors live.
 
         Raises:
-            ValueError: a `DeviceMesh` with other dims, or without this rank.
+            ValueError: a `DeviceMesh` with other dims, or one without this rank, or a group without it.
         """
         names = {one.name for one in fields(cls)} - {"mesh"}
         given = {name: value for name, value in options.items() if name in names}
+        if options.get("group") is not None and options.get("mesh") is None:
+            world_size(options["group"])
         return cls(**given, mesh=mesh_over(options.get("mesh"), device))
 
     @property

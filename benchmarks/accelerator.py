@@ -31,7 +31,8 @@ from halovae.device.memory import MemoryMeter
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.simulated import on_threads
 from halovae.models import zoo
-from halovae.models.architectures import MODELS, latent_shape, random_vae
+from halovae.models.architectures import latent_shape, random_vae
+from halovae.models.registry import families
 from halovae.plane import Plane
 from halovae.plane.trace import trace
 from halovae.planning.graphs import TracedTransport, busiest
@@ -42,7 +43,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 def main() -> None:
     """Measure one model, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="flux")
+    parser.add_argument("--model", choices=list(families()), default="flux")
     parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels")
     parser.add_argument("--frames", type=int, default=1)
     parser.add_argument("--grid", default="1x1,2x1,2x2,4x2", help="ROWSxCOLS; several comma-separated")

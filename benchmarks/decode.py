@@ -30,7 +30,8 @@ from torch import Tensor
 
 from halovae.bench.measure import Contestant, Model
 from halovae.errors import RankError
-from halovae.models.architectures import MODELS, random_vae
+from halovae.models.architectures import random_vae
+from halovae.models.registry import families
 from halovae.runtime.options import Call
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -145,7 +146,7 @@ def measure(case: Case, repeat: int, peer: Peer | None, console: Console) -> dic
     x = x.clamp(-1, 1) if case.call == "encode" else x
     with TemporaryDirectory() as temporary, console.status("making the model") as status:
         random_vae(case.model).save_pretrained(temporary)
-        model = Model(Path(temporary), MODELS[case.model].class_name, dtype, "cpu", call=case.call)
+        model = Model(Path(temporary), families()[case.model].class_name, dtype, "cpu", call=case.call)
         eager = Contestant(EAGER, model, 1, case.threads, kind="diffusers")
         tried = [eager]
         tried += [
@@ -242,9 +243,9 @@ def targets(case: Case, found: dict[str, Figures]) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="run all cases that have targets, instead of one")
-    parser.add_argument("--only", choices=list(MODELS), nargs="+", help="with --all, only these models")
+    parser.add_argument("--only", choices=list(families()), nargs="+", help="with --all, only these models")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks for halovae")
-    parser.add_argument("--model", choices=list(MODELS), default="wan2.1")
+    parser.add_argument("--model", choices=list(families()), default="wan2.1")
     parser.add_argument("--shape", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW of the latents or pictures")
     parser.add_argument("--call", choices=get_args(Call), default="decode")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")

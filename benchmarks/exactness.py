@@ -25,7 +25,8 @@ from rich.table import Table
 from halovae import Grid, load
 from halovae.distributed.ranks import Ranks
 from halovae.models import zoo
-from halovae.models.architectures import FAMILIES, random_vae
+from halovae.models.architectures import random_vae
+from halovae.models.registry import families
 
 GRIDS = ("1x1", "2x1", "1x2", "3x1", "2x2")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
@@ -51,7 +52,7 @@ _vaes: dict[tuple[str, str], Any] = {}
 def vae_of(name: str, dtype: str) -> Any:
     """Return the model, which each process makes once."""
     if (name, dtype) not in _vaes:
-        vae = random_vae(name, WIDTH) if name in FAMILIES else zoo.build(ENTRIES[name])
+        vae = random_vae(name, WIDTH) if name in families() else zoo.build(ENTRIES[name])
         _vaes[name, dtype] = torch.nn.Module.to(vae, DTYPES[dtype])
     return _vaes[name, dtype]
 
@@ -97,7 +98,7 @@ def main() -> None:
             own = [zoo.decode(vae_of(name, dtype), latents_of(name, dtype, seed)) for seed in range(args.seeds)]
             bound = BF16_BOUND * statistics.mean(map(error, own, wanted))
         else:
-            casts = dtype == "fp64" and (name in FAMILIES or ENTRIES[name].factor_fp32)
+            casts = dtype == "fp64" and (name in families() or ENTRIES[name].factor_fp32)
             bound = CASTS if casts else BOUNDS[dtype]
         cells = []
         for grid in GRIDS:

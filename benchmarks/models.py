@@ -34,7 +34,7 @@ from halovae.bench import on_grids
 from halovae.distributed.simulated import on_threads
 from halovae.errors import TraceError
 from halovae.models import zoo
-from halovae.models.architectures import MODELS
+from halovae.models.registry import families
 from halovae.models.zoo import Direction
 from halovae.plane.program import Program
 from halovae.plane.trace import trace
@@ -43,8 +43,8 @@ GRIDS = ["2x1", "1x2", "2x2", "3x1"]
 FP32_BOUND = 1e-4
 DIRECTIONS: tuple[Direction, ...] = ("decode", "encode")
 
-FLUX = MODELS["flux"].config
-HUNYUAN_IMAGE = {**MODELS["hunyuan-image"].config, "sample_size": 2048}
+FLUX = families()["flux"].config
+HUNYUAN_IMAGE = {**families()["hunyuan-image"].config, "sample_size": 2048}
 
 
 @dataclass(frozen=True)

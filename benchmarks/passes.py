@@ -26,7 +26,8 @@ from halovae.distributed.mesh import Mesh
 from halovae.distributed.ranks import Ranks
 from halovae.kernels.native import compiled
 from halovae.models import zoo
-from halovae.models.architectures import MODELS, random_vae
+from halovae.models.architectures import random_vae
+from halovae.models.registry import families
 from halovae.plane.passes import PASSES
 from halovae.plane.program import Program
 from halovae.plane.trace import trace
@@ -107,7 +108,7 @@ def name_module(name: str) -> None:
 def main() -> None:
     """Measure in turns, and print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), help="one model instead of five")
+    parser.add_argument("--model", choices=list(families()), help="one model instead of five")
     parser.add_argument("--latent", help="BxCxTxHxW or BxCxHxW, with --model")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(

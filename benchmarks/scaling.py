@@ -25,7 +25,8 @@ from rich.table import Table
 from halovae import Grid
 from halovae.distributed.mesh import mesh_for
 from halovae.distributed.ranks import Ranks
-from halovae.models.architectures import MODELS, random_vae
+from halovae.models.architectures import random_vae
+from halovae.models.registry import families
 from halovae.plane import operators
 from halovae.runtime.vae import VAE
 
@@ -33,7 +34,7 @@ from halovae.runtime.vae import VAE
 def main() -> None:
     """Measure in turns, and print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="wan2.1")
+    parser.add_argument("--model", choices=list(families()), default="wan2.1")
     parser.add_argument("--latent", default="1x16x3x32x32", help="BxCxTxHxW or BxCxHxW with an even H")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()

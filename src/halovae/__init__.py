@@ -8,6 +8,8 @@ frames = vae.decode(latents, grid=halovae.Grid(rows=2))  # under torchrun, on ev
 from halovae.distributed.mesh import Mesh
 from halovae.errors import CheckpointError, HalovaeError, MemoryBudgetError, RankError
 from halovae.grid import Grid, Shard
+from halovae.models.layouts import Layout
+from halovae.models.registry import Family, Traits
 from halovae.pipelines.diffusers import parallelize, restore
 from halovae.pipelines.previews import Preview, previews
 from halovae.plane import shard
@@ -17,13 +19,16 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "CheckpointError",
+    "Family",
     "Grid",
     "HalovaeError",
+    "Layout",
     "MemoryBudgetError",
     "Mesh",
     "Preview",
     "RankError",
     "Shard",
+    "Traits",
     "load",
     "parallelize",
     "previews",

@@ -22,9 +22,10 @@ from halovae.errors import CheckpointError
 from halovae.io import latents as latents_file
 from halovae.models import load as checkpoints
 from halovae.models import zoo
-from halovae.models.architectures import MODELS, meta_vae
+from halovae.models.architectures import meta_vae
 from halovae.models.checkpoint import recognize
 from halovae.models.layouts import LAYOUTS
+from halovae.models.registry import families
 from halovae.models.wan import WanConfig
 from halovae.models.weights import Weights
 from halovae.runtime.vae import VAE
@@ -338,7 +339,7 @@ def test_true_sizes_are_read_from_names_and_shapes(
             expected = module.config[key]
             assert value == (list(expected) if isinstance(expected, tuple) else expected), key
     if name != "qwen-image":
-        assert found.config["_class_name"] == MODELS[name].class_name
+        assert found.config["_class_name"] == families()[name].class_name
     assert dict(found.facts())["stored as"] == "bf16"
 
 

@@ -18,9 +18,10 @@ from halovae.bench.report import Row
 from halovae.device.kinds import Device
 from halovae.distributed.transport import Link
 from halovae.grid import Grid
-from halovae.models.architectures import DEMO, MODELS, latent_shape, meta_vae_of, random_vae
+from halovae.models.architectures import DEMO, latent_shape, meta_vae_of, random_vae
 from halovae.models.classes import makes_clips
 from halovae.models.load import CLASSES, find_model, open_checkpoint, read_class, read_config, read_diffusers_config
+from halovae.models.registry import families
 
 MODES = ("single", "parallel", "tiled", "auto")
 # Latent frames of a profiled decode: the first one and one like all others. Traces grow with each.
@@ -32,7 +33,7 @@ class Benchmark:
     """What to measure.
 
     Attributes:
-        model: a name in `MODELS`, "demo", a VAE's folder in diffusers layout, its file, or a hub id.
+        model: a name in `families()`, "demo", a VAE's folder in diffusers layout, its file, or a hub id.
         sizes: `(width, height)` of pictures.
         frames: frames of each clip.
         batches: how many clips are decoded at once.
@@ -85,10 +86,10 @@ class Benchmark:
 
 @contextmanager
 def model_path(name: str, describe: Callable[[str], None]) -> Iterator[Path]:
-    """Yield the VAE's folder or file. For a name in `MODELS`, it is made in its true size with random weights."""
+    """Yield the VAE's folder or file. For a name in `families()`, it is made in its true size with random weights."""
     if name == "demo":
         yield DEMO
-    elif name in MODELS:
+    elif name in families():
         describe(f"{name}: no checkpoint given, making the true-size architecture with random weights")
         with TemporaryDirectory(prefix="halovae-") as folder:
             random_vae(name).save_pretrained(folder)
@@ -206,7 +207,7 @@ def run(
                 contestant.close()
     about = {
         "model": benchmark.model,
-        "random_weights": benchmark.model in MODELS,
+        "random_weights": benchmark.model in families(),
         "dtype": str(benchmark.dtype).removeprefix("torch."),
         "warmup_seconds": {f"{one.name}, {one.ranks}": round(one.warmup_seconds, 2) for one in contestants},
         "threads_per_rank": benchmark.threads if benchmark.device == "cpu" else None,

@@ -100,7 +100,7 @@ class Validation:
     """What to validate.
 
     Attributes:
-        models: names in `TARGETS` or `MODELS`, or one name that the caller gives `source`.
+        models: names in `TARGETS` or `families()`, or one name that the caller gives `source`.
         source: a checkpoint; None for random weights of the true size.
         ranks: how many ranks decode in parallel.
         simulated: how many ranks to simulate on one device instead; None for real ones.

@@ -127,9 +127,10 @@ def _cases(model: str, sizes: Sequence[tuple[int, int]], options: Options) -> li
     Raises:
         ValueError: there is no such model, or it cannot be planned, or it cannot make these pictures.
     """
-    from halovae.models.architectures import MODELS, meta_vae, meta_vae_of
+    from halovae.models.architectures import meta_vae, meta_vae_of
+    from halovae.models.registry import families
 
-    if model in MODELS:
+    if model in families():
         check_installed(f"--model {model}", "diffusers")
         _hurry()
         module, name = meta_vae(model, options.dtype), model
@@ -184,7 +185,8 @@ class _Compiler(ModuleType):
 
 
 def _case(module: nn.Module, name: str, size: tuple[int, int], options: Options) -> Case:
-    from halovae.models.architectures import MODELS, latent_shape, usual_frames
+    from halovae.models.architectures import latent_shape, usual_frames
+    from halovae.models.registry import families
     from halovae.models.zoo import decode
 
     frames = options.frames or usual_frames(module, FRAMES)
@@ -199,7 +201,7 @@ def _case(module: nn.Module, name: str, size: tuple[int, int], options: Options)
             f"{name}: by its config, latents {'x'.join(map(str, shape))} decode to pictures of {size[0]}x{size[1]} and "
             f"{frames} frames, but its decoder makes {'x'.join(map(str, made))}"
         )
-    note = MODELS[name].note if name in MODELS else ""
+    note = families()[name].note if name in families() else ""
     return Case(
         f"{name} ({note})" if note else name, "x".join(map(str, size)), (options.batch * shape[0], *shape[1:]),
         search.decide,

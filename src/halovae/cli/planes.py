@@ -48,9 +48,10 @@ class PlaneModel:
             ValueError: the model cannot decode such latents.
         """
         from halovae.models import zoo
-        from halovae.models.classes import BATCHED, latent_channels, takes_frames
+        from halovae.models.classes import latent_channels, takes_frames
+        from halovae.models.registry import traits_of
 
-        if self.name in BATCHED:
+        if traits_of(type(self.module)).batched:
             raise ValueError(f"{self.name} takes the frames of a clip as a batch: decode it in Python, by halovae.load")
         dims = "[B, C, T, H, W]" if takes_frames(self.module) else "[B, C, H, W]"
         channels = latent_channels(self.module)

@@ -53,10 +53,11 @@ def validate(
     with errors_shown():
         check_installed("halovae validate", "diffusers", "matplotlib", "skimage")
         from halovae.bench import validate as validation
-        from halovae.models.architectures import FAMILIES, MODELS, TARGETS
+        from halovae.models.architectures import TARGETS
+        from halovae.models.registry import families
 
         chosen = tuple(models.split(",")) if models else tuple(TARGETS)
-        known = [*TARGETS, *(name for name in MODELS if name not in FAMILIES)]
+        known = [*TARGETS, *(name for name, family in families().items() if family.widths is None)]
         unknown = [name for name in chosen if name not in known]
         if unknown:
             raise ValueError(f"--models {','.join(unknown)}: expected some of {','.join(known)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from halovae.models.classes import BATCHED, latent_channels, makes_clips, sizes_of, spatial_ratio, takes_frames
+from halovae.models.classes import latent_channels, makes_clips, sizes_of, spatial_ratio, takes_frames, tiles_only
 from halovae.models.load import NoEncoder
+from halovae.models.registry import class_named, families, traits_of
 
 DEMO = Path(str(files("halovae.models"))) / "demo"  # a small VAE of Wan2.1's class, trained by scripts/train_demo.py
 
@@ -26,99 +26,29 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a published autoencoder.
-
-    Attributes:
-        class_name: the diffusers class.
-        config: values that differ from the class's defaults.
-        widths: channels of the first encoder block and the last decoder block, for classes that are also built small.
-        note: what is unknown about the published sizes.
-    """
-
-    class_name: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    widths: tuple[int, int] | None = None
-    note: str = ""
-
-
-_WAN22 = {
-    "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
-    "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
-}  # fmt: skip
-_KL = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
-}  # fmt: skip
-_NO_QUANT_CONV = {"use_quant_conv": False, "use_post_quant_conv": False}
-_DC_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-_SANA = {
-    "encoder_block_types": _DC_BLOCKS, "decoder_block_types": _DC_BLOCKS, "downsample_block_type": "conv",
-    "upsample_block_type": "interpolate", "scaling_factor": 0.41407,
-}  # fmt: skip
-_HUNYUAN_IMAGE = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 64, "layers_per_block": 2,
-    "block_out_channels": (128, 256, 512, 512, 1024, 1024), "spatial_compression_ratio": 32, "sample_size": 384,
-}  # fmt: skip
-_UNCHECKED = "the class's defaults: no published config was at hand"
-
-MODELS: dict[str, Sizes] = {
-    "wan2.1": Sizes("AutoencoderKLWan", widths=(96, 96)),
-    "wan2.2-5b": Sizes("AutoencoderKLWan", _WAN22, (160, 256)),
-    "qwen-image": Sizes("AutoencoderKLQwenImage", widths=(96, 96)),
-    "flux": Sizes("AutoencoderKL", {**_KL, **_NO_QUANT_CONV, "latent_channels": 16}),
-    "flux.2": Sizes("AutoencoderKLFlux2"),
-    "sd": Sizes("AutoencoderKL", _KL),
-    "sdxl": Sizes("AutoencoderKL", {**_KL, "sample_size": 1024, "scaling_factor": 0.13025}),
-    "sd3.5": Sizes("AutoencoderKL", {**_KL, **_NO_QUANT_CONV, "latent_channels": 16, "sample_size": 1024}),
-    "sana": Sizes("AutoencoderDC", _SANA),
-    "hunyuan-video": Sizes("AutoencoderKLHunyuanVideo"),
-    "hunyuan-video-1.5": Sizes("AutoencoderKLHunyuanVideo15"),
-    "kandinsky-5": Sizes("AutoencoderKLHunyuanVideo"),  # its pipelines use HunyuanVideo's
-    "hunyuan-image": Sizes("AutoencoderKLHunyuanImage", _HUNYUAN_IMAGE),
-    "ltx-video": Sizes("AutoencoderKLLTXVideo"),  # 0.9.0
-    "ltx-2": Sizes(
-        "AutoencoderKLLTX2Video",
-        {"decoder_causal": False, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
-    ),
-    "cogvideox": Sizes("AutoencoderKLCogVideoX"),
-    "mochi": Sizes("AutoencoderKLMochi"),
-    "cosmos": Sizes("AutoencoderKLCosmos"),  # 1.0, CV8x8x8
-    "allegro": Sizes("AutoencoderKLAllegro", note=_UNCHECKED),
-    "easyanimate": Sizes("AutoencoderKLMagvit", note=_UNCHECKED),
-    "qwen-image-2.1": Sizes("AutoencoderKLQwenImage21", note=_UNCHECKED),
-}
-"""The autoencoders whose true sizes are known, by name."""
-
-# Families that are also built small: the diffusers class, values that differ from its defaults, and the true widths.
-FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
-    name: (sizes.class_name, dict(sizes.config), sizes.widths) for name, sizes in MODELS.items() if sizes.widths
-}
-
-
 def random_vae(family: str, width: int | None = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Build a diffusers VAE with seeded random weights. Initial values of norms would hide errors, so norms differ.
 
     Args:
-        family: a name in `MODELS`.
+        family: a name in `families()`.
         width: channels of the last level instead of the true ones, for a small model of the same architecture;
-            only for names in `FAMILIES`.
+            only for families with `widths`.
         seed: equal seeds give equal weights.
         dtype: the dtype of the weights.
 
     Raises:
         ValueError: an unknown family, or one whose width is fixed.
     """
-    if family not in MODELS:
-        raise ValueError(f"family {family!r}: expected one of {', '.join(MODELS)}")
-    if width is not None and family not in FAMILIES:
+    if family not in families():
+        raise ValueError(f"family {family!r}: expected one of {', '.join(families())}")
+    has_widths = families()[family].widths is not None
+    if width is not None and not has_widths:
         raise ValueError(f"width={width}: {family} only comes in its true width; expected None")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         vae = _made(family, width).eval().requires_grad_(False)
         for key, weight in vae.named_parameters():
-            if key.endswith("gamma") if family in FAMILIES else weight.ndim == 1:
+            if key.endswith("gamma") if has_widths else weight.ndim == 1:
                 weight.add_(0.2 * torch.randn(weight.shape))
     return vae if dtype == torch.float32 else nn.Module.to(vae, dtype)
 
@@ -136,10 +66,8 @@ def sample_vae(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def meta_vae(family: str, dtype: torch.dtype) -> nn.Module:
-    """Build the autoencoder of a name in `MODELS` on meta tensors."""
-    import diffusers
-
-    getattr(diffusers, MODELS[family].class_name)  # imported first: tensors that its modules create need data
+    """Build the autoencoder of a name in `families()` on meta tensors."""
+    families()[family].cls  # noqa: B018 - imported first: tensors that its modules create need data
     with torch.device("meta"):
         return _prepared(_made(family), dtype)
 
@@ -155,16 +83,14 @@ def meta_vae_of(config: Mapping[str, Any], source: str, dtype: torch.dtype) -> n
     Raises:
         ValueError: the config names no autoencoder of diffusers that can be planned; the message says why.
     """
-    import diffusers
-
     from halovae.models.zoo import LEFT_OUT
 
     name = str(config.get("_class_name"))
     if name in LEFT_OUT:
         raise ValueError(f"{source}: {name} cannot be planned: {LEFT_OUT[name]}")
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "decode")):
-        raise ValueError(f"{source}: {name!r} is no autoencoder class of the installed diffusers")
+    found = class_named(name)
+    if found is None:
+        raise ValueError(f"{source}: {name!r} is neither a class of the installed diffusers nor a registered one")
     try:
         with torch.device("meta"):
             return _prepared(found.from_config(dict(config)), dtype)  # type: ignore[attr-defined]
@@ -193,7 +119,7 @@ def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: in
         nearest = "x".join(str(max(1, round(extent / space)) * space) for extent in size)
         raise ValueError(f"size {size[0]}x{size[1]}: {name} makes multiples of {space}, such as {nearest}")
     plane = size[1] // space, size[0] // space
-    if type(module).__name__ in BATCHED:
+    if traits_of(type(module)).batched:
         return frames, channels, *plane
     if not makes_clips(module):
         if frames != 1:
@@ -210,18 +136,19 @@ def latent_shape(module: nn.Module, name: str, size: tuple[int, int], frames: in
 
 def temporal_ratio(module: nn.Module) -> tuple[int, int]:
     """Return frames per latent frame, and 1 if the first latent frame makes one frame (causal models), else 0."""
-    name, config = type(module).__name__, getattr(module, "config", {})
+    traits, config = traits_of(type(module)), getattr(module, "config", {})
     if (sizes := sizes_of(module)) is not None:
         return sizes.temporal_factor, 1
-    if name in _SAME_FRAMES:
-        return 1, 1
+    first = 0 if traits.whole_frames else 1
+    if traits.temporal is not None:
+        return traits.temporal, first
     ratio = 1
     for key in ("temporal_compression_ratio", "scale_factor_temporal", "time_compression_ratio"):
         found = config.get(key) or vars(module).get(key)
         if isinstance(found, int):
             ratio = found
             break
-    return ratio, 0 if name in _WHOLE_FRAMES else 1
+    return ratio, first
 
 
 def usual_frames(module: nn.Module, clip: int) -> int:
@@ -230,28 +157,24 @@ def usual_frames(module: nn.Module, clip: int) -> int:
     return clip if makes_clips(module) and (sizes is None or sizes.family != "qwen-image") else 1
 
 
-_SAME_FRAMES = ("AutoencoderKLHunyuanImageRefiner",)
-_WHOLE_FRAMES = ("AutoencoderKLAllegro", "AutoencoderVidTok")  # all latent frames make the same number of frames
-
-
 def _made(family: str, width: int | None = None) -> Any:
-    import diffusers
-
-    sizes = MODELS[family]
-    config = dict(sizes.config)
-    if sizes.widths:
-        encoder, decoder = sizes.widths
+    known = families()[family]
+    config = dict(known.config)
+    if known.widths:
+        encoder, decoder = known.widths
         config["base_dim"] = width or encoder
         if encoder != decoder:
             config["decoder_base_dim"] = width or decoder
-    vae = getattr(diffusers, sizes.class_name)(**config)
-    if sizes.class_name == "AutoencoderKLAllegro":
-        vae.enable_tiling()  # the class only decodes in tiles
-    return vae
+    cls: Any = known.cls
+    return _tiled(cls(**config))
 
 
 def _prepared(module: Any, dtype: torch.dtype) -> nn.Module:
-    if type(module).__name__ == "AutoencoderKLAllegro":
-        module.enable_tiling()
     # Not the model's own `to`, which warns about weights that are meant to stay fp32.
-    return nn.Module.to(module.eval().requires_grad_(False), dtype)
+    return nn.Module.to(_tiled(module).eval().requires_grad_(False), dtype)
+
+
+def _tiled(module: Any) -> Any:
+    if tiles_only(module):
+        module.enable_tiling()
+    return module

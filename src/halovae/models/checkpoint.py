@@ -1,6 +1,6 @@
 """VAEs in single files: recognition by keys and shapes, and weights by diffusers' names.
 
-A file holds a VAE in one of `layouts.LAYOUTS`, alone or among the weights of a whole pipeline. Only names and shapes
+A file holds a VAE in one of `registry.layouts()`, alone or among the weights of a whole pipeline. Only names and shapes
 are read until all of them are known to match.
 """
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from halovae.errors import CheckpointError
-from halovae.models.layouts import LAYOUTS, SCALINGS, Config, Layout, Scaling
+from halovae.models.layouts import SCALINGS, Config, Layout, Scaling
+from halovae.models.registry import layouts
 from halovae.models.weights import Weights, dtype_names, some
 
 # Prefixes of the VAE's keys: none; in files of a whole pipeline, ComfyUI's and Lightricks', or latent diffusion's.
@@ -91,8 +92,8 @@ def recognize(path: Path) -> Checkpoint:
         path: `.safetensors` or a file of `torch.save`; its name does not matter.
 
     Raises:
-        CheckpointError: the file cannot be read, or has none of `layouts.LAYOUTS`; the message names the nearest layout
-            and what differs.
+        CheckpointError: the file cannot be read, or has none of `registry.layouts()`; the message names the nearest
+            layout and what differs.
     """
     with torch.inference_mode(False), torch.no_grad():  # so that views record their base tensor
         weights = Weights([path])
@@ -130,7 +131,7 @@ def _layout_of(path: Path, stored: Mapping[str, Tensor]) -> tuple[Layout, str]:
     """Return the layout with the longest signature that the file has, and the prefix of its keys."""
     matches = [
         (layout, prefix)
-        for layout in LAYOUTS
+        for layout in layouts()
         for prefix in PREFIXES
         if all(prefix + key in stored for key in layout.signature)
     ]
@@ -187,10 +188,10 @@ def _nearest(stored: Mapping[str, Tensor]) -> str:
         own = {word for key in layout.signature for word in key.split(".")}
         return sum(prefix + key in stored for key in layout.signature), len(own & words) / len(own)
 
-    layout, prefix = max(((layout, prefix) for layout in LAYOUTS for prefix in PREFIXES), key=likeness)
+    layout, prefix = max(((layout, prefix) for layout in layouts() for prefix in PREFIXES), key=likeness)
     lacks = [prefix + key for key in layout.signature if prefix + key not in stored]
     has = [key for key in sorted(stored) if key.removeprefix(prefix) not in layout.signature]
-    known = "; ".join(dict.fromkeys(layout.family for layout in LAYOUTS))
+    known = "; ".join(dict.fromkeys(layout.family for layout in layouts()))
     return (
         f"no VAE of a known layout. The nearest is {layout.family} by {layout.names_of} names: "
         f"the file lacks {some(lacks, 3)}, and has {some(has, 3)}. "

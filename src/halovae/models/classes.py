@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from halovae.models.load import CLASSES, config_of
+from halovae.models.registry import traits_of
 from halovae.models.wan import WanConfig
 from halovae.plane.keys import hooked
 
-BATCHED = ("AutoencoderKLTemporalDecoder",)  # the batch is the frames of one clip
-_ONE_FRAME = ("AutoencoderKLQwenImage21",)
 _CHANNELS = ("latent_channels", "z_dim", "z_channels", "vq_embed_dim", "encoder_hidden_size")
 FIELDS = ("sample", "latent_dist", "latent", "latents")  # fields of what diffusers' autoencoders return
 
@@ -37,6 +36,8 @@ def _config(vae: nn.Module) -> Mapping[str, Any]:
 def latent_channels(vae: nn.Module) -> int | None:
     """The number of latent channels; None if the config does not give it."""
     config = _config(vae)
+    if (channels := traits_of(type(vae)).channels) is not None:
+        return channels
     return next((int(config[key]) for key in _CHANNELS if config.get(key)), None)
 
 
@@ -45,6 +46,8 @@ def spatial_ratio(vae: nn.Module) -> int | None:
     config = _config(vae)
     if (sizes := sizes_of(vae)) is not None:
         return sizes.spatial_factor
+    if (spatial := traits_of(type(vae)).spatial) is not None:
+        return spatial
     for key in ("spatial_compression_ratio", "scale_factor_spatial"):
         for values in (config, vars(vae)):
             if isinstance(values.get(key), int):
@@ -58,12 +61,13 @@ def spatial_ratio(vae: nn.Module) -> int | None:
 def makes_clips(vae: nn.Module) -> bool:
     """Whether latents have frames."""
     decoder = getattr(vae, "decoder", vae)
-    return any(isinstance(module, nn.Conv3d) for module in decoder.modules()) or type(vae).__name__ in BATCHED
+    return any(isinstance(module, nn.Conv3d) for module in decoder.modules()) or traits_of(type(vae)).batched
 
 
 def takes_frames(vae: nn.Module) -> bool:
-    """Whether latents are `[B, C, T, H, W]`. Latents of `_ONE_FRAME` always have one frame."""
-    return type(vae).__name__ not in BATCHED and (makes_clips(vae) or type(vae).__name__ in _ONE_FRAME)
+    """Whether latents are `[B, C, T, H, W]`, also where they always have one frame."""
+    traits = traits_of(type(vae))
+    return not traits.batched and (makes_clips(vae) or traits.one_frame)
 
 
 def moved(vae: nn.Module, x: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
 
 def tiles_only(vae: nn.Module) -> bool:
     """Whether an autoencoder only works with diffusers' tiling, as Allegro does."""
-    return type(vae).__name__ == "AutoencoderKLAllegro"
+    return traits_of(type(vae)).tiles_only
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from halovae.errors import CheckpointError
 from halovae.models.checkpoint import Checkpoint, check_weights, recognize
+from halovae.models.registry import class_named
 from halovae.models.wan import WanConfig
 from halovae.models.weights import Weights
 
@@ -110,7 +112,7 @@ def diffusers_module(path: Path, dtype: torch.dtype, encoder: bool = True) -> nn
         CheckpointError: diffusers is not installed, has no autoencoder of this class, or cannot load the files.
     """
     name = read_class(path)
-    found = _diffusers_class(path, name)
+    found = _class_of(path, name)
     if path.is_file() or name in CLASSES:
         return _module_of(open_checkpoint(path), found, dtype, encoder)
     try:
@@ -129,17 +131,17 @@ def _drop_encoder(vae: nn.Module) -> None:
             setattr(vae, name, NoEncoder())
 
 
-def _diffusers_class(path: Path, name: str) -> type[nn.Module]:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise CheckpointError(f"{path}: VAE class {name!r} needs pip install 'halovae[diffusers]'") from error
+def _class_of(path: Path, name: str) -> type[nn.Module]:
     if name in _NO_PLANE or "Audio" in name:
         reason = _NO_PLANE.get(name, "audio has no plane of rows and cols")
         raise CheckpointError(f"{path}: VAE class {name!r} cannot be partitioned: {reason}")
-    found: Any = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "decode")):
-        raise CheckpointError(f"{path}: VAE class {name!r} is no autoencoder of diffusers {diffusers.__version__}")
+    try:
+        found = class_named(name)
+    except ImportError as error:
+        raise CheckpointError(f"{path}: VAE class {name!r} needs pip install 'halovae[diffusers]'") from error
+    if found is None:
+        known = f"no autoencoder of diffusers {version('diffusers')}"
+        raise CheckpointError(f"{path}: VAE class {name!r} is {known}, and no package registers it")
     return found
 
 

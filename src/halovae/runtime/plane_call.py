@@ -20,7 +20,8 @@ from halovae.distributed.mesh import Mesh
 from halovae.errors import MemoryBudgetError, RankOutOfMemoryError, UnplannableError
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER, Kernels, compiled, explain, prepare, ready
-from halovae.models.classes import BATCHED, FIELDS, sizes_of, spatial_ratio, whole
+from halovae.models.classes import FIELDS, sizes_of, spatial_ratio, whole
+from halovae.models.registry import traits_of
 from halovae.plane import Sharded, ShardReport
 from halovae.plane.fingerprint import Unstable
 from halovae.plane.keys import hooked, value_key
@@ -182,7 +183,7 @@ class PlaneCall:
             )  # fmt: skip
 
         # Noise is drawn for all items at once, and other tensors may belong to all of them.
-        whole = batch == 1 or bool(tensors) or any(kind.__name__ in BATCHED for kind in type(self.vae).__mro__)
+        whole = batch == 1 or bool(tensors) or traits_of(type(self.vae)).batched
         found = search(batch if whole else 1)
         first = found.traced(Grid())
         if not whole and first.random:

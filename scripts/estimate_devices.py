@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent.parent / "src" / "halovae" / "planning" / "device
 
 def estimated(
     kind: str, name: str, origin: str, convolve: float, multiply: float, memory: float, launch: float,
-    near: Link, far: Link, host: Link,
+    near: Link, far: Link,
 ) -> Calibration:  # fmt: skip
     """Make a calibration from FLOP/s of convolutions and of matrix multiplications, bytes/s, and seconds per launch."""
     passes = Rates(calls=launch, bytes=1 / memory)
@@ -29,7 +29,7 @@ def estimated(
         "scaled_dot_product_attention": Rates(calls=launch, flops=1 / multiply, bytes=1 / memory),
     }
     links = {"host": near, "hosts": far}
-    return Calibration(name, kind, origin, table, table, links, links, host)
+    return Calibration(name, kind, origin, table, table, links, links)
 
 
 DEVICES = {
@@ -38,13 +38,13 @@ DEVICES = {
     # reach two thirds of it. NVLink: 450 GB/s each way. Between hosts: one 400 Gbit/s adapter per device.
     "cuda-h200": estimated(
         "cuda", "NVIDIA H200", "estimated from data sheets and published decodes, bf16", 350e12, 600e12, 3.2e12, 6e-6,
-        Link(30e-6, 1 / 350e9), Link(50e-6, 1 / 45e9), Link(10e-6, 1 / 50e9),
+        Link(30e-6, 1 / 350e9), Link(50e-6, 1 / 45e9),
     ),
     # The data sheet of the 910B3 says 313 TFLOP/s in fp16, 1.6 TB/s, and 56 GB/s over HCCS to each other device. The
     # same shares of these as on the H200 are assumed.
     "npu-ascend-910b": estimated(
         "npu", "Ascend 910B3", "estimated from data sheets, fp16 and bf16", 110e12, 190e12, 1.05e12, 12e-6,
-        Link(60e-6, 1 / 45e9), Link(80e-6, 1 / 22e9), Link(15e-6, 1 / 25e9),
+        Link(60e-6, 1 / 45e9), Link(80e-6, 1 / 22e9),
     ),
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ def prompt_for(folder: Path) -> Prompt:
 def generated(folder: Path, prompt: Prompt, ulysses: int) -> tuple[Tensor | None, str, list[int], bool]:
     """Return frames in [0, 1], the decode's grid, each rank's messages, and whether the transformer is shared."""
     generator = Generator(folder, torch.float32, torch.float32, ulysses)
-    made = generator.make(prompt, dtype=torch.float32, mode="parallel")
+    made = generator.make(prompt, dtype=torch.float32, options={"mode": "parallel"})
     shared = getattr(getattr(generator.pipeline, "transformer", None), "_parallel_config", None) is not None
     return made.frames, made.report.grid, [rank.messages for rank in made.report.ranks], shared
 

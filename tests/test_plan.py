@@ -38,7 +38,7 @@ from halovae.report import DecodeReport
 CPU = torch.device("cpu")
 FREE, RATES = Link(0, 0), {OTHER: Rates(flops=1e-9)}
 # Where only FLOPs take time.
-QUICK = Calibration("ideal", "cpu", "made up", RATES, RATES, {"host": FREE}, {"host": FREE}, FREE)
+QUICK = Calibration("ideal", "cpu", "made up", RATES, RATES, {"host": FREE}, {"host": FREE})
 # Where a message takes as long as a GFLOP.
 SLOW = replace(QUICK, exchange={"host": Link(1, 0)}, gather={"host": Link(1, 0)})
 

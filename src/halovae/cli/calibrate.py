@@ -61,8 +61,7 @@ def _table(measured: Calibration) -> Table:
             kind, f"{one.calls * 1e6:.1f}", _rate(one.flops), _rate(one.bytes),
             f"{one.weights * 1e9:.2f}" if one.weights else "",
         )  # fmt: skip
-    links = {"host copy": measured.host_copy}
-    links |= {f"exchange, {pair}": link for pair, link in measured.exchange.items()}
+    links = {f"exchange, {pair}": link for pair, link in measured.exchange.items()}
     links |= {f"gather, {pair}": link for pair, link in measured.gather.items()}
     for name, link in links.items():
         table.add_row(name, f"{link.latency * 1e6:.1f}", "", _rate(link.per_byte), "")

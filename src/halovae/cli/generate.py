@@ -135,7 +135,7 @@ def _run(job: _Job) -> None:
                 shown.update(task, completed=step)
 
         if generator.kind.whole:
-            made = generator.make(prompt, on_step, memory_budget=job.memory_budget)
+            made = generator.make(prompt, on_step, options={"memory_budget": job.memory_budget})
         else:
             latents = generator.denoise(prompt, on_step)
     if generator.kind.whole:

@@ -27,7 +27,7 @@ from halovae.pipelines.diffusers import do_without_torchvision, gather_uneven_sh
 from halovae.pipelines.specs import Pipeline, Prompt
 from halovae.pipelines.within import SharedDecode, share_encode
 from halovae.report import DecodeReport
-from halovae.runtime.options import Mode, Sharing
+from halovae.runtime.options import DecodeOptions, Mode, Sharing
 from halovae.runtime.vae import VAE
 
 _CHECKER = "halovae.pipelines.tiny.safety"
@@ -134,7 +134,7 @@ class Generator:
     @torch.inference_mode()
     def make(
         self, prompt: Prompt, on_step: Callable[[int], None] = lambda step: None, watch: StepEnd | None = None,
-        dtype: torch.dtype = torch.uint8, **options: Any,
+        dtype: torch.dtype = torch.uint8, options: DecodeOptions | None = None,
     ) -> Made:  # fmt: skip
         """Run a whole pipeline, with the decode on all ranks.
 
@@ -143,9 +143,9 @@ class Generator:
             on_step: as for `denoise`.
             watch: as for `denoise`.
             dtype: uint8 for frames in 0..255, or a floating dtype for [0, 1].
-            options: `mode`, `grid` and `memory_budget` of the decode, as `VAE.stream` has them.
+            options: keyword arguments of `VAE.stream` for the decode, but for `gather` and `dtype`.
         """
-        self._within.options = options
+        self._within.options = options or {}
         frames = self._call(prompt, on_step, watch, "pt")[0]  # sound, or a safety checker's result, may follow
         report = self._within.report
         assert report is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from halovae.distributed.mesh import Mesh
 from halovae.models.classes import tiles_only
 from halovae.report import DecodeReport
-from halovae.runtime.options import Sharing
+from halovae.runtime.options import DecodeOptions, Sharing
 from halovae.runtime.plane_call import PlaneCall
 from halovae.runtime.vae import VAE
 
@@ -28,7 +28,7 @@ class SharedDecode:
     """
 
     def __init__(self, vae: Any) -> None:
-        self.options: dict[str, Any] = {}
+        self.options: DecodeOptions = {}
         self.report: DecodeReport | None = None
         autoencoder = VAE(vae)
         call = autoencoder.calls["decode"]
@@ -41,7 +41,8 @@ class SharedDecode:
             # Pipelines pass latents in the transformer's dtype; the VAE's may be another.
             dtype = autoencoder.dtype
             given = {name: value.to(dtype) if _is_floating(value) else value for name, value in given.items()}
-            stream = autoencoder.stream(z, gather="rank0", **self.options, module_kwargs=given)
+            options: DecodeOptions = {**self.options, "gather": "rank0", "module_kwargs": given}
+            stream = autoencoder.stream(z, **options)
             sample = stream.join()
             self.report = stream.shared_report()
             return call.result(call.blank(stream.latents) if sample is None else sample, as_tuple)

@@ -228,12 +228,7 @@ def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
             {pair: replace(link, latency=max(link.latency, meeting)) for pair, link in links.items()}
             for links in (exchange, gather)
         )
-    source = torch.empty(MESSAGES[-1], dtype=torch.uint8, device=mesh.device.torch_device)
-    target = torch.empty_like(source, device="cpu")
-    copy = _link(lambda count: target[:count].copy_(source[:count]), device)
-    measured = Calibration(
-        device.describe()["device"], device.kind, "measured", single, together, exchange, gather, copy
-    )
+    measured = Calibration(device.describe()["device"], device.kind, "measured", single, together, exchange, gather)
     return mesh.transport.all_values(measured)[0]
 
 

@@ -41,7 +41,6 @@ class Calibration:
         together: the rates of a rank while all compute.
         exchange: the links of ranks that swap borders: "host" for two ranks of one host, "hosts" for ranks of two.
         gather: the same for a rank that collects what all ranks have; its bytes are those of the others.
-        host_copy: the link from the device to the host.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Calibration:
     together: Mapping[str, Rates]
     exchange: Mapping[str, Link]
     gather: Mapping[str, Link]
-    host_copy: Link
 
     def links(self, hosts: bool) -> dict[str, Link]:
         """Return the links of exchanges and gathers, on one host or on several."""
@@ -91,7 +89,7 @@ class Calibration:
             for links in (data["exchange"], data["gather"]):
                 links.update({pair: Link(**_numbers(one)) for pair, one in links.items()})
                 links["host"]
-            return cls(**{**data, "host_copy": Link(**_numbers(data["host_copy"]))})
+            return cls(**data)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a calibration: {error}") from error
 

@@ -15,6 +15,7 @@ from halovae.device.kinds import Device
 from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.errors import MemoryBudgetError
 from halovae.report import DecodeReport
+from halovae.runtime.options import DecodeOptions
 from halovae.runtime.vae import VAE
 from halovae.serving.broadcast import IDLE, RankZeroBroadcast
 from halovae.serving.channel import RankChannel
@@ -40,19 +41,14 @@ class Decoding(threading.Thread):
     def __init__(
         self,
         decoder: VAE,
-        options: dict[str, Any],
+        options: DecodeOptions,
         most: int,
         broadcast: RankZeroBroadcast,
         channel: RankChannel | None,
     ) -> None:
         super().__init__(daemon=True, name="decoding")
-        self._decoder, self._options, self._most, self._broadcast, self._channel = (
-            decoder,
-            options,
-            most,
-            broadcast,
-            channel,
-        )
+        self._decoder, self._options, self._most = decoder, options, most
+        self._broadcast, self._channel = broadcast, channel
         self._writer = Writer(channel) if channel is not None else None
         self._waiting: dict[str, tuple[Attempt, Tensor]] = {}
         self._changed = threading.Condition()
@@ -105,7 +101,8 @@ class Decoding(threading.Thread):
         batch = Batch([attempt for attempt, _ in taken])
         latents = torch.cat([latents for _, latents in taken])
         del taken
-        stream = self._decoder.stream(latents, dtype=torch.uint8, denormalize=True, **self._options)
+        options: DecodeOptions = {**self._options, "dtype": torch.uint8, "denormalize": True}
+        stream = self._decoder.stream(latents, **options)
         for piece in stream:
             if self._writer is not None and piece is not None:
                 self._writer.write(batch, piece)

@@ -269,15 +269,16 @@ class Dispatcher:
             attempt.preview = Drawn(attempt.done, base64.b64decode(message["picture"]))
             return self._publish(attempt.job)
         elif kind == "denoised":
-            write = partial(self._denoised, seconds=message["seconds"])
+            self._metrics.denoising.labels(attempt.job.kind).observe(message["seconds"])
             attempt.stage, attempt.done = "decoding", 0
+            return self._publish(attempt.job)
         elif kind == "finished":
             write = partial(self._complete, now=now, decode=message["decode"])
         elif kind == "failed":
             write = partial(self._fail, code=message["code"], message=message["message"])
         else:  # cancelled, though this front did not cancel it
             write = partial(self._retry, reason="the ranks gave the job up")
-        attempt.over = kind not in ("started", "denoised")
+        attempt.over = kind != "started"
         self._pending.append(_PendingWrite(attempt_id, write, attempt.over))
 
     def _write(self) -> None:
@@ -308,10 +309,6 @@ class Dispatcher:
 
     def _begin(self, job: Job, now: float) -> None:
         self.jobs.update(job, status="in_progress", started=now, attempts=job.attempts + 1)
-
-    def _denoised(self, job: Job, seconds: float) -> None:
-        self.jobs.update(job, denoised=seconds)
-        self._metrics.denoising.labels(job.kind).observe(seconds)
 
     def _complete(self, job: Job, now: float, decode: dict[str, Any]) -> None:
         self.jobs.update(job, status="completed", completed=now, files=job.names(), report=decode)

@@ -26,6 +26,7 @@ from halovae.pipelines.generator import Generator, Made, StepEnd
 from halovae.pipelines.previews import Preview, previews
 from halovae.pipelines.specs import Prompt
 from halovae.planning.planner import USABLE
+from halovae.runtime.options import DecodeOptions
 from halovae.runtime.vae import VAE
 from halovae.serving.broadcast import IDLE, RankZeroBroadcast
 from halovae.serving.channel import RankChannel
@@ -74,8 +75,11 @@ class Engine:
         self._generator, self._channel = generator, channel
         self._device = Device(generator.device)
         self._broadcast = RankZeroBroadcast()
-        self._options: dict[str, Any] = {"memory_budget": settings.memory_budget}
-        self._options |= {"grid": settings.vae_grid} if settings.vae_grid else {"mode": settings.vae_mode}
+        self._options: DecodeOptions = {"memory_budget": settings.memory_budget}
+        if settings.vae_grid is None:
+            self._options["mode"] = settings.vae_mode
+        else:
+            self._options["grid"] = settings.vae_grid
         # None if the pipeline decodes within its own call.
         self._decoding: Decoding | None = None
         self._writer: Writer | None = None
@@ -97,7 +101,7 @@ class Engine:
         images = (picture.getvalue(),) * kind.pictures.start
         prompt = kind.fitted(Prompt("", (width, height), frames, steps=1, images=images))
         if kind.whole:
-            self._generator.make(prompt, **self._options)
+            self._generator.make(prompt, options=self._options)
             return
         latents = self._generator.denoise(prompt)
         self._generator.decoder.warmup(latents.shape, **self._options)
@@ -183,7 +187,7 @@ class Engine:
             report_step(0)
             seeded = replace(prompt, seed=prompt.seed + index)
             if self._generator.kind.whole:
-                results.append(self._generator.make(seeded, report_step, watch, **self._options))
+                results.append(self._generator.make(seeded, report_step, watch, options=self._options))
             else:
                 results.append(self._generator.denoise(seeded, report_step, watch))
         memory = self._broadcast.gather((meter.read().above_resting if meter else 0, self._device.memory()[0]))

@@ -54,7 +54,6 @@ class Job:
         seq: its place in the order of arrival.
         attempts: how often ranks have started it.
         report: figures of its decode, as `decoding.summary` returns them.
-        denoised: seconds that denoising took.
     """
 
     id: str
@@ -71,7 +70,6 @@ class Job:
     error_message: str | None = None
     files: list[str] = field(default_factory=list)
     report: dict[str, Any] | None = None
-    denoised: float | None = None
 
     @classmethod
     def new(cls, kind: Kind, model: str, spec: JobSpec) -> Job:

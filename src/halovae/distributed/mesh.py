@@ -26,13 +26,13 @@ from halovae.grid import Grid, Shard
 
 
 class Traffic:
-    """What a rank sends, and how long it waits for what others send.
+    """Counts what a rank sends, and how long it waits for other ranks.
 
     Attributes:
-        messages: how many it sent; a gather counts as one to each other rank.
-        bytes: their size.
-        calls: how often it exchanged or collected something.
-        waiting: the time for halos, and for other ranks' keys and values.
+        messages: how many messages it sent; a gather counts as one to each other rank.
+        bytes: their size in bytes.
+        calls: how many exchanges and gathers it took part in.
+        waiting: the time spent waiting for halos, and for other ranks' keys and values.
     """
 
     def __init__(self, device: Device) -> None:
@@ -85,7 +85,7 @@ class Mesh:
         self.traffic.calls += 1
 
     def _collect(self, own: Tensor, sizes: Sequence[int], scope: Scope) -> list[Tensor]:
-        """Every rank's flat `own`, whose lengths may differ, in the order of the scope's ranks."""
+        """Gather every rank's flat `own`, in the order of the scope's ranks. Lengths may differ."""
         padded = own.new_empty(max(sizes))
         padded[: own.numel()] = own.flatten()
         self.traffic.sent(padded, len(sizes) - 1)
@@ -94,20 +94,20 @@ class Mesh:
         return [flat[:size] for flat, size in zip(everyone, sizes, strict=True)]
 
     def gather_frames(self, own: Tensor, shards: Sequence[Shard], out: Tensor | None, everyone: bool) -> None:
-        """Lay the frames of several ranks into the full picture.
+        """Assemble the frames of all ranks. Collective.
 
         Args:
             own: this rank's frames `[B, C, T, H, W]`, contiguous.
             shards: the shards of the grid's ranks at the scale of the frames.
-            out: the full frames to fill; None on a rank that receives nothing.
+            out: where to write the full frames; None on a rank that receives nothing.
             everyone: True fills `out` on every rank, False on rank 0 only.
         """
         channels, frames = own.shape[1:3]
         shapes = [shard.shape(channels, frames) for shard in shards]
         if everyone:
             sizes = [math.prod(shape) for shape in shapes]
-            parts = self._collect(own, sizes + [0] * (self.transport.world - len(sizes)), "world")
-            pictures = [one.view(shape) for one, shape in zip(parts, shapes, strict=False)]
+            shards_of_all = self._collect(own, sizes + [0] * (self.transport.world - len(sizes)), "world")
+            pictures = [one.view(shape) for one, shape in zip(shards_of_all, shapes, strict=False)]
         elif self.rank == 0:
             pictures = [own, *(own.new_empty(shape) for shape in shapes[1:])]
             receives = [(peer, picture.flatten()) for peer, picture in enumerate(pictures[1:], start=1)]
@@ -119,18 +119,18 @@ class Mesh:
                 out[shard.index] = picture
 
     def agree(self, request: str, error: Exception | None, offer: Value) -> list[Value]:
-        """Make sure that all ranks are about to do the same, and that none of them has refused.
+        """Check that all ranks are about to do the same, and that none of them refuses. Collective.
 
         Args:
             request: what this rank is about to do.
-            error: why this rank cannot; it is raised here, and named on the other ranks.
-            offer: what this rank has to say besides.
+            error: why this rank refuses, or None. It is raised here, and named on the other ranks.
+            offer: a value that the other ranks need.
 
         Returns:
-            What every rank offers.
+            Every rank's offer, in the order of the ranks.
 
         Raises:
-            RuntimeError: another rank refused, or means to do something else.
+            RuntimeError: another rank refused, or its request differs.
         """
         reason = "" if error is None else f"{type(error).__name__}: {error}"
         everyone = self.transport.all_values((request, reason, offer))
@@ -139,17 +139,17 @@ class Mesh:
         refusals = [f"rank {rank}: {reason}" for rank, (_, reason, _) in enumerate(everyone) if reason]
         if refusals:
             raise RuntimeError("this rank could go on, but others cannot; " + "; ".join(refusals))
-        if len({wish for wish, _, _ in everyone}) > 1:
-            wishes = "; ".join(f"rank {rank}: {wish}" for rank, (wish, _, _) in enumerate(everyone))
-            raise RuntimeError(f"all ranks must ask for the same, but they differ: {wishes}")
+        if len({asked for asked, _, _ in everyone}) > 1:
+            requests = "; ".join(f"rank {rank}: {asked}" for rank, (asked, _, _) in enumerate(everyone))
+            raise RuntimeError(f"all ranks must ask for the same, but they differ: {requests}")
         return [offered for _, _, offered in everyone]
 
     @contextmanager
     def in_use(self, traffic: Traffic) -> Iterator[None]:
-        """Hold the mesh for one chunk, and count what it sends in `traffic`.
+        """Reserve the mesh for this thread during one chunk, and count what it sends in `traffic`.
 
         Raises:
-            RuntimeError: another thread holds it; their messages would mix.
+            RuntimeError: another thread uses the mesh; their messages would mix.
         """
         me = threading.get_ident()
         if self.grid.size > 1 and self._user not in (None, me):
@@ -230,9 +230,9 @@ def _kept(key: tuple[Any, ...], make: Callable[[], Mesh]) -> Mesh:
 
 
 def leave_world() -> None:
-    """Leave the process group, if this process is in one, and let go of the meshes over it.
+    """Leave the process group, if this process is in one, and drop the meshes over it.
 
-    While they hold its parts, those would only end with the interpreter, whose threads may be gone by then.
+    Process groups that a mesh still held would be destroyed by the interpreter at exit, when its threads may be gone.
     """
     _meshes.clear()
     if dist.is_initialized():

@@ -1,7 +1,7 @@
-"""A rank runs out of memory during a decode: it drains its peers, and all ranks turn to a leaner grid together.
+"""A rank runs out of memory during a decode: it drains its peers, and all ranks fall back to a leaner grid together.
 
-A rank that just stopped would leave its neighbors waiting for halos that never come. So it repeats the chunk on meta
-tensors, and exchanges zeros in place of what is still due.
+If the rank stopped at once, its neighbors would wait for halos that never come. It repeats the chunk on meta tensors
+instead, and exchanges zeros for the rest of the chunk.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from halovae.distributed.transport import Scope, Transport
 
-# What a CPU says: torch's allocator, C++, and oneDNN, which does not say why (a leaner grid, tried once, tells).
+# Messages on the CPU: torch's allocator, C++, and oneDNN, which does not name the cause (a leaner grid is tried once).
 _SHORTAGES = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had; the CPU's libraries have no class of their own for it."""
+    """Whether an exception means that memory ran out. The CPU's libraries have no class of their own for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _SHORTAGES)
 
 
 class Calls:
-    """Counts exchanges, to skip those that were done before; shared by the transport of several meshes."""
+    """Counts exchanges, to skip the first ones; shared by the transports of several meshes."""
 
     def __init__(self, done: int) -> None:
         self._left = done
@@ -35,10 +35,10 @@ class Calls:
 
 
 class DrainingTransport(Transport):
-    """Lines that skip the exchanges that were done before, and exchange zeros in the others.
+    """A transport that skips the exchanges that were done before, and exchanges zeros in the others.
 
     Args:
-        transport: those of the decode.
+        transport: the transport of the decode.
         calls: says which exchanges were done.
         device: where messages lie.
     """

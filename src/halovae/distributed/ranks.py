@@ -1,6 +1,6 @@
-"""Rank processes that stay: started once, then given one function after the other.
+"""Rank processes that are started once and then run one function after the other.
 
-For measurements and tests, which call many functions on the same ranks. One decode is started by `launch`.
+They serve measurements and tests, which call many functions on the same ranks. `launch` starts ranks for one call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Ranks that are threads of one process and share a device: they meet where they exchange halos.
+"""Simulated ranks: threads of one process that share a device, and wait for each other where they exchange halos.
 
-They take turns, one computing at a time, so that what each takes can be told apart: its time, and the memory of its
-tensors.
+One of them computes at a time, so that each one's time, and the memory of its tensors, can be measured.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def on_clocks(
 
 
 class _Meeting:
-    """Where simulated ranks leave what they send. Who computes holds `turn`; waiting for others lets go of it."""
+    """The mailboxes of simulated ranks. The rank that computes holds `turn`, and releases it while it waits."""
 
     def __init__(self, grid: Grid, link: Link) -> None:
         self.grid, self.link = grid, link
@@ -82,7 +81,7 @@ class _Meeting:
         self.turn.notify_all()
 
     def collect(self, sender: int, receiver: int) -> tuple[Any, float]:
-        """Wait for the next letter: its content, and when it was sent.
+        """Wait for the next message: return its content, and when it was sent.
 
         Raises:
             RuntimeError: another rank has failed.
@@ -102,7 +101,7 @@ class _Meeting:
 
 
 class SimulatedTransport(Transport):
-    """A simulated rank's transport, and its clock: where a rank of its own device would be in time."""
+    """A simulated rank's transport, and its clock, which runs as if the rank had a device of its own."""
 
     shared_device = True
 
@@ -113,7 +112,7 @@ class SimulatedTransport(Transport):
         self._resumed = time.perf_counter()
 
     def pause(self) -> None:
-        """Put what was computed since the last turn on the clock."""
+        """Add the time computed since the last turn to the clock."""
         self._device.synchronize()
         self._random = torch.get_rng_state()  # each rank draws the numbers that a process of its own would
         took = time.perf_counter() - self._resumed
@@ -158,7 +157,7 @@ class SimulatedTransport(Transport):
         return values
 
     def _all(self, scope: Scope, own: Any) -> tuple[list[Any], float]:
-        """What everybody in the scope gives, and when the last of them gave it."""
+        """Return what every rank in the scope gives, and the time of the last one."""
         self.pause()
         peers = members(self._meeting.grid, scope, self.rank)
         for peer in peers:

@@ -59,10 +59,10 @@ _meeting_file: Path | None = None
 
 
 def meet_in_file(file: Path) -> None:
-    """Let `join_world` meet the other ranks in `file`, on loopback; for a rank that this package started.
+    """Let `join_world` meet the other ranks in `file`, on loopback; for a rank that halovae started.
 
     Args:
-        file: in a folder that only this user can enter. The ranks make it.
+        file: a path in a folder that only this user can enter. The ranks create it.
     """
     global _meeting_file
     _meeting_file = file
@@ -73,7 +73,7 @@ def meet_in_file(file: Path) -> None:
 def join_world(device: torch.device) -> None:
     """Join the world's process group, unless this process is in one already.
 
-    Ranks that this package started meet in a file, others as torchrun's environment says.
+    Ranks that halovae started meet in a file; others meet as torchrun's environment says.
 
     Raises:
         ValueError: the ranks span hosts, and the environment does not name the network interface to use; or
@@ -127,31 +127,31 @@ class Transport:
     def exchange(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> None:
-        """Send tensors to ranks and fill others with what ranks send; all of them flat and contiguous.
+        """Send tensors to ranks, and fill others with what ranks send; all are flat and contiguous.
 
-        On an accelerator the tensors are ready for what is queued next on the current stream.
+        On an accelerator, what is queued next on the current stream sees the received tensors.
         """
         self.start(scope, sends, receives)()
 
     def start(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> Callable[[], None]:
-        """Start an exchange, and return what waits for its end. What is sent must stay as it is until then."""
+        """Start an exchange, and return a function that waits for its end. Sent tensors must not change until then."""
         assert not sends
         assert not receives
         return lambda: None
 
     def all_gather(self, scope: Scope, own: Tensor, ranks: int) -> list[Tensor]:
-        """Every rank's flat `own`, all of one length, in the order of the scope's `ranks` ranks."""
+        """Gather every rank's flat `own`, all of one length, in the order of the scope's `ranks` ranks."""
         assert ranks == 1
         return [own]
 
     def all_values(self, value: Value) -> list[Value]:
-        """Every rank's `value`, picklable, in the order of the ranks."""
+        """Gather every rank's picklable `value`, in the order of the ranks."""
         return [value]
 
     def anyone(self, fact: bool) -> bool:
-        """Whether it is a fact on any rank."""
+        """Whether `fact` is true on any rank."""
         return fact
 
 

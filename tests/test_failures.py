@@ -15,6 +15,9 @@ from models import latents, vae
 import halovae
 from halovae import Grid
 from halovae.distributed.launch import launch
+from halovae.distributed.mesh import mesh_for
+from halovae.distributed.ranks import Ranks
+from halovae.distributed.transport import patience
 from halovae.errors import RankError
 from halovae.io import latents as latents_file
 
@@ -46,7 +49,32 @@ def rank_of_world() -> tuple[int, int]:
 
 
 def test_launch_returns_what_each_rank_returned() -> None:
+    before = dict(os.environ)
     assert launch(2, rank_of_world) == [(0, 2), (1, 2)]
+    assert dict(os.environ) == before
+
+
+def waits_for_rank_0() -> None:
+    mesh = mesh_for(Grid(rows=2), torch.device("cpu"))
+    if mesh.rank == 0:
+        time.sleep(LIMIT_S)
+    else:
+        mesh.transport.all_values(1)
+
+
+def test_a_rank_waits_for_another_as_long_as_it_is_told() -> None:
+    with (
+        Ranks(2, variables={"HALOVAE_TIMEOUT": "1"}) as group,
+        pytest.raises(RankError, match=r"(?s)rank 1 failed.*[Tt]im"),
+    ):
+        group.run(waits_for_rank_0)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "inf", "nan"])
+def test_a_timeout_is_a_number_above_0(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("HALOVAE_TIMEOUT", text)
+    with pytest.raises(ValueError, match=f"HALOVAE_TIMEOUT={text}: expected seconds, a number above 0"):
+        patience()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Decodes against diffusers' own untiled decode: on one rank and on grids of real ones."""
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +198,39 @@ def test_two_threads_decode_at_once() -> None:
 def test_two_threads_decode_at_once_on_two_ranks_with_a_mesh_each(ranks: Callable[[int], Ranks]) -> None:
     zs = [latents("wan2.1", seed=seed) for seed in (1, 2)]
     for results in ranks(2).run(_at_once_on_own_meshes, zs):
+        for frames, z in zip(results, zs, strict=True):
+            assert off(frames, reference("wan2.1", z)) <= BOUND
+
+
+class SlowSet(set[Any]):
+    def add(self, key: Any) -> None:
+        time.sleep(2)
+        super().add(key)
+
+
+def _second_call_meets_a_settled_program_on_rank_0_only(zs: list[Tensor]) -> list[Any]:
+    decoder = halovae.load(vae("wan2.1"))
+    meshes = [Mesh(Grid(rows=2), torch.device("cpu")) for _ in zs]
+    sharded = decoder.calls["decode"]._sharded
+    sharded._agreed = set() if meshes[0].rank == 0 else SlowSet()
+    results: list[Any] = [None, None]
+
+    def work(index: int) -> None:
+        while index == 1 and meshes[0].rank == 0 and not sharded._agreed:
+            time.sleep(0.01)
+        results[index] = decoder.decode(zs[index], mesh=meshes[index], gather="all")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_ranks_settle_a_program_together_whatever_other_threads_do(ranks: Callable[[int], Ranks]) -> None:
+    zs = [latents("wan2.1", seed=seed) for seed in (1, 2)]
+    for results in ranks(2).run(_second_call_meets_a_settled_program_on_rank_0_only, zs):
         for frames, z in zip(results, zs, strict=True):
             assert off(frames, reference("wan2.1", z)) <= BOUND
 

@@ -138,10 +138,12 @@ class Sharded:
             )
         except (ValueError, TypeError) as refused:
             error = refused
-        offers = everyone.agree(asked, error, kernels is None and ready(everyone.device.torch_device))
+        # Calls of other threads may have settled the program on some ranks, and not yet on others.
+        offer = kernels is None and ready(everyone.device.torch_device), key in self._agreed
+        have_kernels, have_settled = zip(*everyone.agree(asked, error, offer), strict=True)
         if kernels is None:
             explain(everyone.device.torch_device)
-            kernels = compiled() if all(offers) else EAGER
+            kernels = compiled() if all(have_kernels) else EAGER
         with without_gradients():
             # Tensors of inference mode cannot be written to outside of it, and modules may write to their input.
             x, *rest = (one.clone() if one.is_inference() else one.detach() for one in (x, *extras))
@@ -154,12 +156,12 @@ class Sharded:
         known, begin = key in self._programs, time.perf_counter()
         with without_gradients():
             program = self._program(mine, rest, used, options, key)
-            settled = self._settled(program, used, key)
-            if settled is None:  # graphs differ between ranks, and passes changed their messages
-                program = self._program(mine, rest, used, options, key, ())
+            if used.grid.size > 1 and not all(have_settled):
                 settled = self._settled(program, used, key)
-            assert settled is not None
-            program = settled
+                if settled is None:  # graphs differ between ranks, and passes changed their messages
+                    settled = self._settled(self._program(mine, rest, used, options, key, ()), used, key)
+                assert settled is not None
+                program = settled
         recorded = 0.0 if known else time.perf_counter() - begin
         if isinstance(program, Program) and program.random and used.grid.batch > 1:
             raise ValueError(
@@ -191,11 +193,9 @@ class Sharded:
     def _settled(self, program: Program | TraceError, mesh: Mesh, key: Any) -> Program | TraceError | None:
         """Return the program once all ranks of the mesh agree to record, on messages, and on the result's chunks.
 
-        Graphs differ between ranks: only the last rank crops the last row. Collective for a new program. None if ranks
-        would wait for messages that others do not send.
+        Graphs differ between ranks: only the last rank crops the last row. Collective. None if ranks would wait for
+        messages that others do not send.
         """
-        if mesh.grid.size == 1 or key in self._agreed:
-            return program
         mine: Any = str(program)
         if isinstance(program, Program):
             mine = (program.chunked, program.starts), message_digests(program, mesh)

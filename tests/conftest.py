@@ -25,6 +25,27 @@ os.environ["HALOVAE_CALIBRATION"] = "cpu-epyc-2-cores"
 os.environ["HALOVAE_GRAPHS"] = "0"
 
 
+SLOW = Path(__file__).with_name("slow.txt")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests and cases that slow.txt lists as slow."""
+    listed = set(SLOW.read_text().splitlines())
+    names = {item: {item.nodeid, item.nodeid.partition("[")[0]} & listed for item in items}
+    for item, found in names.items():
+        if found:
+            item.add_marker(pytest.mark.slow)
+    if any("::" in argument for argument in config.args):
+        return
+    files = {item.nodeid.partition("::")[0] for item in items}
+    gone = [
+        name for name in listed if name.partition("::")[0] in files and not any(name in one for one in names.values())
+    ]
+    if gone:
+        raise pytest.UsageError(f"tests/slow.txt lists what is no test: {', '.join(sorted(gone))}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernels() -> None:
     """Have compiled kernels in the cache folder, so that no test meets a process that is still at it."""

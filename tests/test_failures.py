@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from models import latents, vae
 
 import halovae
 from halovae import Grid
-from halovae.distributed.launch import launch
+from halovae.distributed.launch import _cause, launch
 from halovae.distributed.mesh import mesh_for
 from halovae.distributed.ranks import Ranks
 from halovae.distributed.transport import patience
@@ -40,6 +42,15 @@ def test_a_failing_ranks_traceback_is_shown() -> None:
     assert message.startswith("rank 1 failed")
     assert "in fails_on_rank_1" in message
     assert "ArithmeticError: made to fail after three chunks" in message
+
+
+def test_a_lost_connection_is_not_the_cause() -> None:
+    failures: Any = {
+        0: SimpleNamespace(message={"message": "RuntimeError: Connection closed by peer [127.0.0.1]:1"}, timestamp=7),
+        1: SimpleNamespace(message={"message": "ArithmeticError: made to fail"}, timestamp=7),
+        2: SimpleNamespace(message="Signal 9 (SIGKILL) received by PID 1", timestamp=8),
+    }
+    assert _cause(failures)[0] == 1
 
 
 def rank_of_world() -> tuple[int, int]:

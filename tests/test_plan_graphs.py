@@ -249,8 +249,8 @@ def test_the_command_refuses_what_it_cannot_plan(options: list[str], message: st
     [
         ("AutoencoderOobleck", "AutoencoderOobleck cannot be planned: audio"),
         ("LTX2VideoDiffusionDecoderModel", "cannot be planned: built on flex_attention"),
-        ("Abacus", "'Abacus' is no autoencoder class of the installed diffusers"),
-        ("UNet2DModel", "'UNet2DModel' is no autoencoder class"),
+        ("Abacus", "'Abacus' is neither a class of the installed diffusers nor a registered one"),
+        ("UNet2DModel", "'UNet2DModel' is neither a class of the installed diffusers"),
     ],
 )
 def test_the_command_refuses_models_that_have_no_plan(name: str, message: str, tmp_path: Path) -> None:

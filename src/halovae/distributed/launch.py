@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -80,7 +80,7 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     except SignalException as stopped:
         raise KeyboardInterrupt from stopped
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
+        rank, failure = _cause(failed.failures)
         if failure.exitcode == -signal.SIGINT:
             raise KeyboardInterrupt from failed
         reason = failure.message
@@ -88,6 +88,21 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             reason = reason.get("extraInfo", {}).get("py_callstack") or reason.get("message", str(reason))
         raise RankError(f"rank {rank} failed, and all ranks were ended:\n{str(reason).rstrip()}") from failed
     return [results[rank] for rank in range(ranks)]
+
+
+# How torch and gloo report that another rank ended.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """Return the first rank that failed, and how. Ranks that only lost their connection to it come after it.
+
+    Recorded times are whole seconds: they do not tell ranks apart that fail within the same one.
+    """
+    rank = min(
+        failures, key=lambda one: (any(text in str(failures[one].message) for text in _LOST), failures[one].timestamp)
+    )
+    return rank, failures[rank]
 
 
 @contextmanager
@@ -173,7 +188,6 @@ def _rank_main(store: Path, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _in_world(function: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return function(*args)
-    finally:
-        leave_world()
+    result = function(*args)
+    leave_world()  # not after an error: other ranks would fail, too, before this one's error is recorded
+    return result

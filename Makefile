@@ -25,9 +25,8 @@ lint: .venv/.installed
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# Two processes, each with whole files: tests of a file share servers and models.
 test: lint docs
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest
 
 test-slow: .venv/.installed
 	$(BIN)/pytest -m slow --timeout 3600

@@ -21,6 +21,8 @@ from halovae.kernels import native
 
 # Plans by figures that do not change, and no measurement in each group of ranks.
 os.environ["HALOVAE_CALIBRATION"] = "cpu-epyc-2-cores"
+# Models are tiny: more threads only get into each other's way.
+torch.set_num_threads(1)
 # Tests trace their own graphs. The user's cache gets no more than compiled kernels.
 os.environ["HALOVAE_GRAPHS"] = "0"
 

@@ -71,7 +71,7 @@ MUTANTS = {
         "plane/passes/in_place.py", "last[root(x)] is not node or", "", "plane/test_passes.py"
     ),
     "kernels that not all ranks have": Mutant(
-        "plane/sharded.py", "compiled() if all(offers)", "compiled() if any(offers)", "test_kernels.py"
+        "plane/sharded.py", "compiled() if all(have_kernels)", "compiled() if any(have_kernels)", "test_kernels.py"
     ),
     "a budget without its margin": Mutant(
         "planning/decision.py", "self.peak * (1 + MARGIN) <= budget", "self.peak <= 2 * budget", "test_plan.py"

@@ -184,10 +184,13 @@ def _rank_main(store: Path, function: Callable[..., Any], *args: Any) -> Any:
     torch.multiprocessing._prctl_pr_set_pdeathsig(0)  # type: ignore[attr-defined]
     # Ctrl-C reaches every process of the terminal; the launcher is the one to report it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return _in_world(function, *args)
-
-
-def _in_world(function: Callable[..., Any], *args: Any) -> Any:
     result = function(*args)
     leave_world()  # not after an error: other ranks would fail, too, before this one's error is recorded
     return result
+
+
+def _in_world(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    finally:
+        leave_world()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,7 +156,7 @@ class Mesh:
         if self.grid.size > 1 and self._user not in (None, me):
             raise RuntimeError(
                 "two threads decode over one mesh at once, and their messages would mix: "
-                "make a Mesh for each, in the same order on all ranks, and pass it as mesh="
+                "make a Mesh for each, in the same order on all ranks, and pass it as mesh=; or a process group each"
             )
         self._user, self.traffic = me, traffic
         try:
@@ -165,6 +166,8 @@ class Mesh:
 
 
 _meshes: dict[tuple[Any, ...], Mesh] = {}
+_given: OrderedDict[tuple[Any, ...], Mesh] = OrderedDict()  # over groups of callers
+_GIVEN = 32  # that are kept; making one again sends no messages
 
 
 def mesh_for(grid: Grid, device: torch.device, group: dist.ProcessGroup | None = None) -> Mesh:
@@ -173,34 +176,38 @@ def mesh_for(grid: Grid, device: torch.device, group: dist.ProcessGroup | None =
     Args:
         grid: its extents.
         device: where the exchanged tensors live.
-        group: the ranks; None for all of the world.
+        group: the ranks; None for all of the world, over groups of halovae's own.
 
     Raises:
         ValueError: the grid does not match the number of ranks, or this rank is not in the group.
     """
-    if group is None:
-        world = dist.group.WORLD if dist.is_initialized() else None
-        return _kept((grid, device, world), lambda: Mesh(grid, device))
-    if grid.size not in (1, world_size(group)):
-        raise ValueError(f"grid {grid} needs {grid.size} ranks, but the group has {world_size(group)}")
-    ranks = dist.get_process_group_ranks(group)
-    return _kept((grid, device, group), lambda: _over_group(grid, device, group, ranks))
+    if group is not None:
+        if grid.size not in (1, world_size(group)):
+            raise ValueError(f"grid {grid} needs {grid.size} ranks, but the group has {world_size(group)}")
+        return _over_group(grid, device, group, dist.get_process_group_ranks(group))
+    key = (grid, device, dist.group.WORLD if dist.is_initialized() else None)
+    if key not in _meshes:
+        _meshes[key] = Mesh(grid, device)
+    return _meshes[key]
 
 
 def mesh_over(mesh: Mesh | DeviceMesh | None, device: torch.device) -> Mesh | None:
     """Return the mesh over a `DeviceMesh` with dims out of "batch", "rows", and "cols", in that order.
 
     Args:
-        mesh: its ranks may be some of the world's. One of several dims that leaves out ranks of the world is flattened
-            first, for which torch needs all ranks of its root mesh to call. A `Mesh` is returned as it is, and so is
-            None.
+        mesh: its ranks may be some of the world's. One of several dims must be, or be a slice of, a mesh of the whole
+            world; if it leaves out ranks, torch flattens it first, for which all ranks of the world must call. A `Mesh`
+            is returned as it is, and so is None.
         device: where the exchanged tensors live.
 
     Raises:
-        ValueError: other names of dims, or this rank is not in it.
+        ValueError: other names of dims, this rank is not in it, or its root mesh leaves out ranks of the world.
+        TypeError: it is something else.
     """
-    if not isinstance(mesh, DeviceMesh):
+    if mesh is None or isinstance(mesh, Mesh):
         return mesh
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a DeviceMesh or a halovae.Mesh, got {type(mesh).__name__}")
     names, known = mesh.mesh_dim_names, ("batch", "rows", "cols")
     if names is None or list(names) != [name for name in known if name in names]:
         raise ValueError(f"mesh: its dims are {names}, expected names out of {known}, in this order")
@@ -208,25 +215,31 @@ def mesh_over(mesh: Mesh | DeviceMesh | None, device: torch.device) -> Mesh | No
         raise ValueError(f"mesh: rank {dist.get_rank()} is not in {mesh.mesh.tolist()}, but calls")
     grid = Grid(**dict(zip(names, mesh.mesh.shape, strict=True)))
     ranks = mesh.mesh.flatten().tolist()
-
-    def made() -> Mesh:
-        if len(ranks) == dist.get_world_size():
-            assert dist.group.WORLD is not None
-            return _over_group(grid, device, dist.group.WORLD, ranks)
-        flat = mesh if mesh.ndim == 1 else mesh._flatten()
-        return _over_group(grid, device, flat.get_group(), ranks)
-
-    return _kept((grid, device, dist.group.WORLD, names, tuple(ranks)), made)
+    if len(ranks) == dist.get_world_size():
+        assert dist.group.WORLD is not None
+        group = dist.group.WORLD
+    elif mesh.ndim == 1:
+        group = mesh.get_group()
+    elif mesh._get_root_mesh().size() == dist.get_world_size():
+        group = mesh._flatten().get_group()
+    else:
+        raise ValueError(
+            f"mesh: {mesh.mesh.tolist()} is no slice of a mesh of the whole world; give group=, made of its ranks by "
+            f"torch.distributed.new_group on all ranks, and grid={grid}"
+        )
+    return _over_group(grid, device, group, ranks)
 
 
 def _over_group(grid: Grid, device: torch.device, group: dist.ProcessGroup, ranks: list[int]) -> Mesh:
-    return Mesh(grid, device, SharedGroupTransport(grid, device, group, ranks) if grid.size > 1 else Transport())
-
-
-def _kept(key: tuple[Any, ...], make: Callable[[], Mesh]) -> Mesh:
-    if key not in _meshes:
-        _meshes[key] = make()
-    return _meshes[key]
+    key = (grid, device, group, tuple(ranks))
+    if key not in _given:
+        _given[key] = Mesh(
+            grid, device, SharedGroupTransport(grid, device, group, ranks) if grid.size > 1 else Transport()
+        )
+        while len(_given) > _GIVEN:
+            _given.popitem(last=False)
+    _given.move_to_end(key)
+    return _given[key]
 
 
 def leave_world() -> None:
@@ -235,5 +248,6 @@ def leave_world() -> None:
     Process groups that a mesh still held would be destroyed by the interpreter at exit, when its threads may be gone.
     """
     _meshes.clear()
+    _given.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

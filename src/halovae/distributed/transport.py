@@ -37,15 +37,15 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group)
 
 
-def patience() -> timedelta:
-    """How long a rank waits for another before it fails: `HALOVAE_TIMEOUT` in seconds, else torch's 30 minutes.
+def patience() -> timedelta | None:
+    """How long a rank waits for another before it fails: `HALOVAE_TIMEOUT` in seconds; None for the backend's default.
 
     Raises:
         ValueError: the variable is not a number above 0.
     """
     text = os.environ.get("HALOVAE_TIMEOUT")
     if text is None:
-        return default_pg_timeout
+        return None
     try:
         seconds = float(text)
     except ValueError:
@@ -89,7 +89,7 @@ def join_world(device: torch.device) -> None:
     else:
         rank, world = int(os.environ["RANK"]), world_size()
         store = dist.FileStore(str(_meeting_file), world)  # type: ignore[attr-defined]
-        store.set_timeout(patience())
+        store.set_timeout(patience() or default_pg_timeout)
         dist.init_process_group(own.backend, timeout=patience(), store=store, rank=rank, world_size=world)
 
 

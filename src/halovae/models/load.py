@@ -104,7 +104,7 @@ def diffusers_module(path: Path, dtype: torch.dtype, encoder: bool = True) -> nn
     """Load a VAE of any diffusers class.
 
     Args:
-        path: a folder with `config.json` and `.safetensors` files, or a single file of a layout in `layouts.LAYOUTS`.
+        path: a folder with `config.json` and `.safetensors` files, or a single file in one of `registry.layouts()`.
         dtype: the dtype of the weights.
         encoder: whether to keep submodules that only encode. Wan's and Qwen-Image's files may lack them.
 
@@ -137,8 +137,10 @@ def _class_of(path: Path, name: str) -> type[nn.Module]:
         raise CheckpointError(f"{path}: VAE class {name!r} cannot be partitioned: {reason}")
     try:
         found = class_named(name)
-    except ImportError as error:
-        raise CheckpointError(f"{path}: VAE class {name!r} needs pip install 'halovae[diffusers]'") from error
+    except (ImportError, AttributeError) as error:
+        lacks = isinstance(error, ImportError) and error.name == "diffusers"
+        reason = "needs pip install 'halovae[diffusers]'" if lacks else f"cannot be imported ({error})"
+        raise CheckpointError(f"{path}: VAE class {name!r} {reason}") from error
     if found is None:
         known = f"no autoencoder of diffusers {version('diffusers')}"
         raise CheckpointError(f"{path}: VAE class {name!r} is {known}, and no package registers it")

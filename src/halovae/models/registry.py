@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,7 +50,8 @@ class Family:
         class_name: the diffusers class; or `package.module:Class`, a class with diffusers' `ModelMixin` and
             `ConfigMixin`.
         config: values that differ from the class's defaults.
-        widths: channels of the first encoder block and the last decoder block, for classes that are also built small.
+        widths: channels of the first encoder block and the last decoder block, for classes that are also built small;
+            they become `base_dim` and `decoder_base_dim` in the config.
         note: what is unknown about the published sizes.
         traits: of the class, where it is not one of diffusers.
         layouts: how single files hold its weights, besides the layouts that halovae knows.
@@ -162,20 +164,21 @@ def _warn(source: str, reason: str) -> None:
     warnings.warn(f"entry point {source} of {GROUP} is left out: it {reason}", UserWarning, stacklevel=3)
 
 
-def _registered(name: str) -> Family | None:
-    """Return the family whose class is no class of diffusers, by the name of the class."""
-    own = (family for family in families().values() if ":" in family.class_name)
-    return next((family for family in own if family.class_name.rpartition(":")[2] == name), None)
+def _registered() -> list[tuple[str, Family]]:
+    """Return the families whose class is not in diffusers, each with the name of the class."""
+    return [(one.class_name.rpartition(":")[2], one) for one in families().values() if ":" in one.class_name]
 
 
 def class_named(name: str) -> type[nn.Module] | None:
-    """Return an autoencoder's class by its name in configs: a registered one, or diffusers'; None if there is none.
+    """Return an autoencoder's class by its name in configs: diffusers', or a registered one; None if there is none.
 
     Raises:
-        ImportError: it is not registered, and diffusers is not installed.
+        ImportError: diffusers is not installed, or the registered class's package.
+        AttributeError: the registered class's package lacks it.
     """
-    registered = _registered(name)
-    found = getattr(importlib.import_module("diffusers"), name, None) if registered is None else registered.cls
+    found = getattr(importlib.import_module("diffusers"), name, None)
+    if found is None:
+        found = next((family.cls for known, family in _registered() if known == name), None)
     is_autoencoder = isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "decode")
     return found if is_autoencoder else None
 
@@ -185,8 +188,10 @@ def traits_of(cls: type) -> Traits:
     for base in cls.__mro__:
         if base.__name__ in TRAITS:
             return TRAITS[base.__name__]
-        if (family := _registered(base.__name__)) is not None:
-            return family.traits
+        for name, family in _registered():
+            module = sys.modules.get(family.class_name.rpartition(":")[0])
+            if name == base.__name__ and getattr(module, name, None) is base:
+                return family.traits
     return Traits()
 
 

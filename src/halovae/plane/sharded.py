@@ -122,12 +122,13 @@ class Sharded:
             RuntimeWarning: kernels cannot be compiled here (no C++ compiler?); calls run in eager PyTorch.
         """
         options = dict(options or {})
-        device, world = device_of(self._modules, x), Grid(rows=world_size(group))
-        mesh = mesh_over(mesh, device)
-        everyone = mesh or mesh_for(world, device, group)
+        world = Grid(rows=world_size(group))
+        mesh = mesh if isinstance(mesh, Mesh) else mesh_over(mesh, device_of(self._modules, x))
+        everyone = mesh or mesh_for(world, device_of(self._modules, x), group)
         used, key, asked = everyone, None, ""
         error: Exception | None = None
         try:
+            device = device_of(self._modules, x)
             used = mesh or mesh_for(grid or world, device, group)
             self._check(x, used.grid, gather)
             key = self._key(used, x, extras, options)

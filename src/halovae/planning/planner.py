@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,7 +17,8 @@ from halovae.planning.calibration import Calibration, read, shipped
 # The share of free memory that a decode may take.
 USABLE = 0.9
 
-_calibrations: dict[str, Calibration] = {}
+# By mesh: two meshes may share some ranks, and all ranks of one ask together.
+_calibrations: WeakKeyDictionary[Mesh, dict[str, Calibration]] = WeakKeyDictionary()
 
 
 def usable(offers: Sequence[tuple[int, str]], device: str) -> int:
@@ -40,9 +42,10 @@ def calibration_of(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Cali
         kernels: the kernels of the decodes.
     """
     name = _name(everyone, dtype, kernels)
-    if name not in _calibrations:
-        _calibrations[name] = _calibration(everyone, dtype, kernels)
-    return _calibrations[name]
+    known = _calibrations.setdefault(everyone, {})
+    if name not in known:
+        known[name] = _calibration(everyone, dtype, kernels)
+    return known[name]
 
 
 def is_unmeasured(everyone: Mesh, dtype: torch.dtype) -> bool:
@@ -50,7 +53,7 @@ def is_unmeasured(everyone: Mesh, dtype: torch.dtype) -> bool:
     if everyone.transport.world == 1 or everyone.device.kind != "cpu" or os.environ.get("HALOVAE_CALIBRATION"):
         return False
     path = key_of(everyone, dtype, eager=False).path
-    return str(path) not in _calibrations and stored(path) is None
+    return str(path) not in _calibrations.get(everyone, {}) and stored(path) is None
 
 
 def _name(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> str:

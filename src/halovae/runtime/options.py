@@ -64,11 +64,15 @@ class Sharing:
 
         Raises:
             ValueError: a `DeviceMesh` with other dims, or one without this rank, or a group without it.
+            TypeError: a mesh or a group of another type.
         """
         names = {one.name for one in fields(cls)} - {"mesh"}
         given = {name: value for name, value in options.items() if name in names}
-        if options.get("group") is not None and options.get("mesh") is None:
-            world_size(options["group"])
+        group: Any = options.get("group")
+        if group is not None and options.get("mesh") is None:
+            if not isinstance(group, (dist.ProcessGroup, int)):  # torch's NON_GROUP_MEMBER is a number
+                raise TypeError(f"group: expected a ProcessGroup, got {type(group).__name__}")
+            world_size(group)
         return cls(**given, mesh=mesh_over(options.get("mesh"), device))
 
     @property
@@ -86,7 +90,7 @@ class Sharing:
         Raises:
             ValueError: an unknown mode or gather, a budget below 1, or a grid or a group beside a mesh that has
                 another.
-            TypeError: a dtype that pictures cannot have, or a mesh or a group of another type.
+            TypeError: a dtype that pictures cannot have.
         """
         for name, value, known in (("mode", self.mode, get_args(Mode)), ("gather", self.gather, get_args(Gather))):
             if value not in known:

@@ -72,7 +72,7 @@ class Sharing:
         if group is not None and options.get("mesh") is None:
             if not isinstance(group, (dist.ProcessGroup, int)):  # torch's NON_GROUP_MEMBER is a number
                 raise TypeError(f"group: expected a ProcessGroup, got {type(group).__name__}")
-            world_size(group)
+            world_size(options["group"])
         return cls(**given, mesh=mesh_over(options.get("mesh"), device))
 
     @property

@@ -74,7 +74,8 @@ MUTANTS = {
         "plane/sharded.py", "compiled() if all(have_kernels)", "compiled() if any(have_kernels)", "test_kernels.py"
     ),
     "a budget without its margin": Mutant(
-        "planning/decision.py", "self.peak * (1 + MARGIN) <= budget", "self.peak <= 2 * budget", "test_plan.py"
+        "planning/decision.py", "self.peak * (1 + MARGIN) <= budget", "self.peak <= 2 * budget",
+        "test_plan_graphs.py test_plan.py",
     ),
     "colors cut off, not rounded": Mutant(
         "runtime/options.py", ".mul_(127.5).round_()", ".mul_(127.5)", "test_decode.py"

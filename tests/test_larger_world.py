@@ -104,6 +104,32 @@ def test_a_process_group_shares_a_decode(
     assert {grid for _, grid in found[1:]} <= grids
 
 
+def within_budget(z: Tensor) -> tuple[str, str] | None:
+    """A decode within what one rank is predicted to take, without the margin: the planned grid, and the one used."""
+    join_world(CPU)
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return None
+    decoder = halovae.load(vae(FAMILY))
+    free = decoder.plan(z.shape, group=group)
+    assert free is not None
+    peak = next(one.peak for one in free.candidates if one.grid == Grid())
+    assert peak is not None
+    kept = reference(FAMILY, z).numel() * 4
+    planned = decoder.plan(z.shape, group=group, memory_budget=kept + peak)
+    stream = decoder.stream(z, group=group, memory_budget=kept + peak)
+    stream.join()
+    assert planned is not None
+    return str(planned.chosen.grid), stream.report.grid
+
+
+def test_a_plan_for_a_group_keeps_its_budget(ranks: Callable[[int], Ranks]) -> None:
+    first, *others = ranks(3).run(within_budget, latents(FAMILY, frames=2, height=12, width=12))
+    assert first is None
+    assert len(set(others)) == 1
+    assert others[0] in (("2x1", "2x1"), ("1x2", "1x2"))
+
+
 def through_diffusers(z: Tensor) -> tuple[float, float] | None:
     mesh = device_mesh([2, 1], ("rows",))
     if mesh.get_coordinate() is None:

@@ -94,6 +94,9 @@ def test_a_broken_family_is_left_out(monkeypatch: pytest.MonkeyPatch, value: str
         def load(self) -> Any:
             return loaded if loaded is not None else EntryPoint.load(self)
 
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    registry.families.cache_clear()
+    expected = registry.families()
     monkeypatch.setattr(registry, "entry_points", lambda group: [Point("one", value, group)])
     registry.families.cache_clear()
     try:
@@ -101,4 +104,5 @@ def test_a_broken_family_is_left_out(monkeypatch: pytest.MonkeyPatch, value: str
             found = registry.families()
     finally:
         registry.families.cache_clear()
+    assert found == expected
     assert found["flux"].class_name == "AutoencoderKL"

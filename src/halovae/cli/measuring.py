@@ -22,7 +22,7 @@ def check_ranks(option: str, ranks: int, kind: str | None) -> Device:
     if ranks > device.count:
         if device.kind != "cpu":
             raise ValueError(f"{option} {ranks}: there are {device.count} {device.kind} devices here")
-        console.print(f"[yellow]Warning:[/] {ranks} ranks share {device.count} cores: their times say little")
+        console.print(f"[yellow]Warning:[/] {ranks} ranks share {device.count} cores: their times are not meaningful")
     return device
 
 

@@ -166,8 +166,8 @@ class Mesh:
 
 
 _meshes: dict[tuple[Any, ...], Mesh] = {}
-_given: OrderedDict[tuple[Any, ...], Mesh] = OrderedDict()  # over groups of callers
-_GIVEN = 32  # that are kept; making one again sends no messages
+_caller_meshes: OrderedDict[tuple[Any, ...], Mesh] = OrderedDict()  # over groups of callers
+_MAX_CALLER_MESHES = 32  # that are kept; making one again sends no messages
 
 
 def mesh_for(grid: Grid, device: torch.device, group: dist.ProcessGroup | None = None) -> Mesh:
@@ -220,8 +220,8 @@ def mesh_over(mesh: Mesh | DeviceMesh | None, device: torch.device) -> Mesh | No
         group = dist.group.WORLD
     elif mesh.ndim == 1:
         group = mesh.get_group()
-    elif mesh._get_root_mesh().size() == dist.get_world_size():
-        group = mesh._flatten().get_group()
+    elif _root_of(mesh).size() == dist.get_world_size():
+        group = mesh._flatten().get_group()  # torch keeps what it flattened
     else:
         raise ValueError(
             f"mesh: {mesh.mesh.tolist()} is no slice of a mesh of the whole world; give group=, made of its ranks by "
@@ -230,16 +230,24 @@ def mesh_over(mesh: Mesh | DeviceMesh | None, device: torch.device) -> Mesh | No
     return _over_group(grid, device, group, ranks)
 
 
+def _root_of(mesh: DeviceMesh) -> DeviceMesh:
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed.device_mesh import _mesh_resources  # torch 2.8
+
+    return _mesh_resources.get_root_mesh(mesh)
+
+
 def _over_group(grid: Grid, device: torch.device, group: dist.ProcessGroup, ranks: list[int]) -> Mesh:
     key = (grid, device, group, tuple(ranks))
-    if key not in _given:
-        _given[key] = Mesh(
+    if key not in _caller_meshes:
+        _caller_meshes[key] = Mesh(
             grid, device, SharedGroupTransport(grid, device, group, ranks) if grid.size > 1 else Transport()
         )
-        while len(_given) > _GIVEN:
-            _given.popitem(last=False)
-    _given.move_to_end(key)
-    return _given[key]
+        while len(_caller_meshes) > _MAX_CALLER_MESHES:
+            _caller_meshes.popitem(last=False)
+    _caller_meshes.move_to_end(key)
+    return _caller_meshes[key]
 
 
 def leave_world() -> None:
@@ -248,6 +256,6 @@ def leave_world() -> None:
     Process groups that a mesh still held would be destroyed by the interpreter at exit, when its threads may be gone.
     """
     _meshes.clear()
-    _given.clear()
+    _caller_meshes.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

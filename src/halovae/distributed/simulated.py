@@ -54,6 +54,7 @@ def on_clocks(
                 torch.set_rng_state(random)
                 transport = SimulatedTransport(meeting, rank, own)
                 results[rank] = function(Mesh(grid, device, transport), transport)
+                meeting.finish(rank)
         except BaseException as error:
             meeting.fail(error)
 
@@ -74,6 +75,7 @@ class _Meeting:
         self.grid, self.link = grid, link
         self.turn = threading.Condition()
         self.failure: BaseException | None = None
+        self._finished: set[int] = set()
         self._letters: defaultdict[tuple[int, int], deque[tuple[Any, float]]] = defaultdict(deque)
 
     def post(self, sender: int, receiver: int, content: Any, sent: float) -> None:
@@ -84,13 +86,20 @@ class _Meeting:
         """Wait for the next message: return its content, and when it was sent.
 
         Raises:
-            RuntimeError: another rank has failed.
+            RuntimeError: another rank has failed, or has finished without sending.
         """
         letters = self._letters[sender, receiver]
-        self.turn.wait_for(lambda: letters or self.failure)  # a rank that fails wakes the others
+        self.turn.wait_for(lambda: letters or self.failure or sender in self._finished)
         if self.failure is not None:
             raise RuntimeError("another simulated rank failed") from self.failure
+        if not letters:
+            raise RuntimeError(f"simulated rank {receiver} waits for rank {sender}, which has finished")
         return letters.popleft()
+
+    def finish(self, rank: int) -> None:
+        """Note that a rank sends no more. It holds `turn`."""
+        self._finished.add(rank)
+        self.turn.notify_all()
 
     def fail(self, error: BaseException) -> None:
         with self.turn:

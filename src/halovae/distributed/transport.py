@@ -37,7 +37,7 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group)
 
 
-def patience() -> timedelta | None:
+def wait_limit() -> timedelta | None:
     """How long a rank waits for another before it fails: `HALOVAE_TIMEOUT` in seconds; None for the backend's default.
 
     Raises:
@@ -85,12 +85,12 @@ def join_world(device: torch.device) -> None:
     own.enter()
     own.choose_interfaces()
     if _meeting_file is None:
-        dist.init_process_group(own.backend, timeout=patience())
+        dist.init_process_group(own.backend, timeout=wait_limit())
     else:
         rank, world = int(os.environ["RANK"]), world_size()
         store = dist.FileStore(str(_meeting_file), world)  # type: ignore[attr-defined]
-        store.set_timeout(patience() or default_pg_timeout)
-        dist.init_process_group(own.backend, timeout=patience(), store=store, rank=rank, world_size=world)
+        store.set_timeout(wait_limit() or default_pg_timeout)
+        dist.init_process_group(own.backend, timeout=wait_limit(), store=store, rank=rank, world_size=world)
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class Transport:
 
     rank = 0
     world = 1
+    ranks: Sequence[int] = (0,)  # by their numbers in the world, in the order of the mesh
     # Whether other ranks use this process and its device as well, so that what the device counts is everybody's.
     shared_device = False
 
@@ -188,6 +189,7 @@ class ProcessGroupTransport(Transport):
         join_world(device)
         self._device = device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.ranks = range(self.world)
         scopes: tuple[Scope, ...] = "rows", "cols", "plane"
         self._groups: dict[Scope, dist.ProcessGroup | None] = {"world": _own_group([list(range(self.world))])}
         for scope in scopes:
@@ -224,7 +226,7 @@ class ProcessGroupTransport(Transport):
 
 def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
     """Make process groups of disjoint ranks, and return this rank's; None if it is in none. Collective."""
-    group, _ = dist.new_subgroups_by_enumeration(groups, timeout=patience())
+    group, _ = dist.new_subgroups_by_enumeration(groups, timeout=wait_limit())
     return group
 
 
@@ -241,14 +243,14 @@ class SharedGroupTransport(Transport):
     """
 
     def __init__(self, grid: Grid, device: torch.device, group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
-        self._grid, self._device, self._group, self._ranks = grid, device, group, list(ranks)
-        self.rank, self.world = self._ranks.index(dist.get_rank()), len(self._ranks)
-        self._places = [dist.get_group_rank(group, rank) for rank in self._ranks]
+        self._grid, self._device, self._group, self.ranks = grid, device, group, ranks
+        self.rank, self.world = ranks.index(dist.get_rank()), len(ranks)
+        self._places = [dist.get_group_rank(group, rank) for rank in ranks]
 
     def start(
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> Callable[[], None]:
-        group, ranks = self._group, self._ranks
+        group, ranks = self._group, self.ranks
         operations = [dist.P2POp(dist.isend, tensor, ranks[peer], group) for peer, tensor in sends]
         return _started(operations + [dist.P2POp(dist.irecv, tensor, ranks[peer], group) for peer, tensor in receives])
 

@@ -48,10 +48,7 @@ def loaded(cache_checked: threading.Event | None = None) -> ctypes.CDLL:
             for left in path.parent.glob("kernels-*.tmp"):  # left by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             folder = tempfile.mkdtemp(prefix="kernels-", suffix=".tmp", dir=path.parent)
-        except (
-            OSError,
-            NotImplementedError,
-        ):  # the folder cannot be written to or locked, or was locked for too long
+        except (OSError, NotImplementedError):  # no writing or locking in the folder, or it was locked for too long
             folder = tempfile.mkdtemp()
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         built = Path(folder) / path.name

@@ -177,21 +177,24 @@ def class_named(name: str) -> type[nn.Module] | None:
         AttributeError: the registered class's package lacks it.
     """
     found = getattr(importlib.import_module("diffusers"), name, None)
-    if found is None:
+    if not _is_autoencoder(found):
         found = next((family.cls for known, family in _registered() if known == name), None)
-    is_autoencoder = isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "decode")
-    return found if is_autoencoder else None
+    return found if _is_autoencoder(found) else None
+
+
+def _is_autoencoder(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "decode")
 
 
 def traits_of(cls: type) -> Traits:
     """Return the traits of a class, or of the first of its bases that has any."""
     for base in cls.__mro__:
-        if base.__name__ in TRAITS:
-            return TRAITS[base.__name__]
         for name, family in _registered():
             module = sys.modules.get(family.class_name.rpartition(":")[0])
             if name == base.__name__ and getattr(module, name, None) is base:
                 return family.traits
+        if base.__name__ in TRAITS:
+            return TRAITS[base.__name__]
     return Traits()
 
 

@@ -97,14 +97,16 @@ def settings(mesh: Mesh, x: Tensor, extras: Sequence[Tensor], options: Mapping[s
     return mesh.grid, mesh.rank, shapes, value_key(options), casting, torch.get_default_dtype(), chosen()
 
 
-def device_of(modules: Sequence[nn.Module], x: Any) -> torch.device:
-    """Return the device of the modules' weights; that of `x`, if they have none.
+def device_of(modules: Sequence[nn.Module], x: Any) -> tuple[torch.device, Exception | None]:
+    """Return the device of the modules' weights, or that of `x` if they have none; and an error if there are several.
 
-    Raises:
-        ValueError: the weights are on several devices.
+    The error is to be raised on all ranks, which need a device to learn of it.
     """
     devices = {one.device for module in modules for one in module.parameters() if one.device.type != "meta"}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"the module's weights are on several devices ({names}): expected all of them on one")
-    return devices.pop() if devices else x.device if isinstance(x, Tensor) else torch.device("cpu")
+    if not devices:
+        return x.device if isinstance(x, Tensor) else torch.device("cpu"), None
+    if len(devices) == 1:
+        return devices.pop(), None
+    names = sorted(map(str, devices))
+    error = f"the module's weights are on several devices ({', '.join(names)}): expected all of them on one"
+    return torch.device(names[0]), ValueError(error)

@@ -122,13 +122,12 @@ class Sharded:
             RuntimeWarning: kernels cannot be compiled here (no C++ compiler?); calls run in eager PyTorch.
         """
         options = dict(options or {})
+        device, error = device_of(self._modules, x)
         world = Grid(rows=world_size(group))
-        mesh = mesh if isinstance(mesh, Mesh) else mesh_over(mesh, device_of(self._modules, x))
-        everyone = mesh or mesh_for(world, device_of(self._modules, x), group)
+        mesh = mesh_over(mesh, device)
+        everyone = mesh or mesh_for(world, device, group)
         used, key, asked = everyone, None, ""
-        error: Exception | None = None
         try:
-            device = device_of(self._modules, x)
             used = mesh or mesh_for(grid or world, device, group)
             self._check(x, used.grid, gather)
             key = self._key(used, x, extras, options)
@@ -138,7 +137,7 @@ class Sharded:
                 f"weights {self._digest()}"
             )
         except (ValueError, TypeError) as refused:
-            error = refused
+            error = error or refused
         # Calls of other threads may have settled the program on some ranks, and not yet on others.
         offer = kernels is None and ready(everyone.device.torch_device), key in self._agreed
         have_kernels, have_settled = zip(*everyone.agree(asked, error, offer), strict=True)

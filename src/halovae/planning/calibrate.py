@@ -201,7 +201,7 @@ def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
 def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
     """Measure this machine.
 
-    Collective: every rank must call it, and all get rank 0's figures. The mesh must span the world along its rows.
+    Collective: every rank must call it, and all get rank 0's figures. The mesh must have all its ranks along its rows.
     """
     device = mesh.device
     sample = _Sample(device, dtype)
@@ -272,7 +272,7 @@ def calibrated(
     """Return this machine's calibration: the one that rank 0 has on file, else a new one. Collective.
 
     Args:
-        mesh: all ranks of the world, along its rows.
+        mesh: all ranks that share calls, along its rows.
         dtype: the dtype of computation.
         kernels: the kernels of the decodes.
         remeasure: measure even if there is a file.

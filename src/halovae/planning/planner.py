@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -17,8 +16,8 @@ from halovae.planning.calibration import Calibration, read, shipped
 # The share of free memory that a decode may take.
 USABLE = 0.9
 
-# By mesh: two meshes may share some ranks, and all ranks of one ask together.
-_calibrations: WeakKeyDictionary[Mesh, dict[str, Calibration]] = WeakKeyDictionary()
+# By ranks: groups may share some ranks, and all ranks of one ask together. None is dropped: ranks would drop others.
+_calibrations: dict[tuple[tuple[int, ...], str], Calibration] = {}
 
 
 def usable(offers: Sequence[tuple[int, str]], device: str) -> int:
@@ -34,18 +33,17 @@ def usable(offers: Sequence[tuple[int, str]], device: str) -> int:
 
 
 def calibration_of(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
-    """Return this machine's calibration, measured at most once. Collective: every rank must call it.
+    """Return this machine's calibration, asked for once per set of ranks. Collective: every rank must call it.
 
     Args:
-        everyone: the mesh of all ranks.
+        everyone: the mesh of all ranks that share calls, along its rows.
         dtype: the dtype of computation.
         kernels: the kernels of the decodes.
     """
-    name = _name(everyone, dtype, kernels)
-    known = _calibrations.setdefault(everyone, {})
-    if name not in known:
-        known[name] = _calibration(everyone, dtype, kernels)
-    return known[name]
+    key = tuple(everyone.transport.ranks), _name(everyone, dtype, kernels)
+    if key not in _calibrations:
+        _calibrations[key] = _calibration(everyone, dtype, kernels)
+    return _calibrations[key]
 
 
 def is_unmeasured(everyone: Mesh, dtype: torch.dtype) -> bool:
@@ -53,7 +51,7 @@ def is_unmeasured(everyone: Mesh, dtype: torch.dtype) -> bool:
     if everyone.transport.world == 1 or everyone.device.kind != "cpu" or os.environ.get("HALOVAE_CALIBRATION"):
         return False
     path = key_of(everyone, dtype, eager=False).path
-    return str(path) not in _calibrations.get(everyone, {}) and stored(path) is None
+    return (tuple(everyone.transport.ranks), str(path)) not in _calibrations and stored(path) is None
 
 
 def _name(everyone: Mesh, dtype: torch.dtype, kernels: Kernels) -> str:

@@ -50,7 +50,7 @@ class Search:
     ) -> None:  # fmt: skip
         self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
         self._plane, self._multiple = cells(shape, multiple), multiple
-        self._computing_at_once, self._compiled = computing, compiled
+        self._concurrent_ranks, self._compiled = computing, compiled
         self._calibration, self._batch, self.budget, self._hosts = calibration, batch, budget, hosts
         self._allowed = allowed
         self._traced: dict[Grid, Traced] = {}
@@ -82,7 +82,7 @@ class Search:
         )
 
     def _seconds(self, cost: Cost, grid: Grid) -> float:
-        ranks = grid.size if grid.size > 1 else self._computing_at_once
+        ranks = grid.size if grid.size > 1 else self._concurrent_ranks
         return sum(self._calibration.seconds(cost, ranks, self._hosts).values())
 
     def decide(self, world: int) -> Decision:

@@ -70,7 +70,7 @@ class Sharing:
         given = {name: value for name, value in options.items() if name in names}
         group: Any = options.get("group")
         if group is not None and options.get("mesh") is None:
-            if not isinstance(group, (dist.ProcessGroup, int)):  # torch's NON_GROUP_MEMBER is a number
+            if not isinstance(group, dist.ProcessGroup) and group != dist.GroupMember.NON_GROUP_MEMBER:
                 raise TypeError(f"group: expected a ProcessGroup, got {type(group).__name__}")
             world_size(options["group"])
         return cls(**given, mesh=mesh_over(options.get("mesh"), device))

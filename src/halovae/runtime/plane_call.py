@@ -193,8 +193,8 @@ class PlaneCall:
         kept = 0 if sharing.gather == "none" else size
         if limited and kept >= budget:
             raise MemoryBudgetError(
-                f"tensors of shape {list(x.shape)} do not fit into a memory budget of {budget / 2**20:,.1f} MiB: what "
-                f"they {self.name} to alone takes {kept / 2**20:,.1f} MiB"
+                f"tensors of shape {list(x.shape)} do not fit into a memory budget of {budget / 2**20:,.1f} MiB: the "
+                f"result of the {self.name} takes {kept / 2**20:,.1f} MiB"
             )
         found.budget = budget - kept if limited else None
         decision = found.decide(world)
@@ -203,8 +203,8 @@ class PlaneCall:
             items = batch if whole or sharing.gather == "none" else grid.batch
             return Choice(grid, items, decision, kept, leaner, kernels)
 
-        # Parts that ranks keep are parts of one grid: there is no other halfway. Ranks that compute alone on a mesh of
-        # their own do not learn where memory runs out.
+        # Shards that ranks keep belong to one grid, which cannot change during a call. Ranks that compute all of
+        # it on a mesh of their own do not learn where memory runs out.
         falls_back = sharing.gather != "none" and world > 1 and self._mesh is None
         other = decision.leaner() if falls_back else None
         leaner = None if other is None else choice_of(other)

@@ -173,7 +173,9 @@ def test_a_pipelines_pictures_are_encoded_on_a_mesh_of_their_own(ranks: Group, m
 
 
 def test_a_budget_that_nothing_fits_into_is_refused() -> None:
-    with pytest.raises(MemoryBudgetError, match="do not fit into a memory budget of 0.0 MiB: what they encode to"):
+    with pytest.raises(
+        MemoryBudgetError, match="do not fit into a memory budget of 0.0 MiB: the result of the encode takes"
+    ):
         encoded("wan2.1", pictures("wan2.1", 1), memory_budget=100)
 
 

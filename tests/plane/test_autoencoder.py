@@ -76,7 +76,7 @@ def too_little() -> str:
 
 def test_a_budget_that_nothing_fits_into_is_refused_by_all_ranks(ranks: Group) -> None:
     for message in ranks(2).run(too_little):
-        assert "do not fit into a memory budget of 0.0 MiB: what they decode to alone takes" in message
+        assert "do not fit into a memory budget of 0.0 MiB: the result of the decode takes" in message
 
 
 def in_chunks() -> tuple[list[list[int]], float, list[int]]:

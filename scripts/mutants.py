@@ -61,7 +61,7 @@ MUTANTS = {
     ),
     "variance without that of the means": Mutant(
         "plane/moments.py", "torch.addcmul(variances, deviation, deviation)", "variances",
-        "plane/test_norms.py test_kernels.py",
+        "plane/test_norms.py kernels/test_kernels.py",
     ),
     "attention to the rank's own keys": Mutant(
         "plane/rules/attention.py", "[one.ndim - 2, one.ndim - 1]) for one in (k, v))",
@@ -71,14 +71,15 @@ MUTANTS = {
         "plane/passes/in_place.py", "last[root(x)] is not node or", "", "plane/test_passes.py"
     ),
     "kernels that not all ranks have": Mutant(
-        "plane/sharded.py", "compiled() if all(have_kernels)", "compiled() if any(have_kernels)", "test_kernels.py"
+        "plane/sharded.py", "compiled() if all(have_kernels)", "compiled() if any(have_kernels)",
+        "kernels/test_kernels.py",
     ),
     "a budget without its margin": Mutant(
         "planning/decision.py", "self.peak * (1 + MARGIN) <= budget", "self.peak <= 2 * budget",
-        "test_plan_graphs.py test_plan.py",
+        "planning/test_plan_graphs.py planning/test_plan.py",
     ),
     "colors cut off, not rounded": Mutant(
-        "runtime/options.py", ".mul_(127.5).round_()", ".mul_(127.5)", "test_decode.py"
+        "runtime/options.py", ".mul_(127.5).round_()", ".mul_(127.5)", "runtime/test_decode.py"
     ),
     "padding of the last rank left out": Mutant(
         "plane/operators.py", "(max(bounds[-1], a), b - max(bounds[-1], a))", "(max(bounds[-1], a), 0)",

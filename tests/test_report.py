@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import latents, vae
 from rich.console import Console
+from samples import latents, vae
 from typer.testing import CliRunner
 
 import halovae

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import original_layouts as layouts
 import pytest
 import torch
-from models import latents, vae
-from original_layouts import ENTRIES, KL, MODULES, original, tiny, written
+from models import original_layouts as layouts
+from models.original_layouts import ENTRIES, KL, MODULES, original, tiny, written
 from safetensors.torch import save_file
+from samples import latents, vae
 from torch import Tensor, nn
 from typer.testing import CliRunner
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import typer
-from models import latents, reference, vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from samples import latents, reference, vae
 from typer.testing import CliRunner, Result
 
 from halovae.cli import common

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import latents, reference, vae
+from samples import latents, reference, vae
 
 import halovae
 from halovae import Grid

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, WIDTH, latents, reference, vae
+from samples import FAMILIES, WIDTH, latents, reference, vae
 from torch import Tensor
 
 import halovae

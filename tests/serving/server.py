@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import psutil
-from stub_ranks import free_port
+from serving.stub_ranks import free_port
 
 
 def _is_spawned(process: psutil.Process) -> bool:

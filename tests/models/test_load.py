@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, latents, reference, vae
 from safetensors.torch import load_file, save_file
+from samples import FAMILIES, latents, reference, vae
 
 import halovae
 from halovae.errors import CheckpointError

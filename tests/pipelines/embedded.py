@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import vae
+from samples import vae
 
 from halovae.pipelines.tiny import TEXT_DIM, transformer
 

@@ -22,8 +22,8 @@ import pytest
 import typer
 import zmq
 from PIL import Image
-from serving import SMALL, finished, submitted
-from stub_ranks import DECODE, front_settings, rank_settings, served
+from serving.clients import SMALL, finished, submitted
+from serving.stub_ranks import DECODE, front_settings, rank_settings, served
 
 from halovae.cli import serve
 from halovae.io import media

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import latents, reference, vae
+from samples import latents, reference, vae
 from torch import Tensor
 
 import halovae

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, vae
+from samples import FAMILIES, vae
 from torch import Tensor
 
 from halovae import Grid, Mesh

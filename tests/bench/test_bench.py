@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import latents, reference, vae
+from samples import latents, reference, vae
 from typer.testing import CliRunner, Result
 
 from halovae import Grid

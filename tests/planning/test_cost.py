@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, latents, vae
+from samples import FAMILIES, latents, vae
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

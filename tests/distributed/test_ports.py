@@ -19,9 +19,9 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from models import latents, vae
 from PIL import Image
-from server import Server
+from samples import latents, vae
+from serving.server import Server
 from typer.testing import CliRunner
 
 from halovae import Grid, Mesh
@@ -236,7 +236,11 @@ def test_launch_listens_on_loopback_only_and_a_stranger_finds_no_store(tmp_path:
 @pytest.mark.parametrize("start", ["launch(2, all_lines_until, enough)", "Ranks(2).run(all_lines_until, enough)"])
 def test_ranks_whose_parent_is_killed_remove_the_folder_they_met_in(start: str, tmp_path: Path) -> None:
     script = f"from pathlib import Path; from test_ports import *; enough = Path({str(tmp_path / 'enough')!r}); {start}"
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {
+        **os.environ,
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
+    }
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
     try:
         wait_for(lambda: all((tmp_path / str(rank)).exists() for rank in range(2)))

@@ -16,8 +16,8 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from serving import SMALL, finished
-from stub_ranks import PREVIEW, StubRanks, served
+from serving.clients import SMALL, finished
+from serving.stub_ranks import PREVIEW, StubRanks, served
 
 from halovae.pipelines import tiny
 from halovae.serving.jobs import Job, Jobs, JobSpec

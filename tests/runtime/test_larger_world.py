@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 import torch.distributed as dist
-from models import latents, reference, vae
+from samples import latents, reference, vae
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from server import Server
+from serving.server import Server
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -116,7 +116,7 @@ def test_all_names_can_be_made() -> None:
 
 
 def test_the_docs_list_all() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "pipelines.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
     assert [name for name in tiny.MODELS if f"| `{name}` |" not in page] == []
     assert [name for name, family in FAMILIES.items() if f"| `{family.name}` | `{name}` |" not in page] == []
 

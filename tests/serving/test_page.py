@@ -11,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, expect
-from stub_ranks import PREVIEW, StubRanks, served
+from serving.stub_ranks import PREVIEW, StubRanks, served
 
 from halovae.pipelines import tiny
 

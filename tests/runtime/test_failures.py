@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import latents, vae
+from samples import latents, vae
 
 import halovae
 from halovae import Grid
@@ -193,7 +193,7 @@ def test_ranks_end_when_the_process_that_started_them_is_killed(tmp_path: Path) 
     script = tmp_path / "main.py"
     script.write_text(RANKS_THAT_DECODE_ON)
     (tmp_path / "ranks").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
     main = subprocess.Popen([sys.executable, str(script), str(tmp_path / "ranks")], env=environment)
     try:
         wait_for(lambda: len(list((tmp_path / "ranks").iterdir())) == 2, 60)

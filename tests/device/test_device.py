@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import latents, reference, vae
+from samples import latents, reference, vae
 
 import halovae
 from halovae import Grid
@@ -217,7 +217,7 @@ def test_the_script_finds_names_that_a_wheel_lacks(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as files:
         files.writestr("torch_npu/npu/__init__.py", "def is_available(): ...\ndef device_count(): ...\n")
         files.writestr("torch_npu/npu/utils.py", "def synchronize(): ...\n")
-    script = Path(__file__).parent.parent / "scripts" / "check_torch_npu.py"
+    script = Path(__file__).parents[2] / "scripts" / "check_torch_npu.py"
     done = subprocess.run([sys.executable, str(script), str(wheel)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "torch.npu.is_available: torch_npu/npu/__init__.py" in done.stdout

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from models import latents, reference, vae
+from samples import latents, reference, vae
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

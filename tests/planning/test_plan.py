@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models import latents, reference, vae
+from samples import latents, reference, vae
 from torch import Tensor
 from typer.testing import CliRunner
 

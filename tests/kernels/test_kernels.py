@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from models import latents, reference, vae
+from samples import latents, reference, vae
 from torch import Tensor
 
 import halovae

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from playwright.sync_api import Browser, expect
-from server import Server
+from serving.server import Server
 
 from halovae.io import media
 from halovae.pipelines import tiny

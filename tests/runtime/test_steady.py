@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import latents
+from samples import latents
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

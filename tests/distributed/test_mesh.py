@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import latents, vae
+from samples import latents, vae
 from torch import Tensor
 
 import halovae

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES, WIDTH, latents, vae
-from pipelines import embeddings, qwen_image_edit, wan_image_to_video
+from pipelines.embedded import embeddings, qwen_image_edit, wan_image_to_video
+from samples import FAMILIES, WIDTH, latents, vae
 from torch import Tensor
 
 import halovae
@@ -22,7 +22,7 @@ from halovae.pipelines.tiny import TEXT_DIM, make_model, transformer
 from halovae.runtime.options import Choice, Sharing
 
 BOUND = 1e-4
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

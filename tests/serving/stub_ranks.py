@@ -19,6 +19,7 @@ from halovae.io import media
 from halovae.pipelines.specs import Pipeline
 from halovae.serving.app import make_app
 from halovae.serving.channel import RankChannel
+from halovae.serving.limits import Limits
 from halovae.serving.settings import FrontSettings, RankSettings
 
 DECODE = {
@@ -95,9 +96,10 @@ def rank_settings(model: Path, output: Path) -> RankSettings:
 
 
 def front_settings(model: Path, **options: Any) -> FrontSettings:
-    """Settings of a front that only this machine reaches, without a key. `options` replaces some of them."""
+    """Settings of a front that only this machine reaches, without a key. `options` replaces settings and limits."""
+    limited = {name: options.pop(name) for name in [*options] if name in Limits.__dataclass_fields__}
     front = FrontSettings(
-        "tiny", Pipeline.read(model), "127.0.0.1", free_port(), None, max_queue=100, max_body=2**20,
+        "tiny", Pipeline.read(model), "127.0.0.1", free_port(), None, Limits(**{"body": 2**20, **limited}),
         expire_after=3600.0, max_output=None, allow_url_inputs=False,
     )  # fmt: skip
     return replace(front, **options)

@@ -260,7 +260,7 @@ def test_a_body_too_large_is_refused(videos: Server) -> None:
 
 
 def test_a_full_queue_says_when_to_retry(home: Path, tmp_path: Path) -> None:
-    with served(home / "wan2.1", tmp_path, stub=False, max_queue=2) as (url, _):
+    with served(home / "wan2.1", tmp_path, stub=False, queue=2) as (url, _):
         answers = [httpx.post(f"{url}/v1/videos", json={"prompt": "a", **SMALL}) for _ in range(3)]
         assert [one.status_code for one in answers] == [200, 200, 429]
         assert answers[2].headers["retry-after"].isdigit()
@@ -376,7 +376,7 @@ def test_figures_for_prometheus(videos: Server) -> None:
 @pytest.mark.parametrize("model", ["wan2.1", "qwen-image-edit"])
 def test_no_request_makes_the_front_fail(model: str, home: Path, tmp_path: Path) -> None:
     """schemathesis makes valid and invalid requests from the server's own OpenAPI description."""
-    with served(home / model, tmp_path, max_queue=10_000) as (url, _):
+    with served(home / model, tmp_path, queue=10_000) as (url, _):
         words = ["run", f"{url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "20", "--seed", "1"]
         words += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "30"]
         done = subprocess.run(

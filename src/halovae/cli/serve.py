@@ -109,6 +109,7 @@ def serve(
     """
     with errors_shown():
         check_installed("serve", "diffusers", "transformers", "fastapi", "uvicorn", "zmq", extra="diffusers,serve")
+        from halovae.serving.limits import Limits
         from halovae.serving.settings import FrontSettings, RankSettings
 
         key = _key(api_key, host, no_auth)
@@ -146,8 +147,7 @@ def serve(
             host=host,
             port=port,
             api_key=key,
-            max_queue=max_queue,
-            max_body=parsed("--max-body", max_body, parse_bytes),
+            limits=Limits(queue=max_queue, body=parsed("--max-body", max_body, parse_bytes)),
             expire_after=expire_after * 3600,
             max_output=parsed("--max-output", max_output, parse_bytes) if max_output else None,
             allow_url_inputs=allow_url_inputs,

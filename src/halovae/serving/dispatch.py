@@ -157,7 +157,7 @@ class Dispatcher:
         Raises:
             QueueFull: the queue holds as many jobs as it may.
         """
-        if self.jobs.count("queued") >= self._front.max_queue:
+        if self.jobs.count("queued") >= self._front.limits.queue:
             raise QueueFull
         self.jobs.add(job)
         self._metrics.submitted.labels(job.kind).inc()

@@ -14,12 +14,13 @@ from starlette.datastructures import UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from halovae.errors import PromptError
-from halovae.pipelines.specs import Pipeline, Prompt
+from halovae.pipelines.specs import Prompt
 from halovae.serving import pictures
 from halovae.serving.errors import ApiError, from_validation
 from halovae.serving.fetch import fetch
 from halovae.serving.jobs import JobSpec
 from halovae.serving.schemas import Asked, EditRequest, ImageRequest, VideoRequest
+from halovae.serving.settings import FrontSettings
 
 Schema = TypeVar("Schema", bound=BaseModel)
 # The request field that each of these prompt attributes comes from.
@@ -57,7 +58,9 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
 
-async def read(request: Request, schema: type[Schema]) -> tuple[Schema, dict[str, list[UploadFile | str]]]:
+async def read(
+    request: Request, front: FrontSettings, schema: type[Schema]
+) -> tuple[Schema, dict[str, list[UploadFile | str]]]:
     """Return the checked fields of a request, and the values of `image` and `input_reference`, which may be files.
 
     Raises:
@@ -96,7 +99,7 @@ def _items(value: Any) -> list[Any]:
     return [item.get("image_url") if isinstance(item, dict) else item for item in items]
 
 
-async def pictures_of(files: Sequence[UploadFile | str], param: str) -> tuple[bytes, ...]:
+async def pictures_of(front: FrontSettings, files: Sequence[UploadFile | str], param: str) -> tuple[bytes, ...]:
     """Return pictures as plain PNGs.
 
     Raises:
@@ -114,7 +117,9 @@ async def pictures_of(files: Sequence[UploadFile | str], param: str) -> tuple[by
     return tuple(checked)
 
 
-async def reference_of(asked: VideoRequest, files: Sequence[UploadFile | str], allowed: bool, most: int) -> Any:
+async def reference_of(
+    front: FrontSettings, asked: VideoRequest, files: Sequence[UploadFile | str]
+) -> tuple[bytes, ...]:
     """Return the pictures that a video starts from, as plain PNGs.
 
     Raises:
@@ -124,19 +129,20 @@ async def reference_of(asked: VideoRequest, files: Sequence[UploadFile | str], a
         message = "output_path: the server chooses where files go; fetch them by /v1/videos/{id}/content"
         raise ApiError(400, message, "output_path", "invalid_value")
     if asked.reference_url is None:
-        return await pictures_of(files, "input_reference")
-    if not allowed:
+        return await pictures_of(front, files, "input_reference")
+    if not front.allow_url_inputs:
         raise ApiError(400, "reference_url: this server fetches nothing (--allow-url-inputs)", "reference_url")
-    data = await fetch(asked.reference_url, most, "reference_url")
+    data = await fetch(asked.reference_url, front.limits.body, "reference_url")
     return (await anyio.to_thread.run_sync(pictures.checked, data, "reference_url"),)
 
 
-def job_spec_for(pipeline: Pipeline, asked: Asked, images: Sequence[bytes]) -> JobSpec:
+def job_spec_for(front: FrontSettings, asked: Asked, images: Sequence[bytes]) -> JobSpec:
     """Return the job spec of a request. The caller still has to set the paths of its pictures.
 
     Raises:
         ApiError: the pipeline cannot serve a field; the error names it.
     """
+    pipeline = front.pipeline
     size, frames, fps, guidance_2 = None, None, pipeline.fps, None
     if isinstance(asked, VideoRequest):
         fps, guidance_2 = asked.fps or fps, asked.guidance_scale_2

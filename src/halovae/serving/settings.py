@@ -12,6 +12,7 @@ import torch
 from halovae.grid import Grid
 from halovae.pipelines.specs import Pipeline
 from halovae.runtime.options import Mode
+from halovae.serving.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class FrontSettings:
         pipeline: describes what the model can make.
         host, port: the address to listen on.
         api_key: the key that clients must send; None for no key.
-        max_queue: how many jobs may wait.
-        max_body: size limit of a request in bytes.
+        limits: the most that requests and clients may take.
         expire_after: how long finished files are kept, in seconds.
         max_output: bytes that finished files may take together; the oldest are deleted first. None for no limit.
         allow_url_inputs: whether `reference_url` is fetched.
@@ -79,8 +79,7 @@ class FrontSettings:
     host: str
     port: int
     api_key: str | None
-    max_queue: int
-    max_body: int
+    limits: Limits
     expire_after: float
     max_output: int | None
     allow_url_inputs: bool

@@ -42,9 +42,9 @@ def free_port() -> int:
 class StubRanks(threading.Thread):
     """Serves attempts like rank 0. While `held` is set, it stays at the first step; if `fails`, attempts fail."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, output: Path) -> None:
         super().__init__(daemon=True)
-        self.channel = RankChannel(endpoint)
+        self.channel = RankChannel(output)
         self.channel.ready = True
         self.held = threading.Event()
         self.fails = False
@@ -121,7 +121,7 @@ def served(model: Path, output: Path, stub: bool = True, **options: Any) -> Iter
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{front.port}", StubRanks(ranks.endpoint) if stub else None
+        yield f"http://127.0.0.1:{front.port}", StubRanks(ranks.output) if stub else None
     finally:
         server.should_exit = True
         thread.join()

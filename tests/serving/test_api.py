@@ -20,7 +20,8 @@ from serving.clients import SMALL, finished
 from serving.stub_ranks import PREVIEW, StubRanks, served
 
 from halovae.pipelines import tiny
-from halovae.serving.jobs import Job, Jobs, JobSpec
+from halovae.serving.jobs import TRIES, Cause, Job, JobSpec
+from halovae.serving.table import opened
 
 Server = tuple[str, StubRanks]
 
@@ -279,14 +280,21 @@ def test_queued_jobs_survive_the_front(home: Path, tmp_path: Path) -> None:
         assert len(stub.seen) == 3
 
 
-@pytest.mark.parametrize(("attempts", "status", "code"), [(1, "completed", None), (2, "failed", "interrupted")])
-def test_a_job_that_was_running_is_tried_once_more(
-    attempts: int, status: str, code: str | None, home: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("interrupted", "status", "code"),
+    [
+        ({}, "completed", None),
+        ({"front": TRIES - 1}, "failed", "interrupted"),
+        ({"ranks": TRIES - 1, "front": TRIES - 2}, "completed", None),  # each cause counts on its own
+    ],
+)
+def test_a_job_that_was_running_is_tried_again(
+    interrupted: dict[Cause, int], status: str, code: str | None, home: Path, tmp_path: Path
 ) -> None:
-    jobs = Jobs(tmp_path / "jobs.sqlite")
+    jobs = opened(tmp_path / "jobs.sqlite")
     job = Job.new("video", "tiny", JobSpec("a", (64, 48), 5, 2, 0))
     jobs.add(job)
-    jobs.update(job, status="in_progress", attempts=attempts)
+    jobs.update(job, status="in_progress", interrupted=interrupted)
     jobs.close()
     partial = tmp_path / "results" / f".{job.names()[0]}.partial"
     partial.parent.mkdir()

@@ -29,8 +29,10 @@ from halovae.cli import serve
 from halovae.io import media
 from halovae.pipelines import tiny
 from halovae.serving import app
+from halovae.serving.channel import SocketFolder
 from halovae.serving.dispatch import Dispatcher
-from halovae.serving.jobs import Job, Jobs, JobSpec
+from halovae.serving.jobs import Job, JobSpec
+from halovae.serving.table import JobTable, opened
 
 ID = "0123456789abcdef" * 2
 
@@ -55,8 +57,9 @@ class Rank:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVTIMEO, 60_000)
-        self._socket.connect(rank_settings(model, output).endpoint)
-        self.send("beat", ready=True)
+        folder = SocketFolder(output)
+        self._socket.connect(folder.endpoint)
+        self.send("beat", ready=True, token=folder.current_token())
         assert self.receive()["kind"] == "welcome"
 
     def send(self, kind: str, **facts: Any) -> None:
@@ -93,10 +96,10 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], BaseException | None]
     ends: queue.Queue[BaseException | None] = queue.Queue()
     expire = Dispatcher.expire
 
-    def noted(self: Dispatcher) -> None:
+    async def noted(self: Dispatcher) -> None:
         error: BaseException | None = None
         try:
-            expire(self)
+            await expire(self)
         except BaseException as raised:
             error = raised
             raise
@@ -158,18 +161,26 @@ def test_the_lock_leaves_a_file_of_its_name_as_it_is(tmp_path: Path) -> None:
 
 def test_a_lost_database_costs_no_result(model: Path, tmp_path: Path) -> None:
     with served(model, tmp_path) as (url, _):
-        result = Path(finished(url, submitted(url))["file_path"])
+        shown = finished(url, submitted(url))
+    result = Path(shown["file_path"])
     made = result.read_bytes()
     for file in tmp_path.glob("jobs.sqlite*"):
         file.unlink()
     with served(model, tmp_path, stub=False) as (url, _):
+        (known,) = httpx.get(f"{url}/v1/videos").json()["data"]
+        assert known == shown
+        assert httpx.get(f"{url}/v1/videos/{known['id']}/content").content == made
+        httpx.delete(f"{url}/v1/videos/{known['id']}").raise_for_status()
+    assert not result.exists()
+    for file in tmp_path.glob("jobs.sqlite*"):
+        file.unlink()
+    with served(model, tmp_path, stub=False) as (url, _):
         assert httpx.get(f"{url}/v1/videos").json()["data"] == []
-    assert result.read_bytes() == made
 
 
 def test_results_of_an_earlier_version_are_found(model: Path, tmp_path: Path) -> None:
     """An earlier version kept results in the output folder itself."""
-    jobs = Jobs(tmp_path / "jobs.sqlite")
+    jobs = opened(tmp_path / "jobs.sqlite")
     job = Job.new("video", "tiny", JobSpec("a", (64, 48), 5, 2, 0))
     jobs.add(job)
     jobs.update(job, status="completed", completed=job.created, files=job.names())
@@ -182,7 +193,7 @@ def test_results_of_an_earlier_version_are_found(model: Path, tmp_path: Path) ->
 
 
 def test_a_change_that_is_not_on_disk_is_not_in_memory(tmp_path: Path) -> None:
-    jobs = Jobs(tmp_path / "jobs.sqlite")
+    jobs = opened(tmp_path / "jobs.sqlite")
     job = Job.new("video", "tiny", JobSpec("a", (64, 48), 5, 2, 0))
     jobs.add(job)
     jobs.close()
@@ -280,16 +291,16 @@ def test_the_job_of_a_client_that_leaves_while_the_database_is_locked_is_removed
     home: Path, tmp_path: Path, heard: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = threading.Event()
-    delete = Jobs.delete
+    delete = JobTable.delete
 
-    def noted(self: Jobs, job: str) -> None:
+    def noted(self: JobTable, job: str) -> None:
         try:
             delete(self, job)
         except sqlite3.OperationalError:
             refused.set()
             raise
 
-    monkeypatch.setattr(Jobs, "delete", noted)
+    monkeypatch.setattr(JobTable, "delete", noted)
     with served(home / "qwen-image", tmp_path) as (url, stub):
         assert stub is not None
         stub.held.set()
@@ -342,13 +353,13 @@ def test_a_job_that_cannot_be_written_is_refused(home: Path, tmp_path: Path) -> 
 def test_a_job_for_which_the_disk_has_no_room_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = Jobs.__init__
+    prepare = JobTable.prepare
 
-    def no_room(self: Jobs, path: Path) -> None:
-        begin(self, path)
+    def no_room(self: JobTable) -> None:
+        prepare(self)
         self._db.execute("PRAGMA max_page_count = 1")  # below the current size, so that the database cannot grow
 
-    monkeypatch.setattr(Jobs, "__init__", no_room)
+    monkeypatch.setattr(JobTable, "prepare", no_room)
     with served(model, tmp_path, stub=False) as (url, _):
         refused = httpx.post(f"{url}/v1/videos", json={"prompt": "a" * 30_000, **SMALL})
         assert (refused.status_code, refused.json()["error"]["code"]) == (507, "disk_full")
@@ -409,7 +420,7 @@ def test_a_result_that_cannot_be_removed_keeps_no_other_one(
             raise PermissionError(path)
         media.discard(path)
 
-    monkeypatch.setattr("halovae.serving.dispatch.discard", discard)
+    monkeypatch.setattr("halovae.serving.results.discard", discard)
     with served(model, tmp_path, stub=False, expire_after=0.0) as (url, _):
         while [one["id"] for one in httpx.get(f"{url}/v1/videos").json()["data"]] != [stuck]:
             swept()
@@ -445,10 +456,10 @@ def test_a_server_that_no_longer_hears_its_ranks_ends(
 def test_a_damaged_database_ends_the_dispatcher(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def damaged(self: Jobs, job: Job, **changes: Any) -> None:
+    def damaged(self: JobTable, job: Job, **changes: Any) -> None:
         raise sqlite3.DatabaseError("database disk image is malformed")
 
-    monkeypatch.setattr(Jobs, "update", damaged)
+    monkeypatch.setattr(JobTable, "update", damaged)
     with served(model, tmp_path, stub=False) as (url, _):
         rank = Rank(model, tmp_path)
         submitted(url)

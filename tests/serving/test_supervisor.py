@@ -1,5 +1,6 @@
 """How often the supervisor restarts ranks."""
 
+import multiprocessing
 import threading
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ def test_ranks_that_end_before_they_are_ready_are_given_up(
 
     monkeypatch.setattr(supervisor, "launch", launch)
     monkeypatch.setattr(supervisor, "end_with_parent", lambda: None)
-    monkeypatch.setattr(supervisor, "_PAUSE", 0.0)
+    monkeypatch.setattr(supervisor, "_PAUSES", (0.0, 0.0))
     settings: Any = Path("unused")
     ready: Any = threading.Event()
+    received, reasons = multiprocessing.Pipe(duplex=False)
     with pytest.raises(SystemExit) as gave_up:
-        supervisor._watch_over(2, settings, ready)
+        supervisor._watch_over(2, settings, ready, False, reasons)
     assert gave_up.value.code == supervisor._GAVE_UP
     assert started == [2] * expected
+    assert received.recv() == "a rank failed"

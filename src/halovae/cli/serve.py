@@ -7,12 +7,12 @@ import fcntl
 import ipaddress
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
@@ -160,10 +160,10 @@ def serve(
 
 def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> None:
     """Run the front. With `start`, also start this many ranks; otherwise end when the agent of the ranks ends."""
-    import uvicorn
-
     from halovae.serving.app import make_app
+    from halovae.serving.http_server import HttpServer
     from halovae.serving.supervisor import RanksLost, Supervisor
+    from halovae.serving.table import opened
 
     lock = _locked(ranks.output)
     if lock is None:
@@ -172,18 +172,17 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         listening = socket.create_server((front.host, front.port), family=_family(front.host), backlog=2048)
     except OSError as error:
         raise OSError(f"--host {front.host} --port {front.port}: cannot listen ({error.strerror})") from error
+    opened(ranks.output / "jobs.sqlite").close()  # an error is shown before anything starts
     failures: list[str] = []
 
     def give_up(reason: str) -> None:
         failures.append(reason)
         server.should_exit = True
 
-    app = make_app(ranks, front, give_up)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     supervisor = Supervisor(start, ranks) if start is not None else None
     watch = supervisor.run if supervisor is not None else _agent_gone
+    app = make_app(ranks, front, give_up, _kill_ranks if supervisor is None else supervisor.restart)
+    server = HttpServer(app, front.drain_timeout, partial(console.print, highlight=False, soft_wrap=True))
 
     async def run() -> None:
         serving, watching = asyncio.create_task(server.serve([listening])), asyncio.create_task(watch())
@@ -195,7 +194,7 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         error = watching.exception() if watching.done() else None
         watching.cancel()
         if isinstance(error, RanksLost):
-            raise ValueError(f"--model-path {ranks.model}: the ranks ended before they were ready, see above")
+            raise ValueError(f"--model-path {ranks.model}: the ranks ended before they were ready: {error}")
         if error is not None:
             failures.append(f"the supervision of the ranks ended ({error!r})")
 
@@ -214,6 +213,13 @@ async def _agent_gone() -> None:
     agent = psutil.Process(int(os.environ[_AGENT]))
     while agent.is_running() and agent.status() != psutil.STATUS_ZOMBIE:
         await asyncio.sleep(_CHECK)
+
+
+def _kill_ranks(reason: str) -> None:
+    """Kill the ranks of this host. The agents of all hosts start others."""
+    console.print(f"the ranks are ended: {reason}", highlight=False)
+    for rank in psutil.Process(int(os.environ[_AGENT])).children():
+        rank.kill()
 
 
 def _run_rank(settings: RankSettings) -> None:

@@ -22,14 +22,21 @@ def front_of(request: Request) -> FrontSettings:
     return front
 
 
-async def authorized(request: Request) -> None:
+async def authorized(request: Request) -> str | None:
+    """Return the name of the caller's key; None without keys.
+
+    Raises:
+        ApiError: the key is missing or wrong.
+    """
     key = front_of(request).api_key
     if key is None:
-        return
+        return None
     sent = request.headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")
     if not hmac.compare_digest(sent, key.encode()):
         raise ApiError(401, "the key is missing or wrong: send 'Authorization: Bearer KEY'", code="invalid_api_key")
+    return "default"
 
 
 Dispatching = Annotated[Dispatcher, Depends(dispatcher_of)]
 Front = Annotated[FrontSettings, Depends(front_of)]
+Caller = Annotated[str | None, Depends(authorized)]

@@ -10,16 +10,19 @@ from halovae.serving.dispatch import Dispatcher
 from halovae.serving.errors import ApiError
 from halovae.serving.jobs import Job, Kind
 from halovae.serving.schemas import Decode, Failure, Video
+from halovae.serving.table import JobTable
 
 
-def find_job(dispatcher: Dispatcher, job_id: str, kind: Kind, param: str | None = None, status: int = 404) -> Job:
-    """Return the job of this id and kind.
+async def find_job(
+    dispatcher: Dispatcher, owner: str | None, job_id: str, kind: Kind, param: str | None = None, status: int = 404
+) -> Job:
+    """Return the owner's job of this id and kind.
 
     Raises:
         ApiError: there is no such job.
     """
-    job = dispatcher.jobs.get(job_id)
-    if job is None or job.kind != kind:
+    job = await dispatcher.jobs.read(JobTable.get, job_id)
+    if job is None or job.kind != kind or job.owner != owner:
         raise ApiError(status, f"there is no {kind} {ascii(job_id)[:80]}", param or f"{kind}_id", "not_found")
     return job
 
@@ -56,13 +59,19 @@ def preview_of(dispatcher: Dispatcher, job: Job) -> Response:
 
 def describe(dispatcher: Dispatcher, job: Job) -> Video:
     """Return a job as clients see it."""
-    spec, done, preview = job.spec, job.status == "completed", dispatcher.preview(job)
+    spec, done, attempt = job.spec, job.status == "completed", dispatcher.running(job)
+    preview = None if attempt is None else attempt.preview
     end = job.completed if job.ended else None
     expires = None if end is None else int(end + dispatcher.expire_after)
     error = Failure(code=job.error_code, message=job.error_message or "") if job.error_code else None
     return Video(
         id=job.id, object=job.kind, created_at=int(job.created), completed_at=None if end is None else int(end),
-        expires_at=expires, model=job.model, status=job.status, progress=dispatcher.progress(job), prompt=spec.text,
+        expires_at=expires, model=job.model, status=job.status,
+        progress=100 if done else 0 if attempt is None else attempt.percent,
+        prompt=spec.text,
+        stage=None if attempt is None else attempt.stage, steps=spec.steps * spec.count,
+        step=attempt.done if attempt is not None and attempt.stage == "denoising" else None,
+        eta_seconds=None if attempt is None else dispatcher.progress.left(attempt),
         seconds=f"{spec.frames / spec.fps:g}", size=f"{spec.size[0]}x{spec.size[1]}", error=error,
         num_frames=spec.frames, fps=spec.fps, seed=spec.seed, n=spec.count, adjusted=spec.asked,
         inference_time_s=round(end - job.started, 3) if done and end and job.started else None,
@@ -72,3 +81,8 @@ def describe(dispatcher: Dispatcher, job: Job) -> Video:
         preview=f"/v1/{job.kind}s/{job.id}/preview?done={preview.done}" if preview else None,
         decode=Decode(**job.report) if job.report else None,
     )  # fmt: skip
+
+
+def event_of(dispatcher: Dispatcher, job: Job) -> bytes:
+    """Return a job as a server-sent event."""
+    return b"data: " + describe(dispatcher, job).model_dump_json().encode() + b"\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,11 +14,13 @@ from fastapi import FastAPI
 
 from halovae import __version__
 from halovae.serving import errors, operations, routes
+from halovae.serving.answers import event_of
 from halovae.serving.dispatch import Dispatcher
-from halovae.serving.jobs import Jobs
 from halovae.serving.metrics import Metrics
 from halovae.serving.requests import BodyLimit
 from halovae.serving.settings import FrontSettings, RankSettings
+from halovae.serving.store import JobStore
+from halovae.serving.table import JobTable
 
 log = logging.getLogger(__name__)
 _SWEEP = 30.0  # seconds between two sweeps for expired results
@@ -35,19 +38,35 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(ranks: RankSettings, front: FrontSettings, fail: Callable[[str], object] = lambda reason: None) -> FastAPI:
+def make_app(
+    ranks: RankSettings, front: FrontSettings, fail: Callable[[str], object] = lambda reason: None,
+    restart: Callable[[str], object] = lambda reason: None,
+) -> FastAPI:  # fmt: skip
     """Make the server's front. It works with any ranks that connect to its endpoint.
 
-    `fail` is called with a reason when the front can no longer work. It must end the server.
+    Args:
+        ranks: the ranks' settings.
+        front: the front's settings.
+        fail: called with a reason when the front can no longer work. It must end the server.
+        restart: called with a reason when the ranks must end, so that others start.
     """
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        jobs = Jobs(ranks.output / "jobs.sqlite")
-        dispatcher = app.state.dispatcher = Dispatcher(jobs, ranks, front, metrics)
+        jobs = JobStore(ranks.output / "jobs.sqlite")
+
+        async def render(job_id: str) -> bytes:
+            job = await jobs.read(JobTable.get, job_id)
+            if job is None:
+                return b"data: " + json.dumps({"id": job_id, "gone": True}).encode() + b"\n\n"
+            return event_of(dispatcher, job)
+
+        dispatcher = app.state.dispatcher = Dispatcher(jobs, ranks, front, metrics, restart, render)
+        await dispatcher.start()
         tasks = [
             asyncio.create_task(dispatcher.run(), name="the dispatcher"),
+            asyncio.create_task(dispatcher.events.run(), name="the event stream"),
             asyncio.create_task(_sweeping(dispatcher), name="the sweep of old results"),
         ]
         for task in tasks:
@@ -55,6 +74,7 @@ def make_app(ranks: RankSettings, front: FrontSettings, fail: Callable[[str], ob
         yield
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await dispatcher.close()
         jobs.close()
 
@@ -70,7 +90,7 @@ def make_app(ranks: RankSettings, front: FrontSettings, fail: Callable[[str], ob
 async def _sweeping(dispatcher: Dispatcher) -> None:
     while True:
         try:
-            dispatcher.expire()
+            await dispatcher.expire()
         except Exception:
             log.exception("old results could not be removed: the next try is in %g s", _SWEEP)
         await asyncio.sleep(_SWEEP)

@@ -50,7 +50,7 @@ def serve_as_rank(settings: RankSettings, ready: Event | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     is_rank_zero = int(os.environ.get("RANK", "0")) == 0
-    channel = RankChannel(settings.endpoint) if is_rank_zero else None
+    channel = RankChannel(settings.output) if is_rank_zero else None
     begin = time.monotonic()
     generator = Generator(
         settings.model, settings.dtype, settings.vae_dtype, settings.ulysses, settings.ring, settings.offload,

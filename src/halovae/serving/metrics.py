@@ -6,7 +6,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from halovae.serving.jobs import Job, Jobs
+from halovae.serving.jobs import Job, Status
+from halovae.serving.store import JobStore
+from halovae.serving.table import JobTable
 
 _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
@@ -20,6 +22,7 @@ class Metrics:
         self.completed = Counter("halovae_jobs_completed", "Jobs completed", ["kind"], registry=registry)
         self.failed = Counter("halovae_jobs_failed", "Jobs failed", ["kind", "code"], registry=registry)
         self.restarts = Counter("halovae_rank_restarts", "Times that the ranks were restarted", registry=registry)
+        self.sweep_errors = Counter("halovae_sweep_errors", "Old results that could not be removed", registry=registry)
         self.denoising = Histogram(
             "halovae_denoising_seconds", "Time to denoise a job", ["kind"], registry=registry, buckets=_SECONDS
         )
@@ -46,9 +49,10 @@ class Metrics:
         self.reserved.set(decode["peak_memory_mb"] * 2**20)
         self.allocated.set(decode["peak_allocated_mb"] * 2**20)
 
-    def text(self, jobs: Jobs, ready: bool) -> bytes:
+    async def text(self, jobs: JobStore, ready: bool) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        for status in ("queued", "in_progress", "completed", "failed"):
-            self._jobs.labels(status).set(jobs.count(status))
+        statuses: tuple[Status, ...] = ("queued", "in_progress", "completed", "failed")
+        for status in statuses:
+            self._jobs.labels(status).set(await jobs.read(JobTable.count, status))
         self._ready.set(ready)
         return generate_latest(self._registry)

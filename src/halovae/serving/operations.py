@@ -8,6 +8,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from halovae.serving.access import Dispatching, front_of
+from halovae.serving.jobs import Status
+from halovae.serving.table import JobTable
 
 routes = APIRouter()
 
@@ -21,7 +23,8 @@ async def page() -> str:
 @routes.get("/health")
 async def health(request: Request, dispatcher: Dispatching) -> JSONResponse:
     """200 while ranks are ready; 503 while they are starting."""
-    jobs = {status: dispatcher.jobs.count(status) for status in ("queued", "in_progress")}
+    statuses: tuple[Status, ...] = ("queued", "in_progress")
+    jobs = {status: await dispatcher.jobs.read(JobTable.count, status) for status in statuses}
     body = {"status": "ready" if dispatcher.ready else "starting", "model": front_of(request).name, "jobs": jobs}
     return JSONResponse(body, 200 if dispatcher.ready else 503, None if dispatcher.ready else {"Retry-After": "5"})
 
@@ -29,4 +32,5 @@ async def health(request: Request, dispatcher: Dispatching) -> JSONResponse:
 @routes.get("/metrics")
 async def metrics(request: Request, dispatcher: Dispatching) -> Response:
     """Metrics for Prometheus."""
-    return Response(request.app.state.metrics.text(dispatcher.jobs, dispatcher.ready), media_type="text/plain")
+    text = await request.app.state.metrics.text(dispatcher.jobs, dispatcher.ready)
+    return Response(text, media_type="text/plain")

@@ -149,6 +149,10 @@ class Video(BaseModel):
     model: str
     status: Literal["queued", "in_progress", "completed", "failed"]
     progress: int
+    stage: Literal["waiting", "denoising", "decoding"] | None = Field(description="Where a running job is.")
+    step: int | None = Field(description="Denoising steps that are done, over all results.")
+    steps: int = Field(description="Denoising steps of all results.")
+    eta_seconds: float | None = Field(description="Predicted seconds until the job ends, where known.")
     prompt: str
     seconds: str
     size: str

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,12 +50,6 @@ class RankSettings:
         """The folder of finished files. Only the server uses it; `output` may hold files of other programs."""
         return self.output / "results"
 
-    @property
-    def endpoint(self) -> str:
-        """Address of the socket between the front and rank 0. Its path may have at most 107 bytes on Linux."""
-        name = hashlib.sha256(str(self.output).encode()).hexdigest()[:16]
-        return f"ipc://{tempfile.gettempdir()}/halovae-{name}"
-
 
 @dataclass(frozen=True)
 class FrontSettings:
@@ -72,6 +64,8 @@ class FrontSettings:
         expire_after: how long finished files are kept, in seconds.
         max_output: bytes that finished files may take together; the oldest are deleted first. None for no limit.
         allow_url_inputs: whether `reference_url` is fetched.
+        stall_timeout: seconds without progress after which ranks that have work are restarted.
+        drain_timeout: seconds for which running jobs may go on once the server is asked to end.
     """
 
     name: str
@@ -83,3 +77,5 @@ class FrontSettings:
     expire_after: float
     max_output: int | None
     allow_url_inputs: bool
+    stall_timeout: float = 600.0
+    drain_timeout: float = 30.0

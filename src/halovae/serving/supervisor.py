@@ -5,26 +5,49 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import signal
 import sys
 import threading
 import time
 import traceback
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
+
+import psutil
 
 from halovae.distributed.launch import end_with_parent, launch
 from halovae.serving.engine import serve_as_rank
 from halovae.serving.settings import RankSettings
 
-_PAUSE = 0.2  # seconds between two checks, and before ranks are restarted
+log = logging.getLogger(__name__)
+_PAUSES = 0.2, 30.0  # seconds before ranks are restarted: the first time, and at most
+_CHECK = 0.2  # seconds between two checks
 # Starts in a row that may end before the ranks are ready, once they have been ready: something may kill them as they
 # load.
 _TRIES = 5
 _GAVE_UP = 3  # the agent's exit code
+_LEAVE = 2.0  # seconds for ranks to end by themselves when their agent is killed
 
 
 class RanksLost(RuntimeError):
-    """The ranks ended before they were ready. Another start would fail too."""
+    """The ranks ended before they were ready. Another start would fail too. The message is the last reason."""
+
+
+class Backoff:
+    """When to restart what ended: sooner if it has been ready, later each time that it was not, and then not at all."""
+
+    def __init__(self) -> None:
+        self._left, self._pause = 1, _PAUSES[0]
+
+    def pause(self, was_ready: bool) -> float | None:
+        """Return the seconds to wait before the next start; None to give up."""
+        if was_ready:
+            self._left, self._pause = _TRIES, _PAUSES[0]
+            return self._pause
+        self._left -= 1
+        self._pause = min(2 * self._pause, _PAUSES[1])
+        return self._pause if self._left > 0 else None
 
 
 class Supervisor:
@@ -40,40 +63,81 @@ class Supervisor:
         """Start the ranks, and restart them whenever they end.
 
         Raises:
-            RanksLost: the ranks ended before they were ready.
+            RanksLost: the ranks ended before they were ready, at the first start or several times in a row.
         """
+        backoff, has_been_ready = Backoff(), False
         while True:
+            reasons, sender = self._context.Pipe(duplex=False)
             self._process = self._context.Process(
-                target=_watch_over, args=(self._ranks, self._settings, self._ready), name="agent"
+                target=_watch_over,
+                args=(self._ranks, self._settings, self._ready, has_been_ready, sender),
+                name="agent",
             )
             self._process.start()
+            sender.close()
             while self._process.is_alive():
-                await asyncio.sleep(_PAUSE)
-            if self._process.exitcode == _GAVE_UP:
-                raise RanksLost
-            logging.getLogger(__name__).warning("the ranks' agent ended, and is restarted")
+                await asyncio.sleep(_CHECK)
+            code = self._process.exitcode or 0
+            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            while reasons.poll():
+                try:
+                    reason = reasons.recv()
+                except EOFError:
+                    break
+            pause = None if code == _GAVE_UP else backoff.pause(self._ready.is_set())
+            if pause is None:
+                raise RanksLost(reason)
+            has_been_ready = has_been_ready or self._ready.is_set()
+            log.warning("the ranks' agent ended (%s), and is restarted in %.1f s", reason, pause)
+            self._ready.clear()
+            await asyncio.sleep(pause)
+
+    def restart(self, reason: str) -> None:
+        """End all ranks at once, even stopped ones, so that `run` starts others. Returns before they have ended."""
+        log.warning("the ranks are restarted: %s", reason)
+        if self._process is not None and self._process.pid is not None:
+            threading.Thread(target=_kill, args=(self._process.pid,), daemon=True).start()
 
     def stop(self) -> None:
         """End the ranks."""
         if self._process is not None:
             self._process.terminate()  # the agent ends its ranks
             self._process.join(10)
-            self._process.kill()
+            if self._process.pid is not None:
+                _kill(self._process.pid)
 
 
-def _watch_over(ranks: int, settings: RankSettings, ready: Event) -> None:
-    """Keep ranks running. Exit with `_GAVE_UP` if the first start, or `_TRIES` later ones in a row, end unready."""
+def _kill(agent: int) -> None:
+    try:
+        process = psutil.Process(agent)
+        ranks = process.children(recursive=True)
+        process.kill()
+    except psutil.NoSuchProcess:
+        return
+    _, stuck = psutil.wait_procs(ranks, _LEAVE)
+    for rank in stuck:
+        try:
+            rank.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _watch_over(ranks: int, settings: RankSettings, ready: Event, have_been_ready: bool, reasons: Connection) -> None:
+    """Keep ranks running. Exit with `_GAVE_UP` if they end before they are ready, as `Backoff` says."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    left = 1
+    backoff = Backoff()
+    if have_been_ready:
+        backoff.pause(True)
     while True:
-        ready.clear()
         try:
             launch(ranks, serve_as_rank, settings, ready)
         except KeyboardInterrupt:
             return
-        except Exception:
+        except Exception as error:
             traceback.print_exc(limit=0)
-            left = _TRIES if ready.is_set() else left - 1
-            if left == 0:
-                sys.exit(_GAVE_UP)
-        time.sleep(_PAUSE)
+            reasons.send((str(error).strip() or repr(error)).splitlines()[-1][:500])
+        pause = backoff.pause(ready.is_set())
+        if pause is None:
+            sys.exit(_GAVE_UP)
+        ready.clear()
+        time.sleep(pause)

@@ -1,0 +1,92 @@
+"""The files of jobs: results, notes beside them from which a lost database is filled again, and input pictures."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from halovae.io.media import discard
+from halovae.serving.jobs import Job
+from halovae.serving.table import as_json, from_json
+
+log = logging.getLogger(__name__)
+_ID = "(video|image)_[0-9a-f]{32}"
+# Names of results that are being written: a name of `Job.names`, as `media.partial_of` changes it.
+_PARTIAL = re.compile(rf"\.{_ID}-[0-9]+\.(mp4|png)\.partial|\.{_ID}\.json\.partial")
+_NOTE = re.compile(rf"{_ID}\.json")
+_INPUT = re.compile(rf"({_ID})-[0-9]+\.png")
+
+
+def tidy(results: Path) -> None:
+    """Remove partial results of ended processes.
+
+    Finished results of unknown jobs stay, as the database may have been lost. Files with other names stay too.
+    """
+    for path in results.glob(".*.partial"):
+        if _PARTIAL.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+def adopt(output: Path, results: Path, completed: Iterable[Job]) -> None:
+    """Move the results of these jobs from `output` to `results`. An earlier version kept them in `output`."""
+    for job in completed:
+        for name in job.names():
+            if (output / name).is_file() and not (results / name).exists():
+                shutil.move(output / name, results / name)
+
+
+def note(results: Path, job: Job, changes: dict[str, Any]) -> dict[str, Any]:
+    """Write a completed job beside its results. Return the changes that complete it, with the size of its files."""
+    sizes = [path.stat().st_size for name in changes["files"] if (path := results / name).is_file()]
+    changes = {**changes, "bytes": sum(sizes)}
+    path = results / f"{job.id}.json"
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(as_json(replace(job, **changes)))
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    return changes
+
+
+def noted(results: Path) -> Iterator[Job]:
+    """Yield the jobs that have a note and all of their results."""
+    for path in sorted(results.glob("*.json")):
+        if not _NOTE.fullmatch(path.name):
+            continue
+        try:
+            job = from_json(path.read_text())
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("%s cannot be read: its job is not adopted (%r)", path, error)
+            continue
+        if job.status == "completed" and all((results / name).is_file() for name in job.names()):
+            yield job
+
+
+def remove(results: Path, job: Job) -> None:
+    """Remove a job's note, its results, and its input pictures."""
+    (results / f"{job.id}.json").unlink(missing_ok=True)  # first: a note without results would be of no use
+    drop_inputs(job)
+    for name in job.names():
+        discard(results / name)
+
+
+def drop_inputs(job: Job) -> None:
+    """Remove a job's input pictures."""
+    for path in job.spec.images:
+        Path(path).unlink(missing_ok=True)
+
+
+def drop_orphans(inputs: Path, waiting: Iterable[Job]) -> None:
+    """Remove input pictures of jobs that are not waiting."""
+    ids = {job.id for job in waiting}
+    for path in inputs.glob("*.png"):
+        match = _INPUT.fullmatch(path.name)
+        if match and match[1] not in ids:
+            path.unlink()

@@ -1,0 +1,46 @@
+"""Jobs on disk, for an event loop: SQLite and file systems are slow at times, and no request may wait for that."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from halovae.serving.table import JobTable, opened
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class JobStore:
+    """The jobs of an output folder. One thread writes, another one reads: a locked database can still be read."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer, self._reader = (ThreadPoolExecutor(1, f"jobs {name}") for name in ("writer", "reader"))
+        self._to_write = self._writer.submit(opened, path).result()
+        self._to_read = self._reader.submit(JobTable, path).result()
+
+    async def read(self, query: Callable[Concatenate[JobTable, P], T], *args: P.args, **options: P.kwargs) -> T:
+        """Return what a method of `JobTable` returns that only reads."""
+        call = self._reader.submit(query, self._to_read, *args, **options)
+        return await asyncio.wrap_future(call)
+
+    async def write(self, change: Callable[Concatenate[JobTable, P], T], *args: P.args, **options: P.kwargs) -> T:
+        """Call a method of `JobTable` that writes. What it changed is on disk when this returns.
+
+        Raises:
+            sqlite3.OperationalError: the database is locked or the disk is full. Nothing was changed.
+        """
+        call = self._writer.submit(change, self._to_write, *args, **options)
+        return await asyncio.wrap_future(call)
+
+    def close(self) -> None:
+        """Close the database. Changes that are under way are completed first."""
+        for thread, table in ((self._reader, self._to_read), (self._writer, self._to_write)):
+            with suppress(sqlite3.Error):
+                thread.submit(table.close).result()
+            thread.shutdown()

@@ -1,0 +1,239 @@
+"""The table of jobs in SQLite: queries, versions, and damaged files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from halovae.serving.jobs import Job, JobSpec, Kind, Status
+
+log = logging.getLogger(__name__)
+VERSION = 1  # of the columns below, kept in SQLite's `user_version`
+_BUSY = 0.25  # seconds for which a call waits for another process that writes
+_JSON = ("spec", "files", "report", "interrupted")
+_COLUMNS = tuple(column.name for column in fields(Job) if column.name != "seq")
+_SPEC = {one.name for one in fields(JobSpec)}
+_ENDED: tuple[Status, ...] = ("completed", "failed")
+
+
+class QueueFull(Exception):
+    """The queue holds as many jobs as it may. `of_owner`: the jobs of one key do."""
+
+    def __init__(self, most: int, of_owner: bool = False) -> None:
+        super().__init__(most, of_owner)
+        self.most, self.of_owner = most, of_owner
+
+
+class OtherVersion(ValueError):
+    """The database was written by a later version of halovae."""
+
+
+class JobTable:
+    """One connection to the table. For use from one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY)
+        self._db.row_factory = sqlite3.Row
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA secure_delete=ON")  # deleted prompts do not stay in the file
+
+    def close(self) -> None:
+        self._db.close()
+
+    def prepare(self) -> None:
+        """Check the file, and make or migrate the table.
+
+        Raises:
+            OtherVersion: the file is of a later version.
+            sqlite3.DatabaseError: the file is damaged.
+        """
+        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        if version > VERSION:
+            raise OtherVersion(
+                f"the database is of version {version}, written by a later halovae; this one reads up to {VERSION}: "
+                "upgrade halovae, or move jobs.sqlite away"
+            )
+        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        columns = ", ".join("id TEXT UNIQUE NOT NULL" if name == "id" else name for name in _COLUMNS)
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.execute(f"CREATE TABLE IF NOT EXISTS jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, {columns})")
+        present = {row["name"] for row in self._db.execute("PRAGMA table_info(jobs)")}
+        for name in (one for one in _COLUMNS if one not in present):  # version 0 had fewer
+            self._db.execute(f"ALTER TABLE jobs ADD COLUMN {name}")
+        self._db.execute("CREATE INDEX IF NOT EXISTS by_status ON jobs (status, seq)")
+        self._db.execute("CREATE UNIQUE INDEX IF NOT EXISTS by_request ON jobs (ifnull(owner, ''), request)")
+        self._db.execute(f"PRAGMA user_version={VERSION}")
+        self._db.execute("COMMIT")
+        for row in self._db.execute("SELECT * FROM jobs").fetchall():
+            try:
+                _job(row)
+            except Exception as error:  # whatever a row may hold
+                log.error("job %s cannot be read and is left out (%r)", ascii(row["id"]), error)
+                self._db.execute("UPDATE jobs SET status = 'unreadable' WHERE seq = ?", (row["seq"],))
+
+    def add(self, job: Job, most: int | None = None, most_of_owner: int | None = None) -> Job:
+        """Store a new job, and return it. It is on disk when this returns.
+
+        A job of the same owner and idempotency key is returned instead, if there is one.
+
+        Raises:
+            QueueFull: `most` jobs are waiting, or `most_of_owner` of this job's owner.
+        """
+        if job.request is not None:
+            for known in self._select("WHERE owner IS ? AND request = ?", job.owner, job.request):
+                return known
+        if most is not None and self.count("queued") >= most:
+            raise QueueFull(most)
+        if most_of_owner is not None and self.count("queued", job.owner) >= most_of_owner:
+            raise QueueFull(most_of_owner, of_owner=True)
+        values = _row(asdict(job))
+        marks = ", ".join("?" for _ in _COLUMNS)
+        cursor = self._db.execute(
+            f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({marks})", [values[name] for name in _COLUMNS]
+        )
+        job.seq = int(cursor.lastrowid or 0)
+        return job
+
+    def get(self, job: str) -> Job | None:
+        return next(iter(self._select("WHERE id = ?", job)), None)
+
+    def update(self, job: Job, /, **changes: Any) -> None:
+        """Change a job on disk, then in memory. A change that cannot be written is not made in memory."""
+        assigned = ", ".join(f"{name} = ?" for name in changes)
+        self._db.execute(f"UPDATE jobs SET {assigned} WHERE id = ?", [*_row(changes).values(), job.id])
+        for name, value in changes.items():
+            setattr(job, name, value)
+
+    def delete(self, job: str) -> None:
+        self._db.execute("DELETE FROM jobs WHERE id = ?", (job,))
+
+    def of(self, *statuses: Status, limit: int = -1) -> list[Job]:
+        """Return the jobs with one of these statuses, in order of arrival."""
+        marks = ", ".join("?" for _ in statuses)
+        return self._select(f"WHERE status IN ({marks}) ORDER BY seq LIMIT ?", *statuses, limit)
+
+    def expired(self, before: float, most_bytes: int | None, limit: int) -> list[Job]:
+        """Return up to `limit` jobs to remove, the oldest first.
+
+        These are jobs that ended before a time, and those beyond the newest ones whose files take `most_bytes`.
+        """
+        sizes = "SELECT seq, sum(bytes) OVER (ORDER BY seq DESC) AS total FROM jobs WHERE status IN (?, ?)"
+        return self._select(
+            f"WHERE status IN (?, ?) AND (ifnull(completed, created) < ? OR (? IS NOT NULL AND "
+            f"seq IN (SELECT seq FROM ({sizes}) WHERE total > ?))) ORDER BY seq LIMIT ?",
+            *_ENDED, before, most_bytes, *_ENDED, most_bytes, limit,
+        )  # fmt: skip
+
+    def count(self, status: Status, owner: str | None = None) -> int:
+        """Return the number of jobs with a status, or of those that belong to an owner."""
+        query = "SELECT count(*) FROM jobs WHERE status = ? AND (? IS NULL OR owner = ?)"
+        return int(self._db.execute(query, (status, owner, owner)).fetchone()[0])
+
+    def page(
+        self, kind: Kind | None, limit: int, newest_first: bool = True, after: Job | None = None,
+        owner: str | None = None,
+    ) -> list[Job]:  # fmt: skip
+        """Return up to `limit` jobs that follow `after`, the newest first or in order of arrival.
+
+        With `owner`, only that owner's jobs are returned.
+        """
+        where, values = ["status != 'unreadable'"], []
+        for name, value in (("kind", kind), ("owner", owner)):
+            if value is not None:
+                where.append(f"{name} = ?")
+                values.append(value)
+        if after is not None:
+            where.append(f"seq {'<' if newest_first else '>'} {after.seq}")
+        order = "DESC" if newest_first else "ASC"
+        return self._select(f"WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?", *values, limit)
+
+    def adopt(self, found: Iterable[Job]) -> int:
+        """Store completed jobs whose results were found, unless the table holds them as ended. Returns their number."""
+        adopted = 0
+        for job in found:
+            known = self.get(job.id)
+            if known is None:
+                self.add(job)
+            elif not known.ended:
+                self.update(
+                    known, status="completed", completed=job.completed, files=job.files, bytes=job.bytes,
+                    report=job.report,
+                )  # fmt: skip
+            adopted += known is None or known.status == "completed"
+        return adopted
+
+    def _select(self, rest: str, *values: Any) -> list[Job]:
+        return [_job(row) for row in self._db.execute(f"SELECT * FROM jobs {rest}", values)]
+
+
+def opened(path: Path) -> JobTable:
+    """Open the table. A damaged file is moved aside, and a new one made.
+
+    Raises:
+        OtherVersion: the file is of a later version.
+        sqlite3.OperationalError: the file cannot be opened or written now.
+    """
+    table = None
+    try:
+        table = JobTable(path)
+        table.prepare()
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        if table is not None:
+            table.close()
+        aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        for suffix in ("", "-wal", "-shm"):
+            if (old := path.with_name(path.name + suffix)).exists():
+                old.rename(aside.with_name(aside.name + suffix))
+        log.error("%s is damaged (%s): it was moved to %s, and waiting jobs are lost", path, error, aside.name)
+        table = JobTable(path)
+        table.prepare()
+    return table
+
+
+def as_json(job: Job) -> str:
+    """Return a job as JSON."""
+    return json.dumps(asdict(job))
+
+
+def from_json(text: str) -> Job:
+    """Return the job that `as_json` wrote.
+
+    Raises:
+        ValueError, TypeError, KeyError: it did not write this.
+    """
+    return _restored(json.loads(text))
+
+
+def _row(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: json.dumps(_plain(value)) if name in _JSON else value for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, JobSpec) else value
+
+
+def _job(row: sqlite3.Row) -> Job:
+    values = dict(row)
+    return _restored(
+        {name: json.loads(value) if name in _JSON and value is not None else value for name, value in values.items()}
+    )
+
+
+def _restored(values: dict[str, Any]) -> Job:
+    spec = {name: value for name, value in values["spec"].items() if name in _SPEC}
+    values["spec"] = JobSpec(**{**spec, "size": tuple(spec["size"]), "images": tuple(spec["images"])})
+    values["alone"] = bool(values["alone"])
+    defaults: dict[str, Any] = {"interrupted": {}, "files": [], "bytes": 0, "attempts": 0}  # of columns that were added
+    for name, value in defaults.items():
+        values[name] = value if values[name] is None else values[name]
+    return Job(**{name: values[name] for name in ("seq", *_COLUMNS)})

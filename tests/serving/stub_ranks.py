@@ -2,23 +2,27 @@
 
 import base64
 import io
+import json
+import signal
 import socket
+import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
+import zmq
 from PIL import Image
 
 from halovae.io import media
 from halovae.pipelines.specs import Pipeline
 from halovae.serving.app import make_app
-from halovae.serving.channel import RankChannel
+from halovae.serving.channel import RankChannel, SocketFolder
+from halovae.serving.http_server import HttpServer
 from halovae.serving.limits import Limits
 from halovae.serving.settings import FrontSettings, RankSettings
 
@@ -48,6 +52,7 @@ class StubRanks(threading.Thread):
         self.channel.ready = True
         self.held = threading.Event()
         self.fails = False
+        self.end_server: Callable[[], object] = lambda: None
         self.seen: list[dict[str, Any]] = []
         self.start()
 
@@ -78,6 +83,41 @@ class StubRanks(threading.Thread):
             self.channel.send("finished", attempt["attempt"], decode=DECODE)
 
 
+class Rank:
+    """Rank 0 as the front knows it, for tests that send each message themselves."""
+
+    def __init__(self, output: Path, token: str | None = None, patience: float = 60.0) -> None:
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVTIMEO, round(1000 * patience))
+        folder = SocketFolder(output)
+        self._socket.connect(folder.endpoint)
+        self.token = folder.current_token() if token is None else token
+        self.send("beat", ready=True, token=self.token, since=time.time())
+        assert self.receive()["kind"] == "welcome"
+
+    def send(self, kind: str, **facts: Any) -> None:
+        self._socket.send(json.dumps({"kind": kind, **facts}).encode())
+
+    def receive(self) -> dict[str, Any]:
+        try:
+            message: dict[str, Any] = json.loads(self._socket.recv())
+        except zmq.Again:
+            raise AssertionError("the front sent nothing") from None
+        return message
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the database's write lock, as another process, such as a backup, would."""
+    other = sqlite3.connect(output / "jobs.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        other.close()
+
+
 def rank_settings(model: Path, output: Path) -> RankSettings:
     return RankSettings(
         model,
@@ -106,22 +146,33 @@ def front_settings(model: Path, **options: Any) -> FrontSettings:
 
 
 @contextmanager
-def served(model: Path, output: Path, stub: bool = True, **options: Any) -> Iterator[tuple[str, StubRanks | None]]:
-    """Run a front for a model's folder, and yield its URL and its stub ranks; None without `stub`."""
+def served(
+    model: Path, output: Path, stub: bool = True, restart: Callable[[str], object] = lambda reason: None,
+    drain: float = 0.0, **options: Any,
+) -> Iterator[tuple[str, StubRanks | None]]:  # fmt: skip
+    """Run a front for a model's folder, and yield its URL and its stub ranks; None without `stub`.
+
+    It ends as after a SIGTERM, with `drain` as its `--drain-timeout`.
+    """
     output.mkdir(exist_ok=True)
     ranks = rank_settings(model, output)
     front = front_settings(model, **options)
-    config = uvicorn.Config(
-        make_app(ranks, front), front.host, front.port, log_level="error", timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
+    app = make_app(ranks, front, restart=restart)
+    server = HttpServer(app, drain, lambda text: None, host=front.host, port=front.port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
+    stub_ranks = StubRanks(output) if stub else None
+
+    def end() -> None:
+        server.handle_exit(signal.SIGTERM, None)
+
+    if stub_ranks is not None:
+        stub_ranks.end_server = end
     try:
-        yield f"http://127.0.0.1:{front.port}", StubRanks(ranks.output) if stub else None
+        yield f"http://127.0.0.1:{front.port}", stub_ranks
     finally:
-        server.should_exit = True
+        end()
         thread.join()

@@ -11,9 +11,9 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ import typer
 import zmq
 from PIL import Image
 from serving.clients import SMALL, finished, submitted
-from serving.stub_ranks import DECODE, front_settings, rank_settings, served
+from serving.stub_ranks import DECODE, Rank, front_settings, locked, rank_settings, served
 
 from halovae.cli import serve
 from halovae.io import media
 from halovae.pipelines import tiny
 from halovae.serving import app
-from halovae.serving.channel import SocketFolder
 from halovae.serving.dispatch import Dispatcher
 from halovae.serving.jobs import Job, JobSpec
 from halovae.serving.table import JobTable, opened
@@ -43,51 +42,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("wan2.1", "wan2.1-i2v", "qwen-image"):
         tiny.make_model(name, folder / name)
     return folder
-
-
-@pytest.fixture(scope="module")
-def model(home: Path) -> Path:
-    return home / "wan2.1"
-
-
-class Rank:
-    """Rank 0 as the front knows it, for tests that send each message themselves."""
-
-    def __init__(self, model: Path, output: Path) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RCVTIMEO, 60_000)
-        folder = SocketFolder(output)
-        self._socket.connect(folder.endpoint)
-        self.send("beat", ready=True, token=folder.current_token())
-        assert self.receive()["kind"] == "welcome"
-
-    def send(self, kind: str, **facts: Any) -> None:
-        self._socket.send(json.dumps({"kind": kind, **facts}).encode())
-
-    def receive(self) -> dict[str, Any]:
-        message: dict[str, Any] = json.loads(self._socket.recv())
-        return message
-
-
-@pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`heard(kind)` waits until the front has handled the next message of this kind."""
-    kinds: queue.Queue[str] = queue.Queue()
-    take = Dispatcher._take
-
-    async def noted(self: Dispatcher, peer: bytes, message: dict[str, Any]) -> None:
-        try:
-            await take(self, peer, message)
-        finally:
-            kinds.put(message["kind"])
-
-    def wait(kind: str) -> None:
-        while kinds.get(timeout=60) != kind:
-            pass
-
-    monkeypatch.setattr(Dispatcher, "_take", noted)
-    return wait
 
 
 @pytest.fixture
@@ -109,17 +63,6 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], BaseException | None]
     monkeypatch.setattr(Dispatcher, "expire", noted)
     monkeypatch.setattr(app, "_SWEEP", 0.01)
     return lambda: ends.get(timeout=20)
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold the database's write lock, as another process, such as a backup, would."""
-    other = sqlite3.connect(output / "jobs.sqlite", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    finally:
-        other.close()
 
 
 @pytest.mark.parametrize("folder", [".", "results"])
@@ -206,7 +149,7 @@ def test_jobs_that_end_while_the_database_is_locked_end(
     model: Path, tmp_path: Path, heard: Callable[[str], None]
 ) -> None:
     with served(model, tmp_path, stub=False) as (url, _):
-        rank = Rank(model, tmp_path)
+        rank = Rank(tmp_path)
         videos = [submitted(url) for _ in range(2)]
         attempts = [rank.receive()["attempt"] for _ in videos]
         with locked(tmp_path):
@@ -223,7 +166,7 @@ def test_jobs_that_end_while_the_database_is_locked_end(
 
 def test_ranks_have_work_while_the_database_is_locked(model: Path, tmp_path: Path) -> None:
     with served(model, tmp_path, stub=False) as (url, _):
-        rank = Rank(model, tmp_path)
+        rank = Rank(tmp_path)
         videos = [submitted(url) for _ in range(3)]
         attempts = [rank.receive()["attempt"] for _ in range(2)]
         with locked(tmp_path):
@@ -256,13 +199,13 @@ def test_jobs_of_ended_ranks_are_tried_again_after_the_database_was_locked(
     model: Path, tmp_path: Path, heard: Callable[[str], None]
 ) -> None:
     with served(model, tmp_path, stub=False) as (url, _):
-        first = Rank(model, tmp_path)
+        first = Rank(tmp_path)
         video = submitted(url)
         first.send("started", attempt=first.receive()["attempt"])
         heard("beat")
         heard("started")
         with locked(tmp_path):
-            second = Rank(model, tmp_path)
+            second = Rank(tmp_path)
             heard("beat")
         attempt = second.receive()["attempt"]
         second.send("started", attempt=attempt)
@@ -274,13 +217,13 @@ def test_an_end_that_is_not_written_when_the_ranks_end_is_kept(
     model: Path, tmp_path: Path, heard: Callable[[str], None]
 ) -> None:
     with served(model, tmp_path, stub=False) as (url, _):
-        first = Rank(model, tmp_path)
+        first = Rank(tmp_path)
         video = submitted(url)
         attempt = first.receive()["attempt"]
         with locked(tmp_path):
             first.send("failed", attempt=attempt, code="input_lost", message="no picture")  # before the attempt started
             heard("failed")
-            second = Rank(model, tmp_path)
+            second = Rank(tmp_path)
         shown = finished(url, video, 10)
         assert (shown["status"], shown["error"]) == ("failed", {"code": "input_lost", "message": "no picture"})
         other = submitted(url)
@@ -319,7 +262,7 @@ def test_a_job_deleted_before_its_end_is_on_disk_stays_deleted(
     model: Path, tmp_path: Path, heard: Callable[[str], None]
 ) -> None:
     with served(model, tmp_path, stub=False) as (url, _):
-        rank = Rank(model, tmp_path)
+        rank = Rank(tmp_path)
         video, other = submitted(url), submitted(url)
         attempts = [rank.receive()["attempt"] for _ in range(2)]
         with locked(tmp_path):
@@ -373,7 +316,7 @@ def test_a_job_that_ends_while_the_disk_is_full_ends_once_there_is_room(
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
     try:
         with served(model, tmp_path, stub=False) as (url, _):
-            rank = Rank(model, tmp_path)
+            rank = Rank(tmp_path)
             video = submitted(url)
             attempt = rank.receive()["attempt"]
             filling = tmp_path / "filling"
@@ -461,7 +404,7 @@ def test_a_damaged_database_ends_the_dispatcher(
 
     monkeypatch.setattr(JobTable, "update", damaged)
     with served(model, tmp_path, stub=False) as (url, _):
-        rank = Rank(model, tmp_path)
+        rank = Rank(tmp_path)
         submitted(url)
         rank.send("started", attempt=rank.receive()["attempt"])
         deadline = time.monotonic() + 20

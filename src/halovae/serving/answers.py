@@ -59,7 +59,7 @@ def preview_of(dispatcher: Dispatcher, job: Job) -> Response:
 
 def describe(dispatcher: Dispatcher, job: Job) -> Video:
     """Return a job as clients see it."""
-    spec, done, attempt = job.spec, job.status == "completed", dispatcher.running(job)
+    spec, done, attempt = job.spec, job.status == "completed", None if job.ended else dispatcher.running(job)
     preview = None if attempt is None else attempt.preview
     end = job.completed if job.ended else None
     expires = None if end is None else int(end + dispatcher.expire_after)

@@ -90,7 +90,7 @@ class RankChannel:
         self.cancelled: set[str] = set()
         self.ready = False
         self._known: set[str] = set()
-        self._welcomed = False
+        self._welcomed, self._since = False, time.time()
         self._outgoing: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._folder = SocketFolder(output)
         threading.Thread(target=self._run, daemon=True, name="channel to the front").start()
@@ -111,7 +111,9 @@ class RankChannel:
         while True:
             if time.monotonic() - last > BEAT:
                 last = time.monotonic()
-                self._outgoing.put({"kind": "beat", "ready": self.ready, "token": self._folder.current_token()})
+                self._outgoing.put(
+                    {"kind": "beat", "ready": self.ready, "since": self._since, "token": self._folder.current_token()}
+                )
             while not self._outgoing.empty():
                 socket.send(json.dumps(self._outgoing.get()).encode())
             if socket.poll(_NAP):

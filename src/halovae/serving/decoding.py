@@ -61,10 +61,10 @@ class Decoding(threading.Thread):
             self._waiting[attempt.id] = (attempt, latents)
             self._changed.notify_all()
 
-    def wait_until(self, fits: Callable[[], bool]) -> None:
-        """Wait until no decode is running or queued, or until `fits()`."""
+    def wait_until(self, fits: Callable[[], bool], seconds: float) -> bool:
+        """Wait until no decode is running or queued, or until `fits()`. False after `seconds` without either."""
         with self._changed:
-            self._changed.wait_for(lambda: fits() or not (self._waiting or self._running))
+            return self._changed.wait_for(lambda: fits() or not (self._waiting or self._running), seconds)
 
     def run(self) -> None:
         Device(self._decoder.device).enter()

@@ -75,6 +75,7 @@ class Dispatcher:
         self._pause, self._next_try = _PAUSES[0], 0.0
         self._pumping = asyncio.Lock()
         self._peer: bytes | None = None
+        self._since = 0.0  # when the present ranks started; earlier ones that still live are not heard
         self._ready, self._heard, self._advanced = False, time.monotonic(), time.monotonic()
         self._cause: Cause = "ranks"  # why the present ranks will have ended
         self.inputs = ranks.output / ".inputs"
@@ -138,6 +139,11 @@ class Dispatcher:
         """Start no more jobs, and wait until those that run have ended, for at most `seconds`."""
         self.draining = True
         until = time.monotonic() + seconds
+        async with self._pumping:
+            for attempt_id, attempt in list(self._attempts.items()):
+                if attempt.stage == "waiting" and not attempt.over:
+                    del self._attempts[attempt_id]
+                    await self._send({"kind": "cancel", "attempt": attempt_id})
         while time.monotonic() < until and self.run_count:
             await asyncio.sleep(0.05)
 
@@ -234,9 +240,10 @@ class Dispatcher:
 
     async def _take(self, peer: bytes, message: dict[str, Any]) -> None:
         kind = message["kind"]
-        if kind == "beat" and peer != self._peer:
+        if kind == "beat" and peer != self._peer and message["since"] > self._since:
             if not self._folder.knows(message.get("token")):
                 return log.error("a process that is none of this server's ranks was turned away")
+            self._since = message["since"]
             await self._greet(peer)
         if peer != self._peer:
             return  # from ranks that have been replaced

@@ -91,6 +91,7 @@ class Engine:
             self._writer = Writer(channel)
         self._needs: dict[tuple[Any, ...], int] = {}  # bytes that denoising took on a rank, by `_memory_key`
         self._free = 0
+        self._held: Attempt | None = None  # rank 0's next attempt, until it may be denoised
         self._previews: VAE | None = None
 
     def warm_up(self, width: int, height: int, frames: int) -> None:
@@ -127,20 +128,24 @@ class Engine:
     def _next(self) -> Attempt | None:
         """Return the next attempt once it may be denoised beside running decodes.
 
-        None if no attempt arrives within `IDLE`, or if its input pictures are lost.
+        None if no attempt arrives within `IDLE`, if none may be denoised within it, or if its input pictures are lost.
+        The other ranks wait for the answer, and take a long silence for the end of this one.
         """
         assert self._channel is not None
-        try:
-            message = self._channel.attempts.get(timeout=IDLE)
-        except queue.Empty:
+        if self._held is None:
+            try:
+                message = self._channel.attempts.get(timeout=IDLE)
+            except queue.Empty:
+                return None
+            try:
+                self._held = _attempt_from(message)
+            except OSError as error:
+                self._channel.send("failed", message["attempt"], code="input_lost", message=str(error))
+                return None
+        attempt = self._held
+        if self._decoding is not None and not self._decoding.wait_until(lambda: self._has_room(attempt), IDLE):
             return None
-        try:
-            attempt = _attempt_from(message)
-        except OSError as error:
-            self._channel.send("failed", message["attempt"], code="input_lost", message=str(error))
-            return None
-        if self._decoding is not None:
-            self._decoding.wait_until(lambda: self._has_room(attempt))
+        self._held = None
         return attempt
 
     def _has_room(self, attempt: Attempt) -> bool:

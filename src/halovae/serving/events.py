@@ -72,6 +72,7 @@ class Events:
                         listener.unread[job] = event
                         listener.changed.set()
                         if len(listener.unread) > _WAITING:
+                            self._listeners.discard(listener)
                             listener.close()
             await asyncio.sleep(_PERIOD)
 

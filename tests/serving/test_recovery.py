@@ -1,0 +1,472 @@
+"""What becomes of jobs when ranks end or stall, when the server ends, and when its database is lost or damaged."""
+
+import asyncio
+import json
+import shutil
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving.clients import SMALL, finished, submitted
+from serving.stub_ranks import DECODE, Rank, front_settings, locked, rank_settings, served
+
+from halovae.cli import serve
+from halovae.serving import channel, events, table
+from halovae.serving.jobs import TRIES, Job, JobSpec
+from halovae.serving.results import noted
+from halovae.serving.store import JobStore
+from halovae.serving.table import JobTable, OtherVersion, QueueFull, opened
+
+SPEC = JobSpec("a", (64, 48), 5, 2, 0)
+
+
+def job_on_disk(output: Path, job: str) -> Job:
+    jobs = JobTable(output / "jobs.sqlite")
+    found = jobs.get(job)
+    jobs.close()
+    assert found is not None
+    return found
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def shown(url: str, video: str) -> dict[str, Any]:
+    answer: dict[str, Any] = httpx.get(f"{url}/v1/videos/{video}").json()
+    return answer
+
+
+def runs(url: str, video: str) -> bool:
+    return bool(shown(url, video)["status"] == "in_progress")
+
+
+# Interruptions.
+
+
+def test_a_job_that_ends_the_ranks_each_time_is_given_up(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, stub=False) as (url, _):
+        video = submitted(url)
+        for count in range(TRIES):
+            rank = Rank(tmp_path)
+            rank.send("started", attempt=rank.receive()["attempt"])
+            until(lambda: shown(url, video)["status"] == "in_progress")
+            assert job_on_disk(tmp_path, video).interrupted == ({"ranks": count} if count else {})
+        Rank(tmp_path)
+        failed = finished(url, video)
+    assert failed["error"]["code"] == "interrupted"
+    assert f"{TRIES} times" in failed["error"]["message"]
+
+
+def test_a_job_that_runs_beside_one_that_ends_the_ranks_loses_nothing(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, stub=False) as (url, _):
+        videos = [submitted(url, prompt=text) for text in ("fatal", "innocent")]
+        rank = Rank(tmp_path)
+        attempts = [rank.receive() for _ in videos]
+        for one in attempts:
+            rank.send("started", attempt=one["attempt"])
+        until(lambda: all(shown(url, video)["status"] == "in_progress" for video in videos))
+        for _ in range(TRIES):  # from now on each runs alone, the older one first
+            rank = Rank(tmp_path)
+            alone = rank.receive()
+            assert alone["prompt"]["text"] == "fatal"
+            rank.send("started", attempt=alone["attempt"])
+            until(lambda: shown(url, videos[0])["status"] == "in_progress")
+            assert shown(url, videos[1])["status"] == "queued"
+        rank = Rank(tmp_path)
+        other = rank.receive()
+        assert other["prompt"]["text"] == "innocent"
+        rank.send("started", attempt=other["attempt"])
+        rank.send("finished", attempt=other["attempt"], decode=DECODE)
+        assert [finished(url, video)["status"] for video in videos] == ["failed", "completed"]
+        assert job_on_disk(tmp_path, videos[1]).interrupted == {}
+
+
+def test_ranks_that_make_no_progress_are_restarted(model: Path, tmp_path: Path) -> None:
+    """Signs of life alone are no progress: they come from a thread of their own."""
+    reasons: list[str] = []
+    with served(model, tmp_path, stub=False, restart=reasons.append, stall_timeout=1.0) as (url, _):
+        rank = Rank(tmp_path)
+        until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        time.sleep(1.5)
+        assert reasons == []  # nothing to do is no stall
+        video = submitted(url)
+        rank.send("started", attempt=rank.receive()["attempt"])
+        while not reasons:
+            rank.send("beat", ready=True, token=rank.token, since=0.0)
+            time.sleep(0.1)
+        assert "no progress for 1 s (--stall-timeout)" in reasons[0]
+        assert httpx.get(f"{url}/health").status_code == 503
+        rank = Rank(tmp_path)
+        attempt = rank.receive()["attempt"]
+        assert job_on_disk(tmp_path, video).interrupted == {"stall": 1}
+        rank.send("started", attempt=attempt)
+        rank.send("finished", attempt=attempt, decode=DECODE)
+        assert finished(url, video)["status"] == "completed"
+
+
+def test_ranks_that_fall_silent_are_restarted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halovae.serving.dispatch._SILENCE", 0.5)
+    reasons: list[str] = []
+    with served(model, tmp_path, stub=False, restart=reasons.append, stall_timeout=0.5):
+        Rank(tmp_path)
+        until(lambda: bool(reasons))
+
+
+def test_a_job_that_runs_too_long_fails_and_the_next_one_starts(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, job_seconds=0.5) as (url, stub):
+        assert stub is not None
+        stub.held.set()
+        slow, other = submitted(url), submitted(url)
+        failed = finished(url, slow)
+        stub.held.clear()
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "timeout")
+        assert "--job-timeout" in failed["error"]["message"]
+        assert finished(url, other)["status"] in ("completed", "failed")
+
+
+def test_a_cancelled_job_stays_and_its_ranks_stop(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path) as (url, stub):
+        assert stub is not None
+        stub.held.set()
+        running, waiting = submitted(url), submitted(url)
+        until(lambda: shown(url, running)["status"] == "in_progress")
+        for video in (waiting, running):
+            answer = httpx.post(f"{url}/v1/videos/{video}/cancel").json()
+            assert (answer["status"], answer["error"]["code"]) == ("failed", "cancelled")
+        until(lambda: not stub.channel._known)
+        stub.held.clear()
+        done = finished(url, submitted(url))["id"]
+        again = httpx.post(f"{url}/v1/videos/{done}/cancel").json()
+        assert (again["status"], again["error"]) == ("completed", None)  # it had ended before
+        assert [one["id"] for one in httpx.get(f"{url}/v1/videos").json()["data"]] == [done, waiting, running]
+
+
+# The server's end.
+
+
+def test_a_server_that_ends_lets_a_running_job_end(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, drain=20.0) as (url, stub):
+        assert stub is not None
+        stub.held.set()
+        running, waiting = submitted(url), submitted(url)
+        until(lambda: shown(url, running)["status"] == "in_progress")
+        threading.Timer(1.0, stub.held.clear).start()
+    assert job_on_disk(tmp_path, running).status == "completed"
+    kept = job_on_disk(tmp_path, waiting)
+    assert (kept.status, kept.interrupted) == ("queued", {})
+
+
+@pytest.mark.parametrize("ends", [1, TRIES + 1])
+def test_planned_ends_never_count_against_a_job(ends: int, model: Path, tmp_path: Path) -> None:
+    video = ""
+    for _ in range(ends):
+        with served(model, tmp_path, stub=False, drain=0.1) as (url, _):
+            video = video or submitted(url)
+            rank = Rank(tmp_path)
+            rank.send("started", attempt=rank.receive()["attempt"])
+            until(partial(runs, url, video))
+    kept = job_on_disk(tmp_path, video)
+    assert (kept.status, kept.interrupted, kept.attempts) == ("queued", {}, ends)
+    with served(model, tmp_path) as (url, _):
+        assert finished(url, video)["status"] == "completed"
+
+
+def test_a_server_that_is_ending_takes_no_new_job(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, drain=20.0) as (url, stub):
+        assert stub is not None
+        stub.held.set()
+        running = submitted(url)
+        until(lambda: shown(url, running)["status"] == "in_progress")
+        stub.end_server()
+        until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        refused = httpx.post(f"{url}/v1/videos", json={"prompt": "a", **SMALL})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "ending")
+        assert refused.headers["retry-after"].isdigit()
+        assert shown(url, running)["status"] == "in_progress"  # the server still answers
+        stub.held.clear()
+
+
+# The database.
+
+
+def test_a_damaged_database_is_moved_aside_and_results_are_taken_over(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(model, tmp_path) as (url, _):
+        video = finished(url, submitted(url))
+    for suffix in ("-wal", "-shm"):
+        (tmp_path / f"jobs.sqlite{suffix}").unlink(missing_ok=True)
+    noise = bytes(range(256)) * 32
+    (tmp_path / "jobs.sqlite").write_bytes(noise)
+    with served(model, tmp_path, stub=False) as (url, _):
+        assert shown(url, video["id"]) == video
+        submitted(url)
+    (aside,) = tmp_path.glob("jobs.sqlite.damaged-*")
+    assert aside.read_bytes() == noise
+    assert [one.getMessage() for one in caplog.records if "is damaged" in one.getMessage()] == [
+        f"{tmp_path / 'jobs.sqlite'} is damaged (file is not a database): it was moved to {aside.name}, and waiting "
+        "jobs are lost"
+    ]
+
+
+def test_a_page_of_noise_within_the_database_is_noticed(tmp_path: Path) -> None:
+    jobs = opened(tmp_path / "jobs.sqlite")
+    for _ in range(200):
+        jobs.add(Job.new("video", "tiny", replace(SPEC, text="x" * 500)))
+    jobs.close()
+    path = tmp_path / "jobs.sqlite"
+    content = bytearray(path.read_bytes())
+    content[8192:12288] = bytes(range(256)) * 16
+    path.write_bytes(content)
+    jobs = opened(path)
+    assert jobs.count("queued") == 0
+    jobs.close()
+    assert list(tmp_path.glob("jobs.sqlite.damaged-*"))
+
+
+def test_the_database_of_a_later_version_is_refused_and_kept(model: Path, tmp_path: Path) -> None:
+    opened(tmp_path / "jobs.sqlite").close()
+    later = sqlite3.connect(tmp_path / "jobs.sqlite")
+    later.execute(f"PRAGMA user_version = {table.VERSION + 1}")
+    later.close()
+    with pytest.raises(OtherVersion, match=f"version {table.VERSION + 1}.*upgrade halovae"):
+        serve._run_front(rank_settings(model, tmp_path), front_settings(model), None)
+    assert not list(tmp_path.glob("*.damaged-*"))
+
+
+def test_an_earlier_database_gets_the_new_columns(tmp_path: Path) -> None:
+    earlier = sqlite3.connect(tmp_path / "jobs.sqlite")
+    old = "id TEXT UNIQUE NOT NULL, kind, model, spec, created, status, started, completed, attempts, error_code"
+    earlier.execute(f"CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, {old}, error_message, files, report)")
+    spec = {"text": "a", "size": [64, 48], "frames": 5, "steps": 2, "seed": 0, "images": []}
+    row = "video_1", "video", "tiny", json.dumps(spec), 5.0, "queued", 0, "[]", "null"
+    earlier.execute("INSERT INTO jobs (id, kind, model, spec, created, status, attempts, files, report) VALUES "
+                    "(?, ?, ?, ?, ?, ?, ?, ?, ?)", row)  # fmt: skip
+    earlier.commit()
+    earlier.close()
+    for _ in range(2):
+        jobs = opened(tmp_path / "jobs.sqlite")
+        assert jobs.of("queued") == [Job("video_1", "video", "tiny", SPEC, 5.0, seq=1)]
+        jobs.close()
+
+
+def test_a_row_that_cannot_be_read_costs_no_other_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    jobs = opened(tmp_path / "jobs.sqlite")
+    made = [jobs.add(Job.new("video", "tiny", SPEC)) for _ in range(3)]
+    jobs._db.execute("UPDATE jobs SET spec = '{' WHERE id = ?", (made[0].id,))
+    later = json.dumps({"text": "b", "size": [64, 48], "frames": 5, "steps": 2, "seed": 0, "images": [], "mood": "sad"})
+    jobs._db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (later, made[1].id))
+    jobs.close()
+    jobs = opened(tmp_path / "jobs.sqlite")
+    assert [(job.id, job.spec.text) for job in jobs.of("queued")] == [(made[1].id, "b"), (made[2].id, "a")]
+    assert [job.id for job in jobs.page(None, 9, newest_first=False)] == [made[1].id, made[2].id]
+    jobs.close()
+    assert [made[0].id in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_results_are_taken_over_only_with_their_notes_and_files(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    jobs = [Job.new("video", "tiny", SPEC) for _ in range(4)]
+    for job in jobs:
+        (results / job.names()[0]).write_bytes(b"a video")
+        (results / f"{job.id}.json").write_text(table.as_json(replace(job, status="completed", files=job.names())))
+    (results / jobs[1].names()[0]).unlink()
+    (results / f"{jobs[2].id}.json").write_text('{"id": 5}')
+    (results / f"{jobs[3].id}.json").unlink()
+    (results / "theirs.json").write_text("{}")
+    assert [job.id for job in noted(results)] == [jobs[0].id]
+
+
+def test_a_job_that_completed_after_the_copy_of_the_database_is_not_made_again(model: Path, tmp_path: Path) -> None:
+    """An older copy of the database comes back."""
+    with served(model, tmp_path, stub=False) as (url, _):
+        video = submitted(url)
+    copy = tmp_path / "copy.sqlite"
+    shutil.copy(tmp_path / "jobs.sqlite", copy)
+    with served(model, tmp_path) as (url, _):
+        before = finished(url, video)
+    for file in tmp_path.glob("jobs.sqlite*"):
+        file.unlink()
+    copy.rename(tmp_path / "jobs.sqlite")
+    with served(model, tmp_path) as (url, stub):
+        assert shown(url, video)["completed_at"] == before["completed_at"]
+        assert stub is not None
+        assert stub.seen == []
+
+
+def test_input_pictures_of_jobs_that_do_not_wait_are_removed(model: Path, tmp_path: Path) -> None:
+    inputs = tmp_path / ".inputs"
+    inputs.mkdir()
+    jobs = opened(tmp_path / "jobs.sqlite")
+    job = Job.new("video", "tiny", SPEC)
+    jobs.add(job)
+    jobs.close()
+    kept, orphan, other = inputs / f"{job.id}-0.png", inputs / f"video_{'0' * 32}-0.png", inputs / "notes.png"
+    for path in (kept, orphan, other):
+        path.touch()
+    with served(model, tmp_path, stub=False):
+        assert sorted(inputs.iterdir()) == sorted([kept, other])
+
+
+@pytest.mark.anyio
+async def test_a_lock_by_another_process_stops_neither_reads_nor_the_event_loop(tmp_path: Path) -> None:
+    jobs = JobStore(tmp_path / "jobs.sqlite")
+    job = Job.new("video", "tiny", SPEC)
+    await jobs.write(JobTable.add, job)
+    with locked(tmp_path):
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            await jobs.write(JobTable.update, job, status="failed")
+        assert await jobs.read(JobTable.get, job.id) == job
+        assert job.status == "queued"
+    await jobs.write(JobTable.update, job, status="failed")
+    assert (await jobs.read(JobTable.count, "failed")) == 1
+    jobs.close()
+
+
+# Requests that come twice, and queues of one key.
+
+
+def test_a_request_that_is_repeated_makes_one_job(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path) as (url, stub):
+        headers, body = {"Idempotency-Key": "first"}, {"prompt": "a", **SMALL}
+        ids = {httpx.post(f"{url}/v1/videos", json=body, headers=headers).json()["id"] for _ in range(3)}
+        assert len(ids) == 1
+        other = httpx.post(f"{url}/v1/videos", json={**body, "prompt": "b"}, headers=headers)
+        assert (other.status_code, other.json()["error"]["code"]) == (400, "idempotency_conflict")
+        assert httpx.post(f"{url}/v1/videos", json=body).json()["id"] not in ids
+        assert httpx.post(f"{url}/v1/videos", json=body, headers={"Idempotency-Key": "x" * 300}).status_code == 400
+        assert finished(url, ids.pop())["status"] == "completed"
+        assert stub is not None
+
+
+def test_a_queue_of_one_key_is_full_on_its_own(tmp_path: Path) -> None:
+    jobs = opened(tmp_path / "jobs.sqlite")
+    for owner in ("a", "b"):
+        for _ in range(2):
+            jobs.add(Job.new("video", "tiny", SPEC, owner), most=10, most_of_owner=2)
+        with pytest.raises(QueueFull) as full:
+            jobs.add(Job.new("video", "tiny", SPEC, owner), most=10, most_of_owner=2)
+        assert full.value.of_owner
+    with pytest.raises(QueueFull) as full:
+        jobs.add(Job.new("video", "tiny", SPEC, "c"), most=4, most_of_owner=2)
+    assert not full.value.of_owner
+    assert [len(jobs.page(None, 9, owner=owner)) for owner in ("a", "c", None)] == [2, 0, 4]
+    jobs.close()
+
+
+# Events, sweeps, and the ranks' socket.
+
+
+def test_a_sweep_removes_what_is_too_old_and_what_is_too_much(tmp_path: Path) -> None:
+    jobs = opened(tmp_path / "jobs.sqlite")
+    made = [Job.new("video", "tiny", SPEC) for _ in range(5)]
+    for index, job in enumerate(made):
+        jobs.add(job)
+        jobs.update(job, status="completed", completed=100.0 + index, bytes=10)
+    jobs.add(Job.new("video", "tiny", SPEC))  # it waits: its age does not count
+
+    def expired(before: float, most: int | None, limit: int = 9) -> list[int]:
+        return [made.index(job) for job in jobs.expired(before, most, limit)]
+
+    assert expired(102.0, None) == [0, 1]
+    assert expired(0.0, 25) == [0, 1, 2]
+    assert expired(104.0, 45) == [0, 1, 2, 3]
+    assert expired(104.0, 45, limit=2) == [0, 1]
+    assert expired(0.0, None) == []
+    jobs.close()
+
+
+def test_a_listener_that_does_not_read_is_dropped_and_too_many_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "MOST", 2)
+    monkeypatch.setattr("halovae.serving.routes.MOST", 2)
+    with served(model, tmp_path, stub=False) as (url, _):
+        with httpx.stream("GET", f"{url}/v1/jobs"), httpx.stream("GET", f"{url}/v1/jobs"):
+            refused = httpx.get(f"{url}/v1/jobs")
+            assert refused.status_code == 503
+            assert "2 listeners" in refused.json()["error"]["message"]
+        until(lambda: httpx.stream("GET", f"{url}/v1/jobs").__enter__().status_code == 200)
+
+
+@pytest.mark.anyio
+async def test_a_change_is_rendered_once_for_all_listeners() -> None:
+    rendered: list[str] = []
+
+    async def render(job: str) -> bytes:
+        rendered.append(job)
+        return job.encode()
+
+    hub = events.Events(render)
+    running = asyncio.create_task(hub.run())
+    jobs = [Job.new("video", "tiny", SPEC, owner) for owner in ("a", "b")]
+    with hub.listening("a") as ours, hub.listening("a") as also_ours, hub.listening("b") as theirs:
+        for _ in range(100):
+            for job in jobs:
+                hub.publish(job)
+        assert [await anext(one) for one in (ours, also_ours, theirs)] == [
+            jobs[0].id.encode(), jobs[0].id.encode(), jobs[1].id.encode()
+        ]  # fmt: skip
+    assert rendered == [job.id for job in jobs]
+    running.cancel()
+
+
+@pytest.mark.anyio
+async def test_a_slow_listener_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def render(job: str) -> bytes:
+        return job.encode()
+
+    monkeypatch.setattr(events, "_PERIOD", 0.0)
+    hub = events.Events(render)
+    running = asyncio.create_task(hub.run())
+    with hub.listening(None) as stream:
+        for _ in range(events._WAITING + 1):
+            hub.publish(Job.new("video", "tiny", SPEC))
+            await asyncio.sleep(0)
+        assert len([event async for event in stream]) <= events._WAITING  # and the stream ends
+    running.cancel()
+
+
+def test_only_this_user_may_enter_the_folder_of_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = channel.SocketFolder(tmp_path / "out", front=True)
+    entered = Path(folder.endpoint.removeprefix("ipc://")).parent
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (entered, entered.parent)] == [0o700, 0o700]
+    assert folder.knows(channel.SocketFolder(tmp_path / "out").current_token())
+    assert not folder.knows("")
+    assert not folder.knows(None)
+    folder.remove()
+    assert not entered.exists()
+    entered.parent.chmod(0o755)
+    with pytest.raises(PermissionError, match="others may enter it"):
+        channel.SocketFolder(tmp_path / "out", front=True)
+
+
+def test_a_process_without_the_token_gets_no_job(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with served(model, tmp_path, stub=False) as (url, _):
+        with pytest.raises(AssertionError):
+            Rank(tmp_path, token="a guess", patience=1.0)
+        assert httpx.get(f"{url}/health").status_code == 503
+        submitted(url)
+        assert Rank(tmp_path).receive()["kind"] == "attempt"
+    assert "none of this server's ranks" in caplog.text
+
+
+def test_a_front_leaves_no_socket(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path):
+        entered = Path(channel.SocketFolder(tmp_path).endpoint.removeprefix("ipc://")).parent
+        assert {one.name for one in entered.iterdir()} == {"socket", "token"}
+    assert not entered.exists()

@@ -26,6 +26,8 @@ from halovae.io import media
 from halovae.pipelines import tiny
 from halovae.pipelines.generator import Generator
 from halovae.pipelines.specs import Prompt
+from halovae.serving.jobs import TRIES
+from halovae.serving.table import JobTable
 
 LONG = {"num_inference_steps": 1000}
 
@@ -197,20 +199,49 @@ def test_a_job_that_all_ranks_refuse_fails_and_they_go_on(models: Callable[[str]
         assert server.ranks() == before
 
 
-def test_a_killed_rank_costs_an_attempt_and_two_the_job(server: Server) -> None:
+def test_a_job_whose_ranks_are_killed_each_time_fails_and_the_next_one_is_made(server: Server) -> None:
     fatal, waiting = server.submit(**LONG), server.submit()
-    for victim in (1, 0):
+    for count in range(TRIES):
         while server.video(fatal)["progress"] == 0:
             time.sleep(0.01)
         before = server.ranks()
         assert len(before) == 2
-        before[victim].kill()
+        before[count % 2].kill()
         while server.ranks() == before or server.video(fatal)["progress"] > 0:
             assert httpx.get(f"{server.url}/health").status_code in (200, 503)  # the front keeps answering
             time.sleep(0.05)
         assert not set(server.ranks()) & set(before)
     assert server.ended(fatal)["error"]["code"] == "interrupted"
     assert server.ended(waiting)["status"] == "completed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_noticed_and_its_job_is_made(
+    victim: int, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with Server(models("wan2.1"), tmp_path / "out", "--stall-timeout", "5") as server:
+        video = server.wait().submit(num_inference_steps=300)
+        started(server, video)
+        before = server.ranks()
+        before[victim].suspend()
+        assert server.ended(video)["status"] == "completed"
+        assert not psutil.wait_procs(before, timeout=10)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patience", [60, 1])
+def test_a_server_that_is_asked_to_end_lets_its_job_end(
+    patience: int, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with Server(models("wan2.1"), tmp_path / "out", "--drain-timeout", str(patience)) as server:
+        video = server.wait().submit(num_inference_steps=300)
+        started(server, video)
+        assert server.stop(signal.SIGTERM) == 0
+        assert "1 running job(s)" in server.log.read_text()
+        kept = JobTable(server.output / "jobs.sqlite").get(video)
+        assert kept is not None
+        assert (kept.status, kept.interrupted) == ("completed" if patience > 1 else "queued", {})
 
 
 def test_a_killed_front_ends_its_ranks_and_another_goes_on(server: Server, models: Callable[[str], Path]) -> None:

@@ -115,6 +115,7 @@ def diffusers_module(path: Path, dtype: torch.dtype, encoder: bool = True) -> nn
     found = _class_of(path, name)
     if path.is_file() or name in CLASSES:
         return _module_of(open_checkpoint(path), found, dtype, encoder)
+    check_indices(path)
     try:
         loads: Any = found
         vae: nn.Module = loads.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
@@ -228,9 +229,23 @@ def _download(repo: str, subfolder: str) -> Path:
         ) from error
 
 
+def check_indices(folder: Path) -> None:
+    """Check that the indices of sharded weights in a folder and its subfolders name only files beside them.
+
+    Raises:
+        CheckpointError: an index names a file elsewhere, or cannot be read.
+    """
+    for index in sorted(folder.rglob("*.index.json")):
+        weights = read_json(index).get("weight_map", {})
+        for name in sorted({str(one) for one in (weights.values() if isinstance(weights, dict) else weights)}):
+            if not name or Path(name).name != name:
+                raise CheckpointError(f"{index}: weight_map names {name[:80]!r}; expected the name of a file beside it")
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
+        check_indices(folder)
         names = set(read_json(index).get("weight_map", {}).values())
         return [folder / name for name in sorted(names)]
     found = sorted(folder.glob("*.safetensors"))

@@ -23,6 +23,7 @@ from halovae.device.kinds import Device
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import join_world, world_size
 from halovae.grid import Grid
+from halovae.models.load import check_indices
 from halovae.pipelines.diffusers import do_without_torchvision, gather_uneven_shards
 from halovae.pipelines.specs import Pipeline, Prompt
 from halovae.pipelines.within import SharedDecode, share_encode
@@ -85,10 +86,11 @@ class Generator:
         do_without_torchvision()
         if _CHECKER in (folder / "model_index.json").read_text():  # diffusers imports no module that a folder names
             importlib.import_module(_CHECKER)
+        check_indices(folder)
         _quieten()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call it dtype, older ones only this
-            self.pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+            self.pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.vae.to(vae_dtype)
         if offload:

@@ -177,18 +177,25 @@ def _by_vae(name: str, folder: Path) -> Family:
     )  # fmt: skip
 
 
-def find_pipeline(source: str | Path) -> Path:
+def find_pipeline(source: str | Path, revision: str | None = None) -> Path:
     """Return the folder of a pipeline: the given one, or a hub id's, which is downloaded if necessary.
 
+    Args:
+        source: a folder, or an id on the hub.
+        revision: a branch, tag, or commit of a hub id. Only a commit always names the same files.
+
     Raises:
-        CheckpointError: there is no such folder or hub id, or the folder holds no pipeline.
+        CheckpointError: there is no such folder or hub id, the folder holds no pipeline, or `revision` is given for a
+            folder.
     """
     folder = Path(source)
+    if folder.is_dir() and revision is not None:
+        raise CheckpointError(f"revision {revision!r}: {source} is a folder, which has no revisions")
     if not folder.is_dir():
         from diffusers import DiffusionPipeline
 
         try:
-            folder = Path(DiffusionPipeline.download(str(source)))
+            folder = Path(DiffusionPipeline.download(str(source), revision=revision, use_safetensors=True))
         except Exception as error:  # of many kinds: unknown name, no network, no access
             raise CheckpointError(f"{source}: neither a folder nor a pipeline on the hub ({error})") from error
     if not (folder / "model_index.json").exists():

@@ -105,7 +105,7 @@ def test_the_lock_leaves_a_file_of_its_name_as_it_is(tmp_path: Path) -> None:
 def test_a_lost_database_costs_no_result(model: Path, tmp_path: Path) -> None:
     with served(model, tmp_path) as (url, _):
         shown = finished(url, submitted(url))
-    result = Path(shown["file_path"])
+    result = tmp_path / shown["file_path"]
     made = result.read_bytes()
     for file in tmp_path.glob("jobs.sqlite*"):
         file.unlink()

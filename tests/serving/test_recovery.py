@@ -153,6 +153,21 @@ def test_a_cancelled_job_stays_and_its_ranks_stop(model: Path, tmp_path: Path) -
         assert [one["id"] for one in httpx.get(f"{url}/v1/videos").json()["data"]] == [done, waiting, running]
 
 
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "mine"}])
+def test_pictures_that_nobody_waits_for_are_not_made_after_a_restart(
+    headers: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    """A client that sent a key of its own can come back, and gets the job that it made."""
+    jobs = opened(tmp_path / "jobs.sqlite")
+    job = jobs.add(replace(Job.new("image", "tiny", SPEC), request=headers.get("Idempotency-Key"), digest="d"))
+    jobs.close()
+    with served(model, tmp_path, stub=False):
+        pass
+    jobs = JobTable(tmp_path / "jobs.sqlite")
+    assert [one.id for one in jobs.of("queued")] == ([job.id] if headers else [])
+    jobs.close()
+
+
 # The server's end.
 
 

@@ -77,7 +77,7 @@ def describe(dispatcher: Dispatcher, job: Job) -> Video:
         inference_time_s=round(end - job.started, 3) if done and end and job.started else None,
         peak_memory_mb=job.report["peak_memory_mb"] if job.report else None,
         url=f"/v1/{job.kind}s/{job.id}/content" if done else None,
-        file_path=str(dispatcher.paths(job)[0]) if done else None,
+        file_path=f"results/{job.names()[0]}" if done else None,
         preview=f"/v1/{job.kind}s/{job.id}/preview?done={preview.done}" if preview else None,
         decode=Decode(**job.report) if job.report else None,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from halovae.serving.channel import RankChannel
 from halovae.serving.files import Attempt, Batch, Writer
 
 _MIB = 2**20
+_UNFORESEEN = "the ranks failed to make this; the server's log says why"
 
 
 class Decoding(threading.Thread):
@@ -142,9 +143,8 @@ class survived:
         memory = isinstance(error, MemoryBudgetError) or is_out_of_memory(error)
         if self._channel is not None:
             for attempt_id in self._attempt_ids:
-                self._channel.send(
-                    "failed", attempt_id, code="out_of_memory" if memory else "internal_error", message=str(error)
-                )
+                code, message = ("out_of_memory", str(error)) if memory else ("internal_error", _UNFORESEEN)
+                self._channel.send("failed", attempt_id, code=code, message=message)
         return True
 
 

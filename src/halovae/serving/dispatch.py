@@ -87,6 +87,9 @@ class Dispatcher:
         adopted = await self.jobs.write(JobTable.adopt, results.noted(self._ranks.results))
         if adopted:
             log.warning("%d result(s) that the database did not know were taken over", adopted)
+        for job in await self.jobs.read(JobTable.of, "queued", "in_progress"):
+            if job.kind == "image" and job.request is None:  # nobody waits for it, and nobody can come back for it
+                await self.jobs.write(JobTable.delete, job.id)
         running = await self.jobs.read(JobTable.of, "in_progress")
         for job in running:
             await self.jobs.write(JobTable.update, job, **interrupted(job, "front", len(running) == 1))

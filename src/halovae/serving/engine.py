@@ -140,7 +140,8 @@ class Engine:
             try:
                 self._held = _attempt_from(message)
             except OSError as error:
-                self._channel.send("failed", message["attempt"], code="input_lost", message=str(error))
+                log.error("an input picture cannot be read: %s", error)
+                self._channel.send("failed", message["attempt"], code="input_lost", message="an input picture is gone")
                 return None
         attempt = self._held
         if self._decoding is not None and not self._decoding.wait_until(lambda: self._has_room(attempt), IDLE):

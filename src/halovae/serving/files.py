@@ -96,7 +96,11 @@ class Writer(threading.Thread):
             if not isinstance(error, OSError):
                 logging.getLogger(__name__).exception("attempt %s cannot be written", attempt.id)
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            self._channel.send("failed", attempt.id, code="disk_full" if full else "cannot_write", message=str(error))
+            reason = getattr(error, "strerror", None) or type(error).__name__  # without the server's paths
+            self._channel.send(
+                "failed", attempt.id, code="disk_full" if full else "cannot_write",
+                message=f"the result cannot be written: {reason}",
+            )  # fmt: skip
 
     def _open(self, batch: Batch, attempt: Attempt) -> None:
         sinks = batch.sinks[attempt.id] = []

@@ -57,7 +57,7 @@ MUTANTS = {
     ),
     "a stale cache": Mutant(
         "plane/windows.py", "inner[:, :, depth - keep.shape[2] :]", "inner[:, :, : keep.shape[2]]",
-        "plane/test_row_blocks.py plane/test_passes.py",
+        "plane/test_row_blocks.py plane/passes",
     ),
     "variance without that of the means": Mutant(
         "plane/moments.py", "torch.addcmul(variances, deviation, deviation)", "variances",
@@ -68,7 +68,7 @@ MUTANTS = {
         "[one.ndim - 1]) for one in (k, v))", "plane/test_operators.py",
     ),
     "a buffer that is used once more": Mutant(
-        "plane/passes/in_place.py", "last[root(x)] is not node or", "", "plane/test_passes.py"
+        "plane/passes/in_place.py", "last[root(x)] is not node or", "", "plane/passes"
     ),
     "kernels that not all ranks have": Mutant(
         "plane/sharded.py", "compiled() if all(have_kernels)", "compiled() if any(have_kernels)",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plane.test_passes import AROUND, ODD, Block, Causal, Odd, check, seeded, targets
+from plane.passes.cases import AROUND, ODD, Block, Causal, Odd, check, seeded, targets
 from plane.test_trace import picture
 from torch import Tensor, nn
 

@@ -93,7 +93,7 @@ class Rank:
         folder = SocketFolder(output)
         self._socket.connect(folder.endpoint)
         self.token = folder.current_token() if token is None else token
-        self.send("beat", ready=True, token=self.token, since=time.time())
+        self.send("beat", ready=True, token=self.token, since=time.monotonic())
         assert self.receive()["kind"] == "welcome"
 
     def send(self, kind: str, **facts: Any) -> None:
@@ -147,8 +147,8 @@ def front_settings(model: Path, **options: Any) -> FrontSettings:
 
 @contextmanager
 def served(
-    model: Path, output: Path, stub: bool = True, restart: Callable[[str], object] = lambda reason: None,
-    drain: float = 0.0, **options: Any,
+    model: Path, output: Path, stub: bool = True,
+    restart: Callable[[str, float], bool] = lambda reason, seconds: False, drain: float = 0.0, **options: Any,
 ) -> Iterator[tuple[str, StubRanks | None]]:  # fmt: skip
     """Run a front for a model's folder, and yield its URL and its stub ranks; None without `stub`.
 

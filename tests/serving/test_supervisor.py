@@ -31,6 +31,8 @@ def test_ranks_that_end_before_they_are_ready_are_given_up(
         raise RankError("a rank failed")
 
     monkeypatch.setattr(supervisor, "launch", launch)
+    monkeypatch.setattr("os.setsid", lambda: None)
+    monkeypatch.setattr(supervisor, "_SOON", 0.0)
     monkeypatch.setattr(supervisor, "end_with_parent", lambda: None)
     monkeypatch.setattr(supervisor, "_PAUSES", (0.0, 0.0))
     settings: Any = Path("unused")

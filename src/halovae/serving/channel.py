@@ -90,7 +90,7 @@ class RankChannel:
         self.cancelled: set[str] = set()
         self.ready = False
         self._known: set[str] = set()
-        self._welcomed, self._since = False, time.time()
+        self._welcomed, self._since = False, time.monotonic()
         self._outgoing: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._folder = SocketFolder(output)
         threading.Thread(target=self._run, daemon=True, name="channel to the front").start()

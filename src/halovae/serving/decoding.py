@@ -107,7 +107,7 @@ class Decoding(threading.Thread):
         for piece in stream:
             if self._writer is not None and piece is not None:
                 self._writer.write(batch, piece)
-            if not self._broadcast.send(self._is_wanted(chosen)):
+            if not self._broadcast.send(self._is_wanted(batch)):
                 stream.close()
                 if self._writer is not None:
                     self._writer.finish(batch, {})
@@ -117,9 +117,11 @@ class Decoding(threading.Thread):
         if self._writer is not None:
             self._writer.finish(batch, summary(report))
 
-    def _is_wanted(self, attempt_ids: list[str]) -> bool:
-        channel = self._channel
-        return channel is None or any(attempt_id not in channel.cancelled for attempt_id in attempt_ids)
+    def _is_wanted(self, batch: Batch) -> bool:
+        if self._channel is None:
+            return True
+        unwanted = self._channel.cancelled | batch.dropped
+        return any(attempt.id not in unwanted for attempt in batch.attempts)
 
 
 class survived:

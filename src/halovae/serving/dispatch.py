@@ -9,12 +9,11 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio.to_thread
 import zmq
@@ -24,8 +23,10 @@ from halovae.serving import results
 from halovae.serving.attempts import Drawn, Progress, RunningAttempt
 from halovae.serving.channel import BEAT, SocketFolder
 from halovae.serving.events import Events, Render
-from halovae.serving.jobs import Cause, Job, JobSpec, failed, interrupted
+from halovae.serving.jobs import REQUEUED, Cause, Job, JobSpec, failed, interrupted
 from halovae.serving.metrics import Metrics
+from halovae.serving.outcomes import Outcomes
+from halovae.serving.recovery import recover
 from halovae.serving.settings import FrontSettings, RankSettings
 from halovae.serving.store import JobStore
 from halovae.serving.table import JobTable
@@ -33,20 +34,14 @@ from halovae.serving.table import JobTable
 log = logging.getLogger(__name__)
 _SILENCE = 10 * BEAT  # seconds without a message after which ranks count as gone
 _AHEAD = 2  # attempts that ranks hold before denoising ends: the current one and the next
-_PAUSES = 0.1, 2.0  # seconds until a failed write is tried again: the first pause, and the longest
 _EXPIRED = 1000  # jobs that one sweep removes at most
+_PATIENCE = 5.0  # seconds for which the server's end waits for another process that writes to the database
+_LOADING = 1800.0  # seconds for which ranks may be starting
+_STRANGERS = 100  # processes of which the log says that they were turned away
 
 
 class Draining(Exception):
     """The server is ending, and takes no more jobs."""
-
-
-class _PendingWrite(NamedTuple):
-    """Changes to an attempt's job that are not on disk yet. `last`: they end the attempt."""
-
-    attempt: str
-    changes: dict[str, Any]
-    last: bool
 
 
 class Dispatcher:
@@ -57,13 +52,14 @@ class Dispatcher:
         ranks: the ranks' settings.
         front: the front's settings.
         metrics: what is counted.
-        restart: ends all ranks, so that others start. Called with the reason when the ranks make no progress.
+        restart: ends all ranks that are older than some seconds, so that others start. Called with the reason and these
+            seconds when the ranks make no progress.
         render: returns the event of a job that changed.
     """
 
     def __init__(
         self, jobs: JobStore, ranks: RankSettings, front: FrontSettings, metrics: Metrics,
-        restart: Callable[[str], object], render: Render,
+        restart: Callable[[str, float], bool], render: Render,
     ) -> None:  # fmt: skip
         self.jobs, self._ranks, self._front, self._metrics, self._restart = jobs, ranks, front, metrics, restart
         self.events = Events(render)
@@ -71,37 +67,19 @@ class Dispatcher:
         self.draining = self.closed = False
         self._attempts: dict[str, RunningAttempt] = {}
         self._removed: dict[str, Job] = {}  # by attempt id, until the ranks have ended the attempt
-        self._pending: deque[_PendingWrite] = deque()
-        self._pause, self._next_try = _PAUSES[0], 0.0
-        self._pumping = asyncio.Lock()
+        self._changing = asyncio.Lock()  # held while a job's status or its place with the ranks changes
+        self._outcomes = Outcomes(jobs, ranks.results, metrics, self.events, self._attempts, self._changing)
         self._peer: bytes | None = None
         self._since = 0.0  # when the present ranks started; earlier ones that still live are not heard
-        self._ready, self._heard, self._advanced = False, time.monotonic(), time.monotonic()
+        self._ready, self._strangers = False, set[bytes]()
+        self._heard = self._advanced = self._turned = time.monotonic()
         self._cause: Cause = "ranks"  # why the present ranks will have ended
         self.inputs = ranks.output / ".inputs"
+        self._planned = ranks.output / ".ending"  # exists while the server ends because it was asked to
 
     async def start(self) -> None:
         """Recover the jobs of an earlier front, and listen to the ranks."""
-        for folder in (self.inputs, self._ranks.results):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        adopted = await self.jobs.write(JobTable.adopt, results.noted(self._ranks.results))
-        if adopted:
-            log.warning("%d result(s) that the database did not know were taken over", adopted)
-        for job in await self.jobs.read(JobTable.of, "queued", "in_progress"):
-            if job.kind == "image" and job.request is None:  # nobody waits for it, and nobody can come back for it
-                await self.jobs.write(JobTable.delete, job.id)
-        running = await self.jobs.read(JobTable.of, "in_progress")
-        for job in running:
-            await self.jobs.write(JobTable.update, job, **interrupted(job, "front", len(running) == 1))
-        completed = await self.jobs.read(JobTable.of, "completed")
-        queued = await self.jobs.read(JobTable.of, "queued")
-
-        def tidy() -> None:
-            results.tidy(self._ranks.results)
-            results.adopt(self._ranks.output, self._ranks.results, completed)
-            results.drop_orphans(self.inputs, queued)
-
-        await anyio.to_thread.run_sync(tidy)
+        await recover(self.jobs, self._ranks, self.inputs, self._planned)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._folder = SocketFolder(self._ranks.output, front=True)
@@ -120,17 +98,20 @@ class Dispatcher:
     async def run(self) -> None:
         """Receive messages from the ranks and write them to disk, forever."""
         while True:
-            pause = max(0.0, self._next_try - time.monotonic()) if self._pending else BEAT
-            if await self._socket.poll(round(1000 * min(BEAT, pause))):
+            wait = self._outcomes.wait
+            if await self._socket.poll(round(1000 * (BEAT if wait is None else min(BEAT, wait)))):
                 parts = await self._socket.recv_multipart()
                 try:
                     peer, message = parts
                     await self._take(peer, json.loads(message))
                 except Exception:  # a failure of one job must not end the others
                     log.exception("a message from the ranks could not be handled")
-            if time.monotonic() >= self._next_try:
-                await self._write()
-            await self._watch()
+            if self._outcomes.wait == 0:
+                await self._outcomes.write()
+            try:
+                await self._watch()
+            except Exception:
+                log.exception("stalled ranks, or jobs that run too long, could not be ended")
             await self._pump()
 
     @property
@@ -142,7 +123,9 @@ class Dispatcher:
         """Start no more jobs, and wait until those that run have ended, for at most `seconds`."""
         self.draining = True
         until = time.monotonic() + seconds
-        async with self._pumping:
+        with suppress(OSError):  # a full disk
+            self._planned.touch()
+        async with self._changing:
             for attempt_id, attempt in list(self._attempts.items()):
                 if attempt.stage == "waiting" and not attempt.over:
                     del self._attempts[attempt_id]
@@ -150,17 +133,27 @@ class Dispatcher:
         while time.monotonic() < until and self.run_count:
             await asyncio.sleep(0.05)
 
+    def end_streams(self) -> None:
+        """Let requests that wait for changes return."""
+        self.closed = True
+        self.events.close()
+
     async def close(self) -> None:
         """Put jobs that run back to the queue: the server's end is not their fault."""
-        self.draining = self.closed = True
+        self.draining = True
+        self.end_streams()
+        until = time.monotonic() + _PATIENCE
         with suppress(sqlite3.Error):  # what is not written now is recovered at the next start
-            await self._write()
+            while (wait := self._outcomes.wait) is not None and time.monotonic() < until:
+                await asyncio.sleep(wait)
+                await self._outcomes.write()
             for attempt in self._attempts.values():
                 if attempt.runs:
-                    await self.jobs.write(JobTable.update, attempt.job, status="queued", started=None)
+                    left = max(0.0, until - time.monotonic())
+                    await self.jobs.write_patiently(left, JobTable.update, attempt.job, **REQUEUED)
+            self._planned.unlink(missing_ok=True)
         self._socket.close()
         self._folder.remove()
-        self.events.close()
 
     def running(self, job: Job) -> RunningAttempt | None:
         """Return the job's attempt that the ranks have, if there is one."""
@@ -191,7 +184,8 @@ class Dispatcher:
 
     async def remove(self, job: Job) -> None:
         """Cancel a job, and delete it and its files."""
-        async with self._pumping:
+        async with self._changing:
+            await anyio.to_thread.run_sync(results.forget, self._ranks.results, job)
             await self.jobs.write(JobTable.delete, job.id)
             await self._withdraw(job)
         await anyio.to_thread.run_sync(results.remove, self._ranks.results, job)
@@ -200,15 +194,14 @@ class Dispatcher:
 
     async def cancel(self, job: Job, code: str = "cancelled", message: str = "the job was cancelled") -> None:
         """Fail a job that has not ended. It is no longer worked on."""
-        async with self._pumping:
-            attempt = self.running(job)
+        async with self._changing:
             current = await self.jobs.read(JobTable.get, job.id)
-            if current is None or current.ended or (attempt is not None and attempt.over):
+            if current is None or current.ended or self._outcomes.is_ending(job):
                 return
             await self.jobs.write(JobTable.update, current, **failed(code, message))
             await self._withdraw(job)
         self._metrics.failed.labels(job.kind, code).inc()
-        results.drop_inputs(job)
+        await anyio.to_thread.run_sync(self._outcomes.drop_inputs, job)
         self.events.publish(job)
         await self._pump()
 
@@ -224,7 +217,8 @@ class Dispatcher:
     async def expire(self) -> None:
         """Delete ended jobs that are too old, and the oldest ones while all files together are too large."""
         before = time.time() - self._front.expire_after
-        for job in await self.jobs.read(JobTable.expired, before, self._front.max_output, _EXPIRED):
+        expired = await self.jobs.read(JobTable.expired, before, self._front.max_output, _EXPIRED)
+        for job in expired:
             try:  # files first: a job that is not in the database would be taken over again
                 await anyio.to_thread.run_sync(results.remove, self._ranks.results, job)
                 await self.jobs.write(JobTable.delete, job.id)
@@ -232,6 +226,8 @@ class Dispatcher:
             except OSError:
                 self._metrics.sweep_errors.inc()
                 log.exception("%s cannot be removed: the next sweep tries again", job.id)
+        if expired:
+            await self.jobs.write(JobTable.trim)
 
     def paths(self, job: Job) -> list[Path]:
         """Return the paths of a job's results, whether they exist yet or not."""
@@ -245,7 +241,10 @@ class Dispatcher:
         kind = message["kind"]
         if kind == "beat" and peer != self._peer and message["since"] > self._since:
             if not self._folder.knows(message.get("token")):
-                return log.error("a process that is none of this server's ranks was turned away")
+                if peer not in self._strangers and len(self._strangers) < _STRANGERS:
+                    self._strangers.add(peer)
+                    log.error("a process that does not know this server's token was turned away")
+                return
             self._since = message["since"]
             await self._greet(peer)
         if peer != self._peer:
@@ -266,11 +265,16 @@ class Dispatcher:
             self._metrics.restarts.inc()
         self._peer, self._ready = peer, False
         await self._send({"kind": "welcome", "token": self._folder.token})
-        running = [attempt for attempt in self._attempts.values() if attempt.runs]
-        for attempt_id, attempt in list(self._attempts.items()):
-            if attempt.runs:
-                self._end(attempt_id, attempt, interrupted(attempt.job, self._cause, len(running) == 1))
-            elif not attempt.over:  # else its end is not written yet
+        had = {attempt_id: attempt for attempt_id, attempt in self._attempts.items() if not attempt.over}
+        running = [attempt_id for attempt_id, attempt in had.items() if attempt.runs]
+        # The oldest one may have ended rank 0 before it could say that it has begun.
+        suspects = running or [*had][:1]
+        for attempt_id, attempt in had.items():
+            if attempt_id in suspects:
+                only = len(suspects) == 1 and not self._removed
+                changes = REQUEUED if self.draining else interrupted(attempt.job, self._cause, only)
+                self._outcomes.end(attempt_id, changes)
+            else:
                 del self._attempts[attempt_id]
         self._cause = "ranks"
         for job in self._removed.values():
@@ -283,7 +287,7 @@ class Dispatcher:
         if kind == "started":
             attempt.begin("denoising")
             changes = {"status": "in_progress", "started": now, "attempts": job.attempts + 1}
-            self._pending.append(_PendingWrite(attempt_id, changes, False))
+            self._outcomes.begin(attempt_id, changes)
         elif kind == "progress":
             attempt.advance(message["stage"], message["done"])
             self.events.publish(job)
@@ -297,56 +301,18 @@ class Dispatcher:
         elif kind == "finished":
             self.progress.took(job.spec, message["decode"].get("seconds", 0.0))
             done = {"status": "completed", "completed": now, "files": job.names(), "report": message["decode"]}
-            self._end(attempt_id, attempt, done)
+            self._outcomes.end(attempt_id, done)
         elif kind == "failed":
-            self._end(attempt_id, attempt, failed(message["code"], message["message"]))
+            self._outcomes.end(attempt_id, failed(message["code"], message["message"]))
         else:  # cancelled, though this front did not cancel it
-            self._end(attempt_id, attempt, {"status": "queued", "started": None})
-
-    def _end(self, attempt_id: str, attempt: RunningAttempt, changes: dict[str, Any]) -> None:
-        attempt.over = True
-        self._pending.append(_PendingWrite(attempt_id, changes, True))
-
-    async def _write(self) -> None:
-        """Write pending changes in order. If one cannot be written, it and all later ones are tried again later."""
-        while self._pending:
-            attempt_id, changes, last = self._pending[0]
-            attempt = self._attempts.get(attempt_id)
-            if attempt is not None:  # None if its job was removed meanwhile
-                try:
-                    await self._store(attempt.job, changes)
-                except (sqlite3.OperationalError, OSError) as error:
-                    if self._pause == _PAUSES[0]:
-                        log.warning("the jobs cannot be written (%s): writing is tried again until it succeeds", error)
-                    self._next_try = time.monotonic() + self._pause
-                    self._pause = min(2 * self._pause, _PAUSES[1])
-                    return
-                if last:
-                    self._attempts.pop(attempt_id, None)
-                self.events.publish(attempt.job)
-            self._pending.popleft()
-        if self._pause != _PAUSES[0]:
-            self._pause = _PAUSES[0]
-            log.warning("the jobs are written again")
-
-    async def _store(self, job: Job, changes: dict[str, Any]) -> None:
-        status = changes["status"]
-        if status == "completed":
-            changes = await anyio.to_thread.run_sync(results.note, self._ranks.results, job, changes)
-        await self.jobs.write(JobTable.update, job, **changes)
-        if status == "completed":
-            self._metrics.finished(job, changes["report"])
-        elif status == "failed":
-            self._metrics.failed.labels(job.kind, changes["error_code"]).inc()
-        if job.ended:
-            try:
-                await anyio.to_thread.run_sync(results.drop_inputs, job)
-            except OSError:
-                log.exception("the input pictures of %s could not be removed", job.id)
+            self._outcomes.end(attempt_id, REQUEUED)
 
     async def _watch(self) -> None:
         """End jobs that run for too long, and ranks that make no progress."""
-        now, limits = time.monotonic(), self._front.limits
+        now, limits, timeout = time.monotonic(), self._front.limits, self._front.stall_timeout
+        if now - self._turned > 3 * BEAT:  # this process was stopped: what the ranks sent meanwhile is still unread
+            self._heard = self._advanced = now
+        self._turned = now
         running = [attempt for attempt in self._attempts.values() if attempt.runs]
         if limits.job_seconds is not None:
             for attempt in running:
@@ -354,17 +320,21 @@ class Dispatcher:
                     message = f"the job ran for more than {limits.job_seconds:g} s (--job-timeout)"
                     with suppress(sqlite3.OperationalError):  # tried again a moment later
                         await self.cancel(attempt.job, "timeout", message)
-        if not any(not attempt.over for attempt in self._attempts.values()) and now - self._heard < _SILENCE:
+        busy = bool(self._removed) or not all(attempt.over for attempt in self._attempts.values())
+        if not self._ready:  # they are starting
+            timeout = max(timeout, _LOADING)
+        elif not busy and now - self._heard < _SILENCE:
             self._advanced = now
-        elif now - self._advanced > self._front.stall_timeout:
-            self._cause, self._ready, self._advanced = "stall", False, now
-            self._restart(f"the ranks made no progress for {self._front.stall_timeout:g} s (--stall-timeout)")
+        if now - self._advanced > timeout:
+            self._advanced = now
+            if self._restart(f"the ranks made no progress for {timeout:g} s (--stall-timeout)", timeout):
+                self._cause, self._ready = "stall", False
 
     async def _pump(self) -> None:
         """Send the ranks as many waiting jobs as they have room for."""
         if not self.ready:
             return
-        async with self._pumping:
+        async with self._changing:
             most = _AHEAD + 2 * self._ranks.decode_batch
             ahead = sum(
                 attempt.stage in ("waiting", "denoising") for attempt in self._attempts.values() if not attempt.over
@@ -377,7 +347,7 @@ class Dispatcher:
                 queued = await self.jobs.read(JobTable.of, "queued", limit=len(sent) + room)
             except sqlite3.OperationalError as error:  # the next beat of the ranks calls this again
                 return log.warning("the jobs cannot be read (%s)", error)
-            for job in [job for job in queued if job.id not in sent][:room]:
+            for job in [job for job in queued if job.id not in sent][: room if self.ready else 0]:
                 busy = [attempt for attempt in self._attempts.values() if not attempt.over]
                 if busy and (job.alone or any(attempt.job.alone for attempt in busy)):
                     return

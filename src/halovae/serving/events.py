@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from halovae.serving.jobs import Job
 
 log = logging.getLogger(__name__)
-MOST = 100  # listeners at a time
+MOST, MOST_OF_OWNER = 100, 25  # listeners at a time
 _PERIOD = 0.25  # seconds between two events of a job
 _WAITING = 200  # events that a listener may leave unread; one that is slower is dropped
 _SILENCE = 15.0  # seconds after which a comment tells proxies that the connection is in use
@@ -18,7 +18,7 @@ Render = Callable[[str], Awaitable[bytes]]
 
 
 class TooManyListeners(Exception):
-    """`MOST` listeners are connected."""
+    """As many listeners are connected as may be."""
 
 
 class _Listener:
@@ -68,7 +68,7 @@ class Events:
                     log.exception("a change of %s could not be told", job)
                     continue
                 for listener in [*self._listeners]:
-                    if listener.owner in (None, owner):
+                    if listener.owner == owner:
                         listener.unread[job] = event
                         listener.changed.set()
                         if len(listener.unread) > _WAITING:
@@ -78,12 +78,13 @@ class Events:
 
     @contextmanager
     def listening(self, owner: str | None) -> Iterator[AsyncIterator[bytes]]:
-        """Yield the events of an owner's jobs, or of all jobs.
+        """Yield the events of an owner's jobs.
 
         Raises:
-            TooManyListeners: `MOST` listeners are connected.
+            TooManyListeners: `MOST` listeners are connected, or `MOST_OF_OWNER` of this owner.
         """
-        if len(self._listeners) >= MOST:
+        own = sum(one.owner == owner for one in self._listeners)
+        if len(self._listeners) >= MOST or (owner is not None and own >= MOST_OF_OWNER):
             raise TooManyListeners
         listener = _Listener(owner)
         self._listeners.add(listener)

@@ -46,6 +46,7 @@ class Batch:
     attempts: Sequence[Attempt]
     done: int = 0
     sinks: dict[str, list[media.Sink]] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)  # ids of attempts that were cancelled or could not be written
 
 
 class Writer(threading.Thread):
@@ -119,6 +120,7 @@ class Writer(threading.Thread):
         self._channel.send("finished", attempt.id, decode=decode)
 
     def _drop(self, batch: Batch, attempt: Attempt) -> None:
+        batch.dropped.add(attempt.id)
         for sink in batch.sinks.pop(attempt.id, []):
             try:
                 sink.close(whole=False)

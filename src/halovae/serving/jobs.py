@@ -10,6 +10,7 @@ from typing import Any, Literal
 Kind = Literal["video", "image"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
 Cause = Literal["ranks", "stall", "front"]  # what can interrupt a running job
+REQUEUED: dict[str, Any] = {"status": "queued", "started": None}  # the changes to a job that waits again
 TRIES = 3  # interruptions by one cause, with nothing else running, after which a job fails
 
 
@@ -110,4 +111,4 @@ def interrupted(job: Job, cause: Cause, only: bool) -> dict[str, Any]:
             words = {"ranks": "a rank ended", "stall": "the ranks stalled", "front": "the server ended"}[cause]
             message = f"{words} {TRIES} times while only this job was running: it is not tried again"
             return {**failed("interrupted", message), "interrupted": counts}
-    return {"status": "queued", "started": None, "interrupted": counts, "alone": True}
+    return {**REQUEUED, "interrupted": counts, "alone": True}

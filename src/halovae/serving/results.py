@@ -18,16 +18,23 @@ log = logging.getLogger(__name__)
 _ID = "(video|image)_[0-9a-f]{32}"
 # Names of results that are being written: a name of `Job.names`, as `media.partial_of` changes it.
 _PARTIAL = re.compile(rf"\.{_ID}-[0-9]+\.(mp4|png)\.partial|\.{_ID}\.json\.partial")
+_RESULT = re.compile(rf"{_ID}-[0-9]+\.(mp4|png)|{_PARTIAL.pattern}")
+_MARKER = ".halovae"
 _NOTE = re.compile(rf"{_ID}\.json")
 _INPUT = re.compile(rf"({_ID})-[0-9]+\.png")
 
 
-def tidy(results: Path) -> None:
-    """Remove partial results of ended processes.
+def prepare(results: Path) -> None:
+    """Make the folder of results, and mark it as halovae's. Remove partial results of ended processes.
 
-    Finished results of unknown jobs stay, as the database may have been lost. Files with other names stay too.
+    Finished results of unknown jobs stay, as the database may have been lost. Files with other names stay too, and
+    everything stays in a folder that another program made.
     """
-    for path in results.glob(".*.partial"):
+    results.mkdir(mode=0o700, exist_ok=True)
+    marker = results / _MARKER
+    ours = marker.exists() or any(_RESULT.fullmatch(path.name) for path in results.iterdir())
+    marker.write_text("`halovae serve` keeps results here, and removes them when they expire.\n")
+    for path in results.glob(".*.partial") if ours else ():
         if _PARTIAL.fullmatch(path.name) and path.is_file():
             path.unlink()
 
@@ -62,16 +69,24 @@ def noted(results: Path) -> Iterator[Job]:
             continue
         try:
             job = from_json(path.read_text())
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s cannot be read: its job is not adopted (%r)", path, error)
+            if job.id != path.stem or job.status != "completed":
+                raise ValueError(f"it is of {job.id}, {job.status}")
+            whole = all((results / name).is_file() for name in job.names())
+        except Exception as error:  # whatever the file may hold
+            log.warning("%s cannot be read: its job is not taken over (%r)", path, error)
             continue
-        if job.status == "completed" and all((results / name).is_file() for name in job.names()):
-            yield job
+        if whole:
+            yield replace(job, spec=replace(job.spec, images=()))
+
+
+def forget(results: Path, job: Job) -> None:
+    """Remove a job's note, so that the job is not taken over once the database does not know it."""
+    (results / f"{job.id}.json").unlink(missing_ok=True)
 
 
 def remove(results: Path, job: Job) -> None:
     """Remove a job's note, its results, and its input pictures."""
-    (results / f"{job.id}.json").unlink(missing_ok=True)  # first: a note without results would be of no use
+    forget(results, job)
     drop_inputs(job)
     for name in job.names():
         discard(results / name)
@@ -83,10 +98,9 @@ def drop_inputs(job: Job) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def drop_orphans(inputs: Path, waiting: Iterable[Job]) -> None:
-    """Remove input pictures of jobs that are not waiting."""
-    ids = {job.id for job in waiting}
+def drop_orphans(inputs: Path, waiting: set[str]) -> None:
+    """Remove input pictures of jobs whose ids are not among those of waiting ones."""
     for path in inputs.glob("*.png"):
         match = _INPUT.fullmatch(path.name)
-        if match and match[1] not in ids:
+        if match and match[1] not in waiting:
             path.unlink()

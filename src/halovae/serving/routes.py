@@ -14,7 +14,7 @@ from halovae.serving import thumbnails
 from halovae.serving.access import Caller, Dispatching, Front, authorized
 from halovae.serving.answers import describe, event_of, file_of, find_job, preview_of
 from halovae.serving.errors import ApiError
-from halovae.serving.events import MOST, TooManyListeners
+from halovae.serving.events import TooManyListeners
 from halovae.serving.requests import job_spec_for, pictures_of, reference_of
 from halovae.serving.schemas import Asked, Deleted, EditRequest, ImageRequest, Images, Video, VideoList, VideoRequest
 from halovae.serving.submission import fields_of, made_images, submitted
@@ -158,7 +158,7 @@ async def jobs(dispatcher: Dispatching, caller: Caller) -> StreamingResponse:
             latest = await dispatcher.jobs.read(JobTable.page, None, 50, owner=caller)
             stack = stack.pop_all()
     except TooManyListeners as many:
-        raise ApiError(503, f"{MOST} listeners are connected already", headers={"Retry-After": "30"}) from many
+        raise ApiError(429, "too many listeners are connected", headers={"Retry-After": "30"}) from many
 
     async def events() -> AsyncIterator[bytes]:
         with stack:

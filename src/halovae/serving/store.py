@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,6 +16,8 @@ from halovae.serving.table import JobTable, opened
 
 P = ParamSpec("P")
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+_PAUSE = 0.5  # seconds between two tries to write
 
 
 class JobStore:
@@ -37,6 +41,22 @@ class JobStore:
         """
         call = self._writer.submit(change, self._to_write, *args, **options)
         return await asyncio.wrap_future(call)
+
+    async def write_patiently(
+        self, seconds: float, change: Callable[Concatenate[JobTable, P], T], *args: P.args, **options: P.kwargs
+    ) -> T:
+        """Call `write`, and try again while the database is locked or the disk full, for at most `seconds`."""
+        waiting, deadline = False, time.monotonic() + seconds
+        while True:
+            try:
+                return await self.write(change, *args, **options)
+            except sqlite3.OperationalError as error:
+                if time.monotonic() > deadline:
+                    raise
+                if not waiting:
+                    log.warning("the jobs cannot be written (%s): writing is tried again", error)
+                waiting = True
+                await asyncio.sleep(_PAUSE)
 
     def close(self) -> None:
         """Close the database. Changes that are under way are completed first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -22,6 +23,8 @@ from halovae.serving.settings import RankSettings
 
 log = logging.getLogger(__name__)
 _PAUSES = 0.2, 30.0  # seconds before ranks are restarted: the first time, and at most
+_SOON = 5.0  # the same, at most, for ranks that were ready
+_STEADY = 60.0  # seconds after which ranks that were ready count as sound
 _CHECK = 0.2  # seconds between two checks
 # Starts in a row that may end before the ranks are ready, once they have been ready: something may kill them as they
 # load.
@@ -35,15 +38,20 @@ class RanksLost(RuntimeError):
 
 
 class Backoff:
-    """When to restart what ended: sooner if it has been ready, later each time that it was not, and then not at all."""
+    """When to restart ranks that ended: later each time, and, if they were not even ready, in the end not at all.
 
-    def __init__(self) -> None:
-        self._left, self._pause = 1, _PAUSES[0]
+    Args:
+        have_been_ready: whether earlier ranks were ready. The first ones must be: the next start would fail too.
+    """
 
-    def pause(self, was_ready: bool) -> float | None:
-        """Return the seconds to wait before the next start; None to give up."""
-        if was_ready:
-            self._left, self._pause = _TRIES, _PAUSES[0]
+    def __init__(self, have_been_ready: bool = False) -> None:
+        self._left, self._pause = _TRIES if have_been_ready else 1, _PAUSES[0]
+
+    def pause(self, were_ready: bool, seconds: float) -> float | None:
+        """Return the seconds to wait before the next start; None to give up. `seconds`: how long the ranks lived."""
+        if were_ready:
+            self._left = _TRIES
+            self._pause = _PAUSES[0] if seconds > _STEADY else min(2 * self._pause, _SOON)
             return self._pause
         self._left -= 1
         self._pause = min(2 * self._pause, _PAUSES[1])
@@ -58,6 +66,7 @@ class Supervisor:
         self._context = multiprocessing.get_context("spawn")
         self._ready = self._context.Event()
         self._process: BaseProcess | None = None
+        self._agent: psutil.Process | None = None
 
     async def run(self) -> None:
         """Start the ranks, and restart them whenever they end.
@@ -73,7 +82,9 @@ class Supervisor:
                 args=(self._ranks, self._settings, self._ready, has_been_ready, sender),
                 name="agent",
             )
+            begin = time.monotonic()
             self._process.start()
+            self._agent = psutil.Process(self._process.pid)
             sender.close()
             while self._process.is_alive():
                 await asyncio.sleep(_CHECK)
@@ -84,7 +95,7 @@ class Supervisor:
                     reason = reasons.recv()
                 except EOFError:
                     break
-            pause = None if code == _GAVE_UP else backoff.pause(self._ready.is_set())
+            pause = None if code == _GAVE_UP else backoff.pause(self._ready.is_set(), time.monotonic() - begin)
             if pause is None:
                 raise RanksLost(reason)
             has_been_ready = has_been_ready or self._ready.is_set()
@@ -92,26 +103,39 @@ class Supervisor:
             self._ready.clear()
             await asyncio.sleep(pause)
 
-    def restart(self, reason: str) -> None:
-        """End all ranks at once, even stopped ones, so that `run` starts others. Returns before they have ended."""
+    def restart(self, reason: str, seconds: float) -> bool:
+        """End all ranks at once, even stopped ones, so that `run` starts others. Returns before they have ended.
+
+        Ranks of which some are younger than `seconds` are starting: they stay, and False is returned.
+        """
+        if self._agent is None or not older(self._agent, seconds):
+            return False
         log.warning("the ranks are restarted: %s", reason)
-        if self._process is not None and self._process.pid is not None:
-            threading.Thread(target=_kill, args=(self._process.pid,), daemon=True).start()
+        threading.Thread(target=_kill, args=(self._agent,), daemon=True).start()
+        return True
 
     def stop(self) -> None:
         """End the ranks."""
         if self._process is not None:
             self._process.terminate()  # the agent ends its ranks
             self._process.join(10)
-            if self._process.pid is not None:
-                _kill(self._process.pid)
+            if self._agent is not None:
+                _kill(self._agent)
 
 
-def _kill(agent: int) -> None:
+def older(agent: psutil.Process, seconds: float) -> bool:
+    """Whether an agent's ranks have been running for so many seconds; a single rank is the agent itself."""
     try:
-        process = psutil.Process(agent)
-        ranks = process.children(recursive=True)
-        process.kill()
+        ranks = agent.children(recursive=True) or [agent]
+        return all(time.time() - rank.create_time() > seconds for rank in ranks)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _kill(agent: psutil.Process) -> None:
+    try:
+        ranks = agent.children(recursive=True)
+        agent.kill()
     except psutil.NoSuchProcess:
         return
     _, stuck = psutil.wait_procs(ranks, _LEAVE)
@@ -124,11 +148,11 @@ def _kill(agent: int) -> None:
 
 def _watch_over(ranks: int, settings: RankSettings, ready: Event, have_been_ready: bool, reasons: Connection) -> None:
     """Keep ranks running. Exit with `_GAVE_UP` if they end before they are ready, as `Backoff` says."""
+    os.setsid()  # Ctrl-C reaches every process of the terminal, and the front lets running jobs end
     threading.Thread(target=end_with_parent, daemon=True).start()
-    backoff = Backoff()
-    if have_been_ready:
-        backoff.pause(True)
+    backoff = Backoff(have_been_ready)
     while True:
+        begin = time.monotonic()
         try:
             launch(ranks, serve_as_rank, settings, ready)
         except KeyboardInterrupt:
@@ -136,7 +160,7 @@ def _watch_over(ranks: int, settings: RankSettings, ready: Event, have_been_read
         except Exception as error:
             traceback.print_exc(limit=0)
             reasons.send((str(error).strip() or repr(error)).splitlines()[-1][:500])
-        pause = backoff.pause(ready.is_set())
+        pause = backoff.pause(ready.is_set(), time.monotonic() - begin)
         if pause is None:
             sys.exit(_GAVE_UP)
         ready.clear()

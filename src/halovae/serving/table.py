@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from halovae.serving.jobs import Job, JobSpec, Kind, Status
 log = logging.getLogger(__name__)
 VERSION = 1  # of the columns below, kept in SQLite's `user_version`
 _BUSY = 0.25  # seconds for which a call waits for another process that writes
+_PATIENCE = 60.0  # seconds for which a start waits for it
+_PAUSE = 0.5
 _JSON = ("spec", "files", "report", "interrupted")
 _COLUMNS = tuple(column.name for column in fields(Job) if column.name != "seq")
 _SPEC = {one.name for one in fields(JobSpec)}
@@ -40,7 +42,9 @@ class JobTable:
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY)
         self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode=WAL")
+        (mode,) = self._db.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            log.warning("%s: SQLite uses the journal mode %s here, so that reads wait for writes", path, mode)
         self._db.execute("PRAGMA secure_delete=ON")  # deleted prompts do not stay in the file
 
     def close(self) -> None:
@@ -62,22 +66,31 @@ class JobTable:
         found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise sqlite3.DatabaseError(found)
-        columns = ", ".join("id TEXT UNIQUE NOT NULL" if name == "id" else name for name in _COLUMNS)
+        if version < VERSION:
+            self._migrate()
+        for row in self._db.execute("SELECT * FROM jobs").fetchall():
+            problem = None
+            try:
+                _job(row)
+            except Exception as error:  # whatever a row may hold
+                problem = repr(error)
+                log.error("job %s cannot be read and is left out (%s)", ascii(row["id"]), problem)
+            if (problem is None) != (row["problem"] is None):
+                self._db.execute("UPDATE jobs SET problem = ? WHERE seq = ?", (problem, row["seq"]))
+
+    def _migrate(self) -> None:
+        """Make the table, or add the columns that version 0 lacks."""
         self._db.execute("BEGIN IMMEDIATE")
+        columns = ", ".join("id TEXT UNIQUE NOT NULL" if name == "id" else name for name in _COLUMNS)
         self._db.execute(f"CREATE TABLE IF NOT EXISTS jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, {columns})")
         present = {row["name"] for row in self._db.execute("PRAGMA table_info(jobs)")}
-        for name in (one for one in _COLUMNS if one not in present):  # version 0 had fewer
+        # Why a row cannot be read. Its other columns stay: a later version may be able to read it.
+        for name in (one for one in (*_COLUMNS, "problem") if one not in present):
             self._db.execute(f"ALTER TABLE jobs ADD COLUMN {name}")
         self._db.execute("CREATE INDEX IF NOT EXISTS by_status ON jobs (status, seq)")
         self._db.execute("CREATE UNIQUE INDEX IF NOT EXISTS by_request ON jobs (ifnull(owner, ''), request)")
         self._db.execute(f"PRAGMA user_version={VERSION}")
         self._db.execute("COMMIT")
-        for row in self._db.execute("SELECT * FROM jobs").fetchall():
-            try:
-                _job(row)
-            except Exception as error:  # whatever a row may hold
-                log.error("job %s cannot be read and is left out (%r)", ascii(row["id"]), error)
-                self._db.execute("UPDATE jobs SET status = 'unreadable' WHERE seq = ?", (row["seq"],))
 
     def add(self, job: Job, most: int | None = None, most_of_owner: int | None = None) -> Job:
         """Store a new job, and return it. It is on disk when this returns.
@@ -88,7 +101,7 @@ class JobTable:
             QueueFull: `most` jobs are waiting, or `most_of_owner` of this job's owner.
         """
         if job.request is not None:
-            for known in self._select("WHERE owner IS ? AND request = ?", job.owner, job.request):
+            for known in self._select("ifnull(owner, '') = ifnull(?, '') AND request = ?", job.owner, job.request):
                 return known
         if most is not None and self.count("queued") >= most:
             raise QueueFull(most)
@@ -103,7 +116,7 @@ class JobTable:
         return job
 
     def get(self, job: str) -> Job | None:
-        return next(iter(self._select("WHERE id = ?", job)), None)
+        return next(iter(self._select("id = ?", job)), None)
 
     def update(self, job: Job, /, **changes: Any) -> None:
         """Change a job on disk, then in memory. A change that cannot be written is not made in memory."""
@@ -118,7 +131,11 @@ class JobTable:
     def of(self, *statuses: Status, limit: int = -1) -> list[Job]:
         """Return the jobs with one of these statuses, in order of arrival."""
         marks = ", ".join("?" for _ in statuses)
-        return self._select(f"WHERE status IN ({marks}) ORDER BY seq LIMIT ?", *statuses, limit)
+        return self._select(f"status IN ({marks}) ORDER BY seq LIMIT ?", *statuses, limit)
+
+    def unended(self) -> set[str]:
+        """Return the ids of all jobs that have not ended, also of those that cannot be read."""
+        return {row["id"] for row in self._db.execute("SELECT id FROM jobs WHERE status NOT IN (?, ?)", _ENDED)}
 
     def expired(self, before: float, most_bytes: int | None, limit: int) -> list[Job]:
         """Return up to `limit` jobs to remove, the oldest first.
@@ -127,51 +144,55 @@ class JobTable:
         """
         sizes = "SELECT seq, sum(bytes) OVER (ORDER BY seq DESC) AS total FROM jobs WHERE status IN (?, ?)"
         return self._select(
-            f"WHERE status IN (?, ?) AND (ifnull(completed, created) < ? OR (? IS NOT NULL AND "
+            f"status IN (?, ?) AND (ifnull(completed, created) < ? OR (? IS NOT NULL AND "
             f"seq IN (SELECT seq FROM ({sizes}) WHERE total > ?))) ORDER BY seq LIMIT ?",
             *_ENDED, before, most_bytes, *_ENDED, most_bytes, limit,
         )  # fmt: skip
 
     def count(self, status: Status, owner: str | None = None) -> int:
         """Return the number of jobs with a status, or of those that belong to an owner."""
-        query = "SELECT count(*) FROM jobs WHERE status = ? AND (? IS NULL OR owner = ?)"
+        query = "SELECT count(*) FROM jobs WHERE status = ? AND problem IS NULL AND (? IS NULL OR owner = ?)"
         return int(self._db.execute(query, (status, owner, owner)).fetchone()[0])
 
     def page(
         self, kind: Kind | None, limit: int, newest_first: bool = True, after: Job | None = None,
         owner: str | None = None,
     ) -> list[Job]:  # fmt: skip
-        """Return up to `limit` jobs that follow `after`, the newest first or in order of arrival.
-
-        With `owner`, only that owner's jobs are returned.
-        """
-        where, values = ["status != 'unreadable'"], []
-        for name, value in (("kind", kind), ("owner", owner)):
-            if value is not None:
-                where.append(f"{name} = ?")
-                values.append(value)
+        """Return up to `limit` of an owner's jobs that follow `after`, the newest first or in order of arrival."""
+        where, values = ["owner IS ?"], [owner]
+        if kind is not None:
+            where.append("kind = ?")
+            values.append(kind)
         if after is not None:
             where.append(f"seq {'<' if newest_first else '>'} {after.seq}")
         order = "DESC" if newest_first else "ASC"
-        return self._select(f"WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?", *values, limit)
+        return self._select(f"{' AND '.join(where)} ORDER BY seq {order} LIMIT ?", *values, limit)
 
     def adopt(self, found: Iterable[Job]) -> int:
-        """Store completed jobs whose results were found, unless the table holds them as ended. Returns their number."""
+        """Store completed jobs whose results were found. Return how many the table did not hold as ended."""
         adopted = 0
         for job in found:
             known = self.get(job.id)
+            if known is not None and known.ended:
+                continue
+            adopted += 1
             if known is None:
-                self.add(job)
-            elif not known.ended:
+                self.delete(job.id)  # a row that cannot be read
+                self.add(replace(job, seq=0, request=None))
+            else:
                 self.update(
                     known, status="completed", completed=job.completed, files=job.files, bytes=job.bytes,
                     report=job.report,
                 )  # fmt: skip
-            adopted += known is None or known.status == "completed"
         return adopted
 
-    def _select(self, rest: str, *values: Any) -> list[Job]:
-        return [_job(row) for row in self._db.execute(f"SELECT * FROM jobs {rest}", values)]
+    def trim(self) -> None:
+        """Empty the log of writes, which may hold what was deleted."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _select(self, condition: str, *values: Any) -> list[Job]:
+        rows = self._db.execute(f"SELECT * FROM jobs WHERE problem IS NULL AND {condition}", values)
+        return [_job(row) for row in rows]
 
 
 def opened(path: Path) -> JobTable:
@@ -179,12 +200,24 @@ def opened(path: Path) -> JobTable:
 
     Raises:
         OtherVersion: the file is of a later version.
-        sqlite3.OperationalError: the file cannot be opened or written now.
+        sqlite3.OperationalError: the file cannot be opened or written, for a minute.
     """
-    table = None
+    table, waiting, deadline = None, False, time.monotonic() + _PATIENCE
     try:
-        table = JobTable(path)
-        table.prepare()
+        while True:
+            try:
+                table = JobTable(path)
+                table.prepare()
+                return table
+            except sqlite3.OperationalError as error:
+                if time.monotonic() > deadline:
+                    raise
+                if not waiting:
+                    log.warning("%s cannot be written (%s): the start waits for it", path, error)
+                waiting = True
+                if table is not None:
+                    table.close()
+                time.sleep(_PAUSE)
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as error:

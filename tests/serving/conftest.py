@@ -1,14 +1,19 @@
 """What tests of the server share."""
 
 import queue
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from serving.stub_ranks import StubRanks, served
 
 from halovae.pipelines import tiny
 from halovae.serving.dispatch import Dispatcher
+
+MIB = 2**20
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +22,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "wan2.1"
     tiny.make_model("wan2.1", folder)
     return folder
+
+
+@pytest.fixture(scope="package")
+def hostile_videos(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server of videos that takes large bodies."""
+    with served(model, tmp_path_factory.mktemp("videos"), body=64 * MIB) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="package")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pipeline that edits pictures."""
+    folder = tmp_path_factory.mktemp("models") / "qwen-image-edit"
+    tiny.make_model("qwen-image-edit", folder)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def hostile_edits(editor: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, StubRanks]]:
+    """A server of edits that takes large bodies: its URL, and its ranks."""
+    with served(editor, tmp_path_factory.mktemp("edits"), body=64 * MIB) as (url, stub):
+        assert stub is not None
+        while httpx.get(f"{url}/health").status_code != 200:
+            time.sleep(0.01)
+        yield url, stub
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_bad_fields_are_named(body: dict[str, Any], param: str, words: str, vide
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe"])
 def test_a_body_that_is_no_json_object_is_refused(body: bytes, videos: Server) -> None:
-    answer = httpx.post(f"{videos[0]}/v1/videos", content=body)
+    answer = httpx.post(f"{videos[0]}/v1/videos", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
@@ -255,8 +255,9 @@ def test_a_client_that_leaves_during_its_upload_leaves_nothing(videos: Server) -
 
 def test_a_body_too_large_is_refused(videos: Server) -> None:
     large = b"{" + b" " * 2**20
-    assert httpx.post(f"{videos[0]}/v1/videos", content=large).status_code == 413
-    chunked = httpx.post(f"{videos[0]}/v1/videos", content=(large[i : i + 4096] for i in range(0, len(large), 4096)))
+    url, headers = f"{videos[0]}/v1/videos", {"content-type": "application/json"}
+    assert httpx.post(url, content=large, headers=headers).status_code == 413
+    chunked = httpx.post(url, content=(large[i : i + 4096] for i in range(0, len(large), 4096)), headers=headers)
     assert (chunked.status_code, chunked.json()["error"]["code"]) == (413, "body_too_large")
 
 

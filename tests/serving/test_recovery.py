@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from serving.clients import SMALL, finished, submitted
+from serving.hostile import picture
 from serving.stub_ranks import DECODE, Rank, front_settings, locked, rank_settings, served
 
 from halovae.cli import serve
@@ -529,6 +530,25 @@ def test_a_request_that_is_repeated_makes_one_job(model: Path, tmp_path: Path) -
         assert httpx.post(f"{url}/v1/videos", json=body, headers={"Idempotency-Key": "x" * 300}).status_code == 400
         assert finished(url, ids.pop())["status"] == "completed"
         assert stub is not None
+
+
+def test_a_client_that_left_comes_back_for_its_pictures(editor: Path, tmp_path: Path) -> None:
+    """Its library gives up waiting, and sends the same request again."""
+    body = {
+        "data": {"prompt": "a", "size": "64x48"},
+        "files": {"image": picture()},
+        "headers": {"Idempotency-Key": "1"},
+    }
+    with served(editor, tmp_path) as (url, stub):
+        assert stub is not None
+        stub.held.set()
+        until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        for _ in range(2):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/images/edits", timeout=1.0, **body)  # type: ignore[arg-type]
+        threading.Timer(0.7, stub.held.clear).start()
+        answer = httpx.post(f"{url}/v1/images/edits", timeout=30, **body)  # type: ignore[arg-type]
+        assert (answer.status_code, len(stub.seen)) == (200, 1)
 
 
 def test_a_queue_of_one_key_is_full_on_its_own(tmp_path: Path) -> None:

@@ -12,11 +12,14 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+_MOST_SHOWN = 60  # characters of a value
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
     """An error response.
+
+    A 5xx without `Retry-After` tells clients not to retry: OpenAI's client would, twice.
 
     Args:
         status: HTTP status.
@@ -35,19 +38,23 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """Return the HTTP response."""
-        kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
-        body = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return JSONResponse({"error": body}, self.status, self.headers)
+        kind, headers = _TYPES.get(self.status, "invalid_request_error"), dict(self.headers or {})
+        if self.status >= 500:
+            kind = "server_error"
+            if "Retry-After" not in headers:
+                headers["x-should-retry"] = "false"
+        param = None if self.param is None else short(self.param)
+        body = {"message": _encodable(self.message), "type": kind, "param": param, "code": self.code}
+        return JSONResponse({"error": body}, self.status, headers)
 
 
 def from_validation(error: ValidationError | RequestValidationError) -> ApiError:
     """Return the error for the first field that failed validation."""
-    first = error.errors()[0]
+    errors = error.errors(include_url=False) if isinstance(error, ValidationError) else error.errors()
+    first = errors[0]
     path = [str(name) for name in first["loc"] if name not in ("body", "query", "path")]
     param = ".".join(path) or None
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {param!r}", param, "unknown_parameter")
-    got = "" if first["type"] == "missing" else f" (got {_short(first.get('input'))})"
+    got = "" if first["type"] == "missing" else f" (got {_shown(first.get('input'))})"
     return ApiError(400, f"{param}: {first['msg']}{got}" if param else str(first["msg"]), param, "invalid_value")
 
 
@@ -59,9 +66,25 @@ def from_database(error: sqlite3.OperationalError) -> ApiError:
     return ApiError(503, message, code="database_unavailable", headers={"Retry-After": "2"})
 
 
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def unknown_field(name: str) -> ApiError:
+    """Return the error for a field that the request does not have."""
+    return ApiError(400, f"unknown field {short(ascii(name))}", name, "unknown_parameter")
+
+
+def short(text: str) -> str:
+    """Return the start of a text, without what UTF-8 cannot encode."""
+    return _encodable(text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}...")
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()  # lone surrogates
+
+
+def _shown(value: Any) -> str:
+    """Return a value from a request as an error shows it. Lists and objects may be long and deep."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return short(ascii(value[:_MOST_SHOWN] if isinstance(value, str) else value))
 
 
 def install(app: FastAPI) -> None:
@@ -85,5 +108,6 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        logging.getLogger(__name__).error("%s %s failed", request.method, request.url.path, exc_info=error)
+        path = ascii(request.url.path)  # control characters would reach the terminal
+        logging.getLogger(__name__).error("%s %s failed", request.method, path, exc_info=error)
         return ApiError(500, "the server failed to answer; its log says why", code="internal_error").response()

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Annotated, Any, Literal
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
@@ -34,10 +33,15 @@ def _body(schema: type[Asked]) -> dict[str, Any]:
 async def models(front: Front) -> dict[str, Any]:
     """The list of models. It holds the one model that is served."""
     pipeline = front.pipeline
+    width, height = pipeline.family.size
     model = {
         "id": front.name, "object": "model", "created": 0, "owned_by": "halovae", "pipeline": pipeline.name,
         "makes": "video" if pipeline.makes_video else "image", "pictures": [*pipeline.pictures],
         "multiple_of": pipeline.step,
+        "defaults": {
+            "size": f"{width}x{height}", "num_frames": pipeline.family.frames, "fps": pipeline.fps,
+            "num_inference_steps": Asked.model_fields["num_inference_steps"].default,
+        },
     }  # fmt: skip
     return {"object": "list", "data": [model]}
 
@@ -46,8 +50,6 @@ async def models(front: Front) -> dict[str, Any]:
 async def create_video(request: Request, dispatcher: Dispatching, front: Front, caller: Caller) -> Video:
     """Start to make a video. Answers at once; poll the video until it is completed."""
     asked, uploads = await fields_of(request, front, VideoRequest)
-    if not front.pipeline.makes_video:
-        raise ApiError(400, f"{front.name} makes pictures: POST /v1/images/generations")
     images = await reference_of(front, asked, uploads.get("input_reference", []))
     job = await submitted(request, dispatcher, front, caller, "video", job_spec_for(front, asked, images), images)
     return describe(dispatcher, job)
@@ -95,14 +97,14 @@ async def video_content(
     dispatcher: Dispatching,
     caller: Caller,
     variant: Literal["video", "thumbnail", "spritesheet"] = "video",
-    index: Annotated[int, Query(ge=0, le=9)] = 0,
+    index: Annotated[int, Query(ge=0)] = 0,
 ) -> Response:
     """The video, its first frame as webp, or a sheet of its frames as jpeg."""
     path = file_of(dispatcher, await find_job(dispatcher, caller, video_id, "video"), index)
     if variant == "video":
         return FileResponse(path, media_type="video/mp4", filename=path.name)
-    draw, kind = {"thumbnail": (thumbnails.thumbnail, "webp"), "spritesheet": (thumbnails.spritesheet, "jpeg")}[variant]
-    return Response(await anyio.to_thread.run_sync(draw, path), media_type=f"image/{kind}")
+    kind = "webp" if variant == "thumbnail" else "jpeg"
+    return Response(await thumbnails.drawn(path, variant), media_type=f"image/{kind}")
 
 
 @routes.get("/videos/{video_id}/preview", response_class=Response)
@@ -128,7 +130,7 @@ async def edit_image(request: Request, dispatcher: Dispatching, front: Front, ca
 
 @routes.get("/images/{image_id}/content", response_class=Response)
 async def image_content(
-    image_id: str, dispatcher: Dispatching, caller: Caller, index: Annotated[int, Query(ge=0, le=9)] = 0
+    image_id: str, dispatcher: Dispatching, caller: Caller, index: Annotated[int, Query(ge=0)] = 0
 ) -> Response:
     """A picture, as PNG."""
     path = file_of(dispatcher, await find_job(dispatcher, caller, image_id, "image"), index)

@@ -1,10 +1,16 @@
-"""Requests that tests send to a server."""
+"""What tests send to a server, and how they look at what it does."""
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from halovae.serving.jobs import Job, JobSpec
+from halovae.serving.table import JobTable
+
+SPEC = JobSpec("a", (64, 48), 5, 2, 0)
 SMALL = {"size": "64x48", "num_frames": 5, "num_inference_steps": 2}
 
 
@@ -23,3 +29,43 @@ def finished(url: str, video: str, seconds: float = 30) -> dict[str, Any]:
         if shown["status"] in ("completed", "failed") or time.monotonic() > deadline:
             return shown
         time.sleep(0.02)
+
+
+def job_on_disk(output: Path, job: str) -> Job:
+    """Return a job as it is stored."""
+    jobs = JobTable(output / "jobs.sqlite")
+    found = jobs.get(job)
+    jobs.close()
+    assert found is not None
+    return found
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def shown(url: str, video: str) -> dict[str, Any]:
+    """Return a video as clients see it."""
+    answer: dict[str, Any] = httpx.get(f"{url}/v1/videos/{video}").json()
+    return answer
+
+
+class Restarts:
+    """Takes the place of what ends the ranks, and keeps the reasons."""
+
+    def __init__(self, could: bool = True) -> None:
+        self.reasons: list[str] = []
+        self._could = could
+
+    def __call__(self, reason: str, seconds: float) -> bool:
+        self.reasons.append(reason)
+        return self._could
+
+
+def runs(url: str, video: str) -> bool:
+    """Whether the ranks work on a video."""
+    return bool(shown(url, video)["status"] == "in_progress")

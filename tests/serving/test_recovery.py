@@ -7,7 +7,7 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving.clients import SMALL, finished, submitted
+from serving.clients import SMALL, SPEC, Restarts, finished, job_on_disk, runs, shown, submitted, until
 from serving.hostile import picture
 from serving.stub_ranks import DECODE, Rank, front_settings, locked, rank_settings, served
 
@@ -26,50 +26,11 @@ from halovae.serving.broadcast import RankZeroBroadcast
 from halovae.serving.channel import RankChannel
 from halovae.serving.decoding import Decoding
 from halovae.serving.files import Attempt, Batch, Writer
-from halovae.serving.jobs import TRIES, Job, JobSpec
+from halovae.serving.jobs import TRIES, Job
 from halovae.serving.outcomes import Outcomes
 from halovae.serving.results import noted
 from halovae.serving.store import JobStore
 from halovae.serving.table import JobTable, OtherVersion, QueueFull, opened
-
-SPEC = JobSpec("a", (64, 48), 5, 2, 0)
-
-
-def job_on_disk(output: Path, job: str) -> Job:
-    jobs = JobTable(output / "jobs.sqlite")
-    found = jobs.get(job)
-    jobs.close()
-    assert found is not None
-    return found
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def shown(url: str, video: str) -> dict[str, Any]:
-    answer: dict[str, Any] = httpx.get(f"{url}/v1/videos/{video}").json()
-    return answer
-
-
-class Restarts:
-    """Takes the place of what ends the ranks, and keeps the reasons."""
-
-    def __init__(self, could: bool = True) -> None:
-        self.reasons: list[str] = []
-        self._could = could
-
-    def __call__(self, reason: str, seconds: float) -> bool:
-        self.reasons.append(reason)
-        return self._could
-
-
-def runs(url: str, video: str) -> bool:
-    return bool(shown(url, video)["status"] == "in_progress")
-
 
 # Interruptions.
 

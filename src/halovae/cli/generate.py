@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -97,7 +97,7 @@ def generate(
             guidance_2=guidance_scale_2,
             images=tuple(path.read_bytes() for path in images),
         )
-        kind = Pipeline.read(model)
+        kind = replace(Pipeline.read(model), sharing=ulysses * ring)
         fitted = kind.fitted(asked)
         media.check_output(output, fitted.frames)
         if report is not None:

@@ -71,6 +71,7 @@ class Pipeline:
         pictures: possible numbers of pictures to start from.
         two: whether it has a second transformer.
         whole: whether latents are decoded within the pipeline's own call, not separately.
+        sharing: number of ranks that share the transformer's sequence; each needs a token.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Pipeline:
     pictures: range
     two: bool
     whole: bool
+    sharing: int = 1
 
     @classmethod
     def read(cls, folder: Path) -> Pipeline:
@@ -156,11 +158,16 @@ class Pipeline:
                 makes = f"{least} pixels, and {self.widths.step} more cols or {self.heights.step} more rows at a time"
             raise PromptError("size", f"size {width}x{height}: {self.name} makes {makes}")
         step, least_frames = self.lengths.step, self.lengths.least
-        return replace(
-            prompt,
-            size=(self.widths.fit(width), self.heights.fit(height)),
-            frames=max(least_frames, frames // step * step + least_frames % step),
-        )
+        width, height = self.widths.fit(width), self.heights.fit(height)
+        frames = max(least_frames, frames // step * step + least_frames % step)
+        tokens = (width // self.step) * (height // self.step) * (1 + (frames - 1) // step)
+        if self.family.shared and tokens < self.sharing:
+            raise PromptError(
+                "size",
+                f"size {width}x{height}: {tokens} tokens for the {self.sharing} ranks that share the sequence; expected a "
+                "larger size",
+            )
+        return replace(prompt, size=(width, height), frames=frames)
 
 
 def _by_vae(name: str, folder: Path) -> Family:

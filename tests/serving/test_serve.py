@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -135,8 +134,7 @@ def test_the_server_makes_what_one_rank_generates(
             assert abs(actual - exact).mean() < abs(expected - exact).mean() + 0.1
 
 
-def test_the_page_shows_what_was_made(server: Server, browser: Browser, tmp_path: Path) -> None:
-    """With HALOVAE_SCREENSHOTS=docs/images, this test draws the picture in docs/serving.md."""
+def test_the_page_shows_what_was_made(server: Server, browser: Browser) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.goto(server.url)
     page.get_by_label("Prompt").fill("A calico cat playing a piano on stage")
@@ -147,13 +145,11 @@ def test_the_page_shows_what_was_made(server: Server, browser: Browser, tmp_path
     card = page.locator("article").first
     expect(card).to_contain_text("416x240, 17 frames")
     expect(card).to_have_attribute("data-status", "completed", timeout=60_000)
+    card.get_by_role("button", name="Play").click()
     expect(card.locator("video")).to_have_js_property("readyState", 4)
     for fact in ("Plan", "maps per device", "One device"):
         expect(card.locator("dl")).to_contain_text(fact)
-    shot = Path(os.environ.get("HALOVAE_SCREENSHOTS", tmp_path)) / "page.png"
-    page.screenshot(path=shot)
     page.close()
-    assert Image.open(shot).size == (1280, 800)
 
 
 def test_a_running_job_is_deleted_within_a_step(server: Server) -> None:

@@ -1,23 +1,45 @@
-"""Options that `halovae serve` refuses before anything is loaded."""
+"""The options of `halovae serve`: what is refused before anything is loaded, and where each of them goes."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from serving import certificates
 from typer.testing import CliRunner
 
-from halovae.cli import serve
+from halovae.cli import serve, serve_options
 from halovae.cli.main import app
+from halovae.cli.serve_options import ServeOptions
+from halovae.grid import Grid
 from halovae.pipelines import tiny
-from halovae.serving.settings import FrontSettings
+from halovae.serving import logs
+from halovae.serving.limits import Limits
+from halovae.serving.settings import FrontSettings, RankSettings
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Leave the logs and the umask of this process as they are. Return a list that collects formats of logs."""
+    formats: list[str] = []
+    monkeypatch.setattr(logs, "configure", formats.append)
+    before = os.umask(0o022)
+    yield formats
+    os.umask(before)
 
 
 @pytest.fixture
-def fronts(monkeypatch: pytest.MonkeyPatch) -> list[FrontSettings]:
-    """Return a list that collects the settings of fronts instead of starting them."""
-    started: list[FrontSettings] = []
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that collects what fronts get instead of starting them: the two settings, and how many ranks."""
+    calls: list[Any] = []
     monkeypatch.delenv("HALOVAE_API_KEY", raising=False)
-    monkeypatch.setattr(serve, "_run_front", lambda _ranks, front, _start: started.append(front))
-    return started
+    monkeypatch.setattr(serve, "_run_front", lambda *settings: calls.append(settings))
+    return calls
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +73,23 @@ def served(model: Path, *options: str) -> tuple[int, str]:
         (["--host", "example.com"], None, "--no-auth"),
         (["--no-auth", "--api-key", "secret"], None, "omit one"),
         (["--no-auth"], "secret", "omit one"),
+        (["--no-auth", "--api-key-file", "keys"], None, "omit one"),
     ],
 )
 @pytest.mark.parametrize("under_torchrun", [False, True])
 def test_a_server_without_the_key_it_needs_does_not_start(
     options: list[str], variable: str | None, words: str, under_torchrun: bool, model: Path,
-    fronts: list[FrontSettings], monkeypatch: pytest.MonkeyPatch,
+    started: list[Any], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     ranks: list[object] = []
-    monkeypatch.setattr(serve, "_run_rank", ranks.append)
+    monkeypatch.setattr(serve, "_run_rank", lambda *settings: ranks.append(settings))
     if variable is not None:
         monkeypatch.setenv("HALOVAE_API_KEY", variable)
     if under_torchrun:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "1")
     status, output = served(model, *options)
-    assert (status, fronts, ranks) == (2, [], []), output
+    assert (status, started, ranks) == (2, [], []), output
     assert words in output
 
 
@@ -84,11 +107,170 @@ def test_a_server_without_the_key_it_needs_does_not_start(
     ],
 )
 def test_a_server_asks_for_the_key_it_was_given(
-    options: list[str], variable: str | None, key: str | None, model: Path, fronts: list[FrontSettings],
+    options: list[str], variable: str | None, key: str | None, model: Path, started: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if variable is not None:
         monkeypatch.setenv("HALOVAE_API_KEY", variable)
     status, output = served(model, *options)
     assert status == 0, output
-    assert [front.api_key for front in fronts] == [key]
+    assert [front.api_key for _, front, _ in started] == [key]
+
+
+REACHED: dict[str, tuple[list[str], str, object]] = {
+    "ring_degree": (["--num-gpus", "2", "--ring-degree", "2"], "ranks.ring", 2),
+    "ulysses_degree": (["--num-gpus", "2", "--ulysses-degree", "2"], "ranks.ulysses", 2),
+    "sp_degree": (["--num-gpus", "2", "--sp-degree", "1"], "ranks.ulysses", 1),
+    "num_gpus": (["--num-gpus", "3"], "start", 3),
+    "dtype": (["--dtype", "fp16"], "ranks.dtype", torch.float16),
+    "vae_precision": (["--vae-precision", "bf16"], "ranks.vae_dtype", torch.bfloat16),
+    "vae_parallel": (["--vae-parallel", "on"], "ranks.vae_mode", "parallel"),
+    "vae_grid": (["--num-gpus", "2", "--vae-grid", "1x2"], "ranks.vae_grid", Grid(rows=1, cols=2)),
+    "memory_budget": (["--memory-budget", "8GiB"], "ranks.memory_budget", 8 * 2**30),
+    "cpu_offload": (["--cpu-offload"], "ranks.offload", True),
+    "decode_batch": (["--decode-batch", "7"], "ranks.decode_batch", 7),
+    "warmup": (["--warmup", "64x48x5"], "ranks.warmup", (64, 48, 5)),
+    "log_format": (["--log-format", "json"], "ranks.log_format", "json"),
+    "host": (["--host", "::1"], "front.host", "::1"),
+    "port": (["--port", "8081"], "front.port", 8081),
+    "api_key": (["--api-key", "secret"], "front.api_key", "secret"),
+    "api_key_file": (["--api-key-file", "keys"], "front.api_key_file", Path("keys")),
+    "no_auth": (["--no-auth", "--host", "0.0.0.0"], "front.api_key", None),
+    "trusted_hosts": (["--trusted-hosts", "a.example, *.b"], "front.trusted_hosts", ("a.example", "*.b")),
+    "cors_origins": (["--cors-origins", "https://a.example/"], "front.cors_origins", ("https://a.example",)),
+    "private_endpoints": (["--api-key", "secret", "--private-endpoints"], "front.private_endpoints", True),
+    "allow_url_inputs": (["--allow-url-inputs"], "front.allow_url_inputs", True),
+    "admin_port": (["--admin-port", "9090"], "front.admin_port", 9090),
+    "admin_host": (["--admin-host", "0.0.0.0"], "front.admin_host", "0.0.0.0"),
+    "root_path": (["--root-path", "/videos/"], "front.root_path", "/videos"),
+    "forwarded_allow_ips": (["--forwarded-allow-ips", "10.0.0.1"], "front.forwarded_allow_ips", "10.0.0.1"),
+    "max_connections": (["--max-connections", "9"], "front.max_connections", 9),
+    "max_pixels": (["--max-pixels", "9"], "front.limits.pixels", 9),
+    "max_frames": (["--max-frames", "9"], "front.limits.frames", 9),
+    "max_steps": (["--max-steps", "9"], "front.limits.steps", 9),
+    "max_n": (["--max-n", "9"], "front.limits.results", 9),
+    "max_body": (["--max-body", "9KiB"], "front.limits.body", 9 * 2**10),
+    "max_queue": (["--max-queue", "9"], "front.limits.queue", 9),
+    "max_queue_per_key": (["--max-queue-per-key", "9"], "front.limits.queue_per_key", 9),
+    "rate_limit": (["--rate-limit", "9/minute"], "front.limits.rate", "9/minute"),
+    "job_timeout": (["--job-timeout", "9.5"], "front.limits.job_seconds", 9.5),
+    "stall_timeout": (["--stall-timeout", "9.5"], "front.stall_timeout", 9.5),
+    "drain_timeout": (["--drain-timeout", "0"], "front.drain_timeout", 0),
+    "log_prompts": (["--log-prompts"], "front.log_prompts", True),
+    "expire_after": (["--expire-after", "0.5"], "front.expire_after", 1800),
+    "max_output": (["--max-output", "1MiB"], "front.max_output", 2**20),
+}
+
+
+@pytest.mark.parametrize("option", REACHED)
+def test_an_option_reaches_its_place(option: str, model: Path, started: list[Any], quiet: list[str]) -> None:
+    words, place, value = REACHED[option]
+    status, output = served(model, *words)
+    assert status == 0, output
+    ((ranks, front, start),) = started
+    reached = {"ranks": ranks, "front": front, "start": start}[place.split(".")[0]]
+    for name in place.split(".")[1:]:
+        reached = getattr(reached, name)
+    assert reached == value
+    assert quiet == [ranks.log_format]
+
+
+def test_each_option_has_a_test_that_it_reaches_its_place() -> None:
+    elsewhere = {"model_path", "revision", "output_dir", "ssl_certfile", "ssl_keyfile"}  # in the tests below
+    assert {*REACHED} | elsewhere == {option.name for option in fields(ServeOptions)}
+
+
+def test_without_options_the_settings_have_their_defaults(model: Path, started: list[Any]) -> None:
+    assert served(model)[0] == 0
+    ((ranks, front, start),) = started
+    assert (ranks.model, ranks.output, start) == (model, model.parent / "out", 1)
+    assert front.limits == Limits()
+    for settings, kind in ((ranks, RankSettings), (front, FrontSettings)):
+        for field in fields(kind):
+            if field.default is not field.default_factory:  # it has one
+                assert getattr(settings, field.name) == field.default
+
+
+def test_a_revision_reaches_the_hub(model: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def find(source: str, revision: str | None) -> Path:
+        asked.append((source, revision))
+        return model
+
+    monkeypatch.setattr(serve_options, "find_pipeline", find)
+    words = ["serve", "--model-path", "some/model", "--revision", "abc", "--output-dir", str(model.parent / "out")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert asked == [("some/model", "abc")]
+    assert started[0][1].name == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--private-endpoints"], "--private-endpoints without keys"),
+        (["--cors-origins", "*"], "without keys"),
+        (["--cors-origins", "a.example"], "such as https://example.com"),
+        (["--cors-origins", "https://a.example/path"], "such as https://example.com"),
+        (["--root-path", "videos"], "begins with /"),
+        (["--rate-limit", "often"], "--rate-limit often"),
+        (["--rate-limit", "0/minute"], "--rate-limit 0/minute"),
+        (["--log-format", "xml"], "expected text, json"),
+        (["--ssl-keyfile", "key.pem"], "expected also --ssl-certfile"),
+        (["--ssl-certfile", "missing.pem"], "--ssl-certfile missing.pem: cannot be used"),
+        (["--max-n", "11"], "--max-n"),
+        (["--drain-timeout", "-1"], "--drain-timeout"),
+        (["--revision", "main"], "no revisions"),
+    ],
+)
+def test_what_cannot_work_is_refused(options: list[str], words: str, model: Path, started: list[Any]) -> None:
+    status, output = served(model, *options)
+    assert (status, started) == (2, []), output
+    assert words in output
+
+
+def test_certificates_reach_the_front(model: Path, started: list[Any], tmp_path: Path) -> None:
+    certificate, key, _ = certificates.made(tmp_path)
+    status, output = served(model, "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
+    assert status == 0, output
+    front = started[0][1]
+    assert (front.ssl_certfile, front.ssl_keyfile) == (certificate, key)
+    assert serve._url(front).startswith("https://127.0.0.1:")
+
+
+def test_files_of_a_server_are_for_its_user_only(model: Path, started: list[Any], tmp_path: Path) -> None:
+    served(model, "--output-dir", str(tmp_path / "out"))
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "made later").touch()
+    assert (tmp_path / "made later").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_key_is_not_among_the_words_of_the_front_that_a_rank_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands: list[tuple[list[str], dict[str, str]]] = []
+
+    class Ended(Exception):
+        pass
+
+    def run(command: list[str], env: dict[str, str], start_new_session: bool) -> None:
+        commands.append((command, env))
+        raise Ended
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(subprocess, "run", run)
+    for words in (["--api-key", "secret"], ["--api-key=secret"]):
+        monkeypatch.setattr(sys, "argv", ["halovae", "serve", *words, "--port", "8081"])
+        with pytest.raises(Ended):
+            serve._keep_front(tmp_path, "secret")
+    for command, environment in commands:
+        assert command[1:] == ["-m", "halovae.cli.main", "serve", "--port", "8081", "--num-gpus", "2"]
+        assert environment["HALOVAE_API_KEY"] == "secret"
+
+
+def test_the_help_shows_options_in_groups() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    titles = [shown.find(f" {title} ") for title in ("Who gets in", "Network", "Limits", "Operation", "Files")]
+    assert -1 not in titles
+    assert titles == sorted(titles)
+    assert titles[0] < shown.find("--api-key-file") < titles[1] < shown.find("--admin-port") < titles[2]

@@ -41,7 +41,8 @@ def run_both(run: PipelineRun) -> tuple[Tensor, Tensor, float, float]:
 
     device = Device.default(run.device)
     join_world(device.torch_device)
-    pipe = DiffusionPipeline.from_pretrained(run.source, torch_dtype=run.dtype, use_safetensors=True).to(device.torch_device)
+    pipe = DiffusionPipeline.from_pretrained(run.source, torch_dtype=run.dtype, use_safetensors=True)
+    pipe.to(device.torch_device)
     pipe.set_progress_bar_config(disable=True)
     arguments = _arguments(pipe, run)
 

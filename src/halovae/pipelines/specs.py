@@ -164,8 +164,8 @@ class Pipeline:
         if self.family.shared and tokens < self.sharing:
             raise PromptError(
                 "size",
-                f"size {width}x{height}: {tokens} tokens for the {self.sharing} ranks that share the sequence; expected a "
-                "larger size",
+                f"size {width}x{height}: {tokens} tokens for the {self.sharing} ranks that share the sequence; "
+                "expected a larger size",
             )
         return replace(prompt, size=(width, height), frames=frames)
 

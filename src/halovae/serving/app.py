@@ -5,33 +5,49 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from halovae import __version__
 from halovae.serving import errors, operations, routes
+from halovae.serving.access import rated
 from halovae.serving.answers import event_of
 from halovae.serving.dispatch import Dispatcher
+from halovae.serving.guards import BodyDeadline, Heads, HostGuard
+from halovae.serving.keys import Keys
 from halovae.serving.metrics import Metrics
+from halovae.serving.rates import Rates
 from halovae.serving.requests import BodyLimit
 from halovae.serving.settings import FrontSettings, RankSettings
+from halovae.serving.signatures import Signatures
 from halovae.serving.store import JobStore
 from halovae.serving.table import JobTable
 
 log = logging.getLogger(__name__)
 _SWEEP = 30.0  # seconds between two sweeps for expired results
+_EXPOSED = [
+    "Retry-After",
+    "X-Request-Id",
+    *(f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset")),
+]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
         400: "A field is wrong; `error.param` names it.",
         401: "The key is missing or wrong.",
+        403: "A page of another origin sent it.",
         404: "It does not exist.",
+        408: "The body was not received in time.",
         413: "The body is too large.",
-        429: "The queue is full.",
+        421: "It calls the server by a name that is not trusted.",
+        429: "The queue is full, or the caller has submitted too much.",
         503: "The jobs cannot be read or written at the moment.",
         507: "The disk is full.",
     }.items()
@@ -40,7 +56,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def make_app(
     ranks: RankSettings, front: FrontSettings, fail: Callable[[str], object] = lambda reason: None,
-    restart: Callable[[str], object] = lambda reason: None,
+    restart: Callable[[str, float], bool] = lambda reason, seconds: False,
 ) -> FastAPI:  # fmt: skip
     """Make the server's front. It works with any ranks that connect to its endpoint.
 
@@ -48,9 +64,15 @@ def make_app(
         ranks: the ranks' settings.
         front: the front's settings.
         fail: called with a reason when the front can no longer work. It must end the server.
-        restart: called with a reason when the ranks must end, so that others start.
+        restart: ends all ranks that are older than some seconds, for a reason, so that others start. Returns whether it
+            did.
+
+    Raises:
+        ValueError: the file of keys or the rate is not valid.
+        OSError: the file of keys cannot be read.
     """
-    metrics = Metrics()
+    metrics, keys = Metrics(), Keys(front.api_key, front.api_key_file)
+    metrics.watch_disk(ranks.output)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -64,7 +86,7 @@ def make_app(
 
         dispatcher = app.state.dispatcher = Dispatcher(jobs, ranks, front, metrics, restart, render)
         await dispatcher.start()
-        tasks = [
+        tasks = app.state.tasks = [
             asyncio.create_task(dispatcher.run(), name="the dispatcher"),
             asyncio.create_task(dispatcher.events.run(), name="the event stream"),
             asyncio.create_task(_sweeping(dispatcher), name="the sweep of old results"),
@@ -78,13 +100,46 @@ def make_app(
         await dispatcher.close()
         jobs.close()
 
-    app = FastAPI(title="halovae", version=__version__, lifespan=lifespan, responses=_ERRORS)
+    app = FastAPI(
+        title="halovae", version=__version__, lifespan=lifespan, responses=_ERRORS,
+        docs_url=None, redoc_url=None, openapi_url=None,
+    )  # fmt: skip
+    # Requests pass the last one first.
     app.add_middleware(BodyLimit, most=front.limits.body)
-    app.state.metrics, app.state.front = metrics, front
+    app.add_middleware(BodyDeadline)
+    app.add_middleware(Heads)
+    if front.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=front.cors_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )  # fmt: skip
+    app.add_middleware(HostGuard, host=front.host, front=front, has_keys=bool(keys))
+    app.state.metrics, app.state.front, app.state.keys = metrics, front, keys
+    app.state.rates = None if front.limits.rate is None else Rates(front.limits.rate)
+    app.state.signatures = Signatures(ranks.output)
     errors.install(app)
-    app.include_router(operations.routes)
-    app.include_router(routes.routes)
+    operations.install(app, front, bool(keys))
+    app.include_router(routes.routes, dependencies=[Depends(rated)])
+    if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        _trace(app)
     return app
+
+
+def _trace(app: FastAPI) -> None:
+    """Send traces of requests to OpenTelemetry's collector. The SDK reads its address and all else from `OTEL_*`."""
+    try:
+        trace = import_module("opentelemetry.trace")
+        sdk = import_module("opentelemetry.sdk.trace")
+        processors = import_module("opentelemetry.sdk.trace.export")
+        exporters = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+        instrumentation = import_module("opentelemetry.instrumentation.fastapi")
+    except ImportError as error:
+        log.warning("OTEL_EXPORTER_OTLP_ENDPOINT: no traces are sent; pip install 'halovae[otel]' (%s)", error)
+        return
+    provider = sdk.TracerProvider()
+    provider.add_span_processor(processors.BatchSpanProcessor(exporters.OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    instrumentation.FastAPIInstrumentor.instrument_app(app, excluded_urls="livez,readyz,health,metrics")
 
 
 async def _sweeping(dispatcher: Dispatcher) -> None:

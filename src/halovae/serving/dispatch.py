@@ -286,6 +286,7 @@ class Dispatcher:
         now, job = time.time(), attempt.job
         if kind == "started":
             attempt.begin("denoising")
+            self._metrics.queue_wait.labels(job.kind).observe(max(0.0, now - job.created))
             changes = {"status": "in_progress", "started": now, "attempts": job.attempts + 1}
             self._outcomes.begin(attempt_id, changes)
         elif kind == "progress":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,6 +13,8 @@ from halovae.serving.store import JobStore
 from halovae.serving.table import JobTable
 
 _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+_REQUEST_SECONDS = (0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
 
 class Metrics:
@@ -38,6 +42,16 @@ class Metrics:
         )
         self.reserved = Gauge("halovae_decode_peak_reserved_bytes", "Peak of the last decode", registry=registry)
         self.allocated = Gauge("halovae_decode_peak_allocated_bytes", "Peak of the last decode", registry=registry)
+        self.queue_wait = Histogram(
+            "halovae_queue_wait_seconds", "Time from a job's request to its start", ["kind"], registry=registry,
+            buckets=_SECONDS,
+        )  # fmt: skip
+        self.in_flight = Gauge("halovae_http_requests_in_flight", "Requests that have not ended", registry=registry)
+        self._requests = Histogram(
+            "halovae_http_request_seconds", "Time until an answer begins", ["method", "route", "status"],
+            registry=registry, buckets=_REQUEST_SECONDS,
+        )  # fmt: skip
+        self._disk = Gauge("halovae_disk_free_bytes", "Free space for jobs and results", registry=registry)
         self._jobs = Gauge("halovae_jobs", "Jobs by status", ["status"], registry=registry)
         self._ready = Gauge("halovae_ranks_ready", "Whether the ranks are ready", registry=registry)
 
@@ -48,6 +62,15 @@ class Metrics:
         self.batch.observe(decode["batch"])
         self.reserved.set(decode["peak_memory_mb"] * 2**20)
         self.allocated.set(decode["peak_allocated_mb"] * 2**20)
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Observe an answer to a request. `route` is the template of its path."""
+        labels = method if method in _METHODS else "other", route, f"{status // 100}xx"
+        self._requests.labels(*labels).observe(seconds)
+
+    def watch_disk(self, folder: Path) -> None:
+        """Show how much space is free for a folder."""
+        self._disk.set_function(lambda: shutil.disk_usage(folder).free)
 
     async def text(self, jobs: JobStore, ready: bool) -> bytes:
         """Return all metrics in Prometheus' text format."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,6 +12,8 @@ from halovae.grid import Grid
 from halovae.pipelines.specs import Pipeline
 from halovae.runtime.options import Mode
 from halovae.serving.limits import Limits
+
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class RankSettings:
         offload: whether all models but the VAE are kept in the host's memory while they are not used.
         decode_batch: how many latents may be decoded at once.
         warmup: width, height, and number of frames to generate once before the first request; None for no warmup.
+        log_format: "text", or "json" for one object on each line.
     """
 
     model: Path
@@ -44,6 +48,7 @@ class RankSettings:
     offload: bool
     decode_batch: int
     warmup: tuple[int, int, int] | None
+    log_format: LogFormat = "text"
 
     @property
     def results(self) -> Path:
@@ -59,13 +64,25 @@ class FrontSettings:
         name: the model's name for clients.
         pipeline: describes what the model can make.
         host, port: the address to listen on.
-        api_key: the key that clients must send; None for no key.
+        api_key: a key that clients may send; None for no key.
         limits: the most that requests and clients may take.
         expire_after: how long finished files are kept, in seconds.
         max_output: bytes that finished files may take together; the oldest are deleted first. None for no limit.
         allow_url_inputs: whether `reference_url` is fetched.
         stall_timeout: seconds without progress after which ranks that have work are restarted.
         drain_timeout: seconds for which running jobs may go on once the server is asked to end.
+        api_key_file: a file of further keys that clients may send, one of which they must send if there are any.
+        trusted_hosts: names that requests may call this server by. Without any, a server with keys takes all names, and
+            one without keys its address and those of this machine.
+        cors_origins: origins whose pages may use the server from a browser.
+        root_path: the path under which a proxy serves this server.
+        forwarded_allow_ips: addresses of proxies whose `X-Forwarded` headers count, separated by commas; None for this
+            machine's.
+        ssl_certfile, ssl_keyfile: the certificate and its key, for HTTPS.
+        private_endpoints: whether the routes for operators require a key.
+        admin_host, admin_port: another address, to which the routes for operators move; None for none.
+        max_connections: connections at a time.
+        log_prompts: whether the log holds prompts.
     """
 
     name: str
@@ -79,3 +96,15 @@ class FrontSettings:
     allow_url_inputs: bool
     stall_timeout: float = 600.0
     drain_timeout: float = 30.0
+    api_key_file: Path | None = None
+    trusted_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    root_path: str = ""
+    forwarded_allow_ips: str | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    private_endpoints: bool = False
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None
+    max_connections: int = 1000
+    log_prompts: bool = False

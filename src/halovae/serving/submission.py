@@ -15,7 +15,7 @@ import anyio.to_thread
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from halovae.serving import pictures
+from halovae.serving import logs, pictures
 from halovae.serving.answers import describe
 from halovae.serving.dispatch import Dispatcher, Draining
 from halovae.serving.errors import ApiError
@@ -87,7 +87,9 @@ async def submitted(
         if isinstance(refused, QueueFull):
             raise _queue_full(refused) from refused
         raise
-    if stored is not job:
+    if stored is job:
+        logs.queued(job, front.log_prompts)
+    else:
         await anyio.to_thread.run_sync(drop_inputs, job)
         if stored.digest != job.digest or stored.kind != job.kind:
             message = "the Idempotency-Key was used for another request: choose another key"
@@ -144,8 +146,9 @@ async def made_images(
     if made.error is not None:
         raise ApiError(_STATUS.get(made.error.code, 500), made.error.message, code=made.error.code)
     if asked.response_format == "url":
-        base = str(request.base_url).rstrip("/")
-        data = [ImageData(url=f"{base}/v1/images/{done.id}/content?index={index}") for index in range(asked.n)]
+        base, signatures = str(request.base_url).rstrip("/"), request.app.state.signatures
+        paths = [f"/v1/images/{done.id}/content?index={index}" for index in range(asked.n)]
+        data = [ImageData(url=base + signatures.signed(path, done.owner, front.expire_after)) for path in paths]
     else:
         kind, quality = asked.output_format, asked.output_compression
         try:

@@ -1,0 +1,435 @@
+"""What operators see and rely on: probes, HEAD, logs, metrics, traces, and limits of connections."""
+
+import json
+import logging
+import re
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from serving.clients import SMALL, finished, submitted, until
+from serving.stub_ranks import StubRanks, front_settings, rank_settings, served
+
+from halovae.serving import connections, guards, logs
+from halovae.serving.app import make_app
+from halovae.serving.jobs import Job, JobSpec
+from halovae.serving.settings import LogFormat
+
+Records = list[logging.LogRecord]
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, StubRanks]]:
+    with served(model, tmp_path_factory.mktemp("server")) as (url, stub):
+        assert stub is not None
+        yield url, stub
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Leave the logs of this process as they are."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    for handler in handlers:
+        root.removeHandler(handler)  # else they would be closed
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def connected(url: str, *data: bytes) -> socket.socket:
+    """Return a new connection that has sent some data."""
+    port = urlsplit(url).port
+    assert port is not None
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    for piece in data:
+        connection.sendall(piece)
+    return connection
+
+
+def received(connection: socket.socket) -> bytes:
+    """Return all that the server sends until it closes the connection."""
+    pieces = []
+    while piece := connection.recv(2**16):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def until_ready(url: str) -> None:
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{url}/readyz").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def logged(caplog: pytest.LogCaptureFixture, name: str, count: int) -> Records:
+    """Wait until a logger has logged so many times, and return its records."""
+    deadline = time.monotonic() + 30
+    while len(found := [record for record in caplog.records if record.name == name]) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def test_a_server_lives_before_its_ranks_are_ready(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, stub=False) as (url, _):
+        assert httpx.get(f"{url}/livez").json() == {"status": "alive"}
+        answer = httpx.get(f"{url}/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"status": "the ranks are starting"})
+        assert int(answer.headers["retry-after"]) > 0
+
+
+def test_a_server_that_is_ending_lives_but_is_not_ready(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, drain=30) as (url, stub):
+        assert stub is not None
+        until_ready(url)
+        stub.held.set()
+        video = submitted(url)
+        while httpx.get(f"{url}/v1/videos/{video}").json()["status"] != "in_progress":
+            time.sleep(0.02)
+        stub.end_server()
+        while (answer := httpx.get(f"{url}/readyz")).status_code == 200:
+            time.sleep(0.02)
+        assert (answer.status_code, answer.json()) == (503, {"status": "the server is ending"})
+        assert int(answer.headers["retry-after"]) > 0
+        assert httpx.get(f"{url}/livez").status_code == 200
+        stub.held.clear()
+
+
+@pytest.mark.anyio
+async def test_a_front_without_its_dispatcher_does_not_live(model: Path, tmp_path: Path) -> None:
+    app = make_app(rank_settings(model, tmp_path), front_settings(model))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        assert (await client.get("/livez")).status_code == 503
+        async with app.router.lifespan_context(app):
+            assert (await client.get("/livez")).status_code == 200
+            app.state.tasks[0].cancel()
+            with pytest.raises(BaseException):  # noqa: B017, PT011
+                await app.state.tasks[0]
+            answer = await client.get("/livez")
+            assert (answer.status_code, answer.json()) == (503, {"status": "the dispatcher ended"})
+
+
+def test_head_answers_as_get_without_the_body(server: tuple[str, StubRanks]) -> None:
+    url, _ = server
+    video = submitted(url)
+    assert finished(url, video)["status"] == "completed"
+    paths = ["/", "/livez", "/readyz", "/health", "/metrics", "/docs", "/openapi.json", "/v1/models", "/v1/videos"]
+    paths += [f"/v1/videos/{video}", f"/v1/videos/{video}/content", f"/v1/videos/{video}/content?variant=thumbnail"]
+    with httpx.Client(base_url=url) as client:  # one connection: what follows a HEAD must be understood
+        for path in paths:
+            head, get = client.head(path), client.get(path)
+            assert (head.status_code, head.content) == (get.status_code, b""), path
+            assert head.headers["content-type"] == get.headers["content-type"], path
+            if path != "/metrics":
+                assert head.headers["content-length"] == get.headers["content-length"], path
+        assert client.head("/v1/jobs").status_code == 200  # a stream without end
+        assert client.head("/v1/videos/none").status_code == 404
+        assert client.head("/v1/images/generations").status_code == 405
+        assert client.get("/livez").status_code == 200
+
+
+def test_a_download_that_only_its_header_was_asked_for_can_be_resumed(server: tuple[str, StubRanks]) -> None:
+    url, _ = server
+    video = submitted(url)
+    finished(url, video)
+    path = f"{url}/v1/videos/{video}/content"
+    whole = httpx.get(path).content
+    assert httpx.head(path).headers["accept-ranges"] == "bytes"
+    assert httpx.get(path, headers={"range": "bytes=10-19"}).content == whole[10:20]
+
+
+def test_requests_are_logged_without_their_query(
+    server: tuple[str, StubRanks], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "halovae.access")
+    url, _ = server
+    answer = httpx.get(f"{url}/v1/videos?after=secret", headers={"x-request-id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+
+    def refused() -> list[dict[str, Any]]:
+        return [record.__dict__ for record in caplog.records if record.__dict__.get("status") == 400]
+
+    until(lambda: bool(refused()))
+    (facts,) = refused()
+    assert {name: facts[name] for name in ("method", "path", "status", "bytes", "client", "key")} == {
+        "method": "GET", "path": "/v1/videos", "status": 400, "bytes": len(answer.content), "client": "127.0.0.1",
+        "key": None,
+    }  # fmt: skip
+    assert facts["seconds"] > 0
+    assert "secret" not in str(facts)
+
+
+def test_probes_that_succeed_are_not_logged(server: tuple[str, StubRanks], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "halovae.access")
+    url, _ = server
+    for path in ("/livez", "/metrics", "/health/nothing"):
+        httpx.get(url + path)
+    assert [record.__dict__["path"] for record in logged(caplog, "halovae.access", 1)] == ["/health/nothing"]
+
+
+@pytest.mark.parametrize("sent", [b"x" * 129, b"", b"\xff", b"a\tb", None])
+def test_a_request_id_that_is_not_sane_is_replaced(sent: bytes | None, server: tuple[str, StubRanks]) -> None:
+    headers = {} if sent is None else {b"x-request-id": sent}
+    ids = [httpx.get(f"{server[0]}/livez", headers=headers).headers["x-request-id"] for _ in range(2)]
+    assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in ids)
+    assert ids[0] != ids[1]
+
+
+def test_errors_and_refusals_have_a_request_id(server: tuple[str, StubRanks]) -> None:
+    for headers in ({}, {"host": "evil.example"}):
+        answer = httpx.get(f"{server[0]}/nothing", headers={"x-request-id": "a", **headers})
+        assert answer.headers["x-request-id"] == "a"
+
+
+def test_deletions_and_cancellations_are_logged_with_the_key(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "halovae.audit")
+    with served(model, tmp_path, api_key="secret") as (url, stub):
+        assert stub is not None
+        stub.held.set()
+        headers = {"authorization": "Bearer secret"}
+        made = [
+            httpx.post(f"{url}/v1/videos", json={"prompt": "a", **SMALL}, headers=headers).json()["id"]
+            for _ in range(2)
+        ]
+        httpx.post(f"{url}/v1/videos/{made[0]}/cancel", headers=headers)
+        httpx.delete(f"{url}/v1/videos/{made[1]}", headers=headers)
+        httpx.delete(f"{url}/v1/videos/{made[1]}", headers=headers)  # 404
+        httpx.delete(f"{url}/v1/videos/{made[0]}")  # 401
+        stub.held.clear()
+        changes = [
+            (record.message, record.__dict__["job"], record.__dict__["key"])
+            for record in logged(caplog, "halovae.audit", 2)
+            if record.message != "queued"
+        ]
+    assert changes == [("cancelled", made[0], "default"), ("deleted", made[1], "default")]
+
+
+def test_prompts_are_logged_only_if_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "halovae.audit")
+    job = Job.new("video", "tiny", JobSpec("a cat", (64, 48), 5, 2, 0, "a dog"), "alice")
+    for prompts in (False, True):
+        logs.queued(job, prompts)
+    quiet, full = (record.__dict__ for record in caplog.records)
+    assert "a cat" not in str(quiet)
+    assert "a dog" not in str(quiet)
+    assert (full["prompt"], full["negative_prompt"]) == ("a cat", "a dog")
+    assert (quiet["job"], quiet["key"], quiet["size"], quiet["frames"]) == (job.id, "alice", "64x48", 5)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_logs_have_one_line_each_whatever_clients_send(
+    form: LogFormat, restored: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(form)
+    evil = "a\x1b[31mb\nc\u202ed"
+    logging.getLogger("halovae.serving.test").info("%s", evil, extra={"path": evil})
+    logging.getLogger("some.library").warning("a library's")
+    logging.getLogger("some.library").info("not shown")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines) or form == "text"
+    assert "\x1b[31m" not in lines[0]
+    assert r"a\x1b[31mb\nc\u202ed" in lines[0] or form == "json"
+    if form == "json":
+        first, second = map(json.loads, lines)
+        assert (first["event"], first["path"], first["level"], first["logger"]) == (
+            evil, evil, "info", "halovae.serving.test"
+        )  # fmt: skip
+        assert second["event"] == "a library's"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_tracebacks_show_no_values(form: LogFormat, restored: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(form)
+
+    def fails(prompt: str) -> None:
+        raise ValueError("it failed")
+
+    try:
+        fails("a secret " + "prompt")
+    except ValueError:
+        logging.getLogger("halovae.test").exception("bad")
+    shown = capsys.readouterr().err
+    assert "it failed" in shown
+    assert "a secret prompt" not in shown
+
+
+def test_logs_within_a_request_hold_its_id(
+    model: Path, tmp_path: Path, restored: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs.configure("json")
+
+    async def fails(*_: object) -> None:
+        raise ValueError("it failed")
+
+    with served(model, tmp_path, stub=False) as (url, _):
+        monkeypatch.setattr("halovae.serving.store.JobStore.read", fails)
+        assert httpx.get(f"{url}/v1/videos", headers={"x-request-id": "mine"}).status_code == 500
+        monkeypatch.undo()
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if '"mine"' in line]
+    assert {"halovae.serving.errors", "halovae.access"} <= {line["logger"] for line in lines}
+    (access,) = (line for line in lines if line["logger"] == "halovae.access")
+    assert access["status"] == 500
+
+
+def test_requests_are_measured_by_route_and_class_of_status(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path) as (url, _):
+        httpx.get(f"{url}/v1/videos/one")
+        httpx.get(f"{url}/v1/videos/two")
+        httpx.get(f"{url}/made/up")
+        httpx.request("BREW", f"{url}/v1/models")
+        text = httpx.get(f"{url}/metrics").text
+    route = 'route="/v1/videos/{video_id}",status="4xx"'
+    assert f'halovae_http_request_seconds_count{{method="GET",{route}}} 2.0' in text
+    assert 'halovae_http_request_seconds_count{method="GET",route="other",status="4xx"} 1.0' in text
+    assert 'method="BREW"' not in text
+    assert "halovae_http_requests_in_flight 1.0" in text
+    assert "halovae_queue_wait_seconds" in text
+    (free,) = re.findall(r"^halovae_disk_free_bytes (\S+)$", text, re.MULTILINE)
+    assert float(free) > 0
+
+
+def test_a_body_that_stops_is_not_waited_for(server: tuple[str, StubRanks], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "PIECE", 0.2)
+    header = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connected(server[0], header, b"Content-Length: 100\r\n\r\n{") as connection:
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"body_timeout" in answer
+
+
+def test_a_body_that_trickles_is_not_waited_for(server: tuple[str, StubRanks], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "BODY", 0.5)
+    header = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connected(server[0], header, b"Content-Length: 1000\r\n\r\n{") as connection:
+        connection.settimeout(0.05)
+        answer = b""
+        for _ in range(1000):
+            try:
+                answer = connection.recv(2**16)
+                break
+            except TimeoutError:
+                connection.sendall(b" ")
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\nGET"]
+)
+def test_a_connection_that_sends_no_whole_header_is_closed(
+    data: bytes, server: tuple[str, StubRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "WAIT", 0.3)
+    with connected(server[0], data) as connection:
+        answer = received(connection)  # returns because the server closes it
+    assert answer == b"" or (data.endswith(b"GET") and answer.count(b"HTTP/1.1") == 1)
+
+
+def test_idle_connections_give_way_to_new_ones(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, stub=False, max_connections=5) as (url, _):
+        idle = [connected(url, b"GET / HTTP/1.1\r\n") for _ in range(30)]
+        for _ in range(3):
+            assert httpx.get(f"{url}/livez").status_code == 200
+        closed = 0
+        for connection in idle:
+            connection.settimeout(0.2)
+            try:
+                closed += connection.recv(1) == b""
+            except ConnectionError:
+                closed += 1
+            except TimeoutError:
+                pass
+            connection.close()
+        assert closed >= 25
+
+
+def test_a_server_whose_connections_all_have_requests_refuses_new_ones(model: Path, tmp_path: Path) -> None:
+    with served(model, tmp_path, stub=False, max_connections=2) as (url, _):
+        head = b"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        streams = [connected(url, head) for _ in range(2)]
+        for stream in streams:
+            assert stream.recv(12) == b"HTTP/1.1 200"
+        assert httpx.get(f"{url}/livez").status_code == 503
+        streams[0].close()
+        deadline = time.monotonic() + 30
+        while httpx.get(f"{url}/livez").status_code != 200:
+            assert time.monotonic() < deadline
+        streams[1].close()
+
+
+def test_the_server_opens_as_many_files_as_it_may(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hard, given = 4096, []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
+    assert connections.most_connections(1000) == 1000
+    assert given == [(4096, 4096)]
+    assert caplog.records == []
+    assert connections.most_connections(10_000) == 4096 - 512
+    assert "--max-connections 10000" in caplog.text
+    hard = 256
+    assert connections.most_connections(1000) == 128
+    assert connections.most_connections(50) == 50
+    hard = resource.RLIM_INFINITY
+    assert connections.most_connections(10**6) == 10**6
+
+
+def test_messages_that_clients_cause_do_not_flood_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    seldom = connections.Seldom()
+
+    def passes(text: str) -> bool:
+        return bool(seldom.filter(logging.makeLogRecord({"msg": text})))
+
+    full = "socket.accept() out of system resource\nsocket: 5"
+    assert [passes(full) for _ in range(3)] == [True, False, False]
+    assert [passes("Invalid HTTP request received.") for _ in range(2)] == [True, False]
+    assert [passes("Task exception was never retrieved") for _ in range(2)] == [True, True]
+    now = 111.0
+    assert [passes(full) for _ in range(2)] == [True, False]
+
+
+def test_requests_are_traced_if_a_collector_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+    calls: list[tuple[str, object]] = []
+    provider = SimpleNamespace(add_span_processor=lambda processor: calls.append(("processor", processor)))
+    instrumentor = SimpleNamespace(instrument_app=lambda app, excluded_urls: calls.append(("app", app)))
+    modules: dict[str, dict[str, Any]] = {
+        "opentelemetry": {},
+        "opentelemetry.trace": {"set_tracer_provider": lambda given: calls.append(("provider", given))},
+        "opentelemetry.sdk": {},
+        "opentelemetry.sdk.trace": {"TracerProvider": lambda: provider},
+        "opentelemetry.sdk.trace.export": {"BatchSpanProcessor": lambda exporter: ("batches to", exporter)},
+        "opentelemetry.exporter.otlp.proto.http.trace_exporter": {"OTLPSpanExporter": lambda: "collector"},
+        "opentelemetry.instrumentation.fastapi": {"FastAPIInstrumentor": instrumentor},
+    }
+    for name, contents in modules.items():
+        fake = ModuleType(name)
+        fake.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, name, fake)
+    app = make_app(rank_settings(model, tmp_path), front_settings(model))
+    assert calls == [("processor", ("batches to", "collector")), ("provider", provider), ("app", app)]
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    make_app(rank_settings(model, tmp_path), front_settings(model))
+    assert len(calls) == 3
+    assert "halovae[otel]" in caplog.text
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
+    caplog.clear()
+    make_app(rank_settings(model, tmp_path), front_settings(model))
+    assert (len(calls), caplog.text) == (3, "")

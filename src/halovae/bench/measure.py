@@ -35,6 +35,8 @@ from halovae.runtime.vae import VAE, load
 # What a contestant's processes hold between calls.
 _held: dict[str, Any] = {}
 
+_LEAST = 2  # rows and cols of latents to warm up with; padding by reflection takes no fewer
+
 
 @dataclass(frozen=True)
 class Model:
@@ -250,7 +252,8 @@ class Contestant:
             # Accelerators and compilers choose kernels by shape; the CPU only loads them.
             crop = latents[:, :, :2] if latents.ndim == 5 else latents
             by_shape = self.model.device != "cpu" or self.compiled or not is_decode
-            crop = latents if by_shape else crop[..., : self.ranks, : self.ranks]
+            least = max(self.ranks, _LEAST)
+            crop = latents if by_shape else crop[..., :least, :least]
             seconds = [taken[0] for taken in self._attempted(_decode, crop, False)]
         self.warmup_seconds = max(seconds, default=0)
 

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from halovae.plane.live import is_write, root
+
 _LARGEST = 2**20  # bytes of a constant that is computed once; larger ones are computed whenever the graph runs
+# The same for one that is written in place, as masks are row by row: no pass runs over a graph that writes.
+_LARGEST_WRITTEN = 64 * 2**20
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Constants:
 
     def __init__(self) -> None:
         self._values: dict[fx.Node, Any] = {}
+        self._written: set[fx.Node] = set()  # the nodes in whose memory operators write
 
     def call(self, func: Any, arguments: tuple[Any, Any], graph: fx.Graph, attributes: dict[str, Tensor]) -> Any:
         """Return the result of an operator on constant nodes, at this point of the graph."""
@@ -61,6 +66,7 @@ class Constants:
     def fold(self, graph: fx.Graph, attributes: dict[str, Tensor]) -> None:
         """Turn the constants that other nodes use into attributes."""
         self._values.clear()
+        self._written = {root(node.all_input_nodes[0]) for node in graph.nodes if is_write(node)}
         made: dict[tuple[fx.Node, int], fx.Node] = {}
         with _disable_current_modes(), torch.no_grad():
             for node in list(graph.nodes):
@@ -88,7 +94,8 @@ class Constants:
             return True
         if not node.meta.get("constant") or node.op == "output":
             return False
-        if limited and node.meta.get("bytes", 0) > _LARGEST:
+        largest = max(_LARGEST, _LARGEST_WRITTEN) if limited and root(node) in self._written else _LARGEST
+        if limited and node.meta.get("bytes", 0) > largest:
             return False
         if node.op == "get_attr":
             self._values[node] = attributes[str(node.target)]

@@ -114,6 +114,13 @@ def shares(node: fx.Node) -> bool:
     return any(info is not None for info in infos) or node.target is torch.ops.aten.reshape.default
 
 
+def is_write(node: fx.Node) -> bool:
+    """Whether an operator writes to a tensor that others may see."""
+    schema: Any = getattr(node.target, "_schema", None)
+    arguments = () if schema is None else schema.arguments
+    return any(one.alias_info is not None and one.alias_info.is_write for one in arguments)
+
+
 def same(node: fx.Node, other: fx.Node) -> bool:
     """Whether two nodes have results of one shape and dtype."""
     return all(node.meta[name] == other.meta[name] for name in ("shape", "dtype"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from halovae import Grid
 from halovae.kernels import winograd
-from halovae.plane import operators, passes, windows
+from halovae.plane import constants, operators, passes, windows
 
 # Passes that change nothing in a `Block`.
 UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "products", "residuals")
@@ -193,3 +193,28 @@ def test_products_with_different_matrices_stay() -> None:
 @pytest.mark.parametrize("how", ODD)
 def test_graphs_that_resemble_known_ones_stay_exact(how: str) -> None:
     check(seeded(lambda: Odd(how)), picture(1, 4, 3, 9, 8))
+
+
+class Masked(nn.Module):
+    """Attention over all cells with a mask that is written row by row, as in HunyuanVideo-1.5, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = x.flatten(2).transpose(1, 2)
+        length = cells.shape[1]
+        mask = torch.full((length, length), -torch.inf, dtype=x.dtype)
+        for row in range(length):
+            mask[row, : row + 1] = 0
+        mixed = F.scaled_dot_product_attention(cells, cells, cells, attn_mask=mask)
+        return self.convolution(F.silu(mixed.transpose(1, 2).reshape(x.shape)))
+
+
+def test_passes_run_beside_a_large_mask() -> None:
+    """It is computed once, and nothing in the graph writes to it."""
+    x = picture(1, 4, 18, 21)  # 1.1 MB
+    assert constants._LARGEST < 8 * (18 * 21) ** 2
+    for program in check(seeded(Masked), x, grids=(Grid(), Grid(rows=2))):
+        assert windows.convolution in targets(program)

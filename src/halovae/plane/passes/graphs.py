@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from halovae.distributed.mesh import Mesh
 from halovae.plane import operators, windows
-from halovae.plane.live import root
+from halovae.plane.live import is_write, root
 
 
 def writes(graph: fx.Graph) -> bool:
-    """Whether an operator writes to a tensor that others may see."""
-    schemas: Iterator[Any] = (getattr(node.target, "_schema", None) for node in graph.nodes)
-    arguments = [argument for schema in schemas if schema is not None for argument in schema.arguments]
-    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
+    """Whether an operator of a graph writes to a tensor that others may see."""
+    return any(map(is_write, graph.nodes))
 
 
 def shared(graph: fx.Graph) -> set[fx.Node]:

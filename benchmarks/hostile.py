@@ -194,7 +194,8 @@ def listeners(url: str) -> list[int]:
                 connection.sendall(f"GET /v1/jobs HTTP/1.1\r\nHost: {target.host}\r\n\r\n".encode())
         ids = []
         for index in range(12):
-            answer = httpx.post(f"{url}/v1/videos", json={**SMALL, "prompt": "é" * 31_000, "seed": index}, timeout=60)
+            body = {**SMALL, "prompt": "é" * 31_000, "seed": index, "input_reference": _data_url(_picture(64, 48))}
+            answer = httpx.post(f"{url}/v1/videos", json=body, timeout=60)
             answers.append(answer.status_code)
             if answer.status_code == 200:
                 ids.append(answer.json()["id"])
@@ -268,7 +269,7 @@ def attacked(server: Server, attack: Attack) -> tuple[Counter[int], float, float
     waits = receiver.recv()
     asking.join()
     memory.stop.set()
-    percentile = statistics.quantiles(waits, n=100)[98] if len(waits) > 1 else waits[0]
+    percentile = statistics.quantiles(waits, n=100, method="inclusive")[98] if len(waits) > 1 else waits[0]
     return answers, percentile, max(waits), memory.most - memory.first
 
 

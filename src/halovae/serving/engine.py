@@ -28,6 +28,7 @@ from halovae.pipelines.specs import Prompt
 from halovae.planning.planner import USABLE
 from halovae.runtime.options import DecodeOptions
 from halovae.runtime.vae import VAE
+from halovae.serving import logs
 from halovae.serving.broadcast import IDLE, RankZeroBroadcast
 from halovae.serving.channel import RankChannel
 from halovae.serving.decoding import Decoding, summary, survived
@@ -48,7 +49,7 @@ def serve_as_rank(settings: RankSettings, ready: Event | None = None) -> None:
         settings: the same on all ranks.
         ready: an event to set once attempts can be worked on.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logs.configure(settings.log_format)
     is_rank_zero = int(os.environ.get("RANK", "0")) == 0
     channel = RankChannel(settings.output) if is_rank_zero else None
     begin = time.monotonic()

@@ -51,9 +51,7 @@ def test_pictures_are_decoded_last(editor: Path, tmp_path: Path, monkeypatch: py
             assert error_of(queued.result())["code"] == "cancelled"
 
 
-def test_two_pictures_are_decoded_at_once(
-    hostile_edits: tuple[str, StubRanks], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_pictures_are_decoded_at_once(editor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, now, most = threading.Lock(), 0, 0
     both = threading.Barrier(2)
 
@@ -68,8 +66,8 @@ def test_two_pictures_are_decoded_at_once(
         return picture()
 
     monkeypatch.setattr(pictures, "checked", slow)
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        assert {answer.status_code for answer in pool.map(lambda _: edit(hostile_edits[0]), range(6))} == {200}
+    with served(editor, tmp_path) as (url, _), concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert {answer.status_code for answer in pool.map(lambda _: edit(url), range(6))} == {200}
     assert most == 2
 
 

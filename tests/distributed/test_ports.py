@@ -134,17 +134,6 @@ def test_encode_listens_on_nothing(folder: Path, tmp_path: Path) -> None:
     assert not watch.opened
 
 
-def test_a_server_listens_on_loopback_only(folder: Path, tmp_path: Path) -> None:
-    with Watch() as watch, Server(folder / "pipeline", tmp_path / "served") as server:
-        server.wait()
-        ranks = {rank.pid for rank in server.ranks()}
-        server.stop()
-    watch.check()
-    assert watch.opened[("127.0.0.1", server.port)] == server.process.pid
-    assert len(ranks) == 2
-    assert ranks <= set(watch.opened.values()), "a rank was not seen listening"
-
-
 def encode() -> tuple[list[int], str]:
     moments = VAE(vae("wan2.1")).encode(torch.zeros(1, 3, 1, 32, 32), mode="parallel")
     assert moments is not None

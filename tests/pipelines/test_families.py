@@ -5,7 +5,6 @@ import inspect
 import io
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,21 +145,6 @@ def test_invalid_requests_are_refused(
     with pytest.raises(PromptError, match=words) as refused:
         Pipeline.read(models(name)).fitted(Prompt("a cat", **request_fields))
     assert refused.value.field == field
-
-
-@pytest.mark.parametrize(("name", "tokens"), [("wan2.1", 1), ("flux", 1), ("sd1.5", None)])
-def test_ranks_that_share_a_sequence_need_a_token_each(
-    name: str, tokens: int | None, models: Callable[[str], Path]
-) -> None:
-    pipeline = replace(Pipeline.read(models(name)), sharing=2)
-    least = Prompt("a cat", size=(pipeline.step, pipeline.step), frames=1)
-    if tokens is None:  # its ranks only share the decode
-        assert pipeline.fitted(least).size == least.size
-        return
-    with pytest.raises(PromptError, match=f"{tokens} tokens for the 2 ranks") as refused:
-        pipeline.fitted(least)
-    assert refused.value.field == "size"
-    assert pipeline.fitted(replace(least, size=(2 * pipeline.step, pipeline.step))).frames == 1
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

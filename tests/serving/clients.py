@@ -1,9 +1,11 @@
 """What tests send to a server, and how they look at what it does."""
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -11,6 +13,7 @@ from halovae.serving.jobs import Job, JobSpec
 from halovae.serving.table import JobTable
 
 SPEC = JobSpec("a", (64, 48), 5, 2, 0)
+ID = "0123456789abcdef" * 2  # of a job
 SMALL = {"size": "64x48", "num_frames": 5, "num_inference_steps": 2}
 
 
@@ -69,3 +72,17 @@ class Restarts:
 def runs(url: str, video: str) -> bool:
     """Whether the ranks work on a video."""
     return bool(shown(url, video)["status"] == "in_progress")
+
+
+def connected(url: str, *data: bytes) -> socket.socket:
+    """Return a new connection that has sent some data."""
+    port = urlsplit(url).port
+    assert port is not None
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    for piece in data:
+        connection.sendall(piece)
+    return connection
+
+
+def sent(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}

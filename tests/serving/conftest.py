@@ -11,6 +11,7 @@ import pytest
 from serving.stub_ranks import StubRanks, served
 
 from halovae.pipelines import tiny
+from halovae.serving import app
 from halovae.serving.dispatch import Dispatcher
 
 MIB = 2**20
@@ -73,3 +74,24 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     monkeypatch.setattr(Dispatcher, "_take", noted)
     return wait
+
+
+@pytest.fixture
+def swept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], BaseException | None]:
+    """`swept()` waits for the next sweep to end, and returns its error, or None."""
+    ends: queue.Queue[BaseException | None] = queue.Queue()
+    expire = Dispatcher.expire
+
+    async def noted(self: Dispatcher) -> None:
+        error: BaseException | None = None
+        try:
+            await expire(self)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            ends.put(error)
+
+    monkeypatch.setattr(Dispatcher, "expire", noted)
+    monkeypatch.setattr(app, "_SWEEP", 0.01)
+    return lambda: ends.get(timeout=20)

@@ -33,3 +33,12 @@ def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
 def edit(url: str, files: Any = None, **fields: Any) -> httpx.Response:
     form = {"prompt": "a", "size": "64x48", **fields}
     return httpx.post(f"{url}/v1/images/edits", data=form, files=files or {"image": picture()}, timeout=60)
+
+
+def many_fields(size: int) -> bytes:
+    return b'{"prompt": "a"' + b"".join(b', "field%06d": 0' % i for i in range(size // 19)) + b"}"
+
+
+def near_boundaries(size: int) -> bytes:
+    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    return head + b"\r\n-" * (size // 3) + b"\r\n--b--\r\n"

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from serving.hostile import MIB, PLAIN, data_url, edit, error_of, picture
+from serving.hostile import MIB, PLAIN, data_url, edit, error_of, many_fields, picture
 from serving.stub_ranks import StubRanks
 
 from halovae.serving import pictures, requests, submission
@@ -37,45 +37,6 @@ def blocked(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[
         yield waits
     finally:
         go.set()
-
-
-def many_fields(size: int) -> bytes:
-    return b'{"prompt": "a"' + b"".join(b', "field%06d": 0' % i for i in range(size // 19)) + b"}"
-
-
-def near_boundaries(size: int) -> bytes:
-    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
-    return head + b"\r\n-" * (size // 3) + b"\r\n--b--\r\n"
-
-
-@pytest.mark.parametrize(
-    ("kind", "body", "status"),
-    [
-        ("application/json", many_fields(10 * MIB), 413),
-        ("application/json", b'{"image": [' + b"[]," * (10 * MIB // 3) + b"[]]}", 413),
-        ("application/json", b'{"image": [' + b'"data:",' * (10 * MIB // 8) + b"0]}", 413),
-        ("application/json", many_fields(MIB), 400),
-        ("application/json", b'{"image": [' + b"[]," * (MIB // 3 - 10) + b"[]]}", 400),
-        ("application/json", b'{"image": [' + b"0," * (MIB // 2 - 10) + b"0]}", 400),
-        ("application/json", json.dumps({"image": data_url(b"\0" * 7 * MIB)}).encode(), 400),
-        ("multipart/form-data; boundary=b", near_boundaries(10 * MIB), 400),
-        ("multipart/form-data; boundary=b", b"--b\r\n" * (2 * MIB), 400),
-        ("application/x-www-form-urlencoded", b"a=b&" * (10 * MIB // 4), 413),
-        ("application/x-www-form-urlencoded", b"a=b&" * (MIB // 4 - 10), 400),
-    ],
-)
-def test_large_bodies_do_not_keep_others_waiting(
-    kind: str, body: bytes, status: int, hostile_edits: tuple[str, StubRanks]
-) -> None:
-    url, _ = hostile_edits
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        hostile = pool.submit(httpx.post, f"{url}/v1/images/edits", content=body, headers={"content-type": kind})
-        answers = 0
-        while not hostile.done() or answers == 0:
-            assert httpx.get(f"{url}/health", timeout=5).status_code == 200
-            answers += 1
-        assert len(hostile.result().content) < 1000
-        error_of(hostile.result(), status)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,12 @@ import base64
 import http.client
 import io
 import json
-import queue
 import signal
 import sqlite3
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +19,15 @@ import pytest
 import typer
 import zmq
 from PIL import Image
-from serving.clients import SMALL, finished, submitted
+from serving.clients import ID, SMALL, finished, submitted
 from serving.stub_ranks import DECODE, Rank, front_settings, locked, rank_settings, served
 
 from halovae.cli import serve
 from halovae.io import media
 from halovae.pipelines import tiny
-from halovae.serving import app
 from halovae.serving.dispatch import Dispatcher
 from halovae.serving.jobs import Job, JobSpec
 from halovae.serving.table import JobTable, opened
-
-ID = "0123456789abcdef" * 2
 
 
 @pytest.fixture(scope="module")
@@ -42,47 +36,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("wan2.1", "wan2.1-i2v", "qwen-image"):
         tiny.make_model(name, folder / name)
     return folder
-
-
-@pytest.fixture
-def swept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], BaseException | None]:
-    """`swept()` waits for the next sweep to end, and returns its error, or None."""
-    ends: queue.Queue[BaseException | None] = queue.Queue()
-    expire = Dispatcher.expire
-
-    async def noted(self: Dispatcher) -> None:
-        error: BaseException | None = None
-        try:
-            await expire(self)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            ends.put(error)
-
-    monkeypatch.setattr(Dispatcher, "expire", noted)
-    monkeypatch.setattr(app, "_SWEEP", 0.01)
-    return lambda: ends.get(timeout=20)
-
-
-@pytest.mark.parametrize("folder", [".", "results"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "video_holiday-2024.mp4", "image_001-final.psd", "video_clips-old/", f"video_{ID}-0.mp4", f"image_{ID}-3.png",
-        ".video_draft-1.mp4.partial", f".video_{ID}-0.mp4.partial.bak", f".video_{ID}-0.mp4.partial/",
-    ],
-)  # fmt: skip
-def test_a_start_leaves_other_files(name: str, folder: str, model: Path, tmp_path: Path) -> None:
-    theirs = tmp_path / folder / name
-    theirs.parent.mkdir(exist_ok=True)
-    if name.endswith("/"):
-        theirs.mkdir()
-    else:
-        theirs.write_text("mine")
-    with served(model, tmp_path, stub=False):
-        pass
-    assert theirs.exists()
 
 
 def test_a_start_removes_partial_results(model: Path, tmp_path: Path) -> None:
@@ -143,25 +96,6 @@ def test_a_change_that_is_not_on_disk_is_not_in_memory(tmp_path: Path) -> None:
     with pytest.raises(sqlite3.ProgrammingError):
         jobs.update(job, status="completed", files=job.names())
     assert (job.status, job.files) == ("queued", [])
-
-
-def test_jobs_that_end_while_the_database_is_locked_end(
-    model: Path, tmp_path: Path, heard: Callable[[str], None]
-) -> None:
-    with served(model, tmp_path, stub=False) as (url, _):
-        rank = Rank(tmp_path)
-        videos = [submitted(url) for _ in range(2)]
-        attempts = [rank.receive()["attempt"] for _ in videos]
-        with locked(tmp_path):
-            for attempt in attempts:
-                rank.send("started", attempt=attempt)
-            rank.send("finished", attempt=attempts[0], decode=DECODE)
-            rank.send("failed", attempt=attempts[1], code="out_of_memory", message="no plan fits \ud800")
-            heard("failed")
-            assert [finished(url, video, 0)["status"] for video in videos] == ["queued"] * 2
-        shown = [finished(url, video) for video in videos]
-    assert [one["status"] for one in shown] == ["completed", "failed"]
-    assert shown[1]["error"] == {"code": "out_of_memory", "message": "no plan fits ?"}
 
 
 def test_ranks_have_work_while_the_database_is_locked(model: Path, tmp_path: Path) -> None:
@@ -306,49 +240,6 @@ def test_a_job_for_which_the_disk_has_no_room_is_refused(
     with served(model, tmp_path, stub=False) as (url, _):
         refused = httpx.post(f"{url}/v1/videos", json={"prompt": "a" * 30_000, **SMALL})
         assert (refused.status_code, refused.json()["error"]["code"]) == (507, "disk_full")
-
-
-def test_a_job_that_ends_while_the_disk_is_full_ends_once_there_is_room(
-    model: Path, tmp_path: Path, heard: Callable[[str], None]
-) -> None:
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        with served(model, tmp_path, stub=False) as (url, _):
-            rank = Rank(tmp_path)
-            video = submitted(url)
-            attempt = rank.receive()["attempt"]
-            filling = tmp_path / "filling"
-            with filling.open("wb", buffering=0) as file, suppress(OSError):
-                while True:
-                    file.write(bytes(4096))
-            rank.send("started", attempt=attempt)
-            rank.send("finished", attempt=attempt, decode=DECODE)
-            heard("finished")
-            assert finished(url, video, 0)["status"] == "queued"
-            filling.unlink()
-            assert finished(url, video)["status"] == "completed"
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-def test_a_sweep_that_fails_is_logged_and_tried_again(
-    model: Path, tmp_path: Path, swept: Callable[[], BaseException | None], caplog: pytest.LogCaptureFixture
-) -> None:
-    with served(model, tmp_path) as (url, _):
-        finished(url, submitted(url))
-    with ExitStack() as lock:
-        lock.enter_context(locked(tmp_path))
-        with served(model, tmp_path, stub=False, expire_after=0.0) as (url, _):
-            while swept() is None:
-                pass
-            lock.close()
-            while swept() is not None:
-                pass
-            assert httpx.get(f"{url}/v1/videos").json()["data"] == []
-    assert not list(tmp_path.rglob("*.mp4"))
-    assert "old results could not be removed" in caplog.text
 
 
 def test_a_result_that_cannot_be_removed_keeps_no_other_one(

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from serving.clients import finished, submitted
+from serving.clients import connected, finished, submitted
 from serving.stub_ranks import StubRanks, front_settings, rank_settings, served
 
 from halovae.serving import connections, guards
@@ -26,16 +25,6 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     with served(model, tmp_path_factory.mktemp("server")) as (url, stub):
         assert stub is not None
         yield url, stub
-
-
-def connected(url: str, *data: bytes) -> socket.socket:
-    """Return a new connection that has sent some data."""
-    port = urlsplit(url).port
-    assert port is not None
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-    for piece in data:
-        connection.sendall(piece)
-    return connection
 
 
 def received(connection: socket.socket) -> bytes:
@@ -51,14 +40,6 @@ def until_ready(url: str) -> None:
     while httpx.get(f"{url}/readyz").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def test_a_server_lives_before_its_ranks_are_ready(model: Path, tmp_path: Path) -> None:
-    with served(model, tmp_path, stub=False) as (url, _):
-        assert httpx.get(f"{url}/livez").json() == {"status": "alive"}
-        answer = httpx.get(f"{url}/readyz")
-        assert (answer.status_code, answer.json()) == (503, {"status": "the ranks are starting"})
-        assert int(answer.headers["retry-after"]) > 0
 
 
 def test_a_server_that_is_ending_lives_but_is_not_ready(model: Path, tmp_path: Path) -> None:
@@ -172,24 +153,6 @@ def test_a_connection_that_sends_no_whole_header_is_closed(
     with connected(server[0], data) as connection:
         answer = received(connection)  # returns because the server closes it
     assert answer == b"" or (data.endswith(b"GET") and answer.count(b"HTTP/1.1") == 1)
-
-
-def test_idle_connections_give_way_to_new_ones(model: Path, tmp_path: Path) -> None:
-    with served(model, tmp_path, stub=False, max_connections=5) as (url, _):
-        idle = [connected(url, b"GET / HTTP/1.1\r\n") for _ in range(30)]
-        for _ in range(3):
-            assert httpx.get(f"{url}/livez").status_code == 200
-        closed = 0
-        for connection in idle:
-            connection.settimeout(0.2)
-            try:
-                closed += connection.recv(1) == b""
-            except ConnectionError:
-                closed += 1
-            except TimeoutError:
-                pass
-            connection.close()
-        assert closed >= 25
 
 
 def test_a_server_whose_connections_all_have_requests_refuses_new_ones(model: Path, tmp_path: Path) -> None:

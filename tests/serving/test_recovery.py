@@ -73,29 +73,6 @@ def test_a_job_that_runs_beside_one_that_ends_the_ranks_loses_nothing(model: Pat
         assert job_on_disk(tmp_path, videos[1]).interrupted == {}
 
 
-def test_ranks_that_make_no_progress_are_restarted(model: Path, tmp_path: Path) -> None:
-    """Signs of life alone are no progress: they come from a thread of their own."""
-    restarts = Restarts()
-    with served(model, tmp_path, stub=False, restart=restarts, stall_timeout=1.0) as (url, _):
-        rank = Rank(tmp_path)
-        until(lambda: httpx.get(f"{url}/health").status_code == 200)
-        time.sleep(1.5)
-        assert restarts.reasons == []  # nothing to do is no stall
-        video = submitted(url)
-        rank.send("started", attempt=rank.receive()["attempt"])
-        while not restarts.reasons:
-            rank.send("beat", ready=True, token=rank.token, since=0.0)
-            time.sleep(0.1)
-        assert "no progress for 1 s (--stall-timeout)" in restarts.reasons[0]
-        assert httpx.get(f"{url}/health").status_code == 503
-        rank = Rank(tmp_path)
-        attempt = rank.receive()["attempt"]
-        assert job_on_disk(tmp_path, video).interrupted == {"stall": 1}
-        rank.send("started", attempt=attempt)
-        rank.send("finished", attempt=attempt, decode=DECODE)
-        assert finished(url, video)["status"] == "completed"
-
-
 def test_ranks_that_fall_silent_are_restarted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halovae.serving.dispatch._SILENCE", 0.5)
     restarts = Restarts()
@@ -235,21 +212,6 @@ def test_a_server_that_ends_lets_a_running_job_end(model: Path, tmp_path: Path) 
     assert (kept.status, kept.interrupted) == ("queued", {})
 
 
-@pytest.mark.parametrize("ends", [1, TRIES + 1])
-def test_planned_ends_never_count_against_a_job(ends: int, model: Path, tmp_path: Path) -> None:
-    video = ""
-    for _ in range(ends):
-        with served(model, tmp_path, stub=False, drain=0.1) as (url, _):
-            video = video or submitted(url)
-            rank = Rank(tmp_path)
-            rank.send("started", attempt=rank.receive()["attempt"])
-            until(partial(runs, url, video))
-    kept = job_on_disk(tmp_path, video)
-    assert (kept.status, kept.interrupted, kept.attempts) == ("queued", {}, ends)
-    with served(model, tmp_path) as (url, _):
-        assert finished(url, video)["status"] == "completed"
-
-
 @pytest.mark.parametrize("planned", [False, True])
 def test_a_server_that_was_killed_while_it_ended_counts_against_no_job(
     planned: bool, model: Path, tmp_path: Path
@@ -324,26 +286,6 @@ def test_a_deleted_job_does_not_come_back(model: Path, tmp_path: Path, monkeypat
         file.unlink()
     with served(model, tmp_path, stub=False) as (url, _):
         assert httpx.get(f"{url}/v1/videos").json()["data"] == []
-
-
-def test_a_damaged_database_is_moved_aside_and_results_are_taken_over(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with served(model, tmp_path) as (url, _):
-        video = finished(url, submitted(url))
-    for suffix in ("-wal", "-shm"):
-        (tmp_path / f"jobs.sqlite{suffix}").unlink(missing_ok=True)
-    noise = bytes(range(256)) * 32
-    (tmp_path / "jobs.sqlite").write_bytes(noise)
-    with served(model, tmp_path, stub=False) as (url, _):
-        assert shown(url, video["id"]) == video
-        submitted(url)
-    (aside,) = tmp_path.glob("jobs.sqlite.damaged-*")
-    assert aside.read_bytes() == noise
-    assert [one.getMessage() for one in caplog.records if "is damaged" in one.getMessage()] == [
-        f"{tmp_path / 'jobs.sqlite'} is damaged (file is not a database): it was moved to {aside.name}, and waiting "
-        "jobs are lost"
-    ]
 
 
 def test_a_page_of_noise_within_the_database_is_noticed(tmp_path: Path) -> None:
@@ -448,20 +390,6 @@ def test_a_job_that_completed_after_the_copy_of_the_database_is_not_made_again(m
         assert stub.seen == []
 
 
-def test_input_pictures_of_jobs_that_do_not_wait_are_removed(model: Path, tmp_path: Path) -> None:
-    inputs = tmp_path / ".inputs"
-    inputs.mkdir()
-    jobs = opened(tmp_path / "jobs.sqlite")
-    job = Job.new("video", "tiny", SPEC)
-    jobs.add(job)
-    jobs.close()
-    kept, orphan, other = inputs / f"{job.id}-0.png", inputs / f"video_{'0' * 32}-0.png", inputs / "notes.png"
-    for path in (kept, orphan, other):
-        path.touch()
-    with served(model, tmp_path, stub=False):
-        assert sorted(inputs.iterdir()) == sorted([kept, other])
-
-
 @pytest.mark.anyio
 async def test_a_lock_by_another_process_stops_neither_reads_nor_the_event_loop(tmp_path: Path) -> None:
     jobs = JobStore(tmp_path / "jobs.sqlite")
@@ -560,28 +488,6 @@ def test_a_listener_that_does_not_read_is_dropped_and_too_many_are_refused(
         until(lambda: httpx.stream("GET", f"{url}/v1/jobs").__enter__().status_code == 200)
 
 
-@pytest.mark.anyio
-async def test_a_change_is_rendered_once_for_all_listeners() -> None:
-    rendered: list[str] = []
-
-    async def render(job: str) -> bytes:
-        rendered.append(job)
-        return job.encode()
-
-    hub = events.Events(render)
-    running = asyncio.create_task(hub.run())
-    jobs = [Job.new("video", "tiny", SPEC, owner) for owner in ("a", "b")]
-    with hub.listening("a") as ours, hub.listening("a") as also_ours, hub.listening("b") as theirs:
-        for _ in range(100):
-            for job in jobs:
-                hub.publish(job)
-        assert [await anext(one) for one in (ours, also_ours, theirs)] == [
-            jobs[0].id.encode(), jobs[0].id.encode(), jobs[1].id.encode()
-        ]  # fmt: skip
-    assert rendered == [job.id for job in jobs]
-    running.cancel()
-
-
 async def _all(stream: AsyncIterator[bytes]) -> list[bytes]:
     return [event async for event in stream]
 
@@ -617,16 +523,6 @@ def test_only_this_user_may_enter_the_folder_of_the_socket(tmp_path: Path, monke
     entered.parent.chmod(0o755)
     with pytest.raises(PermissionError, match="others may enter it"):
         channel.SocketFolder(tmp_path / "out", front=True)
-
-
-def test_a_process_without_the_token_gets_no_job(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with served(model, tmp_path, stub=False) as (url, _):
-        with pytest.raises(AssertionError):
-            Rank(tmp_path, token="a guess", patience=1.0)
-        assert httpx.get(f"{url}/health").status_code == 503
-        submitted(url)
-        assert Rank(tmp_path).receive()["kind"] == "attempt"
-    assert "does not know this server's token" in caplog.text
 
 
 def test_a_front_leaves_no_socket(model: Path, tmp_path: Path) -> None:

@@ -230,10 +230,10 @@ def main() -> None:
         server.stop()
         partial = [path.name for path in server.output.rglob(".*.partial")]
     table = Table(title="disturbances", title_justify="left")
-    rows = [("what", "at (s)", "not ready after (s)", "ready again after (s)", "")]
+    rows: list[tuple[str, ...]] = [("what", "at (s)", "not ready after (s)", "ready again after (s)", "")]
     for one in chaos.log:
         times = ["-" if value is None else f"{value:.1f}" for value in (one.at, one.unready, one.again)]
-        rows.append((one.kind, *times, "LATE" if one.wrong else ""))  # type: ignore[arg-type]
+        rows.append((one.kind, *times, "LATE" if one.wrong else ""))
     for name in rows[0]:
         table.add_column(name)
     for row in rows[1:]:

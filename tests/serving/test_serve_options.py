@@ -17,7 +17,6 @@ from halovae.cli import serve, serve_options
 from halovae.cli.main import app
 from halovae.cli.serve_options import ServeOptions
 from halovae.grid import Grid
-from halovae.pipelines import tiny
 from halovae.serving import logs
 from halovae.serving.limits import Limits
 from halovae.serving.settings import FrontSettings, RankSettings
@@ -40,13 +39,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.delenv("HALOVAE_API_KEY", raising=False)
     monkeypatch.setattr(serve, "_run_front", lambda *settings: calls.append(settings))
     return calls
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "wan2.1"
-    tiny.make_model("wan2.1", folder)
-    return folder
 
 
 def served(model: Path, *options: str) -> tuple[int, str]:

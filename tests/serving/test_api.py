@@ -392,4 +392,4 @@ def test_no_request_makes_the_front_fail(model: str, home: Path, tmp_path: Path)
             [str(Path(sys.executable).with_name("schemathesis")), *words], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout[-5000:]
-        assert "Selected: 13/13" in done.stdout, done.stdout[-3000:]
+        assert "Selected: 14/14" in done.stdout, done.stdout[-3000:]

@@ -54,7 +54,8 @@ def client(url: str, key: str = "none") -> openai.OpenAI:
 
 def picture(kind: str = "png", mode: str = "RGB", size: tuple[int, int] = (64, 48), **options: Any) -> bytes:
     out = io.BytesIO()
-    Image.new(mode, size, "red" if mode != "CMYK" else (0, 255, 255, 0)).save(out, kind, **options)
+    color: Any = {"CMYK": (0, 255, 255, 0), "I;16": 0x8000}.get(mode, "red")
+    Image.new(mode, size, color).save(out, kind, **options)
     return out.getvalue()
 
 
@@ -202,9 +203,10 @@ def test_invalid_pictures_are_refused(data: bytes, edits: Server) -> None:
         (picture("jpeg", "CMYK"), (64, 48), (255, 0, 0)),
         (picture("png", "RGBA"), (64, 48), (255, 0, 0)),
         (picture("png", "LA"), (64, 48), (76, 76, 76)),
+        (picture("png", "I;16"), (64, 48), (128, 128, 128)),
         (picture("jpeg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"), (48, 64), (255, 0, 0)),
     ],
-    ids=["CMYK", "alpha", "grey with alpha", "turned"],
+    ids=["CMYK", "alpha", "grey with alpha", "grey of 16 bits", "turned"],
 )
 def test_pictures_of_all_kinds_become_plain(
     data: bytes, size: tuple[int, int], colour: tuple[int, int, int], edits: Server

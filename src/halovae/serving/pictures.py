@@ -64,6 +64,10 @@ def _opaque(picture: Image.Image) -> Image.Image:
     palette would take 16 times its memory.
     """
     picture.load()
+    if picture.mode.startswith("I"):  # 16 bits of gray, all of which above 255 Pillow would make white
+        gray = picture.point(lambda value: value / 256).convert("L")
+        gray.info = picture.info.copy()
+        picture = gray
     transparent = picture.has_transparency_data
     if picture.mode == "RGB" and not transparent:
         return picture

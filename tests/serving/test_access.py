@@ -136,6 +136,14 @@ def test_an_admin_port_that_is_taken_is_named(model: Path, tmp_path: Path, open_
         pass
 
 
+def test_probes_may_call_a_server_by_its_address(model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"api_key": "secret", "trusted_hosts": ("video.example.com",)}
+    with served(model, tmp_path, stub=False, **options) as (url, _):
+        assert httpx.get(f"{url}/livez").status_code == 200
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 421
+
+
 def test_a_server_on_all_addresses_is_called_by_any_address_but_not_by_names(model: Path, tmp_path: Path) -> None:
     with served(model, tmp_path, stub=False, host="0.0.0.0") as (url, _):
         for host, status in (("10.0.0.1:80", 200), ("[fd00::1]", 200), ("evil.example", 421), ("localhost", 200)):

@@ -54,12 +54,18 @@ def test_a_line_without_a_key_is_refused(text: str, words: str, file: Path) -> N
         Keys("secret", file)
 
 
+@pytest.mark.parametrize("path", ["missing", "."])
+def test_a_file_of_keys_that_cannot_be_read_is_named(path: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="--api-key-file .*: cannot be read"):
+        Keys(file=tmp_path / path)
+
+
 def test_a_server_with_a_broken_file_of_keys_does_not_start(model: Path, file: Path, tmp_path: Path) -> None:
     file.write_text("alice\n")
     with pytest.raises(ValueError, match="line 1"):
         make_app(rank_settings(model, tmp_path), front_settings(model, api_key_file=file))
     file.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="--api-key-file .*cannot be read"):
         make_app(rank_settings(model, tmp_path), front_settings(model, api_key_file=file))
 
 

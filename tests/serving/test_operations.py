@@ -1,5 +1,6 @@
 """What operators see and rely on: probes, HEAD, metrics, traces, and limits of connections."""
 
+import contextlib
 import logging
 import re
 import resource
@@ -153,6 +154,21 @@ def test_a_connection_that_sends_no_whole_header_is_closed(
     with connected(server[0], data) as connection:
         answer = received(connection)  # returns because the server closes it
     assert answer == b"" or (data.endswith(b"GET") and answer.count(b"HTTP/1.1") == 1)
+
+
+def test_a_body_that_was_answered_already_holds_no_connection(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "LINGER", 0.3)
+    with served(model, tmp_path, stub=False, api_key="secret") as (url, _):
+        header = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with connected(url, header, b"Content-Length: 100000\r\n\r\n") as connection:
+            assert connection.recv(12) == b"HTTP/1.1 401"
+            with contextlib.suppress(OSError):  # the server closes it, however the body goes on
+                for _ in range(200):
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+                pytest.fail("the connection stayed")
 
 
 def test_a_server_whose_connections_all_have_requests_refuses_new_ones(model: Path, tmp_path: Path) -> None:

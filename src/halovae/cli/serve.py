@@ -87,7 +87,8 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         serving, watching = asyncio.create_task(server.serve([main_socket])), asyncio.create_task(watch())
         if front.api_key_file is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app.state.keys.reload)
-        tell(f"serving {front.name} on {_url(front)} (page: /, API: /docs)")
+        docs = "/docs" if front.admin_port is None else f"http://{front.admin_host}:{front.admin_port}/docs"
+        tell(f"serving {front.name} on {_url(front)} (page: /, API: {docs})")
         await asyncio.wait([serving, watching], return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         await serving

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import ipaddress
 import os
+import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -209,7 +210,7 @@ class ServeOptions:
             raise ValueError(f"--log-format {self.log_format}: expected {', '.join(_LOG_FORMATS)}")
         front: dict[str, Any] = {
             "limits": self._limits(),
-            "trusted_hosts": _list(self.trusted_hosts),
+            "trusted_hosts": parsed("--trusted-hosts", self.trusted_hosts or "", _parse_hosts),
             "cors_origins": parsed("--cors-origins", self.cors_origins or "", _parse_origins),
             "root_path": parsed("--root-path", self.root_path, _parse_root),
             "max_output": parsed("--max-output", self.max_output, parse_bytes) if self.max_output else None,
@@ -217,6 +218,12 @@ class ServeOptions:
         has_keys = key is not None or self.api_key_file is not None
         if self.private_endpoints and not has_keys:
             raise ValueError(f"--private-endpoints without keys: give --api-key-file, --api-key, or {KEY}")
+        if self.admin_port is None and self.admin_host != "127.0.0.1":
+            raise ValueError(f"--admin-host {self.admin_host} without --admin-port: give both")
+        if self.private_endpoints and self.admin_port is not None:
+            raise ValueError(
+                f"--private-endpoints, but --admin-port {self.admin_port} serves these routes without a key: omit one"
+            )
         if "*" in front["cors_origins"] and not has_keys:
             raise ValueError(
                 "--cors-origins *: without keys, every page in a browser could use the server; name origins"
@@ -329,11 +336,22 @@ def _list(text: str | None) -> tuple[str, ...]:
     return tuple(item for item in map(str.strip, (text or "").split(",")) if item)
 
 
+def _parse_hosts(text: str) -> tuple[str, ...]:
+    names = tuple(name.lower() for name in _list(text))
+    for name in names:
+        if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]*:[0-9a-f:.]*:[0-9a-f:.]*", name):
+            raise ValueError(
+                f"{name[:80]!r}: expected names without scheme and port, such as example.com or *.example.com"
+            )
+    return names
+
+
 def _parse_origins(text: str) -> tuple[str, ...]:
-    origins = tuple(origin.rstrip("/") for origin in _list(text))
+    origins = tuple(origin.rstrip("/").lower() for origin in _list(text))  # as browsers send them
     for origin in origins:
         split = urlsplit(origin)
-        if origin != "*" and (origin != f"{split.scheme}://{split.netloc}" or split.scheme not in ("http", "https")):
+        whole = origin == f"{split.scheme}://{split.netloc}" and split.scheme in ("http", "https")
+        if origin != "*" and (not whole or "*" in origin):
             raise ValueError("expected origins such as https://example.com, separated by commas")
     return origins
 

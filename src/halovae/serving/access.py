@@ -72,5 +72,5 @@ async def rated(request: Request, response: Response, caller: Caller) -> None:
         ApiError: the caller has submitted too much.
     """
     rates: Rates | None = request.app.state.rates
-    if rates is not None and request.method == "POST" and not request.url.path.endswith("/cancel"):
+    if rates is not None:
         response.headers.update(rates.take(caller, request.client.host if request.client else ""))

@@ -12,12 +12,11 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from halovae import __version__
 from halovae.serving import errors, operations, routes
-from halovae.serving.access import rated
 from halovae.serving.answers import event_of
 from halovae.serving.dispatch import Dispatcher
 from halovae.serving.guards import BodyDeadline, Heads, HostGuard
@@ -119,7 +118,7 @@ def make_app(
     app.state.signatures = Signatures(ranks.output)
     errors.install(app)
     operations.install(app, front, bool(keys))
-    app.include_router(routes.routes, dependencies=[Depends(rated)])
+    app.include_router(routes.routes)
     if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         _trace(app)
     return app

@@ -12,6 +12,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 WAIT = 30.0  # seconds that a connection may take for the header of its next request
+LINGER = 5.0  # seconds that one may go on with a body that was answered already, so that its client reads the answer
 _OTHER_FILES = 512  # file descriptors that are not connections
 _QUIET = 10.0  # seconds between two equal messages that clients can cause
 _CAUSED = (
@@ -39,8 +40,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._most:
-            if self._waiting:
-                oldest = next(iter(self._waiting))
+            # One with unsent data would lose the end of its answer.
+            oldest = next((one for one in self._waiting if not one.transport.get_write_buffer_size()), None)
+            if oldest is not None:
                 oldest._stop_waiting()
                 self.connections.discard(oldest)
                 oldest.transport.abort()
@@ -54,6 +56,8 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:  # nobody reads the rest: without this, it could take forever
+            self.loop.call_later(LINGER, self.transport.close)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -13,6 +13,7 @@ from halovae.serving.errors import ApiError, short
 from halovae.serving.settings import FrontSettings
 
 PIECE, BODY = 60.0, 600.0  # seconds until the next byte of a body, and until its last
+_PROBES = ("/livez", "/readyz")
 _READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -42,6 +43,10 @@ class HostGuard:
             await self._app(scope, receive, send)
 
     def _refused(self, scope: Scope) -> ApiError | None:
+        if (
+            scope["path"].removeprefix(scope.get("root_path", "")) in _PROBES
+        ):  # they tell nothing, and know addresses only
+            return None
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         name = _name(f"//{host}")

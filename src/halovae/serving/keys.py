@@ -65,10 +65,12 @@ class Keys:
         if self._file is None:
             return names
         lines = 0
-        if self._file.stat().st_mode & stat.S_IROTH:
-            log.warning("--api-key-file %s: other users of this machine can read it (chmod 600)", self._file)
         try:
+            if self._file.stat().st_mode & stat.S_IROTH:
+                log.warning("--api-key-file %s: other users of this machine can read it (chmod 600)", self._file)
             text = self._file.read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise OSError(f"--api-key-file {self._file}: cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"--api-key-file {self._file}: expected text in UTF-8") from error
         for number, line in enumerate(text.splitlines(), 1):

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.params import Depends as Dependency
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.staticfiles import StaticFiles
 
 from halovae.serving import errors
@@ -62,7 +63,7 @@ async def health(
 async def metrics(request: Request, dispatcher: Dispatching) -> Response:
     """Metrics for Prometheus."""
     text = await request.app.state.metrics.text(dispatcher.jobs, dispatcher.ready)
-    return Response(text, media_type="text/plain")
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 @_descriptions.get("/openapi.json", include_in_schema=False)

@@ -6,7 +6,7 @@ import ipaddress
 import math
 import time
 
-from limits import parse
+from limits import parse_many
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
@@ -27,9 +27,9 @@ class Rates:
 
     def __init__(self, rate: str) -> None:
         try:
-            self._rate = parse(rate)
+            (self._rate,) = parse_many(rate)
         except ValueError as error:
-            raise ValueError("expected a number and a time, such as 30/minute") from error
+            raise ValueError("expected one number and a time, such as 30/minute") from error
         if self._rate.amount < 1:
             raise ValueError("expected a number of 1 or more")
         self._text = rate

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from halovae.serving import thumbnails
-from halovae.serving.access import Caller, Dispatching, Front, authorized
+from halovae.serving.access import Caller, Dispatching, Front, authorized, rated
 from halovae.serving.answers import describe, event_of, file_of, find_job, preview_of
 from halovae.serving.errors import ApiError
 from halovae.serving.events import TooManyListeners
@@ -20,6 +20,7 @@ from halovae.serving.submission import fields_of, made_images, submitted
 from halovae.serving.table import JobTable
 
 routes = APIRouter(prefix="/v1", dependencies=[Depends(authorized)])
+_RATED = [Depends(rated)]  # of submissions
 
 
 def _body(schema: type[Asked]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ async def models(front: Front) -> dict[str, Any]:
     return {"object": "list", "data": [model]}
 
 
-@routes.post("/videos", response_model=Video, openapi_extra=_body(VideoRequest))
+@routes.post("/videos", response_model=Video, openapi_extra=_body(VideoRequest), dependencies=_RATED)
 async def create_video(request: Request, dispatcher: Dispatching, front: Front, caller: Caller) -> Video:
     """Start to make a video. Answers at once; poll the video until it is completed."""
     asked, uploads = await fields_of(request, front, VideoRequest)
@@ -113,14 +114,14 @@ async def video_preview(video_id: str, dispatcher: Dispatching, caller: Caller) 
     return preview_of(dispatcher, await find_job(dispatcher, caller, video_id, "video"))
 
 
-@routes.post("/images/generations", response_model=Images, openapi_extra=_body(ImageRequest))
+@routes.post("/images/generations", response_model=Images, openapi_extra=_body(ImageRequest), dependencies=_RATED)
 async def create_image(request: Request, dispatcher: Dispatching, front: Front, caller: Caller) -> Images:
     """Make pictures. Answers when they are done."""
     asked, _ = await fields_of(request, front, ImageRequest)
     return await made_images(request, dispatcher, front, caller, asked, ())
 
 
-@routes.post("/images/edits", response_model=Images, openapi_extra=_body(EditRequest))
+@routes.post("/images/edits", response_model=Images, openapi_extra=_body(EditRequest), dependencies=_RATED)
 async def edit_image(request: Request, dispatcher: Dispatching, front: Front, caller: Caller) -> Images:
     """Make pictures from other pictures. Answers when they are done."""
     asked, uploads = await fields_of(request, front, EditRequest)

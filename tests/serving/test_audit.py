@@ -7,6 +7,8 @@ import asyncio
 import concurrent.futures
 import json
 import multiprocessing
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -482,6 +484,33 @@ def test_ranks_that_end_before_they_are_ready_are_given_up(
     assert received.recv() == "a rank failed"
 
 
+class KilledAgent:
+    """An agent that is its only rank, and that the system kills while it loads."""
+
+    started = 0
+    exitcode, pid = -signal.SIGKILL, os.getpid()
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def start(self) -> None:
+        KilledAgent.started += 1
+        assert KilledAgent.started < 3, "it is started again and again"
+
+    def is_alive(self) -> bool:
+        return False
+
+
+def test_a_single_rank_that_is_killed_while_it_loads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: Any = Path("unused")
+    one = supervisor.Supervisor(1, settings)
+    monkeypatch.setattr(one._context, "Process", KilledAgent)
+    monkeypatch.setattr(KilledAgent, "started", 0)
+    with pytest.raises(supervisor.RanksLost, match="SIGKILL"):
+        asyncio.run(one.run())
+    assert KilledAgent.started == 1
+
+
 # 20. A size with fewer tokens than ranks.
 
 
@@ -517,7 +546,14 @@ def test_a_process_without_the_token_gets_no_job(model: Path, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize(
-    "name", ["../../secret.safetensors", "/etc/secret.safetensors", "part/../../secret.safetensors", ""]
+    "name",
+    [
+        "../secret.safetensors",
+        "../../secret.safetensors",
+        "/etc/secret.safetensors",
+        "part/../../secret.safetensors",
+        "",
+    ],
 )
 def test_an_index_names_only_files_beside_it(name: str, tmp_path: Path) -> None:
     vae("wan2.1").save_pretrained(tmp_path / "vae")

@@ -6,6 +6,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from serving.clients import connected, until
 from serving.hostile import MIB, PLAIN, data_url, edit, error_of, many_fields, picture
-from serving.stub_ranks import StubRanks
+from serving.stub_ranks import StubRanks, served
 
 from halovae.serving import pictures, requests, submission
 from halovae.serving.schemas import VideoRequest
@@ -178,3 +180,57 @@ def test_a_repeated_form_is_the_same_request(hostile_edits: tuple[str, StubRanks
         )
         assert answer.status_code == status, answer.text
     assert len(stub.seen) == before + 1
+
+
+def test_bodies_of_all_requests_together_are_bounded(model: Path, tmp_path: Path) -> None:
+    body = json.dumps(PLAIN).encode()
+    header = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with served(model, tmp_path, stub=False, body_memory=100_000) as (url, _):
+
+        def busy() -> bool:
+            answer = httpx.post(f"{url}/v1/videos", content=body, headers=JSON)
+            if answer.status_code == 503:
+                assert answer.json()["error"]["code"] == "busy"
+                assert answer.headers["retry-after"].isdigit()
+                assert "--max-body-memory" in answer.json()["error"]["message"]
+            return answer.status_code == 503
+
+        assert not busy()
+        with connected(url, header, b"Content-Length: 150000\r\n\r\n", b" " * 100_000) as held:
+            until(busy)
+            assert httpx.get(f"{url}/v1/videos").status_code == 200  # without a body
+            held.sendall(b" " * (50_000 - len(body)) + body)  # alone, it may hold more
+            assert held.recv(12) == b"HTTP/1.1 200"
+        until(lambda: not busy())
+
+
+def test_a_body_of_unknown_length_is_refused_once_it_is_too_much(model: Path, tmp_path: Path) -> None:
+    header = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n" + b"9c40\r\n" + b" " * 40_000 + b"\r\n"
+    with contextlib.ExitStack() as stack:
+        url, _ = stack.enter_context(served(model, tmp_path, stub=False, body_memory=60_000))
+        first = stack.enter_context(connected(url, header, b"Content-Length: 50000\r\n\r\n", b" " * 30_000))
+        until(lambda: httpx.post(f"{url}/v1/videos", content=b" " * 40_000, headers=JSON).status_code == 503)
+        second = stack.enter_context(connected(url, header, chunked))
+        assert second.recv(12) == b"HTTP/1.1 503"
+        first.sendall(b"{}" + b" " * 19_998)
+        assert first.recv(12) == b"HTTP/1.1 400"
+
+
+def test_pictures_count_until_they_are_on_disk(editor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.effect_noise((300, 200), 100).convert("RGB")
+    file = io.BytesIO()
+    noise.save(file, "webp", quality=1)
+    assert len(file.getvalue()) < 20_000  # and more than 60 kB as PNG
+    with served(editor, tmp_path, body_memory=60_000) as (url, stub):
+        assert stub is not None
+        stub.held.set()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            with blocked(monkeypatch, submission, "_write") as waits:
+                first = pool.submit(edit, url, {"image": file.getvalue()})
+                assert waits.wait(30)
+                assert error_of(edit(url), 503)["code"] == "busy"
+            second = pool.submit(edit, url)  # the first one still waits for its picture
+            until(lambda: sum(httpx.get(f"{url}/health").json()["jobs"].values()) == 2)
+            stub.held.clear()
+            assert [first.result().status_code, second.result().status_code] == [200, 200]

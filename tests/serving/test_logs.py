@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from serving.stub_ranks import StubRanks, served
 
 from halovae.serving import logs
 from halovae.serving.jobs import Job, JobSpec
-from halovae.serving.settings import LogFormat
+from halovae.serving.settings import LogFormat, LogLevel
 
 Records = list[logging.LogRecord]
 
@@ -31,13 +32,14 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 def restored() -> Iterator[None]:
     """Leave the logs of this process as they are."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, own = root.handlers[:], root.level, logging.getLogger("halovae").level
     for handler in handlers:
         root.removeHandler(handler)  # else they would be closed
     yield
     logging.captureWarnings(False)
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.getLogger("halovae").setLevel(own)
 
 
 def logged(caplog: pytest.LogCaptureFixture, name: str, count: int) -> Records:
@@ -149,6 +151,71 @@ def test_logs_have_one_line_each_whatever_clients_send(
             evil, evil, "info", "halovae.serving.test"
         )  # fmt: skip
         assert second["event"] == "a library's"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_message_of_an_error_forges_a_line(
+    form: LogFormat, restored: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(form)
+    evil = "a\n2026-01-01T00:00:00Z [info     ] forged\x1b[31m\u2028\r"
+
+    def fails() -> None:
+        try:
+            raise KeyError(evil)
+        except KeyError as error:
+            try:
+                raise RuntimeError(evil) from error
+            except RuntimeError:
+                raise OSError(evil) from None
+
+    for cause in (True, False):
+        try:
+            try:
+                fails()
+            except OSError as error:
+                raise (ValueError(evil) if cause else TypeError(evil)) from (error if cause else None)
+        except (ValueError, TypeError):
+            logging.getLogger("halovae.test").exception("it failed")
+    out = capsys.readouterr().err
+    assert not any(line.startswith("2026-01-01") for line in out.splitlines())
+    assert "\x1b[31m" not in out
+    assert out.count("forged") == 3  # of the first one its cause, too
+    assert out.count("direct cause") == 1
+    for name in ("ValueError", "TypeError", "OSError", "in fails"):
+        assert name in out
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there are no groups of errors")
+def test_the_errors_of_a_group_are_logged(restored: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("text")
+    group = ExceptionGroup("some", [ValueError("one\n2"), TypeError("two")])  # type: ignore[name-defined, unused-ignore]  # noqa: F821
+    logging.getLogger("halovae.test").error("it failed", exc_info=group)
+    lines = capsys.readouterr().err.splitlines()
+    assert r"  ValueError: one\n2" in lines
+    assert "  TypeError: two" in lines
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [
+        ("debug", ["debug", "info", "warning", "error", "library"]),
+        ("info", ["info", "warning", "error", "library"]),
+        ("warning", ["warning", "error", "library"]),
+        ("error", ["error"]),
+    ],
+)
+def test_only_what_reaches_the_level_is_logged(
+    level: LogLevel, shown: list[str], restored: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("json", level)
+    for name in ("debug", "info", "warning", "error"):
+        logging.getLogger("halovae.test").log(getattr(logging, name.upper()), name)
+    logging.getLogger("some.library").info("chatter")
+    library = logging.getLogger("uvicorn.error")
+    library.setLevel(logging.WARNING)  # as uvicorn does itself
+    library.warning("library")
+    assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == shown
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

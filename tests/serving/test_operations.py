@@ -1,24 +1,26 @@
-"""What operators see and rely on: probes, HEAD, metrics, traces, and limits of connections."""
+"""What operators see and rely on: probes, HEAD, metrics, and limits of connections."""
 
 import contextlib
 import logging
 import re
 import resource
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 from serving.clients import connected, finished, submitted
-from serving.stub_ranks import StubRanks, front_settings, rank_settings, served
+from serving.stub_ranks import DECODE, Rank, StubRanks, front_settings, rank_settings, served
 
+from halovae.pipelines.specs import Prompt
 from halovae.serving import connections, guards
 from halovae.serving.app import make_app
+from halovae.serving.channel import RankChannel
+from halovae.serving.files import Attempt, Batch, Writer
 
 
 @pytest.fixture(scope="module")
@@ -219,33 +221,34 @@ def test_messages_that_clients_cause_do_not_flood_the_log(monkeypatch: pytest.Mo
     assert [passes(full) for _ in range(2)] == [True, False]
 
 
-def test_requests_are_traced_if_a_collector_is_named(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
-    calls: list[tuple[str, object]] = []
-    provider = SimpleNamespace(add_span_processor=lambda processor: calls.append(("processor", processor)))
-    instrumentor = SimpleNamespace(instrument_app=lambda app, excluded_urls: calls.append(("app", app)))
-    modules: dict[str, dict[str, Any]] = {
-        "opentelemetry": {},
-        "opentelemetry.trace": {"set_tracer_provider": lambda given: calls.append(("provider", given))},
-        "opentelemetry.sdk": {},
-        "opentelemetry.sdk.trace": {"TracerProvider": lambda: provider},
-        "opentelemetry.sdk.trace.export": {"BatchSpanProcessor": lambda exporter: ("batches to", exporter)},
-        "opentelemetry.exporter.otlp.proto.http.trace_exporter": {"OTLPSpanExporter": lambda: "collector"},
-        "opentelemetry.instrumentation.fastapi": {"FastAPIInstrumentor": instrumentor},
-    }
-    for name, contents in modules.items():
-        fake = ModuleType(name)
-        fake.__dict__.update(contents)
-        monkeypatch.setitem(sys.modules, name, fake)
-    app = make_app(rank_settings(model, tmp_path), front_settings(model))
-    assert calls == [("processor", ("batches to", "collector")), ("provider", provider), ("app", app)]
-    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    make_app(rank_settings(model, tmp_path), front_settings(model))
-    assert len(calls) == 3
-    assert "halovae[otel]" in caplog.text
-    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
-    caplog.clear()
-    make_app(rank_settings(model, tmp_path), front_settings(model))
-    assert (len(calls), caplog.text) == (3, "")
+def test_the_decode_of_a_batch_is_measured_once(model: Path, tmp_path: Path) -> None:
+    def value(url: str, name: str) -> float:
+        return float(re.findall(rf"^{name} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)[0])
+
+    with served(model, tmp_path, stub=False) as (url, _):
+        rank = Rank(tmp_path)
+        videos = [submitted(url) for _ in range(2)]
+        attempts = [rank.receive()["attempt"] for _ in videos]
+        for attempt in attempts:
+            rank.send("started", attempt=attempt)
+        for attempt in attempts:
+            rank.send("finished", attempt=attempt, decode={**DECODE, "batch": 2}, first=attempt == attempts[0])
+        assert [finished(url, video)["status"] for video in videos] == ["completed"] * 2
+        assert value(url, 'halovae_jobs_completed_total{kind="video"}') == 2
+        assert value(url, "halovae_decode_batch_count") == 1
+        assert value(url, "halovae_decode_batch_sum") == 2
+        assert value(url, 'halovae_decode_seconds_count{kind="video"}') == 1
+
+
+def test_one_attempt_of_a_batch_is_named_the_first(tmp_path: Path) -> None:
+    sent: list[dict[str, Any]] = []
+    channel = SimpleNamespace(cancelled={"b"}, send=lambda kind, attempt, **facts: sent.append({"kind": kind, **facts}))
+    writer = Writer(cast(RankChannel, channel))
+    prompt = Prompt(text="a", size=(64, 48), frames=1, steps=2, seed=0, negative=None, guidance=None)
+    batch = Batch([Attempt(name, prompt, (), 16.0) for name in "bac"])
+    batch.sinks = {name: [] for name in "bac"}
+    for attempt in batch.attempts:
+        writer._run_step(batch, attempt, writer._close, DECODE)
+    assert [(one["kind"], one.get("first")) for one in sent] == [
+        ("cancelled", None), ("finished", True), ("finished", False)
+    ]  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from serving import certificates
@@ -23,10 +24,10 @@ from halovae.serving.settings import FrontSettings, RankSettings
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Leave the logs and the umask of this process as they are. Return a list that collects formats of logs."""
-    formats: list[str] = []
-    monkeypatch.setattr(logs, "configure", formats.append)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """Leave the logs and the umask of this process as they are. Return a list that collects how logs are set up."""
+    formats: list[tuple[str, str]] = []
+    monkeypatch.setattr(logs, "configure", lambda *given: formats.append(given))
     before = os.umask(0o022)
     yield formats
     os.umask(before)
@@ -36,7 +37,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return a list that collects what fronts get instead of starting them: the two settings, and how many ranks."""
     calls: list[Any] = []
-    monkeypatch.delenv("HALOVAE_API_KEY", raising=False)
+    for name in ("HALOVAE_API_KEY", "HALOVAE_WEBHOOK_SECRET"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(serve, "_run_front", lambda *settings: calls.append(settings))
     return calls
 
@@ -123,6 +125,7 @@ REACHED: dict[str, tuple[list[str], str, object]] = {
     "decode_batch": (["--decode-batch", "7"], "ranks.decode_batch", 7),
     "warmup": (["--warmup", "64x48x5"], "ranks.warmup", (64, 48, 5)),
     "log_format": (["--log-format", "json"], "ranks.log_format", "json"),
+    "log_level": (["--log-level", "error"], "ranks.log_level", "error"),
     "host": (["--host", "::1"], "front.host", "::1"),
     "port": (["--port", "8081"], "front.port", 8081),
     "api_key": (["--api-key", "secret"], "front.api_key", "secret"),
@@ -142,6 +145,7 @@ REACHED: dict[str, tuple[list[str], str, object]] = {
     "max_steps": (["--max-steps", "9"], "front.limits.steps", 9),
     "max_n": (["--max-n", "9"], "front.limits.results", 9),
     "max_body": (["--max-body", "9KiB"], "front.limits.body", 9 * 2**10),
+    "max_body_memory": (["--max-body-memory", "9MiB"], "front.limits.body_memory", 9 * 2**20),
     "max_queue": (["--max-queue", "9"], "front.limits.queue", 9),
     "max_queue_per_key": (["--max-queue-per-key", "9"], "front.limits.queue_per_key", 9),
     "rate_limit": (["--rate-limit", "9/minute"], "front.limits.rate", "9/minute"),
@@ -155,7 +159,9 @@ REACHED: dict[str, tuple[list[str], str, object]] = {
 
 
 @pytest.mark.parametrize("option", REACHED)
-def test_an_option_reaches_its_place(option: str, model: Path, started: list[Any], quiet: list[str]) -> None:
+def test_an_option_reaches_its_place(
+    option: str, model: Path, started: list[Any], quiet: list[tuple[str, str]]
+) -> None:
     words, place, value = REACHED[option]
     status, output = served(model, *words)
     assert status == 0, output
@@ -164,11 +170,19 @@ def test_an_option_reaches_its_place(option: str, model: Path, started: list[Any
     for name in place.split(".")[1:]:
         reached = getattr(reached, name)
     assert reached == value
-    assert quiet == [ranks.log_format]
+    assert quiet == [(ranks.log_format, ranks.log_level)]
 
 
 def test_each_option_has_a_test_that_it_reaches_its_place() -> None:
-    elsewhere = {"model_path", "revision", "output_dir", "ssl_certfile", "ssl_keyfile"}  # in the tests below
+    elsewhere = {
+        "model_path",
+        "revision",
+        "output_dir",
+        "ssl_certfile",
+        "ssl_keyfile",
+        "interface",
+    }  # in the tests below
+    elsewhere |= {"webhook_url", "webhook_secret_file"}
     assert {*REACHED} | elsewhere == {option.name for option in fields(ServeOptions)}
 
 
@@ -214,6 +228,8 @@ def test_a_revision_reaches_the_hub(model: Path, started: list[Any], monkeypatch
         (["--rate-limit", "often"], "--rate-limit often"),
         (["--rate-limit", "0/minute"], "--rate-limit 0/minute"),
         (["--log-format", "xml"], "expected text, json"),
+        (["--log-level", "loud"], "expected debug, info, warning, error"),
+        (["--interface", "lo"], "--interface lo: ranks that torchrun has not started are on one host"),
         (["--ssl-keyfile", "key.pem"], "expected also --ssl-certfile"),
         (["--ssl-certfile", "missing.pem"], "--ssl-certfile missing.pem: cannot be used"),
         (["--max-n", "11"], "--max-n"),
@@ -227,13 +243,91 @@ def test_what_cannot_work_is_refused(options: list[str], words: str, model: Path
     assert words in output
 
 
+SECRET = "whsec_" + "c2VjcmV0" * 4
+
+
+@pytest.mark.parametrize(
+    ("url", "file", "variable", "words"),
+    [
+        ("https://a.example/", None, None, "--webhook-url without a secret: give HALOVAE_WEBHOOK_SECRET or"),
+        (None, None, SECRET, "HALOVAE_WEBHOOK_SECRET without --webhook-url"),
+        (None, None, "", "HALOVAE_WEBHOOK_SECRET without --webhook-url"),
+        (None, SECRET, None, "without --webhook-url: give both or neither"),
+        ("https://a.example/", SECRET, SECRET, "omit one"),
+        ("https://a.example/", None, "", "HALOVAE_WEBHOOK_SECRET is blank"),
+        ("https://a.example/", " \n", None, "is blank"),
+        ("https://a.example/", "hidden", None, "does not begin with whsec_"),
+        ("https://a.example/", None, "whsec_hidden!" * 9, "is not in base64"),
+        ("https://a.example/", None, SECRET[:-1], "is not in base64"),
+        ("https://a.example/", None, "whsec_c2VjcmV0", "has 6 bytes: expected whsec_ and 24 to 64 bytes"),
+        ("a.example", None, SECRET, "expected a URL such as https://example.com/events"),
+        ("ftp://a.example/", None, SECRET, "expected a URL such as https://example.com/events"),
+        ("https://", None, SECRET, "expected a URL such as https://example.com/events"),
+        ("https://a.example/#b", None, SECRET, "expected a URL such as https://example.com/events"),
+        ("https://a.example:b/", None, SECRET, "expected a URL such as https://example.com/events"),
+        ("https://a:hidden@a.example/", None, SECRET, "expected no user or password"),
+    ],
+)
+def test_a_webhook_that_cannot_work_is_refused(
+    url: str | None, file: str | None, variable: str | None, words: str, model: Path, started: list[Any],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    options = [] if url is None else ["--webhook-url", url]
+    if file is not None:
+        (tmp_path / "secret").write_text(file)
+        options += ["--webhook-secret-file", str(tmp_path / "secret")]
+    if variable is not None:
+        monkeypatch.setenv("HALOVAE_WEBHOOK_SECRET", variable)
+    status, output = served(model, *options)
+    assert (status, started) == (2, []), output
+    assert words in output
+    assert "hidden" not in output
+    assert "c2VjcmV0" not in output
+
+
+def test_a_webhook_reaches_the_front(
+    model: Path, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text(f"{SECRET}\n")
+    url = ["--webhook-url", "http://a.example:81/events"]
+    assert served(model, *url, "--webhook-secret-file", str(tmp_path / "secret"))[0] == 0
+    monkeypatch.setenv("HALOVAE_WEBHOOK_SECRET", SECRET)
+    assert served(model, *url)[0] == 0
+    for _, front, _ in started:
+        assert (front.webhook.url, front.webhook.secret) == (url[1], b"secret" * 4)
+        assert "secret" not in repr(front.webhook)
+    assert served(model, *url, "--webhook-secret-file", str(tmp_path / "none"))[0] == 2
+
+
+def test_an_interface_is_used_by_ranks_of_several_hosts(
+    model: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_run_rank", lambda *_: None)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": [], "wire": []})
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
+    for variable, value in zip(variables, (" ", "=other", ""), strict=True):
+        monkeypatch.setenv(variable, value)
+    status, output = served(model, "--interface", "wir")
+    assert (status, "--interface wir: this host has no such network interface; here: lo, wire" in output) == (2, True)
+    status, output = served(model, "--interface", "wire")
+    assert status == 0, output
+    assert [os.environ[variable] for variable in variables] == ["wire", "=other", "wire"]
+    for name in ("RANK", "WORLD_SIZE"):  # the front that rank 0 starts has the same options
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HALOVAE_AGENT", "1")
+    assert served(model, "--interface", "wire")[0] == 0
+    assert len(started) == 1
+
+
 def test_certificates_reach_the_front(model: Path, started: list[Any], tmp_path: Path) -> None:
     certificate, key, _ = certificates.made(tmp_path)
     status, output = served(model, "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
     assert status == 0, output
     front = started[0][1]
     assert (front.ssl_certfile, front.ssl_keyfile) == (certificate, key)
-    assert serve._url(front).startswith("https://127.0.0.1:")
+    assert front.url().startswith("https://127.0.0.1:")
 
 
 def test_files_of_a_server_are_for_its_user_only(model: Path, started: list[Any], tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from typing import IO, TYPE_CHECKING
 
 import psutil
 
-from halovae.cli.common import check_installed, console, errors_shown, fail
-from halovae.cli.serve_options import KEY, ServeOptions, takes_options
-from halovae.distributed.launch import under_torchrun
+from halovae.cli.common import check_installed, console, errors_shown, fail, parsed
+from halovae.cli.serve_checks import KEY
+from halovae.cli.serve_options import ServeOptions, takes_options
+from halovae.distributed.launch import under_torchrun, use_interface
 from halovae.distributed.transport import world_size
 
 if TYPE_CHECKING:
@@ -39,13 +40,17 @@ def serve(options: ServeOptions) -> None:
     On several hosts, run it under torchrun on each, with the same options and without --num-gpus.
     """
     with errors_shown():
-        needed = ("diffusers", "transformers", "fastapi", "fastapi_offline", "uvicorn", "zmq", "structlog", "limits")
+        needed = (
+            "diffusers", "transformers", "fastapi", "fastapi_offline", "uvicorn", "zmq", "httpx", "structlog", "limits",
+        )  # fmt: skip
         check_installed("serve", *needed, extra="diffusers,serve")
         from halovae.serving import logs
 
         os.umask(0o077)  # jobs, results, and secrets are for this user only
+        if options.interface is not None and _AGENT not in os.environ:
+            parsed("--interface", options.interface, use_interface)
         ranks, front = options.settings()
-        logs.configure(ranks.log_format)
+        logs.configure(ranks.log_format, ranks.log_level)
         if under_torchrun():
             _run_rank(ranks, front.api_key)
         else:
@@ -88,7 +93,7 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         if front.api_key_file is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app.state.keys.reload)
         docs = "/docs" if front.admin_port is None else f"http://{front.admin_host}:{front.admin_port}/docs"
-        tell(f"serving {front.name} on {_url(front)} (page: /, API: {docs})")
+        tell(f"serving {front.name} on {front.url()} (page: /, API: {docs})")
         await asyncio.wait([serving, watching], return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         await serving
@@ -108,13 +113,6 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
     if failures:
         fail(f"the server gave up: {'; '.join(failures)}; jobs are kept in {ranks.output}", 1)
     tell(f"ended; jobs are kept in {ranks.output}")
-
-
-def _url(front: FrontSettings) -> str:
-    """Return the URL of the page."""
-    host = "localhost" if front.host in ("", "0.0.0.0", "::") else front.host
-    address = f"[{host}]" if ":" in host else host
-    return f"{'https' if front.ssl_certfile else 'http'}://{address}:{front.port}{front.root_path}"
 
 
 async def _agent_gone() -> None:

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import inspect
-import ipaddress
-import os
-import re
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
-from urllib.parse import urlsplit
 
 import typer
 
-from halovae.cli.common import Dtype, degrees, parse_bytes, parse_size, parsed
+from halovae.cli.common import Dtype, degrees, parse_bytes, parsed
+from halovae.cli.serve_checks import (
+    KEY,
+    WEBHOOK_SECRET,
+    check_certificate,
+    key_of,
+    parse_grid,
+    parse_hosts,
+    parse_origins,
+    parse_root,
+    parse_warmup,
+    webhook_of,
+)
 from halovae.distributed.launch import under_torchrun
 from halovae.distributed.transport import world_size
-from halovae.grid import Grid
 from halovae.pipelines.specs import Pipeline, find_pipeline
 from halovae.runtime.options import Mode
 
 if TYPE_CHECKING:
     from halovae.serving.limits import Limits
-    from halovae.serving.settings import FrontSettings, LogFormat, RankSettings
+    from halovae.serving.settings import FrontSettings, LogFormat, LogLevel, RankSettings
 
-KEY = "HALOVAE_API_KEY"
 _VAE_MODES: dict[str, Mode] = {"auto": "auto", "on": "parallel", "off": "single"}
 _LOG_FORMATS: dict[str, LogFormat] = {"text": "text", "json": "json"}
+_LOG_LEVELS: dict[str, LogLevel] = {"debug": "debug", "info": "info", "warning": "warning", "error": "error"}
 # Options by their group in the help.
 _access, _network, _limits, _operation, _files = (
     partial(typer.Option, rich_help_panel=group) for group in ("Who gets in", "Network", "Limits", "Operation", "Files")
@@ -144,6 +150,13 @@ class ServeOptions:
             help="Addresses of proxies whose X-Forwarded headers count, separated by commas.", show_default="127.0.0.1"
         ),
     ] = None
+    interface: Annotated[
+        str | None,
+        _network(
+            help="Network interface that ranks of several hosts share, such as eth1.",
+            show_default="what GLOO_SOCKET_IFNAME and the like name",
+        ),
+    ] = None
     max_connections: Annotated[int, _network(min=1, help="Connections at a time.")] = 1000
 
     max_pixels: Annotated[int, _limits(min=1, help="Pixels of a frame or picture.")] = 4096 * 4096
@@ -151,6 +164,9 @@ class ServeOptions:
     max_steps: Annotated[int, _limits(min=1, help="Denoising steps.")] = 1000
     max_n: Annotated[int, _limits(min=1, max=10, help="Results of one job.")] = 10
     max_body: Annotated[str, _limits(help="Size limit of a request.")] = "64MiB"
+    max_body_memory: Annotated[
+        str, _limits(help="Memory that all requests may take together until they are queued; further ones get 503.")
+    ] = "512MiB"
     max_queue: Annotated[int, _limits(min=1, help="How many jobs may wait; further ones get 429.")] = 100
     max_queue_per_key: Annotated[
         int | None, _limits(min=1, help="How many jobs of one key may wait.", show_default="no limit")
@@ -171,7 +187,19 @@ class ServeOptions:
     drain_timeout: Annotated[
         float, _operation(min=0, help="Seconds for which running jobs may go on when the server is asked to end.")
     ] = 30.0
+    webhook_url: Annotated[
+        str | None,
+        _operation(
+            help=f"URL to send an event to for each job that ends, signed with the secret in {WEBHOOK_SECRET}.",
+            show_default="none",
+        ),
+    ] = None
+    webhook_secret_file: Annotated[
+        Path | None,
+        _operation(help="File with the secret of --webhook-url: whsec_ and base64.", show_default=WEBHOOK_SECRET),
+    ] = None
     log_format: Annotated[str, _operation(help="text, or json for one object on each line.")] = "text"
+    log_level: Annotated[str, _operation(help="The least that is logged: debug, info, warning, or error.")] = "info"
     log_prompts: Annotated[bool, _operation("--log-prompts", help="Write prompts to the log.")] = False
 
     output_dir: Annotated[Path, _files(help="Folder for jobs; finished files go to results/.")] = Path("outputs")
@@ -197,22 +225,25 @@ class ServeOptions:
         """
         from halovae.serving.settings import FrontSettings, RankSettings
 
-        key = _key(self)
+        key = key_of(self)
         ranks = self.ranks
         ulysses, ring = degrees(ranks, self.sp_degree, self.ulysses_degree, self.ring_degree)
         if self.vae_parallel not in _VAE_MODES:
             raise ValueError(f"--vae-parallel {self.vae_parallel}: expected {', '.join(_VAE_MODES)}")
-        grid = parsed("--vae-grid", self.vae_grid, _parse_grid) if self.vae_grid else None
+        grid = parsed("--vae-grid", self.vae_grid, parse_grid) if self.vae_grid else None
         if grid is not None and grid.size not in (1, ranks):
             raise ValueError(f"--vae-grid {self.vae_grid}: expected a grid of all {ranks} ranks, or 1x1")
         memory_budget = parsed("--memory-budget", self.memory_budget, parse_bytes) if self.memory_budget else None
         if self.log_format not in _LOG_FORMATS:
             raise ValueError(f"--log-format {self.log_format}: expected {', '.join(_LOG_FORMATS)}")
+        if self.log_level not in _LOG_LEVELS:
+            raise ValueError(f"--log-level {self.log_level}: expected {', '.join(_LOG_LEVELS)}")
         front: dict[str, Any] = {
             "limits": self._limits(),
-            "trusted_hosts": parsed("--trusted-hosts", self.trusted_hosts or "", _parse_hosts),
-            "cors_origins": parsed("--cors-origins", self.cors_origins or "", _parse_origins),
-            "root_path": parsed("--root-path", self.root_path, _parse_root),
+            "trusted_hosts": parsed("--trusted-hosts", self.trusted_hosts or "", parse_hosts),
+            "cors_origins": parsed("--cors-origins", self.cors_origins or "", parse_origins),
+            "root_path": parsed("--root-path", self.root_path, parse_root),
+            "webhook": webhook_of(self.webhook_url, self.webhook_secret_file),
             "max_output": parsed("--max-output", self.max_output, parse_bytes) if self.max_output else None,
         }
         has_keys = key is not None or self.api_key_file is not None
@@ -228,7 +259,7 @@ class ServeOptions:
             raise ValueError(
                 "--cors-origins *: without keys, every page in a browser could use the server; name origins"
             )
-        _check_certificate(self.ssl_certfile, self.ssl_keyfile)
+        check_certificate(self.ssl_certfile, self.ssl_keyfile)
         folder = find_pipeline(self.model_path, self.revision)
         pipeline = replace(Pipeline.read(folder), sharing=ulysses * ring)
         output = self.output_dir.absolute()
@@ -245,8 +276,9 @@ class ServeOptions:
             memory_budget=memory_budget,
             offload=self.cpu_offload,
             decode_batch=self.decode_batch,
-            warmup=parsed("--warmup", self.warmup, _parse_warmup) if self.warmup else None,
+            warmup=parsed("--warmup", self.warmup, parse_warmup) if self.warmup else None,
             log_format=_LOG_FORMATS[self.log_format],
+            log_level=_LOG_LEVELS[self.log_level],
         ), FrontSettings(
             name=Path(self.model_path).name if Path(self.model_path).is_dir() else self.model_path,
             pipeline=pipeline,
@@ -265,9 +297,11 @@ class ServeOptions:
         if self.rate_limit is not None:
             parsed("--rate-limit", self.rate_limit, Rates)
         return Limits(
-            body=parsed("--max-body", self.max_body, parse_bytes), pixels=self.max_pixels, frames=self.max_frames,
-            steps=self.max_steps, results=self.max_n, job_seconds=self.job_timeout, queue=self.max_queue,
-            queue_per_key=self.max_queue_per_key, rate=self.rate_limit,
+            body=parsed("--max-body", self.max_body, parse_bytes),
+            body_memory=parsed("--max-body-memory", self.max_body_memory, parse_bytes),
+            pixels=self.max_pixels, frames=self.max_frames, steps=self.max_steps, results=self.max_n,
+            job_seconds=self.job_timeout, queue=self.max_queue, queue_per_key=self.max_queue_per_key,
+            rate=self.rate_limit,
         )  # fmt: skip
 
 
@@ -291,85 +325,3 @@ def takes_options(run: Callable[[ServeOptions], None]) -> Callable[..., None]:
     command.__annotations__ = {parameter.name: hints[parameter.name] for parameter in parameters}
     command.__name__, command.__doc__ = run.__name__, run.__doc__
     return command
-
-
-def _key(options: ServeOptions) -> str | None:
-    """Return the key of --api-key; None for none.
-
-    Raises:
-        ValueError: the key is blank or cannot be sent, or is missing where others could reach the server, or is given
-            with --no-auth.
-    """
-    value = os.environ.get(KEY) if options.api_key is None else options.api_key  # typer takes a blank variable for none
-    key = None if value is None else value.strip()
-    if key is not None and not (key and key.isprintable()):
-        raise ValueError(f"--api-key (or {KEY}) is blank, or has characters that cannot be sent")
-    if options.no_auth and not (key is None and options.api_key_file is None):
-        raise ValueError(f"--no-auth, but also a key (--api-key-file, --api-key, or {KEY}): omit one")
-    if key is None and options.api_key_file is None and not (options.no_auth or _is_loopback(options.host)):
-        give = f"give --api-key-file, --api-key or {KEY}, or --no-auth"
-        raise ValueError(f"--host {options.host}: others could reach the server; {give}")
-    return key
-
-
-def _check_certificate(certificate: Path | None, key: Path | None) -> None:
-    if certificate is None:
-        if key is not None:
-            raise ValueError(f"--ssl-keyfile {key}: expected also --ssl-certfile")
-        return
-    try:
-        # A key that needs a password is refused: the server must start without a person.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
-    except (OSError, ValueError) as error:
-        given = f"--ssl-certfile {certificate}" + (f" --ssl-keyfile {key}" if key else "")
-        raise ValueError(f"{given}: cannot be used ({error})") from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _list(text: str | None) -> tuple[str, ...]:
-    return tuple(item for item in map(str.strip, (text or "").split(",")) if item)
-
-
-def _parse_hosts(text: str) -> tuple[str, ...]:
-    names = tuple(name.lower() for name in _list(text))
-    for name in names:
-        if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]*:[0-9a-f:.]*:[0-9a-f:.]*", name):
-            raise ValueError(
-                f"{name[:80]!r}: expected names without scheme and port, such as example.com or *.example.com"
-            )
-    return names
-
-
-def _parse_origins(text: str) -> tuple[str, ...]:
-    origins = tuple(origin.rstrip("/").lower() for origin in _list(text))  # as browsers send them
-    for origin in origins:
-        split = urlsplit(origin)
-        whole = origin == f"{split.scheme}://{split.netloc}" and split.scheme in ("http", "https")
-        if origin != "*" and (not whole or "*" in origin):
-            raise ValueError("expected origins such as https://example.com, separated by commas")
-    return origins
-
-
-def _parse_root(text: str) -> str:
-    root = text.rstrip("/")
-    if root and not root.startswith("/"):
-        raise ValueError("expected a path that begins with /")
-    return root
-
-
-def _parse_grid(text: str) -> Grid:
-    rows, cols = parse_size(text)
-    return Grid(rows=rows, cols=cols)
-
-
-def _parse_warmup(text: str) -> tuple[int, int, int]:
-    size, frames = text.rsplit("x", 1) if text.count("x") == 2 else (text, "1")
-    if not frames.isdigit() or int(frames) < 1:
-        raise ValueError("expected WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES")
-    return *parse_size(size), int(frames)

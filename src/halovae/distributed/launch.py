@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -29,7 +30,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from halovae.device.kinds import RANK_ENVIRONMENT, threads_per_rank
+from halovae.device.kinds import INTERFACES, RANK_ENVIRONMENT, threads_per_rank
 from halovae.distributed.mesh import leave_world
 from halovae.distributed.transport import meet_in_file, world_size
 from halovae.errors import RankError
@@ -158,6 +159,24 @@ rendezvous_handler_registry.register(_OneAgent.NAME, _OneAgent)
 def under_torchrun() -> bool:
     """Whether torchrun, or another launcher that sets its environment, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def use_interface(name: str) -> None:
+    """Let the ranks of this host listen on a network interface, for backends whose variable names none.
+
+    Call it before the process group is created.
+
+    Raises:
+        ValueError: this host has no such interface, or torchrun has not started this process.
+    """
+    if not under_torchrun():
+        raise ValueError("ranks that torchrun has not started are on one host, and use loopback: omit it")
+    present = psutil.net_if_addrs()
+    if name not in present:
+        raise ValueError(f"this host has no such network interface; here: {', '.join(sorted(present))}")
+    for variable in INTERFACES.values():
+        if not os.environ.get(variable, "").strip():
+            os.environ[variable] = name
 
 
 def end_with_parent(folder: Path | None = None) -> None:

@@ -50,11 +50,9 @@ async def authorized(request: Request, name: Annotated[str | None, Depends(key_n
     if name is not None:
         return name
     signatures: Signatures = request.app.state.signatures
-    if signatures.is_signed(request):
-        owner = signatures.owner(request)
-        if owner is None or keys.has_name(owner):
-            request.state.caller = owner
-            return owner
+    if signed := signatures.signed_for(request, (None, *keys.names)):
+        request.state.caller = signed.owner
+        return signed.owner
     sent = "wrong" if "authorization" in request.headers else "missing"
     message = f"the key is {sent}: send 'Authorization: Bearer KEY'"
     raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

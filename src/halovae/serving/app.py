@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import import_module
@@ -18,18 +19,20 @@ from starlette.middleware.cors import CORSMiddleware
 from halovae import __version__
 from halovae.serving import errors, operations, routes
 from halovae.serving.answers import event_of
+from halovae.serving.bodies import BodyLimit
 from halovae.serving.dispatch import Dispatcher
 from halovae.serving.guards import BodyDeadline, Heads, HostGuard
 from halovae.serving.keys import Keys
 from halovae.serving.metrics import Metrics
 from halovae.serving.rates import Rates
-from halovae.serving.requests import BodyLimit
 from halovae.serving.settings import FrontSettings, RankSettings
 from halovae.serving.signatures import Signatures
 from halovae.serving.store import JobStore
 from halovae.serving.table import JobTable
+from halovae.serving.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
+_URLS = {"http.url", "http.target", "url.full"}  # attributes of spans, by earlier and present conventions
 _SWEEP = 30.0  # seconds between two sweeps for expired results
 _EXPOSED = [
     "Retry-After",
@@ -47,7 +50,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         421: "It calls the server by a name that is not trusted.",
         429: "The queue is full, or the caller has submitted too much.",
-        503: "The jobs cannot be read or written at the moment.",
+        503: "The jobs cannot be read or written at the moment, or other requests take all memory.",
         507: "The disk is full.",
     }.items()
 }
@@ -75,7 +78,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        jobs = JobStore(ranks.output / "jobs.sqlite")
+        jobs = JobStore(ranks.output / "jobs.sqlite", front.webhook is not None)
 
         async def render(job_id: str) -> bytes:
             job = await jobs.read(JobTable.get, job_id)
@@ -90,6 +93,9 @@ def make_app(
             asyncio.create_task(dispatcher.events.run(), name="the event stream"),
             asyncio.create_task(_sweeping(dispatcher), name="the sweep of old results"),
         ]
+        if front.webhook is not None:
+            webhooks = Webhooks(jobs, front.webhook, metrics, dispatcher.events.ended)
+            tasks.append(asyncio.create_task(webhooks.run(), name="the delivery of events"))
         for task in tasks:
             task.add_done_callback(partial(_ended_early, fail))
         yield
@@ -104,7 +110,7 @@ def make_app(
         docs_url=None, redoc_url=None, openapi_url=None,
     )  # fmt: skip
     # Requests pass the last one first.
-    app.add_middleware(BodyLimit, most=front.limits.body)
+    app.add_middleware(BodyLimit, most=front.limits.body, most_together=front.limits.body_memory)
     app.add_middleware(BodyDeadline)
     app.add_middleware(Heads)
     if front.cors_origins:
@@ -138,7 +144,20 @@ def _trace(app: FastAPI) -> None:
     provider = sdk.TracerProvider()
     provider.add_span_processor(processors.BatchSpanProcessor(exporters.OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
-    instrumentation.FastAPIInstrumentor.instrument_app(app, excluded_urls="livez,readyz,health,metrics")
+    front: FrontSettings = app.state.front
+    root = re.escape(front.root_path).replace(",", ".")  # a comma separates patterns
+    instrumentation.FastAPIInstrumentor.instrument_app(
+        app, excluded_urls=rf"^[a-z]+://[^/]*({root})*/(livez|readyz|health|metrics)$", server_request_hook=_hide_query
+    )
+
+
+def _hide_query(span: Any, scope: Mapping[str, Any]) -> None:
+    """Remove the query from a request's span. It may hold a signature, which opens a result to its reader."""
+    attributes = getattr(span, "attributes", None) or {}  # none if the span is not recorded
+    for name in _URLS & attributes.keys():
+        span.set_attribute(name, str(attributes[name]).partition("?")[0])
+    if "url.query" in attributes:
+        span.set_attribute("url.query", "")
 
 
 async def _sweeping(dispatcher: Dispatcher) -> None:

@@ -202,7 +202,7 @@ class Dispatcher:
             await self._withdraw(job)
         self._metrics.failed.labels(job.kind, code).inc()
         await anyio.to_thread.run_sync(self._outcomes.drop_inputs, job)
-        self.events.publish(job)
+        self.events.publish(current)
         await self._pump()
 
     async def _withdraw(self, job: Job) -> None:
@@ -254,10 +254,14 @@ class Dispatcher:
             self._ready = bool(message["ready"])
             return
         self._advanced = time.monotonic()
-        if attempt := self._attempts.get(message["attempt"]):
+        attempt = self._attempts.get(message["attempt"])
+        job = self._removed.get(message["attempt"]) if attempt is None else attempt.job
+        if attempt is not None:
             self._advance(message["attempt"], attempt, kind, message)
         elif kind in ("finished", "failed", "cancelled") and message["attempt"] in self._removed:
             await anyio.to_thread.run_sync(results.remove, self._ranks.results, self._removed.pop(message["attempt"]))
+        if kind == "finished" and message.get("first", True) and job is not None:
+            self._metrics.decoded(job.kind, message["decode"])
 
     async def _greet(self, peer: bytes) -> None:
         """Welcome new ranks, and retry the jobs that earlier ranks had."""

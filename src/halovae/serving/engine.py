@@ -49,7 +49,7 @@ def serve_as_rank(settings: RankSettings, ready: Event | None = None) -> None:
         settings: the same on all ranks.
         ready: an event to set once attempts can be worked on.
     """
-    logs.configure(settings.log_format)
+    logs.configure(settings.log_format, settings.log_level)
     is_rank_zero = int(os.environ.get("RANK", "0")) == 0
     channel = RankChannel(settings.output) if is_rank_zero else None
     begin = time.monotonic()

@@ -38,12 +38,16 @@ class Events:
 
     Args:
         render: returns the event of a job, by id. Jobs that are gone have one too.
+
+    Attributes:
+        ended: set whenever a job has ended; its user clears it.
     """
 
     def __init__(self, render: Render) -> None:
         self._render = render
         self._changed: dict[str, str | None] = {}  # owners by id
         self._wake = asyncio.Event()
+        self.ended = asyncio.Event()
         self._listeners: set[_Listener] = set()
         self._waiting: dict[str, set[asyncio.Event]] = {}
 
@@ -51,6 +55,8 @@ class Events:
         """Note that a job changed."""
         for event in self._waiting.get(job.id, ()):
             event.set()
+        if job.ended:
+            self.ended.set()
         if self._listeners:
             self._changed[job.id] = job.owner
             self._wake.set()

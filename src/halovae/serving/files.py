@@ -41,10 +41,11 @@ class Attempt:
 
 @dataclass
 class Batch:
-    """Attempts whose frames are decoded together."""
+    """Attempts whose frames are decoded together. `finished`: one of them is."""
 
     attempts: Sequence[Attempt]
     done: int = 0
+    finished: bool = False
     sinks: dict[str, list[media.Sink]] = field(default_factory=dict)
     dropped: set[str] = field(default_factory=set)  # ids of attempts that were cancelled or could not be written
 
@@ -117,7 +118,9 @@ class Writer(threading.Thread):
         for sink in batch.sinks[attempt.id]:
             sink.close(whole=True)
         del batch.sinks[attempt.id]
-        self._channel.send("finished", attempt.id, decode=decode)
+        # The figures are of the whole batch: the front observes them once.
+        self._channel.send("finished", attempt.id, decode=decode, first=not batch.finished)
+        batch.finished = True
 
     def _drop(self, batch: Batch, attempt: Attempt) -> None:
         batch.dropped.add(attempt.id)

@@ -92,6 +92,25 @@ class Job:
         return [f"{self.id}-{index}.{suffix}" for index in range(self.spec.count)]
 
 
+@dataclass(frozen=True)
+class JobEvent:
+    """An event about a job that ended, until a webhook has received it.
+
+    Attributes:
+        id: the event's own.
+        job: the job's id.
+        type: the job's kind and how it ended, such as "video.completed".
+        created: when it ended, in seconds since 1970.
+        tries: how often the event was sent.
+    """
+
+    id: str
+    job: str
+    type: str
+    created: int
+    tries: int
+
+
 def failed(code: str, message: str) -> dict[str, Any]:
     """Return the changes to a job that failed."""
     text = message.encode(errors="replace").decode()  # SQLite rejects lone surrogates

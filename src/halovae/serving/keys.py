@@ -46,9 +46,10 @@ class Keys:
                 name = its_name
         return name
 
-    def has_name(self, name: str) -> bool:
-        """Whether there is a key of this name."""
-        return name in self._names.values()
+    @property
+    def names(self) -> set[str]:
+        """The names of the keys."""
+        return {*self._names.values()}
 
     def reload(self) -> None:
         """Read the file again. If it cannot be read, the keys stay as they are, and the log says why."""
@@ -57,7 +58,7 @@ class Keys:
         except (OSError, ValueError) as error:
             log.error("the keys stay as they are: %s", error)
         else:
-            log.info("keys were read again: %s", ", ".join(sorted({*self._names.values()})))
+            log.info("keys were read again: %s", ", ".join(sorted(self.names)))
 
     def _read(self) -> dict[bytes, str]:
         """Return the names of keys by their digests."""

@@ -11,7 +11,7 @@ from anyio import CapacityLimiter
 from anyio.lowlevel import RunVar
 
 T = TypeVar("T")
-_COUNTS = ("body", "fields", "pixels", "frames", "steps", "results", "picture_pixels", "queue")
+_COUNTS = ("body", "body_memory", "fields", "pixels", "frames", "steps", "results", "picture_pixels", "queue")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Limits:
 
     Attributes:
         body: bytes of a request.
+        body_memory: bytes of all requests, and of their pictures, that are in memory at a time.
         fields: bytes of a JSON request without the pictures in it, and of a form without its files.
         pixels: pixels of a frame or picture to make.
         frames: frames of a video, however its length is given.
@@ -38,6 +39,7 @@ class Limits:
     """
 
     body: int = 64 * 2**20
+    body_memory: int = 512 * 2**20
     fields: int = 2**20
     pixels: int = 4096 * 4096
     frames: int = 1025

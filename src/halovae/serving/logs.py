@@ -6,15 +6,17 @@ import logging
 import sys
 import time
 import uuid
-from typing import Any
+from collections.abc import Iterator
+from traceback import TracebackException
+from typing import Any, TextIO
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.typing import EventDict, Processor, WrappedLogger
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from halovae.serving.jobs import Job
 from halovae.serving.metrics import Metrics
-from halovae.serving.settings import LogFormat
+from halovae.serving.settings import LogFormat, LogLevel
 
 _access, _audit = logging.getLogger("halovae.access"), logging.getLogger("halovae.audit")
 _PROBES = ("/livez", "/readyz", "/health", "/metrics")  # asked every few seconds
@@ -22,10 +24,15 @@ _MOST_ID = 128  # characters of a request id
 _GONE = 499  # the status of a request whose client left before the answer began
 
 
-def configure(form: LogFormat) -> None:
+def configure(form: LogFormat, level: LogLevel = "info") -> None:
     """Write all logs of this process to standard error: as text, or as one JSON object on each line.
 
-    Tracebacks hold no values of variables, and control characters are escaped.
+    Tracebacks hold no values of variables. Control characters are escaped, also in the messages of errors: no client
+    can forge a line.
+
+    Args:
+        form: "text" or "json".
+        level: the least that is written. Libraries' logs hold warnings and errors at most.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -38,22 +45,42 @@ def configure(form: LogFormat) -> None:
     if form == "json":
         rest = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     else:
-        plain = structlog.dev.plain_traceback
-        rest = [_printable, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+        colors = sys.stderr.isatty()
+        rest = [_printable, structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_write_traceback)]
     handler = logging.StreamHandler()
+    handler.setLevel(level.upper())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rest]
         )
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("halovae").setLevel(logging.INFO)
+    logging.getLogger("halovae").setLevel(level.upper())
     logging.captureWarnings(True)
 
 
 def _printable(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """Escape characters that a terminal would obey."""
     return {name: escaped(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+def _write_traceback(out: TextIO, error: ExcInfo) -> None:
+    out.write("\n" + "\n".join(_traceback(TracebackException(*error))))
+
+
+def _traceback(error: TracebackException) -> Iterator[str]:
+    """Yield the lines of a traceback. The message of each error is one line, escaped."""
+    if error.__cause__ is not None:
+        yield from _traceback(error.__cause__)
+        yield "The above exception was the direct cause of the following exception:"
+    elif error.__context__ is not None and not error.__suppress_context__:
+        yield from _traceback(error.__context__)
+        yield "During handling of the above exception, another exception occurred:"
+    yield "Traceback (most recent call last):"
+    yield from "".join(error.stack.format()).splitlines()
+    yield escaped("".join(error.format_exception_only()).rstrip("\n"))
+    for one in getattr(error, "exceptions", None) or ():  # of a group
+        yield from (f"  {line}" for line in _traceback(one))
 
 
 def escaped(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from halovae.serving.jobs import Job, Status
+from halovae.serving.jobs import Kind, Status
 from halovae.serving.store import JobStore
 from halovae.serving.table import JobTable
 
@@ -27,12 +27,15 @@ class Metrics:
         self.failed = Counter("halovae_jobs_failed", "Jobs failed", ["kind", "code"], registry=registry)
         self.restarts = Counter("halovae_rank_restarts", "Times that the ranks were restarted", registry=registry)
         self.sweep_errors = Counter("halovae_sweep_errors", "Old results that could not be removed", registry=registry)
+        self.webhooks = Counter("halovae_webhooks", "Events sent, by outcome", ["outcome"], registry=registry)
+        for outcome in ("delivered", "failed", "given_up"):
+            self.webhooks.labels(outcome)
         self.denoising = Histogram(
             "halovae_denoising_seconds", "Time to denoise a job", ["kind"], registry=registry, buckets=_SECONDS
         )
         self.decoding = Histogram(
             "halovae_decode_seconds",
-            "Time to decode a job's batch",
+            "Time to decode a batch",
             ["kind"],
             registry=registry,
             buckets=_SECONDS,
@@ -55,10 +58,9 @@ class Metrics:
         self._jobs = Gauge("halovae_jobs", "Jobs by status", ["status"], registry=registry)
         self._ready = Gauge("halovae_ranks_ready", "Whether the ranks are ready", registry=registry)
 
-    def finished(self, job: Job, decode: dict[str, Any]) -> None:
-        """Count a completed job, and observe its decode."""
-        self.completed.labels(job.kind).inc()
-        self.decoding.labels(job.kind).observe(decode["seconds"])
+    def decoded(self, kind: Kind, decode: dict[str, Any]) -> None:
+        """Observe the decode of a batch. `decode` is as `decoding.summary` returns it."""
+        self.decoding.labels(kind).observe(decode["seconds"])
         self.batch.observe(decode["batch"])
         self.reserved.set(decode["peak_memory_mb"] * 2**20)
         self.allocated.set(decode["peak_allocated_mb"] * 2**20)

@@ -68,20 +68,30 @@ async def metrics(request: Request, dispatcher: Dispatching) -> Response:
 
 @_descriptions.get("/openapi.json", include_in_schema=False)
 async def description(request: Request) -> JSONResponse:
-    """The description of the API."""
+    """The description of the API. On the admin port, it names the port of the API."""
     described: FastAPI = request.app.state.described
     schema, root = described.openapi(), request.scope.get("root_path", "")
+    if request.app is not described:
+        root = front_of(request).url(request.url.hostname or "localhost")
+        text = f"Requests go to another port than this page's: {root}"
+        schema = {**schema, "info": {**schema["info"], "description": text}}
     return JSONResponse({**schema, "servers": [{"url": root}]} if root else schema)
 
 
 @_descriptions.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
-    """The description of the API for people. A key can be entered there."""
+    """The description of the API for people. A key can be entered there.
+
+    On the admin port, requests cannot be tried out: browsers refuse them to the port of the API.
+    """
     root = request.scope.get("root_path", "")
+    parameters: dict[str, Any] = {"persistAuthorization": True}
+    if request.app is not request.app.state.described:
+        parameters["supportedSubmitMethods"] = []
     return get_swagger_ui_html(
         openapi_url=f"{root}/openapi.json", title="halovae",
         swagger_js_url=f"{root}{_SWAGGER}/swagger-ui-bundle.js", swagger_css_url=f"{root}{_SWAGGER}/swagger-ui.css",
-        swagger_favicon_url="data:,", swagger_ui_parameters={"persistAuthorization": True},
+        swagger_favicon_url="data:,", swagger_ui_parameters=parameters,
     )  # fmt: skip
 
 

@@ -19,11 +19,11 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from halovae.errors import PromptError
 from halovae.pipelines.specs import Prompt
 from halovae.serving import pictures
+from halovae.serving.bodies import Held
 from halovae.serving.errors import ApiError, from_validation, short, unknown_field
 from halovae.serving.fetch import fetch
 from halovae.serving.jobs import JobSpec
@@ -45,34 +45,6 @@ _MOST_FILES = 16  # of a form, and pictures of a JSON body
 _MOST_NESTED = 10_000  # lists and objects of a JSON body
 _SEARCHED = 64  # strings of a JSON body that may be pictures
 _json_threads, _form_threads = Threads("JSON", 2), Threads("forms", 2)  # apart: a large form takes seconds
-
-
-class BodyLimit:
-    """Refuses bodies of more than `most` bytes; at once if their length is declared."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        too_large = ApiError(413, f"the body has more than {self._most} bytes (--max-body)", code="body_too_large")
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or len(declared) > 18 or int(declared) > self._most:
-            await too_large.response()(scope, receive, send)
-            return
-        size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._most:
-                raise too_large
-            return message
-
-        await self._app(scope, counted, send)
 
 
 @dataclass
@@ -275,17 +247,19 @@ def _check(front: FrontSettings, asked: Asked, files: dict[str, list[Picture]]) 
     job_spec_for(front, asked, (b"",) * count)
 
 
-async def pictures_of(front: FrontSettings, files: list[Picture], param: str) -> list[bytes]:
+async def pictures_of(front: FrontSettings, files: list[Picture], param: str, held: Held) -> list[bytes]:
     """Return pictures as plain PNGs, and empty `files`, as a request may wait for long.
 
-    They are decoded in two threads that all requests share.
+    They are decoded in two threads that all requests share. `held` counts them.
 
     Raises:
-        ApiError: one of the files is not a valid picture.
+        ApiError: one of the files is not a valid picture, or too much memory is held.
     """
     plain = []
     while files:
+        size = len(files[0])
         plain.append(await pictures.threads.run(_plain, files.pop(0), param, front.limits.picture_pixels))
+        held.add(len(plain[-1]) - size)
     return plain
 
 
@@ -294,16 +268,19 @@ def _plain(file: Picture, param: str, most_pixels: int) -> bytes:
     return pictures.checked(data, param, most_pixels)
 
 
-async def reference_of(front: FrontSettings, asked: VideoRequest, files: list[Picture]) -> list[bytes]:
-    """Return the pictures that a video starts from, as plain PNGs, and empty `files`.
+async def reference_of(
+    front: FrontSettings, asked: VideoRequest, files: list[Picture], held: Held
+) -> list[bytes]:  # fmt: skip
+    """Return the pictures that a video starts from, as plain PNGs, and empty `files`. `held` counts them.
 
     Raises:
-        ApiError: a file is not a valid picture, or the URL cannot be fetched.
+        ApiError: a file is not a valid picture, the URL cannot be fetched, or too much memory is held.
     """
     if asked.reference_url is None:
-        return await pictures_of(front, files, "input_reference")
+        return await pictures_of(front, files, "input_reference", held)
     data = await fetch(asked.reference_url, front.limits.body, "reference_url")
-    return await pictures_of(front, [data], "reference_url")
+    held.add(len(data))
+    return await pictures_of(front, [data], "reference_url", held)
 
 
 def job_spec_for(front: FrontSettings, asked: Asked, images: Sequence[bytes]) -> JobSpec:

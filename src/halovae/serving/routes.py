@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from halovae.serving import thumbnails
 from halovae.serving.access import Caller, Dispatching, Front, authorized, rated
 from halovae.serving.answers import describe, event_of, file_of, find_job, preview_of
+from halovae.serving.bodies import held_by
 from halovae.serving.errors import ApiError
 from halovae.serving.events import TooManyListeners
 from halovae.serving.requests import job_spec_for, pictures_of, reference_of
@@ -51,7 +52,7 @@ async def models(front: Front) -> dict[str, Any]:
 async def create_video(request: Request, dispatcher: Dispatching, front: Front, caller: Caller) -> Video:
     """Start to make a video. Answers at once; poll the video until it is completed."""
     asked, uploads = await fields_of(request, front, VideoRequest)
-    images = await reference_of(front, asked, uploads.get("input_reference", []))
+    images = await reference_of(front, asked, uploads.get("input_reference", []), held_by(request))
     job = await submitted(request, dispatcher, front, caller, "video", job_spec_for(front, asked, images), images)
     return describe(dispatcher, job)
 
@@ -125,7 +126,7 @@ async def create_image(request: Request, dispatcher: Dispatching, front: Front, 
 async def edit_image(request: Request, dispatcher: Dispatching, front: Front, caller: Caller) -> Images:
     """Make pictures from other pictures. Answers when they are done."""
     asked, uploads = await fields_of(request, front, EditRequest)
-    images = await pictures_of(front, uploads.get("image", []), "image")
+    images = await pictures_of(front, uploads.get("image", []), "image", held_by(request))
     return await made_images(request, dispatcher, front, caller, asked, images)
 
 

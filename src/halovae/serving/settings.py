@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from halovae.runtime.options import Mode
 from halovae.serving.limits import Limits
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class RankSettings:
         decode_batch: how many latents may be decoded at once.
         warmup: width, height, and number of frames to generate once before the first request; None for no warmup.
         log_format: "text", or "json" for one object on each line.
+        log_level: the least that halovae's own logs hold. Those of libraries hold warnings and errors.
     """
 
     model: Path
@@ -49,11 +51,25 @@ class RankSettings:
     decode_batch: int
     warmup: tuple[int, int, int] | None
     log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
 
     @property
     def results(self) -> Path:
         """The folder of finished files. Only the server uses it; `output` may hold files of other programs."""
         return self.output / "results"
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Where events about jobs go.
+
+    Attributes:
+        url: receives them by POST.
+        secret: what they are signed with.
+    """
+
+    url: str
+    secret: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,7 @@ class FrontSettings:
         admin_host, admin_port: another address, to which the routes for operators move; None for none.
         max_connections: connections at a time.
         log_prompts: whether the log holds prompts.
+        webhook: told of each job that ends; None for nobody.
     """
 
     name: str
@@ -108,3 +125,10 @@ class FrontSettings:
     admin_port: int | None = None
     max_connections: int = 1000
     log_prompts: bool = False
+    webhook: Webhook | None = None
+
+    def url(self, of_all: str = "localhost") -> str:
+        """Return the URL of the page. `of_all` is the host's name where the server listens on all addresses."""
+        host = of_all if self.host in ("", "0.0.0.0", "::") else self.host
+        address = f"[{host}]" if ":" in host else host
+        return f"{'https' if self.ssl_certfile else 'http'}://{address}:{self.port}{self.root_path}"

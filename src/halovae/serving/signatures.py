@@ -8,13 +8,21 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from fastapi import Request
 
 _SECRET = 32  # bytes
 _CONTENT = re.compile(r"/v1/(images|videos)/[^/]+/content")
+
+
+class Signed(NamedTuple):
+    """For whom a URL was signed."""
+
+    owner: str | None
 
 
 class Signatures:
@@ -32,34 +40,33 @@ class Signatures:
 
         Args:
             path_and_query: without the server's root path.
-            owner: the job's owner. The URL stops working when no key has this name.
+            owner: the job's owner. The URL stops working when no key has this name. It does not show the name.
             seconds: how long the signature holds.
         """
         url = urlsplit(path_and_query)
         query = [*parse_qsl(url.query), ("expires", str(int(time.time() + seconds)))]
-        if owner is not None:
-            query.append(("owner", owner))
-        return f"{url.path}?{urlencode([*query, ('signature', self._signature(url.path, query))])}"
+        return f"{url.path}?{urlencode([*query, ('signature', self._signature(url.path, query, owner))])}"
 
-    def is_signed(self, request: Request) -> bool:
-        """Whether the request is for a result, and its URL is as this server signed it and has not expired."""
+    def signed_for(self, request: Request, owners: Iterable[str | None]) -> Signed | None:
+        """Return for which of these owners this server signed the request's URL.
+
+        None if the request is not for a result, or its URL was signed for nobody of them, was changed, or has expired.
+        """
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         query = request.query_params.multi_items()
         if request.method not in ("GET", "HEAD") or not _CONTENT.fullmatch(path) or not query:
-            return False
+            return None
         *signed, (name, signature) = query
-        expected = self._signature(path, signed)
-        if name != "signature" or not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
-            return False
-        return time.time() < int(dict(signed)["expires"])
+        if name != "signature":
+            return None
+        given = signature.encode(errors="replace")
+        for owner in owners:
+            if hmac.compare_digest(self._signature(path, signed, owner).encode(), given):
+                return Signed(owner) if time.time() < int(dict(signed)["expires"]) else None
+        return None
 
-    @staticmethod
-    def owner(request: Request) -> str | None:
-        """Return the owner that a signed URL names."""
-        return request.query_params.get("owner")
-
-    def _signature(self, path: str, query: list[tuple[str, str]]) -> str:
-        data = f"{path}?{urlencode(query, errors='replace')}".encode()
+    def _signature(self, path: str, query: list[tuple[str, str]], owner: str | None) -> str:
+        data = f"{owner or ''}\n{path}?{urlencode(query, errors='replace')}".encode()  # no owner has line breaks
         return hmac.new(self._secret, data, hashlib.sha256).hexdigest()
 
 

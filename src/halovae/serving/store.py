@@ -21,11 +21,18 @@ _PAUSE = 0.5  # seconds between two tries to write
 
 
 class JobStore:
-    """The jobs of an output folder. One thread writes, another one reads: a locked database can still be read."""
+    """The jobs of an output folder. One thread writes, another one reads: a locked database can still be read.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the database.
+        keeps_events: whether an event is kept for each job that ends.
+    """
+
+    def __init__(self, path: Path, keeps_events: bool = False) -> None:
         self._writer, self._reader = (ThreadPoolExecutor(1, f"jobs {name}") for name in ("writer", "reader"))
         self._to_write = self._writer.submit(opened, path).result()
+        if keeps_events:
+            self._writer.submit(self._to_write.keep_events).result()
         self._to_read = self._reader.submit(JobTable, path).result()
 
     async def read(self, query: Callable[Concatenate[JobTable, P], T], *args: P.args, **options: P.kwargs) -> T:

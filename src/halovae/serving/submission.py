@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from halovae.serving import logs, pictures
 from halovae.serving.answers import describe
+from halovae.serving.bodies import held_by
 from halovae.serving.dispatch import Dispatcher, Draining
 from halovae.serving.errors import ApiError
 from halovae.serving.jobs import Job, JobSpec, Kind
@@ -77,6 +78,7 @@ async def submitted(
         await anyio.to_thread.run_sync(_write, paths, images)
         if isinstance(images, list):
             images.clear()
+        held_by(request).release()
         stored = await dispatcher.submit(job)
     except Exception as refused:
         await _drop_unless_stored(dispatcher, job)

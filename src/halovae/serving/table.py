@@ -11,10 +11,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from halovae.serving.jobs import Job, JobSpec, Kind, Status
+from halovae.serving.jobs import Job, JobEvent, JobSpec, Kind, Status
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of the columns below, kept in SQLite's `user_version`
+VERSION = 2  # of the columns below, kept in SQLite's `user_version`
 _BUSY = 0.25  # seconds for which a call waits for another process that writes
 _PATIENCE = 60.0  # seconds for which a start waits for it
 _PAUSE = 0.5
@@ -22,6 +22,18 @@ _JSON = ("spec", "files", "report", "interrupted")
 _COLUMNS = tuple(column.name for column in fields(Job) if column.name != "seq")
 _SPEC = {one.name for one in fields(JobSpec)}
 _ENDED: tuple[Status, ...] = ("completed", "failed")
+_EVENTS = "CREATE TABLE IF NOT EXISTS events (id TEXT PRIMARY KEY, job, type, created, tries, next_try)"
+# A trigger of one connection. Its event is written in the transaction that ends the job.
+_KEEP_EVENTS = """
+    CREATE TEMP TRIGGER keep_events AFTER UPDATE OF status ON main.jobs
+    WHEN NEW.status IN ('completed', 'failed') AND OLD.status NOT IN ('completed', 'failed')
+    BEGIN
+        INSERT INTO events VALUES (
+            'evt_' || lower(hex(randomblob(16))), NEW.id, NEW.kind || '.' || NEW.status,
+            CAST(strftime('%s', 'now') AS INTEGER), 0, 0
+        );
+    END
+"""
 
 
 class QueueFull(Exception):
@@ -79,7 +91,7 @@ class JobTable:
                 self._db.execute("UPDATE jobs SET problem = ? WHERE seq = ?", (problem, row["seq"]))
 
     def _migrate(self) -> None:
-        """Make the table, or add the columns that version 0 lacks."""
+        """Make the tables, or add the columns that version 0 lacks, and the table of events that version 1 lacks."""
         self._db.execute("BEGIN IMMEDIATE")
         columns = ", ".join("id TEXT UNIQUE NOT NULL" if name == "id" else name for name in _COLUMNS)
         self._db.execute(f"CREATE TABLE IF NOT EXISTS jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, {columns})")
@@ -89,6 +101,7 @@ class JobTable:
             self._db.execute(f"ALTER TABLE jobs ADD COLUMN {name}")
         self._db.execute("CREATE INDEX IF NOT EXISTS by_status ON jobs (status, seq)")
         self._db.execute("CREATE UNIQUE INDEX IF NOT EXISTS by_request ON jobs (ifnull(owner, ''), request)")
+        self._db.execute(_EVENTS)
         self._db.execute(f"PRAGMA user_version={VERSION}")
         self._db.execute("COMMIT")
 
@@ -185,6 +198,29 @@ class JobTable:
                     report=job.report,
                 )  # fmt: skip
         return adopted
+
+    def keep_events(self) -> None:
+        """From now on, keep an event for each job that completes or fails by a change over this connection."""
+        self._db.execute("PRAGMA temp_store=MEMORY")
+        self._db.execute(_KEEP_EVENTS)
+
+    def due_events(self, now: float, limit: int) -> list[JobEvent]:
+        """Return up to `limit` events that are to be sent by now."""
+        columns = ", ".join(column.name for column in fields(JobEvent))
+        query = f"SELECT {columns} FROM events WHERE next_try <= ? ORDER BY next_try, created, rowid LIMIT ?"
+        return [JobEvent(*row) for row in self._db.execute(query, (now, limit))]
+
+    def next_event(self) -> float | None:
+        """Return when the next event is to be sent, in seconds since 1970; None if there is none."""
+        (time_of_next,) = self._db.execute("SELECT min(next_try) FROM events").fetchone()
+        return None if time_of_next is None else float(time_of_next)
+
+    def put_off(self, event: str, until: float) -> None:
+        """Note that an event was sent in vain, and when it is sent again."""
+        self._db.execute("UPDATE events SET tries = tries + 1, next_try = ? WHERE id = ?", (until, event))
+
+    def drop_event(self, event: str) -> None:
+        self._db.execute("DELETE FROM events WHERE id = ?", (event,))
 
     def trim(self) -> None:
         """Empty the log of writes, which may hold what was deleted."""

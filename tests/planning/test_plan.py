@@ -256,7 +256,7 @@ def test_the_grid_to_fall_back_on_takes_less() -> None:
     taken = {one.grid: one.peak or 0 for one in decision.candidates}
     leaner = decision.leaner()
     assert leaner is not None
-    assert taken[leaner] < (decision.chosen.peak or 0)
+    assert taken[leaner.grid] < (decision.chosen.peak or 0)
 
 
 def shell(*words: object) -> str:

@@ -138,7 +138,7 @@ def test_a_budget_is_kept_and_an_error_says_what_would_fit() -> None:
     decision = found.decide(2)
     assert decision.chosen.grid.size == 2
     assert "does not fit into the memory budget" in {one.verdict for one in decision.candidates}
-    with pytest.raises(MemoryBudgetError, match=r"the leanest grid \(1x1\) takes .* what would fit: 2 ranks"):
+    with pytest.raises(MemoryBudgetError, match=r"the leanest way \(1x1.*\) takes .* what would fit: 2 ranks"):
         found.decide(1)
 
 
@@ -216,7 +216,7 @@ def test_the_command_says_where_nothing_fits() -> None:
     options = ["--model", "flux", "--size", "256x256", "--memory-budget", "60MiB"]
     output = shell(*options, "--num-gpus", "1,4")
     assert output.startswith("0")
-    assert "nothing fits: the leanest grid (1x1) takes" in output
+    assert "nothing fits: the leanest way (1x1" in output
     assert output.count("chosen: ") == 1
     assert shell(*options, "--num-gpus", "1").startswith("2")
 

@@ -249,7 +249,7 @@ def _table(case: Case, worlds: Sequence[int], show: int) -> Table:
                 figures = [f"{(one.peak or 0) / 2**20:,.0f}", f"{one.messages or 0:,}", f"{sent:,.1f}"]
             table.add_row(
                 *(first if index == 0 else [""] * len(first)),
-                str(one.grid),
+                one.name,
                 str(one.grid.size),
                 f"{'' if known else '>= '}{one.seconds:.3g}",
                 *figures,

@@ -155,6 +155,13 @@ class Transport:
         """Whether `fact` is true on any rank."""
         return fact
 
+    def hand(self, site: int, whole: Tensor) -> None:
+        """Keep a map for ranks that run after this one; here there are none."""
+
+    def handed(self, site: int, blank: Callable[[], Tensor]) -> Tensor:
+        """The next map that the first rank kept at a site. Where nothing is computed, `blank` makes one on meta."""
+        return blank()
+
 
 def members(grid: Grid, scope: Scope, rank: int) -> list[int]:
     """Return the ranks of a grid that meet in a scope, `rank` among them, in order."""

@@ -2,7 +2,8 @@
 
 from halovae.plane.plane import Plane
 from halovae.plane.results import ShardReport
-from halovae.plane.sharded import Sharded, shard
+from halovae.plane.shard import shard
+from halovae.plane.sharded import Sharded
 from halovae.plane.tensor import PlaneTensor
 
 __all__ = ["Plane", "PlaneTensor", "ShardReport", "Sharded", "shard"]

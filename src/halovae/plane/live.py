@@ -11,6 +11,7 @@ from torch import fx
 
 from halovae.plane import windows
 from halovae.plane.operators import emit, pack, take
+from halovae.plane.whole_maps import part
 
 
 def window_bytes(node: fx.Node) -> int:
@@ -39,7 +40,10 @@ def size_of(node: fx.Node) -> int:
     return int(node.meta.get("bytes", 0))
 
 
-def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.Node], int] = window_bytes) -> int:
+def peak(
+    graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.Node], int] = window_bytes,
+    before: Callable[[fx.Node], bool] | None = None,
+) -> int:  # fmt: skip
     """Bytes of live tensors at the highest point of a graph whose tensors are freed after their last use.
 
     Views share their input's memory. Weights and constants are not counted.
@@ -48,6 +52,7 @@ def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.
         graph: what runs.
         bodies: the graphs that it calls.
         scratch: bytes that an operator holds while it runs, besides its result.
+        before: the highest point right before one of these nodes instead; None for that of all.
     """
     known: dict[tuple[str, frozenset[int]], int] = {}
 
@@ -65,6 +70,8 @@ def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.
             ending.setdefault(node, []).append(kept)
         live = top = 0
         for node in nodes:
+            if before is not None and before(node):
+                top = max(top, live)
             if node.op == "call_module":
                 box = node.all_input_nodes[0]
                 free = frozenset(at for at, one in enumerate(box.args) if last[owner[one]] is box)  # type: ignore[index]
@@ -76,7 +83,8 @@ def peak(graph: fx.Graph, bodies: Mapping[str, fx.Graph], scratch: Callable[[fx.
                 live += size(node) if node.args[1] in given else 0
             elif owner[node] is node:
                 live += size(node)
-            top = max(top, live + scratch(node))
+            if before is None:
+                top = max(top, live + scratch(node))
             for gone in ending.get(node, []):
                 if gone.target is not take or gone.args[1] in given:
                     live -= size(gone)
@@ -101,7 +109,7 @@ def shares(node: fx.Node) -> bool:
     """Whether a node's result lies in the memory of its first input."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    if node.target in (windows.added_, windows.residual_convolution):
+    if node.target in (part, windows.added_, windows.residual_convolution):
         return True
     if node.target is windows.normalized:
         return bool(node.kwargs.get("spare"))

@@ -22,6 +22,7 @@ from halovae.plane.context import current, current_kernels, empty_along, positio
 from halovae.plane.layout import Bounds, MeshDim
 from halovae.plane.moments import moments, together
 from halovae.plane.tensor import is_channels_last
+from halovae.plane.whole_maps import hand, handed, like_handed, part
 
 Interval = tuple[int, int]
 Place = Callable[[int, int], Tensor]
@@ -329,7 +330,7 @@ def _normalized(x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | 
 
 
 # A rank that does not use the result may still have to send data for it.
-BETWEEN_RANKS = (fetch, convolution, gather, group_norm)
+BETWEEN_RANKS = (fetch, convolution, gather, group_norm, hand, handed)
 
 
 def pack(*values: Tensor) -> list[Tensor]:
@@ -349,7 +350,15 @@ def emit(chunk: Tensor, start: int) -> None:
 
 def shape_of(function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh) -> tuple[Tensor, int, int]:
     """Return an empty tensor like an operator's result, and the numbers of messages and bytes that this rank sends."""
+    if function is handed:
+        sizes, dtype, last, _ = args
+        return like_handed(sizes, dtype, last), 0, 0
     x = args[0]
+    if function is hand:
+        return x.detach(), 0, 0
+    if function is part:
+        ((start, stop),) = args[3][position_in(mesh, args[2])]
+        return x.narrow(args[1], start, stop - start), 0, 0
     if function is fetch:
         return fetched_shape(mesh, *args)
     if function is convolution:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Scope
-from halovae.plane import context, cuts, operators
+from halovae.plane import context, cuts, operators, whole_maps
 from halovae.plane.layout import (
     Bounds,
     Coordinates,
@@ -37,6 +37,7 @@ from halovae.plane.operators import Needed
 from halovae.plane.tensor import PlaneTensor, channels_last, contiguous, is_channels_last, made
 
 if TYPE_CHECKING:
+    from halovae.plane.strips import Strips
     from halovae.plane.trace import Recorder
 
 
@@ -46,6 +47,7 @@ class Plane:
     Args:
         mesh: the ranks. Each position along its batch has a plane of its own.
         recorder: records operators instead of computing them; None to compute.
+        strips: how ranks that run one after the other cut maps; None for ranks that run at once.
 
     Attributes:
         extents: number of ranks along each mesh dim that has more than one.
@@ -57,9 +59,10 @@ class Plane:
         inside: how many rules are running, nested in each other.
     """
 
-    def __init__(self, mesh: Mesh, recorder: Recorder | None = None) -> None:
+    def __init__(self, mesh: Mesh, recorder: Recorder | None = None, strips: Strips | None = None) -> None:
         self.mesh = mesh
         self.recorder = recorder
+        self.strips = strips
         ranks_along: dict[MeshDim, int] = {"rows": mesh.grid.rows, "cols": mesh.grid.cols}
         places: Coordinates = {"rows": mesh.row, "cols": mesh.col}
         self.extents = {name: ranks for name, ranks in ranks_along.items() if ranks > 1}
@@ -70,6 +73,12 @@ class Plane:
         self.inside = 0
         self._seen: dict[tuple[int, ...], Layout] = {}
         self._local_sizes: dict[Layout, tuple[int, ...]] = {}
+        self._handed: dict[int, tuple[Tensor, Tensor]] = {}  # whole maps by id, and what strips read in their place
+
+    @property
+    def path(self) -> str:
+        """The path of the submodule that is being recorded; empty while operators are computed."""
+        return "" if self.recorder is None else self.recorder.module
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -129,6 +138,8 @@ class Plane:
     def factor(self, size: int, mesh_dim: MeshDim, multiple: int = 1) -> Factor:
         """Return the factor of a dim of a plane, partitioned evenly if it has a cell for every rank."""
         ranks = self.extents.get(mesh_dim, 1)
+        if self.strips is not None:
+            return self.strips.input_factor(size) if ranks > 1 else Factor(size)
         step = multiple if size % multiple == 0 else 1
         if ranks == 1 or size // step < ranks:
             return Factor(size)
@@ -197,6 +208,32 @@ class Plane:
         self.received += (sum(max(0, b - a) for a, b in inside) - kept) * cells
         return self.run(operators.fetch, local, dim, factor.mesh_dim, factor.bounds, needed)
 
+    def part(self, whole: Tensor, dim: int, needed: Needed) -> Tensor | None:
+        """Return a strip's part of a whole map. The first strip computes the map, and keeps it for the others.
+
+        Args:
+            whole: the map.
+            dim: the dim to cut.
+            needed: one interval for each strip.
+
+        Returns:
+            None if ranks run at once, if the map is a constant, or if an interval is not within it.
+        """
+        recorder = self.recorder
+        inside = all(start >= 0 and stop <= whole.shape[dim] for ((start, stop),) in needed)
+        if self.strips is None or recorder is None or recorder.is_constant(whole) or not inside:
+            return None
+        found = self._handed.get(id(whole))
+        if found is None:
+            site, first = len(self._handed), self.coordinates[self.strips.mesh_dim] == 0
+            sizes, last = tuple(whole.shape), is_channels_last(whole)
+            arguments = (whole, site) if first else (sizes, whole.dtype, last, site)
+            found = self._handed[id(whole)] = (
+                whole,
+                self.run(whole_maps.hand if first else whole_maps.handed, *arguments),
+            )
+        return self.run(whole_maps.part, found[1], dim, self.strips.mesh_dim, needed)
+
     def gather(self, local: Tensor, mesh_dims: set[MeshDim]) -> Tensor:
         """Gather every rank's small tensor: `[ranks, ...]`, over the ranks along these mesh dims."""
         scope, ranks = self.scope(mesh_dims)
@@ -236,6 +273,11 @@ class Plane:
 
     def cut(self, x: PlaneTensor, dim: int, factors: tuple[Factor, ...]) -> PlaneTensor:
         """Cut this rank's shard out of a replicated dim. No data moves."""
+        strip = None
+        if len(factors) == 1 and factors[0].mesh_dim is not None:
+            strip = self.part(x.local, dim, tuple((one,) for one in ranges(factors[0].bounds)))
+        if strip is not None:
+            return self.wrap(strip, (*x.partition[:dim], factors, *x.partition[dim + 1 :]), "it is a part of a map")
         local = x.local
         if len(factors) > 1:
             local = local.unflatten(dim, [factor.size for factor in factors])

@@ -18,6 +18,7 @@ from halovae.grid import Grid, Shard, Span
 from halovae.kernels.native import Kernels
 from halovae.plane.layout import Layout, extent, sole
 from halovae.plane.plane import Plane
+from halovae.plane.strip_program import InStrips
 
 Gather = Literal["rank0", "all", "none"]
 _ALARMING = 0.05  # warn if fallbacks receive more than this share of all computed bytes
@@ -34,6 +35,7 @@ class ShardOptions(TypedDict, total=False):
     convert: Callable[[Tensor], Tensor] | None
     leaner: bool
     kernels: Kernels | None
+    strips: InStrips | None
 
 
 @dataclass(frozen=True)

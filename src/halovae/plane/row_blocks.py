@@ -31,11 +31,12 @@ class RowBlocks(winograd.RowBlocks):
         exchanged: the frames whose cells ranks exchange.
         cuts: the dims of `x` along which other ranks have cells that this one needs.
         edges: what fills the ring at the picture's edges, as `rings.Edges`; None for zeros.
+        beyond: how many rows and cols of the ring `interior` knows, 0 or 1 at the top, bottom, left and right.
     """
 
     def __init__(
         self, interior: Interior, x: Tensor, frames: int, before: int, after: int, exchanged: slice,
-        cuts: Sequence[Cut], edges: Edges | None,
+        cuts: Sequence[Cut], edges: Edges | None, beyond: tuple[int, int, int, int] = (0, 0, 0, 0),
     ) -> None:  # fmt: skip
         self.x = x if x.ndim == 5 else x.unsqueeze(2)
         self._interior, self._exchanged, self._cuts, self._ndim = interior, exchanged, cuts, x.ndim
@@ -43,6 +44,7 @@ class RowBlocks(winograd.RowBlocks):
         self._extents = {_ROWS: x.shape[_ROWS], _COLS: x.shape[_COLS]}
         self._inwards = 1 if edges is None or edges[0] == "replicate" else 2
         left, right, top, bottom = (False,) * 4 if edges is None else edges[1]
+        self._beyond = {_ROWS: beyond[:2], _COLS: beyond[2:]}
         self._repeated = {_ROWS: (top, bottom), _COLS: (left, right)}
         # For each dim that is cut, four border rows (or cols): the halo before the map, the map's first and last one,
         # and the halo after the map. Border cols include the cells of the rows around the map: the corners.
@@ -107,13 +109,14 @@ class RowBlocks(winograd.RowBlocks):
         out = block[..., rows, :]
         for frames in self._zeros:
             out[:, :, frames].zero_()
-        first, last = max(begin, 1), min(end, height + 1)
+        (top, bottom), (left, right) = self._beyond.values()
+        first, last = max(begin, 1 - top), min(end, height + 1 + bottom)
         if first < last:
-            inner = out[..., first - begin : last - begin, 1:-1]
-            self._interior(items, slice(first - 1, last - 1), _ALL, inner)
+            inner = out[..., first - begin : last - begin, 1 - left : width + 1 + right]
+            self._interior(items, slice(first - 1, last - 1), slice(-left, width + right), inner)
         repeated = []
         for at, (row, source) in enumerate(((0, self._inwards), (height + 1, height + 1 - self._inwards))):
-            if begin <= row < end:
+            if begin <= row < end and not self._beyond[_ROWS][at]:
                 border = block[..., row - start : row - start + 1, :]
                 if self._repeated[_ROWS][at]:
                     repeated.append((border, block[..., source - start : source - start + 1, :]))
@@ -123,6 +126,8 @@ class RowBlocks(winograd.RowBlocks):
                     border.zero_()
         for at, (col, source) in enumerate(((0, self._inwards), (width + 1, width + 1 - self._inwards))):
             side = out[..., col : col + 1]
+            if self._beyond[_COLS][at]:
+                continue
             if self._repeated[_COLS][at]:
                 side.copy_(out[..., source : source + 1])
             elif _COLS in self._borders:

@@ -24,6 +24,7 @@ from halovae.kernels.native import EAGER, Kernels, compiled, explain, ready
 from halovae.plane.agreement import agree, message_digests
 from halovae.plane.context import without_gradients
 from halovae.plane.drain import drain_peers
+from halovae.plane.hooks import untouched
 from halovae.plane.keys import WeightsDigest, device_of, hooked, module_key, settings, value_key
 from halovae.plane.layout import Layout, extent
 from halovae.plane.passes import chosen
@@ -31,8 +32,10 @@ from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.results import Chunks, Gather, ShardOptions, ShardReport, check_result, gathered, warn_of_fallbacks
 from halovae.plane.stored import Identity, stored_or_traced
+from halovae.plane.strip_program import InStrips, StripProgram, record_strips
+from halovae.plane.strips import Strips
 from halovae.plane.tensor import PlaneTensor
-from halovae.plane.trace import trace, untouched
+from halovae.plane.trace import trace
 
 _PROGRAMS = 16  # that a function keeps: one for each shape, dtype and grid
 
@@ -88,6 +91,7 @@ class Sharded:
         convert: Callable[[Tensor], Tensor] | None = None,
         leaner: bool = False,
         kernels: Kernels | None = None,
+        strips: InStrips | None = None,
     ) -> Chunks:
         """Call the function on all ranks, and yield its result in chunks. Collective: all ranks take all chunks.
 
@@ -106,6 +110,7 @@ class Sharded:
             leaner: whether the caller has a leaner plan. Then all ranks stop together when one runs out of memory, if
                 the function was recorded and draws no random numbers.
             kernels: the kernels for the CPU; None for compiled ones if all ranks have them by now, else eager ones.
+            strips: a rank that has all rows and cols computes them in strips; the result is then one chunk.
 
         Yields:
             Chunks along the dim of the concatenation, mostly frames; None on the ranks that receive nothing. One chunk
@@ -130,7 +135,7 @@ class Sharded:
         try:
             used = mesh or mesh_for(grid or world, device, group)
             self._check(x, used.grid, gather)
-            key = self._key(used, x, extras, options)
+            key = *self._key(used, x, extras, options), strips
             shapes = [(list(one.shape), str(one.dtype)) for one in (x, *extras)]
             asked = (
                 f"{shapes}, grid {grid}, gather {gather}, options {value_key(options)}, passes {chosen()}, "
@@ -155,7 +160,7 @@ class Sharded:
             mine = x[span]
         known, begin = key in self._programs, time.perf_counter()
         with without_gradients():
-            program = self._program(mine, rest, used, options, key)
+            program = self._program(mine, rest, used, options, key, strips=strips)
             if used.grid.size > 1 and not all(have_settled):
                 settled = self._settled(program, used, key)
                 if settled is None:  # graphs differ between ranks, and passes changed their messages
@@ -175,6 +180,8 @@ class Sharded:
             steps: Iterator[tuple[Tensor, Layout] | None] = iter([None] * max(1, len(program.starts)))
         else:
             steps = self._steps(program, plane, mine, rest, options, kernels)
+        if isinstance(program, StripProgram):
+            program.convert, convert = convert, None
         send = (
             None
             if idle
@@ -314,11 +321,14 @@ class Sharded:
 
     def _program(
         self, x: Tensor, extras: Sequence[Tensor], mesh: Mesh, options: dict[str, Any], key: Any,
-        passes: Sequence[str] | None = None,
+        passes: Sequence[str] | None = None, strips: InStrips | None = None,
     ) -> Program | TraceError:  # fmt: skip
         """Return this rank's recorded program, from memory, disk or a trace, or the reason why there is none.
 
         With `passes`, it is made by these, even if there is one already.
+
+        Raises:
+            NarrowStripError: (a ValueError) there are too few rows or cols for so many strips.
         """
         found = self._programs.get(key) if passes is None else None
         moving = next((name for module in self._modules for name in hooked(module)), None)
@@ -329,17 +339,23 @@ class Sharded:
             )  # fmt: skip
         if found is None:
 
-            def record() -> Program:
-                return trace(
-                    lambda z, *rest: self._function(z, *rest, **options), self._modules, mesh, x.shape, x.dtype,
-                    x.device, self._multiple, [(one.shape, one.dtype) for one in extras], passes,
-                )  # fmt: skip
+            def recorded(mesh: Mesh, layout: Strips | None, passes: Sequence[str] | None) -> Program:
+                def record() -> Program:
+                    return trace(
+                        lambda z, *rest: self._function(z, *rest, **options), self._modules, mesh, x.shape, x.dtype,
+                        x.device, self._multiple, [(one.shape, one.dtype) for one in extras], passes, layout,
+                    )  # fmt: skip
 
-            about = self._multiple, settings(mesh, x, extras, options), passes
-            try:
-                found = stored_or_traced(
+                about = self._multiple, settings(mesh, x, extras, options), passes, layout
+                return stored_or_traced(
                     record, self._function, self._modules, self._identity, mesh, x.device, about
                 )  # fmt: skip
+
+            try:
+                if strips is None:
+                    found = recorded(mesh, None, passes)
+                else:
+                    found = record_strips(recorded, x.device, x.shape[strips.dim], strips)
             except TraceError as error:
                 found = TraceError(str(error))  # its traceback would keep the call's tensors alive
             self._programs[key] = found
@@ -369,31 +385,3 @@ class Sharded:
                 "input requires gradients, but halovae is for inference only: call it under torch.no_grad()"
             )
         grid.shards(x.shape[0], x.shape[-2], x.shape[-1])
-
-
-def shard(
-    function: Callable[..., Tensor] | nn.Module, modules: nn.Module | Sequence[nn.Module] = (), *, multiple: int = 1
-) -> Sharded:
-    """Run any function from latents to pictures on a grid of ranks, unmodified and exactly.
-
-    Args:
-        function: a module, a module's method such as `vae.decoder.forward`, or a function that closes over modules.
-        modules: the modules whose weights it uses, if it is neither a module nor a module's method.
-        multiple: divides the ranks' bounds, where it can; see `Sharded`.
-
-    Returns:
-        A function of the same tensors, which every rank calls: `halovae.shard(vae.decoder)(latents, grid=Grid(2, 2))`.
-
-    Raises:
-        TypeError: the function cannot be called.
-        ValueError: it is a plain function, and no modules are given.
-    """
-    if not callable(function):
-        raise TypeError(f"function: expected a module or a function, got {type(function).__name__}")
-    given = [modules] if isinstance(modules, nn.Module) else list(modules)
-    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-    if isinstance(owner, nn.Module):
-        given = [owner, *(one for one in given if one is not owner)]
-    if not given:
-        raise ValueError("modules: name the modules whose weights the function uses, modules=()  if there are none")
-    return Sharded(function, given, multiple)

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from halovae.device.kinds import cache_folder
 from halovae.distributed.mesh import Mesh
-from halovae.plane import backends, operators, windows
+from halovae.plane import backends, operators, whole_maps, windows
 from halovae.plane.fingerprint import Unstable, fingerprint
 from halovae.plane.layout import Factor
 from halovae.plane.plane import Plane
@@ -39,7 +39,7 @@ from halovae.plane.trace import RECORDING
 
 LIMIT = 256 * 2**20  # bytes of all files
 LARGEST = 64 * 2**20  # bytes of one graph's constants
-_FORMAT = 5
+_FORMAT = 6
 _FIELDS = ("chunked", "takes", "returns", "dtype", "random", "writes", "changes", "received", "computed")
 _NAMED = {  # values of PyTorch's own types, by name
     str(value): value
@@ -203,13 +203,13 @@ def _name(node: fx.Node) -> tuple[str, str]:
 
 @cache
 def _target(op: str, name: str) -> tuple[str, Any]:
-    """What a name stands for: an operator of ATen, `plane.operators` or `plane.windows`, or an item of a result."""
+    """What a name stands for: an operator of ATen or of the plane, or an item of a result."""
     place, _, function = name.rpartition(".")
     if op != "call_function":
         return op, name
     if name == "_operator.getitem":
         return op, operator.getitem
-    for module in (operators, windows):
+    for module in (operators, whole_maps, windows):
         if place == module.__name__:
             return op, getattr(module, function)
     package, packet = place.split(".")

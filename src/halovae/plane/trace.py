@@ -9,9 +9,8 @@ from __future__ import annotations
 import operator
 import threading
 import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -26,12 +25,15 @@ from halovae.plane import operators
 from halovae.plane.chunks import split
 from halovae.plane.constants import Constants, Memory
 from halovae.plane.cuts import cut_early
+from halovae.plane.hooks import paths, untouched
 from halovae.plane.layout import local_shape
+from halovae.plane.lines import carry_early
 from halovae.plane.passes import chosen, improve
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.repeats import LeakError, Repeats, clean
 from halovae.plane.rules.registry import is_composite, plane_tensors, written
+from halovae.plane.strips import Strips
 from halovae.plane.tensor import is_channels_last
 
 aten = torch.ops.aten
@@ -189,6 +191,11 @@ class Recorder(TorchDispatchMode):
         """The node of a tensor; other values as they are."""
         return self._twin(value).halovae_node if isinstance(value, Tensor) else value  # type: ignore[attr-defined]
 
+    def is_constant(self, x: Tensor) -> bool:
+        """Whether a tensor does not depend on the input."""
+        memory = self.memory(self._twin(x))
+        return memory.constant or memory.attribute
+
     def writes(self, x: Tensor) -> bool:
         """Whether an operator writes to a tensor, or to a view of it."""
         return self.memory(x).written
@@ -231,6 +238,7 @@ def trace(
     multiple: int = 1,
     extras: Sequence[tuple[Sequence[int], torch.dtype]] = (),
     passes: Sequence[str] | None = None,
+    strips: Strips | None = None,
 ) -> Program:
     """Record what one rank does when a function is called with a tensor that is partitioned over a mesh.
 
@@ -244,21 +252,22 @@ def trace(
         multiple: along H and W, where it divides the input's extent, it also divides all bounds.
         extras: shapes and dtypes of further arguments of the function, which are replicated.
         passes: the passes that rewrite the graph; None for the ones in `HALOVAE_PASSES`, by default all.
+        strips: how ranks that run one after the other cut maps; None for ranks that run at once.
 
     Raises:
         TraceError: the function reads values of its input, or draws from a generator of its own.
     """
     names = chosen() if passes is None else passes
     try:
-        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, modules, names)
+        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, modules, names, strips)
     except LeakError:
-        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, (), names)
+        return _traced(function, modules, mesh, shape, dtype, device, multiple, extras, (), names, strips)
 
 
 def _traced(
     function: Callable[..., Tensor], modules: Sequence[nn.Module], mesh: Mesh, shape: Sequence[int], dtype: torch.dtype,
     device: torch.device, multiple: int, extras: Sequence[tuple[Sequence[int], torch.dtype]],
-    watched: Sequence[nn.Module], passes: Sequence[str],
+    watched: Sequence[nn.Module], passes: Sequence[str], strips: Strips | None,
 ) -> Program:  # fmt: skip
     names: dict[int, str] = {}
     for index, module in enumerate(modules):
@@ -266,14 +275,14 @@ def _traced(
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             names.setdefault(id(tensor), prefix + name)
     recorder = Recorder(device, names)
-    plane = recorder.plane = Plane(mesh, recorder)
+    plane = recorder.plane = Plane(mesh, recorder, strips)
     layout = plane.layout_of(tuple(shape), multiple)
     with RECORDING, ExitStack() as stack:
         stack.enter_context(plane.active())
         stack.enter_context(recorder)
         for module in modules:
             stack.enter_context(untouched(module))
-            stack.enter_context(_paths(module, recorder))
+            stack.enter_context(paths(module, recorder))
         repeats = Repeats(recorder, watched)
         stack.enter_context(repeats.watched())
         cached = torch.is_autocast_cache_enabled()  # autocast would keep this graph's casts of weights
@@ -288,6 +297,8 @@ def _traced(
             lifted = plane.lift(result)
         bodies, chunked = recorder.finish(lifted.local, repeats)
     with _disable_current_modes(), torch._C.DisableTorchFunction():
+        if strips is not None and strips.early:
+            carry_early(recorder.graph, bodies, mesh)
         changes = improve((recorder.graph, *bodies.values()), mesh, passes)
     return Program(
         recorder.graph,
@@ -302,62 +313,6 @@ def _traced(
         recorder.writes(x.local),
         changes,
     )
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Restore on exit what a module keeps on itself, such as caches between chunks."""
-    saved: dict[int, tuple[Any, Any]] = {}
-
-    def save(value: Any) -> None:
-        if type(value) in (dict, OrderedDict, list) and id(value) not in saved:
-            saved[id(value)] = value, value.copy()
-            for one in value.values() if isinstance(value, dict) else value:
-                save(one)
-
-    for one in module.modules():
-        save(vars(one))
-    try:
-        yield
-    finally:
-        for now, before in saved.values():
-            if isinstance(now, list):
-                if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-                    now[:] = before
-                continue
-            for name in [name for name in now if name not in before]:
-                del now[name]
-            for name, value in before.items():
-                if name not in now or now[name] is not value:
-                    now[name] = value
-
-
-@contextmanager
-def _paths(module: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Set the recorder's `module` to the path of the submodule that is being called."""
-    handles, before, thread = [], [], threading.get_ident()
-
-    def hooks(name: str) -> tuple[Any, Any]:
-        def enter(*_: Any) -> None:
-            if threading.get_ident() == thread:
-                before.append(recorder.module)
-                recorder.module = name
-
-        def leave(*_: Any) -> None:
-            if threading.get_ident() == thread:
-                recorder.module = before.pop()
-
-        return enter, leave
-
-    for name, submodule in module.named_modules():
-        enter, leave = hooks(name)
-        handles.append(submodule.register_forward_pre_hook(enter))
-        handles.append(submodule.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @cache

@@ -30,6 +30,7 @@ def convolution(
     zeros: int = 0, past: Tensor | None = None, keep: Tensor | None = None, shift: Tensor | None = None,
     gamma: Tensor | None = None, beta: Tensor | None = None, norm: Norm | None = None, silu: bool = False,
     spare: bool = False, repeats: tuple[int, int] = (0, 0), edges: Edges | None = None, onto: Tensor | None = None,
+    beyond: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Tensor:  # fmt: skip
     """Normalize and activate a map, then convolve it with stride 1.
 
@@ -52,19 +53,22 @@ def convolution(
         repeats: how often the first frame is repeated before the map, and the last frame after it. Excludes `past`.
         edges: the cells around the picture in place of zeros, as described at `rings.Edges`.
         onto: of the result's shape. The sum of both is written to it and returned.
+        beyond: how many rows and cols of `x`, 0 or 1 at the top, bottom, left and right, lie outside of the result.
 
     Returns:
         This rank's shard of the result, `[N, C', *]`.
     """
     kernels, pool = context.current_kernels(x)
+    top, bottom, left, right = beyond
+    height, width = x.shape[-2] - top - bottom, x.shape[-1] - left - right
     kind = context.kind_of(x)
     maps, whole = (tensor if tensor.ndim == 5 else tensor.unsqueeze(2) for tensor in (x, weight))
-    own, before = maps.shape[2], sum(padding[:-2])
+    frames, before = maps.shape[2], sum(padding[:-2])
     first = zeros + repeats[0] + (0 if past is None else past.shape[2])
-    depth = first + own + repeats[1]
-    shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, *x.shape[-2:])
+    depth = first + frames + repeats[1]
+    shape = (x.shape[0], weight.shape[0], depth + 2 * before - whole.shape[2] + 1, height, width)
     cells = shape[2] * shape[3] * shape[4]
-    by_winograd = min(x.shape[-2:]) >= PLAIN.results and winograd.is_profitable(PLAIN, weight, cells, kernels, kind)
+    by_winograd = min(height, width) >= PLAIN.results and winograd.is_profitable(PLAIN, weight, cells, kernels, kind)
     # A window replaces any other copy that adds frames or halos to the map.
     fused = backends.kernels(x.device.type) is not None and (shift is not None or norm is not None or silu)
     copied = past is not None or zeros > 0 or (bool(cuts) and (fused or not early))
@@ -72,20 +76,21 @@ def convolution(
     if not windowed:
         x = activated(x, shift, gamma, beta, norm, silu, spare)
         if keep is not None:
-            keep.copy_(x[:, :, own - keep.shape[2] :])
-        return _summed(onto, _direct(_after(zeros, past, x), weight, bias, padding, cuts, early))
+            keep.copy_(x[:, :, frames - keep.shape[2] :])
+        return _summed(onto, _within(_direct(_after(zeros, past, x), weight, bias, padding, cuts, early), beyond))
     normalized = writer(maps, shift, gamma, beta, norm, silu)
 
     def interior(items: slice, rows: slice, cols: slice, out: Tensor) -> None:
+        rows, cols = _shifted(rows, top, height), _shifted(cols, left, width)
         span, inner = (items, slice(None), slice(None), rows, cols), out[:, :, before : before + depth]
         if past is not None:
             inner[:, :, zeros:first].copy_(past[span])
-        normalized(span, inner[:, :, first : first + own])
+        normalized(span, inner[:, :, first : first + frames])
         if repeats[0]:
             inner[:, :, :first].copy_(inner[:, :, first : first + 1].expand_as(inner[:, :, :first]))
         if repeats[1]:
-            last = inner[:, :, first + own - 1 : first + own]
-            inner[:, :, first + own :].copy_(last.expand_as(inner[:, :, first + own :]))
+            last = inner[:, :, first + frames - 1 : first + frames]
+            inner[:, :, first + frames :].copy_(last.expand_as(inner[:, :, first + frames :]))
         if keep is not None:
             keep[span].copy_(inner[:, :, depth - keep.shape[2] :])
 
@@ -94,12 +99,14 @@ def convolution(
     ring = depth + 2 * before, before + zeros, before
     in_blocks = by_winograd and not (shape[3] % PLAIN.results or shape[4] % PLAIN.results)
     in_blocks = in_blocks and (not over or winograd.reads_once(PLAIN, whole))
+    own = _within(x, beyond)
     if in_blocks:
-        blocks = RowBlocks(interior, x, *ring, slice(before, before + depth), cuts, edges)
+        blocks = RowBlocks(interior, own, *ring, slice(before, before + depth), cuts, edges, beyond)
         finish = blocks.start()
     else:
-        window = rings.window(x, *ring, cuts, edges)
-        interior(slice(None), slice(None), slice(None), window[..., 1:-1, 1:-1])
+        window = rings.window(own, *ring, cuts, edges)
+        inside = slice(-top, height + bottom), slice(-left, width + right)
+        interior(slice(None), *inside, window[..., 1 - top : height + 1 + bottom, 1 - left : width + 1 + right])
         padded = window[:, :, before : before + depth]
         finish = rings.start(padded if x.ndim == 5 else padded.squeeze(2), cuts, edges)
     ready = finish if cuts else None
@@ -286,6 +293,18 @@ def added_(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 
 OPERATORS = (convolution, copied, kept, normalized, pointwise, residual_convolution, upsampled_convolution)
+
+
+def _within(x: Tensor, beyond: tuple[int, int, int, int]) -> Tensor:
+    """Return a map without rows and cols at its top, bottom, left and right."""
+    top, bottom, left, right = beyond
+    return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right] if any(beyond) else x
+
+
+def _shifted(cells: slice, by: int, extent: int) -> slice:
+    """Return a range of the result's rows (or cols) as a range of the map's."""
+    start, stop = 0 if cells.start is None else cells.start, extent if cells.stop is None else cells.stop
+    return slice(start + by, stop + by)
 
 
 def _summed(onto: Tensor | None, result: Tensor) -> Tensor:

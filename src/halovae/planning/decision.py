@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from halovae.grid import Grid
+from halovae.plane.strip_program import InStrips
 
 # What a decode may take beyond its tensors (scratch of libraries, an allocator's unused memory), as a share of them.
 MARGIN = 0.15
@@ -24,6 +25,7 @@ class Candidate:
         messages: how many messages that rank sends; None if it was not traced.
         bytes_sent: the bytes of these messages; None if it was not traced.
         verdict: why it was chosen, or not.
+        strips: how a rank that has all rows and cols computes them; None for at once.
     """
 
     grid: Grid
@@ -32,6 +34,12 @@ class Candidate:
     messages: int | None = None
     bytes_sent: int | None = None
     verdict: str = ""
+    strips: InStrips | None = None
+
+    @property
+    def name(self) -> str:
+        """The grid, and the strips, if there are any."""
+        return str(self.grid) if self.strips is None else f"{self.grid} in {self.strips}"
 
     def fits(self, budget: int | None) -> bool:
         """Whether the peak and a margin are within `budget` bytes."""
@@ -39,7 +47,8 @@ class Candidate:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
-        return {**asdict(self), "grid": str(self.grid), "ranks": self.grid.size}
+        strips = None if self.strips is None else str(self.strips)
+        return {**asdict(self), "grid": str(self.grid), "ranks": self.grid.size, "strips": strips}
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Decision:
         faster = (one for one in self.candidates if one.seconds < self.chosen.seconds and not one.fits(self.budget))
         return self.chosen.fits(budget) and not any(one.fits(budget) for one in faster)
 
-    def leaner(self) -> Grid | None:
+    def leaner(self) -> Candidate | None:
         """Return the grid to fall back on when memory runs out; None if no grid takes less.
 
         It is the fastest one that takes at most half of the chosen grid's peak, else the one that takes the least.
@@ -74,8 +83,8 @@ class Decision:
         others = [one for one in self.candidates[1:] if one.peak is not None and one.peak < peak]
         lean = [one for one in others if (one.peak or 0) <= 0.5 * peak]
         if lean:
-            return min(lean, key=lambda one: one.seconds).grid
-        return min(others, key=lambda one: one.peak or 0).grid if others else None
+            return min(lean, key=lambda one: one.seconds)
+        return min(others, key=lambda one: one.peak or 0) if others else None
 
     def as_dict(self) -> dict[str, Any]:
         """The chosen candidate, the others, the budget, and the calibration as JSON can hold them."""

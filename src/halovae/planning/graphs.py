@@ -22,11 +22,14 @@ from halovae.distributed.transport import Scope, Transport
 from halovae.errors import TraceError, UnplannableError
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER
-from halovae.plane import context, operators, windows
+from halovae.plane import context, operators, whole_maps, windows
 from halovae.plane.agreement import argument_key, meta_arguments
 from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
 from halovae.plane.live import is_operator, peak, shares, size, size_of
+from halovae.plane.program import Program
+from halovae.plane.strip_program import InStrips, StripProgram, record_strips
+from halovae.plane.strips import Strips
 from halovae.plane.trace import trace
 from halovae.planning.cost import CPU, EXCHANGE, GATHER, Cost, Recorder, Work
 
@@ -98,6 +101,7 @@ def busiest(grid: Grid, height: int, width: int) -> int:
 def traced(
     function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype, grid: Grid,
     rank: int | None = None, multiple: int = 1, compiled: bool = True, kind: str = "meta",
+    strips: InStrips | None = None,
 ) -> Traced:  # fmt: skip
     """Return what a rank of a grid takes, by its graph.
 
@@ -111,25 +115,53 @@ def traced(
         multiple: bounds between ranks are multiples of it, as in `trace`.
         compiled: whether a CPU's passes over memory are compiled.
         kind: the kind of device whose algorithms are priced, "cpu" or "meta"; see `context.on`.
+        strips: how the rank computes its rows and cols, if it has all of them; None for at once.
 
     Raises:
         UnplannableError: the function cannot be traced.
+        NarrowStripError: there are too few rows or cols for so many strips.
     """
     rank = busiest(grid, *cells(shape, multiple)) if rank is None else rank
     mesh = Mesh(grid, CPU, TracedTransport(rank, grid.size))
+
+    def record(mesh: Mesh, layout: Strips | None, passes: Sequence[str] | None) -> Program:
+        return trace(function, [module], mesh, shape, dtype, CPU, multiple, passes=passes, strips=layout)
+
     try:
-        program = trace(function, [module], mesh, shape, dtype, CPU, multiple)
+        program = record_strips(record, CPU, shape[strips.dim], strips) if strips else record(mesh, None, None)
     except (TraceError, NotImplementedError) as error:
         raise UnplannableError(f"{type(module).__name__} cannot be planned: {error}") from error
     total: WorkByKind = defaultdict(Work)
+    if not isinstance(program, StripProgram):
+        messages, sent, weights, highest = _priced(program, mesh, total, compiled, kind)
+        return Traced(
+            Cost(dict(total), messages, sent, weights, highest), shape_of(program.returns), tuple(program.fallbacks),
+            program.random,
+        )  # fmt: skip
+    weights, peaks = 0, []
+    for index, (one, times) in enumerate(program.graphs):
+        own: WorkByKind = defaultdict(Work)
+        place = index if index < 2 else strips.count - len(program.programs) + index  # type: ignore[union-attr]
+        mesh = Mesh(program.strips.grid, CPU, TracedTransport(place, program.strips.count))
+        _, _, weights, highest = _priced(one, mesh, own, compiled, kind)
+        peaks.append(highest)
+        for key, work in own.items():
+            if key[1] not in (EXCHANGE, GATHER):  # lines stay in memory
+                for _ in range(times):
+                    total[key].add(work)
+    cost = Cost(dict(total), 0, 0, weights, program.together(peaks))
+    return Traced(cost, shape_of(program.returns), tuple(program.fallbacks), program.random)
+
+
+def _priced(program: Program, mesh: Mesh, total: WorkByKind, compiled: bool, kind: str) -> tuple[int, int, int, int]:
+    """Add the work of a program to `total`. Return its messages, and bytes: theirs, weights, peak."""
     pricer = _Pricer(mesh, program.bodies, compiled, kind)
     messages, sent = pricer.add(program.graph.nodes, total)
     everything = [node for graph in (program.graph, *program.bodies.values()) for node in graph.nodes]
     weights = {
         node.target: size_of(node) for node in everything if node.op == "get_attr" and not node.meta.get("constant")
     }
-    cost = Cost(dict(total), messages, sent, sum(weights.values()), peak(program.graph, program.bodies, pricer.scratch))
-    return Traced(cost, shape_of(program.returns), tuple(program.fallbacks), program.random)
+    return messages, sent, sum(weights.values()), peak(program.graph, program.bodies, pricer.scratch)
 
 
 class _Watch(Recorder):
@@ -194,6 +226,8 @@ class _Pricer:
             return [("scaled_dot_product_attention", Work(1, flops(node), _touched(node))), ("clone", copied)]
         if node.target is operators.whole_group_norm:
             return [("native_group_norm", Work(1, bytes=_touched(node)))]
+        if node.target is whole_maps.part:
+            return [("view", Work(1))]
         return [_aten(node)]
 
     def scratch(self, node: fx.Node) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from halovae.errors import MemoryBudgetError, UnplannableError
 from halovae.grid import Grid
+from halovae.plane.layout import MeshDim
+from halovae.plane.strip_program import InStrips
+from halovae.plane.strips import NarrowStripError
 from halovae.planning.calibration import Calibration
 from halovae.planning.cost import EXCHANGE, GATHER, Cost
 from halovae.planning.decision import MARGIN, WORTH, Candidate, Decision
@@ -55,6 +59,7 @@ class Search:
         self._allowed = allowed
         self._traced: dict[Grid, Traced] = {}
         self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
+        self._in_strips: dict[InStrips, Candidate] = {}
 
     def traced(self, grid: Grid) -> Traced:
         """Return what the rank with the most to do takes for one item. Each grid is traced once.
@@ -81,6 +86,55 @@ class Search:
             grid, items * self._seconds(cost, grid), cost.peak, items * cost.messages, items * cost.bytes_sent
         )
 
+    def price_strips(self, strips: InStrips) -> Candidate:
+        """Return strips on one rank as a candidate, with what they are predicted to take.
+
+        Raises:
+            NarrowStripError: there are too few rows or cols for them.
+            UnplannableError: the decode cannot be traced.
+        """
+        if strips not in self._in_strips:
+            found = traced(
+                self._function, self._module, self._shape, self._dtype, Grid(), multiple=self._multiple,
+                compiled=self._compiled, kind="cpu" if self._calibration.device == "cpu" else "meta", strips=strips,
+            )  # fmt: skip
+            seconds = self._batch * self._seconds(found.cost, Grid())
+            self._in_strips[strips] = Candidate(Grid(), seconds, found.cost.peak, 0, 0, strips=strips)
+        return self._in_strips[strips]
+
+    def strips(self) -> list[Candidate]:
+        """Return strips of the longer side on one rank, up to as many as fit, or as make sense."""
+        height, width = self._shape[-2:]
+        mesh_dim: MeshDim = "rows" if height >= width else "cols"
+        found: list[Candidate] = []
+        count, limit = 2, max(height, width) + 1
+        while True:
+            try:
+                found.append(self.price_strips(InStrips(count, mesh_dim)))
+            except NarrowStripError:
+                limit = count
+            else:
+                if found[-1].fits(self.budget) or (len(found) > 1 and found[-1].peak >= 0.98 * found[-2].peak):  # type: ignore[operator]
+                    return found
+            last = found[-1].strips.count if found else 1  # type: ignore[union-attr]
+            count = self._next_count(found) if limit > 2 * last else (last + limit) // 2
+            count = min(count, (last + limit) // 2 if limit <= 2 * last else limit - 1)
+            if count <= last:
+                return found
+
+    def _next_count(self, found: Sequence[Candidate]) -> int:
+        """Return how many strips to try next: as many as fit if the peak is a constant and a share of each strip."""
+        (*_, last) = found
+        assert last.strips is not None
+        count = last.strips.count
+        if len(found) < 2 or self.budget is None:
+            return 2 * count
+        before = found[-2]
+        assert before.strips is not None
+        shared = ((before.peak or 0) - (last.peak or 0)) / (1 / before.strips.count - 1 / count)
+        left = self.budget / (1 + MARGIN) - ((last.peak or 0) - shared / count)
+        return min(max(count + 1, math.ceil(shared / left)), 3 * count) if left > 0 else 2 * count
+
     def _seconds(self, cost: Cost, grid: Grid) -> float:
         ranks = grid.size if grid.size > 1 else self._concurrent_ranks
         return sum(self._calibration.seconds(cost, ranks, self._hosts).values())
@@ -105,12 +159,16 @@ class Search:
                 continue
             seen[grid] = self.price(grid)
             best = self._best(list(seen.values()))
+        tried = list(seen.values())
         if best is None:
-            raise self._too_little(list(seen.values()), world)
-        others = sorted([*seen.values(), *unseen], key=lambda one: one.seconds)
+            tried += self.strips()
+            best = self._best(tried)
+        if best is None:
+            raise self._too_little(tried, world)
+        others = sorted([*tried, *unseen], key=lambda one: one.seconds)
         ranked = [best, *(one for one in others if one is not best)]
         calibration = f"{self._calibration.name} ({self._calibration.origin})"
-        return Decision(tuple(self._judged(one, best, seen.values()) for one in ranked), self.budget, calibration)
+        return Decision(tuple(self._judged(one, best, tried) for one in ranked), self.budget, calibration)
 
     def _grids(self, world: int) -> Iterator[Grid]:
         height, width = self._plane
@@ -174,7 +232,7 @@ class Search:
     def _too_little(self, seen: Sequence[Candidate], world: int) -> MemoryBudgetError:
         assert self.budget is not None
         least = min(seen, key=lambda one: one.peak or 0)
-        message = f"the leanest grid ({least.grid}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
+        message = f"the leanest way ({least.name}) takes {_mib((least.peak or 0) * (1 + MARGIN))} on a rank"
         for ranks in _ADVISED:
             if world < ranks <= self._plane[0] and self.price(Grid(rows=ranks)).fits(self.budget):
                 message += f"; what would fit: {ranks} ranks"
@@ -193,7 +251,7 @@ class Search:
             other._plane = rows, cols = max(1, int(share * self._plane[0])), max(1, int(share * self._plane[1]))
             unit = self._shape[-1] // self._plane[1]
             other._shape = (*self._shape[:-2], unit * rows, unit * cols)
-            other._traced, other._computing = {}, {}
+            other._traced, other._computing, other._in_strips = {}, {}, {}
             try:
                 if other.price(Grid(rows=min(world, rows))).fits(self.budget):
                     height, width = max(other._shape[-2:], other.traced(Grid()).pictures[-2:])  # the input, of encodes

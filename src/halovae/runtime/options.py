@@ -17,6 +17,7 @@ from halovae.distributed.transport import world_size
 from halovae.grid import Grid
 from halovae.kernels.native import Kernels
 from halovae.plane.results import Gather
+from halovae.plane.strip_program import InStrips
 from halovae.planning.decision import Decision
 
 Call = Literal["decode", "encode"]
@@ -132,6 +133,7 @@ class Choice:
         kept: bytes of the pictures, which a rank that receives them holds besides.
         leaner: how they share it if memory runs out; None if there is no leaner way.
         kernels: what it was planned for; None where it was not planned: `Sharded` decides.
+        strips: how a rank that has all rows and cols computes them; None for at once.
     """
 
     grid: Grid
@@ -140,3 +142,4 @@ class Choice:
     kept: int = 0
     leaner: Choice | None = None
     kernels: Kernels | None = None
+    strips: InStrips | None = None

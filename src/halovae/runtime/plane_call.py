@@ -27,6 +27,7 @@ from halovae.plane.fingerprint import Unstable
 from halovae.plane.keys import hooked, value_key
 from halovae.plane.results import Chunks
 from halovae.plane.stored import Identity
+from halovae.planning.decision import Candidate
 from halovae.planning.planner import calibration_of, is_unmeasured, usable
 from halovae.planning.search import Search
 from halovae.runtime.options import Call, Choice, Sharing
@@ -199,16 +200,16 @@ class PlaneCall:
         found.budget = budget - kept if limited else None
         decision = found.decide(world)
 
-        def choice_of(grid: Grid, leaner: Choice | None = None) -> Choice:
-            items = batch if whole or sharing.gather == "none" else grid.batch
-            return Choice(grid, items, decision, kept, leaner, kernels)
+        def choice_of(way: Candidate, leaner: Choice | None = None) -> Choice:
+            items = batch if whole or sharing.gather == "none" else way.grid.batch
+            return Choice(way.grid, items, decision, kept, leaner, kernels, way.strips)
 
         # Shards that ranks keep belong to one grid, which cannot change during a call. Ranks that compute all of
         # it on a mesh of their own do not learn where memory runs out.
         falls_back = sharing.gather != "none" and world > 1 and self._mesh is None
         other = decision.leaner() if falls_back else None
         leaner = None if other is None else choice_of(other)
-        choice = self._choices[this] = choice_of(decision.chosen.grid, leaner)
+        choice = self._choices[this] = choice_of(decision.chosen, leaner)
         while len(self._choices) > _CHOICES:
             self._choices.popitem(last=False)
         return choice
@@ -244,7 +245,7 @@ class PlaneCall:
             return self._sharded.stream(
                 x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh or self._used(choice.grid),
                 group=sharing.group, gather=sharing.gather, options=static, convert=sharing.convert,
-                leaner=choice.leaner is not None, kernels=choice.kernels,
+                leaner=choice.leaner is not None, kernels=choice.kernels, strips=choice.strips,
             )  # fmt: skip
 
         chunks = started(choice)
@@ -285,6 +286,7 @@ class PlaneCall:
                 part = self._sharded(
                     some, grid=choice.grid, mesh=self._used(choice.grid), group=sharing.group, gather=sharing.gather,
                     options=options, convert=sharing.convert, leaner=choice.leaner is not None, kernels=choice.kernels,
+                    strips=choice.strips,
                 )  # fmt: skip
             except RankOutOfMemoryError as error:
                 assert choice.leaner is not None

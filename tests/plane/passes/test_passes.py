@@ -17,7 +17,7 @@ from halovae.kernels import winograd
 from halovae.plane import constants, operators, passes, windows
 
 # Passes that change nothing in a `Block`.
-UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "products", "residuals")
+UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "margins", "products", "residuals")
 
 
 @pytest.mark.parametrize("name", [*passes.PASSES, "all"])

@@ -47,6 +47,8 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
             source: Any = fetches[0].args[0] if fetches else x
             edges = _edges(source, fetches, mesh) if not any(padding) else None
             known = [cut for cut in (_cut(fetch, edges is not None) for fetch in fetches) if cut is not None]
+            if not known:  # rows of an earlier strip, or data that are moved otherwise
+                fetches, source = [], x
             if len(known) < len(fetches) or any(padding[dim - 2] for dim, *_ in known):
                 continue
             early, cuts = False, tuple(known)

@@ -81,4 +81,4 @@ def is_own(x: fx.Node) -> bool:
         if x.target in (aten.expand.default, aten.as_strided.default):
             return False
         x = x.all_input_nodes[0]
-    return owner.target in _ALLOCATING
+    return owner.target in _ALLOCATING or bool(owner.meta.get("line"))

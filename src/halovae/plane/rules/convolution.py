@@ -40,7 +40,10 @@ InputRange = Callable[[int, int], tuple[int, int]]  # the range of inputs that a
 _EXTENT_TO_HALO, _MAP_TO_WEIGHTS, _LARGE_MAP = 8, 16, 2**24
 
 
-def output_factor(plane: Plane, before: Factor, size: int, bounds: Callable[[int], int], mesh_dim: MeshDim) -> Factor:
+def output_factor(
+    plane: Plane, before: Factor, size: int, bounds: Callable[[int], int], complete: Callable[[int], int],
+    mesh_dim: MeshDim,
+) -> Factor:  # fmt: skip
     """Return the factor of an operator's result: cut where the input is, else evenly, else not at all.
 
     Args:
@@ -48,9 +51,12 @@ def output_factor(plane: Plane, before: Factor, size: int, bounds: Callable[[int
         before: the input's factor.
         size: extent of the result.
         bounds: the position in the result of a bound of the input.
+        complete: how many rows (or cols) of the result depend on nothing beyond a bound of the input.
         mesh_dim: the mesh dim to partition over.
     """
     ranks = plane.extents.get(mesh_dim, 1)
+    if plane.strips is not None and ranks > 1:
+        return plane.strips.output_factor(before, size, complete, plane.path)
     if ranks == 1 or size < ranks:
         return Factor(size)
     if before.mesh_dim is not None:
@@ -84,7 +90,8 @@ def fetch_inputs(
         needed *= plane.extents[mesh_dim]
     (mine,) = needed[plane.coordinates[mesh_dim]]
     if before.mesh_dim is None:
-        return zero_extended(local, dim, mine, before.size), mine[0]
+        part = plane.part(local, dim, needed)
+        return zero_extended(local, dim, mine, before.size) if part is None else part, mine[0]
     return plane.fetch(local, dim, before, needed), mine[0]
 
 
@@ -121,14 +128,15 @@ def windows(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[Tensor, list[int], list[Factor]]:
+) -> tuple[Tensor, list[int], list[Factor], list[tuple[int, int, int]]]:
     """Fetch the inputs that this rank needs for a sliding window over the spatial dims.
 
     Returns:
-        The data, with the padding of partitioned dims; the padding that is left to do; the factors of the result.
+        The data, with the padding of partitioned dims; the padding that is left to do; the factors of the result; and
+        what to keep of the result of the window over these data: dims, first cells, and lengths.
     """
     spatial = len(kernel)
-    local, left, factors = x.local, list(padding), []
+    local, left, factors, kept = x.local, list(padding), list[Factor](), list[tuple[int, int, int]]()
     for index, (size, k, s, p, d) in enumerate(zip(sizes, kernel, stride, padding, dilation, strict=True)):
         dim = x.ndim - spatial + index
         mesh_dim, before = mesh_dim_of(plane, x, dim), sole(x.partition[dim]) or Factor(x.shape[dim])
@@ -142,14 +150,32 @@ def windows(
         def inputs_of(start: int, stop: int, k: int = k, s: int = s, p: int = p, d: int = d) -> tuple[int, int]:
             return start * s - p, (stop - 1) * s - p + d * (k - 1) + 1
 
-        factor = output_factor(plane, before, size, middle, mesh_dim)
+        def complete(bound: int, k: int = k, s: int = s, p: int = p, d: int = d) -> int:
+            return (bound + p - d * (k - 1) - 1) // s + 1
+
+        def inside_of(
+            start: int, stop: int, k: int = k, p: int = p, d: int = d, n: int = before.size
+        ) -> tuple[int, int]:
+            return max(start - p, 0), min(stop - p + d * (k - 1), n)
+
+        factor = output_factor(plane, before, size, middle, complete, mesh_dim)
         if factor.mesh_dim is None and before.mesh_dim is None:
             factors.append(factor)
             continue
+        if plane.strips is not None and factor.mesh_dim is not None and s == 1 and k > 1 and d * (k - 1) % 2 == 0:
+            # A convolution that keeps extents has faster kernels. Rows at the ends that it pads are not kept.
+            middle_tap = d * (k - 1) // 2
+            if p <= middle_tap:
+                local, first = fetch_inputs(plane, local, dim, before, factor, inside_of)
+                place, length = plane.coordinates[mesh_dim], factor.local(plane.coordinates)
+                left[index] = middle_tap
+                kept.append((dim, factor.bounds[place] + middle_tap - p - first, length))
+                factors.append(factor)
+                continue
         local, _ = fetch_inputs(plane, local, dim, before, factor, inputs_of)
         left[index] = 0
         factors.append(factor)
-    return local, left, factors
+    return local, left, factors, kept
 
 
 @rule(aten.convolution, aten._convolution, aten.convolution_overrideable)
@@ -200,8 +226,10 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
                 operators.convolution, x.local, weight, bias, tuple(padding), tuple(dilation), groups, cuts
             )
         else:
-            data, left, factors = windows(plane, x, sizes, kernel, stride, padding, dilation)
+            data, left, factors, kept = windows(plane, x, sizes, kernel, stride, padding, dilation)
             local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
+            for dim, start, length in kept:
+                local = local.narrow(dim, start, length)
     layout = (x.partition[0], (Factor(channels),) if channels != 1 else (), *(_dim(factor) for factor in factors))
     plane.note(layout)
     return plane.wrap(local, layout, strides=channels_last(shape(layout)) if last else None)
@@ -235,7 +263,7 @@ def _cuts(
     Ranks decide by their own shards. They need not agree: `windows` sends the same messages in the same order.
     """
     least = _MAP_TO_WEIGHTS * weight.numel() if x.device.type == "cpu" else _LARGE_MAP
-    if any(step != 1 for step in stride) or x.local.numel() < least:
+    if plane.strips is not None or any(step != 1 for step in stride) or x.local.numel() < least:
         return ()
     found: list[operators.Cut] = []
     for dim, (k, p, d) in enumerate(zip(weight.shape[2:], padding, dilation, strict=True), start=2):
@@ -316,7 +344,10 @@ def _transposed(
             first = max(0, min(-((d * (k - 1) - start - p) // s), (start + p) // s, n - 1))
             return first, min(n - 1, (stop - 1 + p) // s) + 1
 
-        factor = output_factor(plane, before, size, middle, mesh_dim)
+        def complete(bound: int, s: int = s, p: int = p) -> int:
+            return bound * s - p
+
+        factor = output_factor(plane, before, size, middle, complete, mesh_dim)
         if factor.mesh_dim is None and before.mesh_dim is None:
             factors.append(factor)
             continue
@@ -354,6 +385,6 @@ def pooling(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     dims = [dim for dim in range(x.ndim - spatial, x.ndim) if sole(x.partition[dim]) is None]
     x = plane.replicate(x, dims)
     sizes = [(x.shape[x.ndim - spatial + i] - k) // s + 1 for i, (k, s) in enumerate(zip(kernel, stride, strict=True))]
-    data, _, factors = windows(plane, x, sizes, kernel, stride, [0] * spatial, [1] * spatial)
+    data, left, factors, _ = windows(plane, x, sizes, kernel, stride, [0] * spatial, [1] * spatial)
     layout = (*x.partition[: x.ndim - spatial], *(_dim(factor) for factor in factors))
-    return plane.wrap(func(data, kernel, stride, [0] * spatial, *rest), layout)
+    return plane.wrap(func(data, kernel, stride, left, *rest), layout)

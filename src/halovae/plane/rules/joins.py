@@ -62,7 +62,7 @@ def cat(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         pieces = [plane.lift(one.to(dtype)) for one in pieces]
     if not pieces:
         return NotImplemented
-    others = common([_without(one.partition, dim) for one in pieces])
+    others = common([_without(one.partition, dim) for one in pieces], in_strips=plane.strips is not None)
     taken = {factor.mesh_dim for _, factor in partitioned(others)}
     sizes = [one.shape[dim] for one in pieces]
     total = sum(sizes)

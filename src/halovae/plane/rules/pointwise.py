@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def common(layouts: Sequence[Layout], leader: int | None = None) -> Layout:
+def common(layouts: Sequence[Layout], leader: int | None = None, in_strips: bool = False) -> Layout:
     """Return a layout of the broadcast of tensors, in which most partitioned dims stay partitioned.
 
     Args:
         layouts: the tensors' layouts.
         leader: index of a tensor that keeps its layout; None for none.
+        in_strips: whether ranks run one after the other.
     """
     ndim = max(map(len, layouts))
     aligned = [((),) * (ndim - len(layout)) + layout for layout in layouts]
@@ -34,7 +35,8 @@ def common(layouts: Sequence[Layout], leader: int | None = None) -> Layout:
     result: list[Dim] = []
     for dims in zip(*aligned, strict=True):
         best: Dim = max((dim for dim in dims), key=extent)
-        for dim in dims:
+        # Of strips the one that has come least far: the others' rows before it are known, those after it are not yet.
+        for dim in sorted(dims, key=_reached) if in_strips else dims:
             mesh_dims = {factor.mesh_dim for factor in dim if factor.mesh_dim is not None}
             if mesh_dims and not mesh_dims & used:
                 best = dim
@@ -45,6 +47,10 @@ def common(layouts: Sequence[Layout], leader: int | None = None) -> Layout:
         used |= {factor.mesh_dim for factor in best if factor.mesh_dim is not None}
         result.append(best)
     return tuple(result)
+
+
+def _reached(dim: Dim) -> tuple[int, ...]:
+    return next((factor.bounds for factor in dim if factor.mesh_dim is not None), ())
 
 
 def aligned(plane: Plane, x: Tensor, layout: Layout) -> Tensor:
@@ -62,9 +68,9 @@ def _needed(now: Layout, layout: Layout) -> Layout:
 
 
 @lru_cache(maxsize=4096)
-def _shared(layouts: tuple[Layout, ...], leader: int | None) -> tuple[Layout, bool]:
+def _shared(layouts: tuple[Layout, ...], leader: int | None, in_strips: bool) -> tuple[Layout, bool]:
     """A layout of the broadcast of tensors, and whether no tensor has to move for it."""
-    layout = layouts[0] if len(layouts) == 1 else common(layouts, leader)
+    layout = layouts[0] if len(layouts) == 1 else common(layouts, leader, in_strips)
     return layout, all(_needed(one, layout) == one for one in layouts)
 
 
@@ -112,7 +118,7 @@ def pointwise(
     in_place = details.writes
     if in_place and not isinstance(first, PlaneTensor):
         return NotImplemented
-    layout, in_position = _shared(layouts, 0 if in_place else None)
+    layout, in_position = _shared(layouts, 0 if in_place else None, plane.strips is not None)
     if in_position:
         locals_ = [one.local if isinstance(one, PlaneTensor) else one for one in flat]
     else:

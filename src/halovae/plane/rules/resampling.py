@@ -30,7 +30,11 @@ def result_factor(plane: Plane, x: PlaneTensor, dim: int, size: int) -> Factor:
     mesh_dim = mesh_dim_of(plane, x, dim)
     if mesh_dim is None or before.mesh_dim is None:
         return Factor(size)
-    return output_factor(plane, before, size, lambda bound: -(-bound * size // before.size), mesh_dim)
+
+    def complete(bound: int) -> int:
+        return (bound - 3) * size // before.size  # a result depends on two inputs behind it at most
+
+    return output_factor(plane, before, size, lambda bound: -(-bound * size // before.size), complete, mesh_dim)
 
 
 @rule(

@@ -1,0 +1,74 @@
+"""What happens around a module while it is recorded."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from halovae.plane.trace import Recorder
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Restore on exit what a module keeps on itself, such as caches between chunks."""
+    saved: dict[int, tuple[Any, Any]] = {}
+
+    def save(value: Any) -> None:
+        if type(value) in (dict, OrderedDict, list) and id(value) not in saved:
+            saved[id(value)] = value, value.copy()
+            for one in value.values() if isinstance(value, dict) else value:
+                save(one)
+
+    for one in module.modules():
+        save(vars(one))
+    try:
+        yield
+    finally:
+        for now, before in saved.values():
+            if isinstance(now, list):
+                if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                    now[:] = before
+                continue
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            for name, value in before.items():
+                if name not in now or now[name] is not value:
+                    now[name] = value
+
+
+@contextmanager
+def paths(module: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Set the recorder's `module` to the path of the submodule that is being called."""
+    handles, before, thread = [], [], threading.get_ident()
+
+    def hooks(name: str) -> tuple[Any, Any]:
+        def enter(*_: Any) -> None:
+            if threading.get_ident() == thread:
+                before.append(recorder.module)
+                recorder.module = name
+
+        def leave(_: nn.Module, __: Any, result: Any) -> Any:
+            if threading.get_ident() == thread:
+                plane = recorder.plane
+                if plane is not None and plane.strips is not None:
+                    result = plane.strips.cut(plane, result, name)
+                recorder.module = before.pop()
+            return result
+
+        return enter, leave
+
+    for name, submodule in module.named_modules():
+        enter, leave = hooks(name)
+        handles.append(submodule.register_forward_pre_hook(enter))
+        handles.append(submodule.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,129 @@
+"""Strips: one device computes a plane part by part, exactly, and repeats nothing.
+
+Strips are ranks that run one after the other. Each computes what the rows up to its end determine, so it needs rows of
+earlier strips only, which these leave as messages. A convolution of 3 x 3 determines one row less than it is given:
+bounds move up from layer to layer, and the last strip catches up. Operators that need all rows at once, such as
+attention and GroupNorm, let each strip wait for the others there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from halovae.plane import operators, windows
+from halovae.plane.layout import Bounds, Factor, MeshDim, partitioned, proper
+from halovae.plane.program import Program
+from halovae.plane.tensor import PlaneTensor
+
+if TYPE_CHECKING:
+    from halovae.plane.plane import Plane
+
+
+class NarrowStripError(ValueError):
+    """A strip would have no row of a map."""
+
+
+@dataclass(frozen=True)
+class Strips:
+    """How maps are cut.
+
+    Attributes:
+        mesh_dim: what is cut, rows or cols.
+        bounds: strip i has `bounds[i]:bounds[i + 1]` of the input.
+        whole: the paths of submodules whose maps stay whole: the first strip computes them for all.
+        last: those of them after which maps are cut.
+        early: whether rows of earlier strips are carried as early as possible; see `lines`.
+    """
+
+    mesh_dim: MeshDim
+    bounds: Bounds
+    whole: frozenset[str] = frozenset()
+    last: frozenset[str] = frozenset()
+    early: bool = True
+
+    def input_factor(self, size: int) -> Factor:
+        """The factor of a new map."""
+        return Factor(size) if self.whole else self._scaled(size)
+
+    def output_factor(self, before: Factor, size: int, complete: Callable[[int], int], path: str) -> Factor:
+        """Return the factor of an operator's result: up to the rows that each strip's input determines.
+
+        Args:
+            before: the input's factor.
+            size: the extent of the result.
+            complete: how many rows of the result depend on nothing beyond a bound of the input.
+            path: the path of the submodule that calls the operator.
+
+        Raises:
+            NarrowStripError: a strip would have no row.
+        """
+        if before.mesh_dim is None:
+            return Factor(size) if self._is_whole(path) else self._scaled(size)
+        bounds = (0, *(complete(bound) for bound in before.bounds[1:-1]), size)
+        if not proper(bounds, size):
+            raise NarrowStripError(f"strips at {bounds} of {size} {self.mesh_dim}: expected one in each")
+        return Factor(size, self.mesh_dim, bounds)
+
+    def _is_whole(self, path: str) -> bool:
+        return path in self.whole or any(path.startswith(f"{one}.") for one in self.last)
+
+    def cut(self, plane: Plane, result: Any, path: str) -> Any:
+        """Return a submodule's result, cut into strips if its submodule is the last whole one and it is a map."""
+        if path not in self.last or not isinstance(result, PlaneTensor) or result.ndim not in (4, 5):
+            return result
+        dim = result.ndim - (2 if self.mesh_dim == "rows" else 1)
+        factor = self._scaled(result.shape[dim])
+        if any(True for _ in partitioned(result.partition)) or factor.mesh_dim is None:
+            return result
+        with plane.working():
+            return plane.to_layout(result, (*result.partition[:dim], (factor,), *result.partition[dim + 1 :]))
+
+    def _scaled(self, size: int) -> Factor:
+        given = self.bounds[-1]
+        bounds = tuple(round(bound * size / given) for bound in self.bounds)
+        if size < len(bounds) - 1 or not proper(bounds, size):
+            return Factor(size)
+        return Factor(size, self.mesh_dim, bounds)
+
+
+def waits(node: fx.Node) -> bool:
+    """Whether a strip waits at a node for later strips."""
+    if node.target in (operators.gather, operators.group_norm):
+        return True
+    if node.target in (windows.convolution, windows.residual_convolution):
+        norm: Any = node.kwargs.get("norm")
+        return norm is not None and len(norm) == 4 and bool(norm[3])
+    if node.target is not operators.fetch:
+        return False
+    _, _, _, bounds, needed = node.args
+    ends = zip(bounds[1:], needed, strict=True)  # type: ignore[index, arg-type]
+    return any(stop > end and end < bounds[-1] for end, intervals in ends for _, stop in intervals)  # type: ignore[index]
+
+
+def where_whole(program: Program) -> tuple[frozenset[str], frozenset[str]]:
+    """Find what has to be computed before the last node that waits.
+
+    Returns:
+        The paths of the submodules whose results reach a node that waits, and of those that wait last.
+    """
+    inputs: dict[str, set[int]] = {}  # of called graphs: those that reach such a node
+    before, last = set[str](), set[str]()
+    for name, graph in (*program.bodies.items(), ("", program.graph)):
+        reaching: set[fx.Node] = set()
+        for node in reversed(graph.nodes):
+            path = str(node.meta.get("module") or "")
+            reached = any(user in reaching for user in node.users)
+            for box in (user for user in node.users if user.target is operators.pack):
+                places = {at for at, one in enumerate(box.args) if one is node}
+                reached = reached or any(places & inputs[str(call.target)] for call in box.users)
+            if waits(node) and not reached and path:
+                last.add(path)
+            if node.target is not operators.pack and (reached or waits(node)):
+                reaching.add(node)
+                before.add(path)
+        inputs[name] = {int(node.args[1]) for node in reaching if node.target is operators.take}  # type: ignore[arg-type]
+    return frozenset(before), frozenset(last)

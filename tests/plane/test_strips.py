@@ -1,0 +1,307 @@
+"""Strips: a plane that one device computes part by part, compared with the plain module."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import halovae
+from halovae import Grid
+from halovae.device.memory import LiveBytes
+from halovae.distributed.mesh import Mesh
+from halovae.distributed.sequence import SequenceTransport, in_sequence
+from halovae.distributed.transport import Transport
+from halovae.errors import MemoryBudgetError
+from halovae.models import zoo
+from halovae.models.architectures import random_vae
+from halovae.models.zoo import CALLS
+from halovae.plane import lines, strips
+from halovae.plane.hooks import untouched
+from halovae.plane.layout import MeshDim
+from halovae.plane.strip_program import InStrips, StripProgram, record_strips
+from halovae.plane.strips import NarrowStripError, Strips
+from halovae.plane.trace import trace
+
+diffusers = pytest.importorskip("diffusers")
+
+CPU = torch.device("cpu")
+ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
+# Families whose peak falls, each with the shape of its latents. Others normalize over the whole plane up to the end.
+STRIPPED: dict[str, tuple[int, ...]] = {
+    "AutoencoderTiny": (1, 4, 36, 28),
+    "AutoencoderDC (conv)": (1, 4, 36, 28),
+    "AutoencoderDC (pixel shuffle)": (1, 4, 36, 28),
+    "AutoencoderKLHunyuanImageRefiner": (1, 4, 3, 36, 28),
+    "AutoencoderKLQwenImage": (1, 4, 1, 36, 28),
+    "AutoencoderKLWan (2.1)": (1, 4, 3, 36, 28),
+    "AutoencoderKLWan (2.2)": (1, 12, 3, 36, 28),
+}
+QUICK = settings(
+    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+LONG = settings(QUICK, max_examples=400, derandomize=False, print_blob=True)
+
+
+def recorded(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, how: InStrips) -> StripProgram:
+    def record(mesh: Mesh, layout: Strips, passes: Any) -> Any:
+        return trace(call, [module], mesh, x.shape, x.dtype, CPU, passes=passes, strips=layout)
+
+    return record_strips(record, CPU, x.shape[how.dim], how)
+
+
+def run(program: StripProgram, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return program(x, Mesh(Grid(), CPU))
+
+
+def check(name: str, how: InStrips, shape: tuple[int, ...] | None = None) -> None:
+    entry = ENTRIES[name]
+    module, call = zoo.build(entry, torch.float64), CALLS["decode"]
+    sizes = shape or (*(entry.shape("decode") or ())[:-2], *STRIPPED[name][-2:])
+    x = torch.randn(sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), untouched(module):
+        expected = call(module, x)
+    found = recorded(lambda z: call(module, z), module, x, how)
+    torch.testing.assert_close(run(found, x), expected, rtol=0, atol=1e-12 * max(1.0, float(expected.abs().max())))
+    whole = trace(lambda z: call(module, z), [module], Mesh(Grid(), CPU), x.shape, x.dtype, CPU)
+    assert found.peak < whole.peak
+    if how.count == 3:  # narrow strips repeat more of an upsampling at their borders
+        assert sum(times * program.flops for program, times in found.graphs) <= 1.08 * whole.flops
+
+
+@pytest.mark.parametrize("name", STRIPPED)
+def test_a_family_decodes_exactly_in_three_strips_of_rows(name: str) -> None:
+    check(name, InStrips(3, "rows"))
+
+
+@pytest.mark.parametrize("how", [InStrips(2, "cols"), InStrips(6, "rows"), InStrips(9, "rows")], ids=str)
+@pytest.mark.parametrize("name", STRIPPED)
+def test_a_family_decodes_exactly_in_other_strips(name: str, how: InStrips) -> None:
+    check(name, how)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 6, 9])
+def test_clips_of_any_length(frames: int) -> None:
+    channels = (ENTRIES["AutoencoderKLWan (2.1)"].shape("decode") or ())[1]
+    check("AutoencoderKLWan (2.1)", InStrips(4, "cols"), (1, channels, frames, 25, 29))
+
+
+def test_a_program_of_strips_between_the_first_and_the_last_serves_all_of_them() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(3, 2, 3, padding=1))
+    found = recorded(module, module.double(), torch.randn(1, 2, 40, 6, dtype=torch.float64), InStrips(8, "rows"))
+    assert len(found.programs) == 3
+
+
+class Stack(nn.Module):
+    """Layers of all kinds, with a sum around each."""
+
+    def __init__(self, layers: list[tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.convs = nn.ModuleList(
+            nn.Conv2d(3, 3, (k, 3), padding=((k - 1) * d // 2, 1), dilation=(d, 1), padding_mode=mode)
+            for kind, k, d, mode in layers if kind == "conv"
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        convs = iter(self.convs)
+        for kind, *_ in self.layers:
+            if kind == "conv":
+                x = x + next(convs)(F.silu(x))
+            elif kind == "up":
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            elif kind == "norm":
+                x = F.normalize(x, dim=1) * 2
+            elif kind == "pool":
+                x = F.avg_pool2d(x, 2) if x.shape[-2] % 2 == 0 else x
+            elif kind == "smooth":
+                x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
+            else:
+                x = x - x.mean((2, 3), keepdim=True)
+        return x
+
+
+LAYER = st.one_of(
+    st.tuples(
+        st.just("conv"), st.sampled_from([1, 3, 5]), st.sampled_from([1, 2]),
+        st.sampled_from(["zeros", "reflect", "replicate"]),
+    ),
+    st.tuples(
+        st.sampled_from(["up", "norm", "norm", "pool", "smooth", "mean"]), st.just(0), st.just(0), st.just("")
+    ),
+)  # fmt: skip
+
+
+def drawn(data: st.DataObject) -> None:
+    layers = data.draw(st.lists(LAYER, min_size=1, max_size=5))
+    if sum(kind in ("up", "smooth") for kind, *_ in layers) > 2:
+        return
+    mesh_dims: tuple[MeshDim, ...] = "rows", "cols"
+    count, mesh_dim = data.draw(st.integers(2, 4)), data.draw(st.sampled_from(mesh_dims))
+    size = data.draw(st.integers(16, 40))
+    module = Stack(layers).double()
+    x = torch.randn(1, 3, size, size + data.draw(st.integers(-3, 3)), dtype=torch.float64)
+    with torch.no_grad():
+        expected = module(x)
+    how = InStrips(count, mesh_dim)
+    try:
+        found = recorded(module, module, x, how)
+    except NarrowStripError:
+        return
+    torch.testing.assert_close(run(found, x), expected, rtol=0, atol=1e-11)
+
+
+@QUICK
+@given(st.data())
+def test_any_layers(data: st.DataObject) -> None:
+    drawn(data)
+
+
+@LONG
+@given(st.data())
+def test_any_layers_at_length(data: st.DataObject) -> None:
+    drawn(data)
+
+
+class Deep(nn.Module):
+    """Residual blocks with norms over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = x + conv(F.silu(F.normalize(x, dim=1)))
+        return x
+
+
+def deep() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Deep().double(), torch.randn(1, 4, 24, 10, dtype=torch.float64)
+
+
+def test_one_line_serves_a_convolution_and_the_sum_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = deep()
+    early = recorded(module, module, x, InStrips(3, "rows"))
+    monkeypatch.setattr("halovae.plane.trace.carry_early", lambda *_: None)
+    late = recorded(module, module, x, InStrips(3, "rows"))
+    assert early.programs[1].bytes_sent < 0.7 * late.programs[1].bytes_sent
+    torch.testing.assert_close(run(early, x), run(late, x), rtol=0, atol=1e-12)
+
+
+def test_frames_that_are_kept_for_the_next_chunk_carry_their_lines_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = random_vae("wan2.1", 4)
+
+    def sent() -> int:
+        x = torch.empty(1, 16, 4, 30, 4)
+        program = recorded(lambda z: CALLS["decode"](vae, z), vae, x, InStrips(3, "rows"))
+        return program.programs[1].bytes_sent
+
+    early = sent()
+    monkeypatch.setattr(lines._Lines, "_is_known", lambda *_: False)
+    assert early < 0.8 * sent()
+
+
+def test_lines_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = deep()
+    found, expected = recorded(module, module, x, InStrips(3, "rows")), module(x)
+    start = SequenceTransport.start
+    monkeypatch.setattr(
+        SequenceTransport, "start",
+        lambda own, scope, sends, receives: start(own, scope, [(p, torch.zeros_like(t)) for p, t in sends], receives),
+    )  # fmt: skip
+    assert (run(found, x) - expected).abs().max() > 1e-3
+
+
+def test_what_a_strip_raises_ends_all_of_them() -> None:
+    def work(mesh: Mesh) -> None:
+        if mesh.rank == 1:
+            raise ArithmeticError("strip 1")
+        mesh.transport.all_values("here")
+
+    with pytest.raises(ArithmeticError, match="strip 1"):
+        in_sequence(Grid(rows=3), CPU, work)
+
+
+def test_strips_that_wait_for_each_other_are_an_error() -> None:
+    def work(mesh: Mesh) -> None:
+        mesh.transport.start("rows", [], [(1 - mesh.rank, torch.empty(1))])()
+
+    with pytest.raises(RuntimeError, match=r"strips \[0, 1\] wait for each other"):
+        in_sequence(Grid(rows=2), CPU, work)
+
+
+@pytest.mark.parametrize("count", [9, 30])
+def test_too_many_strips_are_refused(count: int) -> None:
+    module = nn.Sequential(*[nn.Conv2d(2, 2, 3, padding=1) for _ in range(5)])
+    with pytest.raises(NarrowStripError, match="expected"):
+        recorded(module, module, torch.empty(1, 2, 12, 9), InStrips(count, "rows"))
+
+
+def test_a_decode_within_a_budget_takes_strips_and_no_more_than_predicted(tmp_path: Any) -> None:
+    random_vae("wan2.1", 8).save_pretrained(tmp_path)
+    vae = halovae.load(tmp_path)
+    x = torch.randn(1, 16, 3, 40, 12, generator=torch.Generator().manual_seed(0))
+    vae.warmup(x.shape)
+    with LiveBytes() as alone:
+        expected = vae.decode(x)
+    assert expected is not None
+    kept = expected.nbytes
+    budget = kept + int(0.62 * (alone.peak - kept))
+    with LiveBytes() as within:
+        found = vae.decode(x, memory_budget=budget)
+    decision = vae.plan(x.shape, memory_budget=budget)
+    assert decision is not None
+    assert decision.chosen.strips is not None
+    assert decision.chosen.strips.mesh_dim == "rows"
+    assert within.peak - kept <= (decision.chosen.peak or 0) * 1.02 <= budget
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    with pytest.raises(MemoryBudgetError, match=r"the leanest way \(1x1 in .* strips of rows\) takes"):
+        vae.decode(x, memory_budget=kept + alone.peak // 20)
+
+
+def test_uint8_pictures_of_strips_are_converted_one_by_one() -> None:
+    module, x = deep()
+    found = recorded(module, module, x, InStrips(3, "rows"))
+    shapes = list[tuple[int, ...]]()
+
+    def convert(part: Tensor) -> Tensor:
+        shapes.append(tuple(part.shape))
+        return part.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+    found.convert = convert
+    result = run(found, x)
+    assert result.dtype == torch.uint8
+    assert len(shapes) == 3
+    assert sum(shape[2] for shape in shapes) == 24
+
+
+def test_the_submodules_before_the_last_one_that_waits_are_found() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention, self.later = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
+            self.norm = nn.GroupNorm(1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.later(self.norm(self.first(x)))
+
+    module, x = Model(), torch.empty(1, 2, 12, 8)
+    mesh_dim: MeshDim = "rows"
+
+    class Place(Transport):
+        rank, world = 0, 2
+
+    mesh = Mesh(Grid(rows=2), CPU, Place())
+    layout = Strips(mesh_dim, (0, 11, 12))
+    program = trace(module, [module], mesh, x.shape, x.dtype, CPU, passes=(), strips=layout)
+    before, last = strips.where_whole(program)
+    assert {"first", "norm"} <= before
+    assert "later" not in before
+    assert last == {"norm"}

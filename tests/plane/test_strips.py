@@ -275,8 +275,8 @@ def test_uint8_pictures_of_strips_are_converted_one_by_one() -> None:
         shapes.append(tuple(part.shape))
         return part.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
-    found.convert = convert
-    result = run(found, x)
+    with torch.no_grad():
+        result = found(x, Mesh(Grid(), CPU), convert=convert)
     assert result.dtype == torch.uint8
     assert len(shapes) == 3
     assert sum(shape[2] for shape in shapes) == 24
@@ -305,3 +305,27 @@ def test_the_submodules_before_the_last_one_that_waits_are_found() -> None:
     assert {"first", "norm"} <= before
     assert "later" not in before
     assert last == {"norm"}
+
+
+def test_a_single_device_with_too_little_free_memory_decodes_in_strips(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_vae("wan2.1", 4).save_pretrained(tmp_path)
+    vae = halovae.load(tmp_path)
+    x = torch.randn(1, 16, 1, 40, 8, generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(x)
+    assert expected is not None
+    whole = vae.plan(x.shape, memory_budget=2**40)
+    assert whole is not None
+    free = int((0.8 * (whole.chosen.peak or 0) * 1.15 + expected.nbytes) / 0.9)
+    monkeypatch.setattr("halovae.device.kinds.Device.memory", lambda own: (free, free))
+    counts = list[int]()
+
+    def counted(grid: Grid, device: torch.device, function: Callable[[Mesh], None]) -> None:
+        counts.append(grid.size)
+        in_sequence(grid, device, function)
+
+    monkeypatch.setattr("halovae.plane.strip_program.in_sequence", counted)
+    found = vae.decode(x)
+    assert counts[0] > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

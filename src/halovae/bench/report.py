@@ -192,3 +192,22 @@ def draw_plans(curves: Mapping[str, Sequence[tuple[int, float, float]]], title: 
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def draw_frontier(points: Sequence[tuple[str, float, float]], title: str, path: Path) -> None:
+    """Draw predicted seconds over peak GiB of one device: `(way, seconds, GiB)`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots()
+    for name, seconds, gib in points:
+        label = name.removeprefix("1x1 in ").replace("1x1", "at once")
+        axes.plot([gib], [seconds], "s" if "cols" in name else "o", color="C1" if "cols" in name else "C0")
+        axes.annotate(label, (gib, seconds), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("peak memory besides weights and the result (GiB)")
+    axes.set_ylabel("time (s)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ from halovae.cli.common import (
     parsed,
     results_console,
 )  # fmt: skip
+from halovae.cli.frontier import COUNTS, frontier, frontier_table
 from halovae.cli.measuring import free_names, progress
 from halovae.errors import MemoryBudgetError
 from halovae.grid import Grid
@@ -46,13 +48,17 @@ class Case:
         model: the model that decodes.
         size: the size of the pictures.
         latents: the shape of the latents.
-        decide: returns the decision for up to a number of ranks.
+        search: prices its grids and strips.
     """
 
     model: str
     size: str
     latents: tuple[int, ...]
-    decide: Callable[[int], Decision]
+    search: Search
+
+    def decide(self, world: int) -> Decision:
+        """Return the decision for up to a number of ranks."""
+        return self.search.decide(world)
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,13 @@ def plan(
     explore: Annotated[
         bool, typer.Option("--explore", help="Draw time and memory over 1 to 64 GPUs as plan.png.")
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plan.png; files there are kept.")] = (
-        Path()
-    ),
+    frontier_: Annotated[
+        bool,
+        typer.Option("--frontier", help="Draw time over memory of one GPU, in strips, as frontier.png and .json."),
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for plan.png, frontier.png; files there are kept.")
+    ] = Path(),
 ) -> None:
     """Rank the grids that can share a decode by predicted time, and explain the choice.
 
@@ -105,11 +115,15 @@ def plan(
         budget = parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None
         sizes = [parsed("--size", one, parse_size) for one in size.split(",")]
         options = Options(dtype.torch, frames, batch, budget, read(calibration))
-        if explore:
-            check_installed("halovae plan --explore", "matplotlib")
+        if explore and frontier_:
+            raise ValueError("--explore and --frontier draw different things: leave one out")
+        if explore or frontier_:
+            check_installed("halovae plan --explore and --frontier", "matplotlib")
         cases = _cases(model, sizes if explore else sizes[:1], options)
         if explore:
             _explore(cases, options.rates, free_names(output, "plan.png")[0])
+        elif frontier_:
+            _draw_frontier(cases[0], free_names(output, "frontier.png", "frontier.json"))
         else:
             results_console().print(_table(cases[0], worlds, show or (12 if len(worlds) == 1 else 4)))
 
@@ -204,7 +218,7 @@ def _case(module: nn.Module, name: str, size: tuple[int, int], options: Options)
     note = families()[name].note if name in families() else ""
     return Case(
         f"{name} ({note})" if note else name, "x".join(map(str, size)), (options.batch * shape[0], *shape[1:]),
-        search.decide,
+        search,
     )  # fmt: skip
 
 
@@ -278,3 +292,18 @@ def _explore(cases: Sequence[Case], rates: Calibration, path: Path) -> None:
                 on_step()
     draw_plans(curves, f"{cases[0].model} on {rates.name} ({rates.origin})", path)
     console.print(f"Written: {path}", soft_wrap=True, highlight=False)
+
+
+def _draw_frontier(case: Case, files: Sequence[Path]) -> None:
+    """Show, draw, and write what one device takes in strips."""
+    from halovae.bench.report import draw_frontier
+
+    with progress(2 * len(COUNTS) + 1) as (describe, on_step):
+        found = frontier(case.search, describe, on_step)
+    title = f"{case.model}, latents {'x'.join(map(str, case.latents))}, one device; every way is exact"
+    results_console().print(frontier_table(found, title))
+    picture, data = files
+    draw_frontier([(one.name, one.seconds, (one.peak or 0) / 2**30) for one in found], title, picture)
+    data.write_text(json.dumps([one.as_dict() for one in found], indent=2) + "\n")
+    for file in files:
+        console.print(f"Written: {file}", soft_wrap=True, highlight=False)

@@ -173,7 +173,7 @@ class Program:
         """Multiplications and additions of convolutions, matrix products and attention."""
         return sum(map(flops, self.nodes()))
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """Peak bytes of live tensors: input, results, and copies that operators make.
 

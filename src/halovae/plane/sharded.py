@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections import OrderedDict
@@ -78,6 +79,22 @@ class Sharded:
             The result; None on the ranks that receive nothing. With gather="none", this rank's shard.
         """
         return self.stream(x, *extras, **how).join()
+
+    def peak(self, x: Tensor, *extras: Tensor, options: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Return bytes of live tensors at the peak of a call on one rank, and of its result; None if it runs eagerly.
+
+        Args:
+            x: as for `stream`.
+            extras: further tensors.
+            options: keyword arguments for the function.
+        """
+        device, _ = device_of(self._modules, x)
+        mesh = mesh_for(Grid(), device)
+        with without_gradients():
+            program = self._program(x, extras, mesh, dict(options), (*self._key(mesh, x, extras, options), None))
+        if not isinstance(program, Program):
+            return None
+        return program.peak, math.prod(map(extent, program.returns)) * program.dtype.itemsize
 
     def stream(
         self,
@@ -179,18 +196,16 @@ class Sharded:
         if idle and isinstance(program, Program) and not program.random:
             steps: Iterator[tuple[Tensor, Layout] | None] = iter([None] * max(1, len(program.starts)))
         else:
-            steps = self._steps(program, plane, mine, rest, options, kernels)
-        if isinstance(program, StripProgram):
-            program.convert, convert = convert, None
-        send = (
-            None
-            if idle
-            else lambda own, layout, at: gathered(own if convert is None else convert(own), layout, at, items, gather)
-        )
+            steps = self._steps(program, plane, mine, rest, options, kernels, convert)
+        late = None if isinstance(program, StripProgram) else convert
+
+        def send(own: Tensor, layout: Layout, at: Plane) -> Tensor | None:
+            return gathered(own if late is None else late(own), layout, at, items, gather)
+
         leaner = leaner and isinstance(program, Program) and not program.random
         is_compiled = kernels is not EAGER and isinstance(program, Program)
         chunks = self._chunks(
-            program, steps, plane, x, items, send, recorded, everyone if leaner else None, is_compiled
+            program, steps, plane, x, items, None if idle else send, recorded, everyone if leaner else None, is_compiled
         )
         if not isinstance(program, Program) or not program.streams:
             return Chunks(chunks)
@@ -285,14 +300,9 @@ class Sharded:
         warn_of_fallbacks(source.fallbacks, source.gathered, source.computed)
 
     def _steps(
-        self,
-        program: Program | TraceError,
-        plane: Plane,
-        x: Tensor,
-        extras: Sequence[Tensor],
-        options: dict[str, Any],
-        kernels: Kernels,
-    ) -> Iterator[tuple[Tensor, Layout]]:
+        self, program: Program | TraceError, plane: Plane, x: Tensor, extras: Sequence[Tensor], options: dict[str, Any],
+        kernels: Kernels, convert: Callable[[Tensor], Tensor] | None,
+    ) -> Iterator[tuple[Tensor, Layout]]:  # fmt: skip
         """Yield this rank's shard of each chunk of the result, and its layout."""
         if not isinstance(program, Program):
             with plane.active():
@@ -302,7 +312,8 @@ class Sharded:
         local = plane.scatter(x, self._multiple).local
         local = local.clone() if program.writes else local  # the caller's tensor stays unchanged
         begin = 0
-        for start, chunk in program.chunks(local, plane.mesh, *extras, kernels=kernels):
+        how = {"convert": convert} if isinstance(program, StripProgram) else {}
+        for start, chunk in program.chunks(local, plane.mesh, *extras, kernels=kernels, **how):
             if program.streams and program.chunked is not None:
                 assert start == begin
                 begin += chunk.shape[program.chunked]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,6 @@ class StripProgram(Program):
         self.changes, self.coordinates = first.changes, {}
         self.fallbacks, self.gathered = first.fallbacks, first.gathered
         self.received, self.computed = first.received, first.computed
-        self.convert: Callable[[Tensor], Tensor] | None = None  # applied to what a strip makes
 
     def of(self, strip: int) -> Program:
         """The program of a strip."""
@@ -85,8 +85,11 @@ class StripProgram(Program):
         for index, program in enumerate(self.programs):
             yield program, between if index == 1 else 1
 
-    def __call__(self, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER) -> Tensor:
-        """Run all strips; see `Program`."""
+    def __call__(
+        self, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER,
+        convert: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run all strips; see `Program`. `convert` is applied to what each makes, before it is joined to the rest."""
         whole: list[Tensor] = []
 
         def run(own: Mesh) -> None:
@@ -94,7 +97,7 @@ class StripProgram(Program):
             takes, returns = (sole(layout[self.strips.dim]) for layout in (program.takes, program.returns))
             part = local if takes is None else _part(local, self.strips.dim, takes, place).clone()
             for start, chunk in program.chunks(part, own, *extras, kernels=kernels):
-                chunk = chunk if self.convert is None else self.convert(chunk)
+                chunk = chunk if convert is None else convert(chunk)
                 if not whole:
                     whole.append(chunk.new_empty(shape(self.returns)))
                 target = whole[0] if returns is None else _part(whole[0], self.strips.dim, returns, place)
@@ -106,13 +109,20 @@ class StripProgram(Program):
         in_sequence(self.strips.grid, local.device, run)
         return whole[0]
 
+    def chunks(
+        self, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER,
+        convert: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+        """Yield the result, which is one chunk: its frames are whole after the last strip."""
+        yield 0, self(local, mesh, *extras, kernels=kernels, convert=convert)
+
     def nodes(self) -> Iterator[fx.Node]:
         """The operators of all strips."""
         for program, times in self.graphs:
             for _ in range(times):
                 yield from program.nodes()
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """Peak bytes of live tensors: of the strip that takes most, and what strips leave for others."""
         return self.together([peak(one.graph, one.bodies) for one in self.programs])
@@ -217,7 +227,9 @@ def _layout(probe: Program, strips: InStrips, size: int, whole: frozenset[str], 
         raise NarrowStripError(
             f"{strips}: strips lag up to {lag} {strips.mesh_dim} behind the input, which has {size}: expected fewer"
         )
-    starts = (0, *(lag + step * strip for strip in range(1, strips.count)), size)
+    # What is left over is shared by the first strip and the last. (The first has most of the small maps anyway.)
+    more = max(0, min((size - strips.count * step - lag // 2) // 2, size - 1 - lag - (strips.count - 1) * step))
+    starts = (0, *(lag + more + step * strip for strip in range(1, strips.count)), size)
     return Strips(strips.mesh_dim, starts, whole, last)
 
 

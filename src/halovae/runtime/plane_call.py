@@ -27,7 +27,7 @@ from halovae.plane.fingerprint import Unstable
 from halovae.plane.keys import hooked, value_key
 from halovae.plane.results import Chunks
 from halovae.plane.stored import Identity
-from halovae.planning.decision import Candidate
+from halovae.planning.decision import MARGIN, Candidate
 from halovae.planning.planner import calibration_of, is_unmeasured, usable
 from halovae.planning.search import Search
 from halovae.runtime.options import Call, Choice, Sharing
@@ -102,7 +102,8 @@ class PlaneCall:
         kernels = None
         if self._mesh is not None and sharing.mode == "single":
             _, kernels = self._agreed(self._mesh, f"{list(x.shape)}, {x.dtype}, {sharing}")
-        if sharing.grid is not None or sharing.mode == "single" or (world == 1 and sharing.memory_budget is None):
+        alone = world == 1 and sharing.memory_budget is None and not self._is_short_of_memory(x, options)
+        if sharing.grid is not None or sharing.mode == "single" or alone:
             return Choice(sharing.grid or Grid(), x.shape[0], kernels=kernels)
         if sharing.mode == "auto" and x.numel() > 0:
             try:
@@ -146,6 +147,18 @@ class PlaneCall:
                 "[B, C, T, H, W]; audio and other autoencoders without a plane of rows and cols cannot be partitioned"
             )
         self._bound(x, options)
+
+    def _is_short_of_memory(self, x: Tensor, options: Mapping[str, Any]) -> bool:
+        """Whether a decode on one rank would take more than the free memory, so that it has to be planned."""
+        if self.name != "decode" or x.numel() == 0 or next(hooked(self.vae), None) is not None:
+            return False
+        tensors, static = self._bound(x, options)
+        found = self._sharded.peak(x, *tensors.values(), options={**static, "_names": ",".join(tensors)})
+        if found is None:
+            return False
+        peak, result = found
+        device = Device(x.device)
+        return peak * (1 + MARGIN) + result > usable([(device.memory()[0], "")], device.kind)
 
     def _planned(self, x: Tensor, sharing: Sharing, options: Mapping[str, Any]) -> Choice:
         """The grid that is predicted to be the fastest of those that fit; all ranks ask together, and decide alike."""

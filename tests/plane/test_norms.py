@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from halovae import Grid, Mesh
 from halovae.kernels.native import EAGER, compiled
-from halovae.plane import context, moments, norms
+from halovae.plane import context, moments, norms, operators
 
 MESH = Mesh(Grid(), torch.device("cpu"))
 
@@ -75,3 +75,16 @@ def test_group_norm_of_some_cells_at_a_time(values: int, dtype: torch.dtype, mon
     tolerance = 64 * torch.finfo(dtype).eps
     torch.testing.assert_close(inner.double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(x.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("items", [1, 2])
+@torch.inference_mode()
+def test_group_norm_of_a_large_channels_last_map_is_as_exact_as_of_a_contiguous_one(items: int) -> None:
+    x = torch.randn(items, 32, 9, 96, 96, generator=torch.Generator().manual_seed(0)) + 3
+    weight, bias = torch.linspace(0.5, 2, 32), torch.linspace(-1, 1, 32)
+    expected = F.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-6)
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    with context.on(MESH, compiled()):
+        found = operators.whole_group_norm(last, 8, weight, bias, 1e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)

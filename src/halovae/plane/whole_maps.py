@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halovae.distributed.mesh import Mesh
 from halovae.plane.context import current, position_in
 from halovae.plane.layout import MeshDim
 
@@ -49,5 +50,12 @@ def part(whole: Tensor, dim: int, mesh_dim: MeshDim, needed: tuple[tuple[tuple[i
         mesh_dim: the ranks.
         needed: one interval within the map for each rank.
     """
-    ((start, stop),) = needed[position_in(current(), mesh_dim)]
+    return part_of(current(), whole, dim, mesh_dim, needed)
+
+
+def part_of(
+    mesh: Mesh, whole: Tensor, dim: int, mesh_dim: MeshDim, needed: tuple[tuple[tuple[int, int], ...], ...]
+) -> Tensor:
+    """Return the part that a mesh's rank needs; the other arguments are those of `part`."""
+    ((start, stop),) = needed[position_in(mesh, mesh_dim)]
     return whole.narrow(dim, start, stop - start)

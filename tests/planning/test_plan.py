@@ -293,3 +293,5 @@ def test_the_command_refuses_what_it_cannot_plan(options: list[str], message: st
     output = shell("plan", "--model", "wan2.1", "--frames", 1, *options)
     assert output.startswith("2")
     assert message in output.replace("\n", " ")
+
+

@@ -202,9 +202,13 @@ def draw_frontier(points: Sequence[tuple[str, float, float]], title: str, path: 
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots()
     for name, seconds, gib in points:
-        label = name.removeprefix("1x1 in ").replace("1x1", "at once")
-        axes.plot([gib], [seconds], "s" if "cols" in name else "o", color="C1" if "cols" in name else "C0")
-        axes.annotate(label, (gib, seconds), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        label, cols = name.removeprefix("1x1 in ").replace("1x1", "at once"), "cols" in name
+        axes.plot([gib], [seconds], "s" if cols else "o", color="C1" if cols else "C0")
+        place, side = ((-6, -3), "right") if cols else ((6, 3) if gib < points[0][2] else (-6, 8), "left")
+        axes.annotate(
+            label, (gib, seconds), xytext=place, ha=side if gib < points[0][2] else "right",
+            textcoords="offset points", fontsize=7,
+        )  # fmt: skip
     axes.set_xlabel("peak memory besides weights and the result (GiB)")
     axes.set_ylabel("time (s)")
     axes.set_xlim(left=0)

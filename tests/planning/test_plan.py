@@ -1,5 +1,6 @@
 """Plans, their predictions against real decodes, and decodes that run out of memory."""
 
+import json
 import os
 import resource
 from collections.abc import Callable
@@ -279,6 +280,20 @@ def test_the_command_draws_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (tmp_path / name).stat().st_size > 10_000
 
 
+def test_the_command_draws_time_over_memory_in_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("plan", "frontier"):
+        monkeypatch.setattr(f"halovae.cli.{module}.COUNTS", (2, 64))  # 64 are too many, and left out
+    output = shell("plan", "--model", "qwen-image", "--size", "256x256", "--frames", 1, "--frontier", "-o", tmp_path)
+    assert output.startswith("0")
+    assert "2 strips of rows" in output
+    ways = json.loads((tmp_path / "frontier.json").read_text())
+    assert ways[0]["strips"] is None
+    assert {one["strips"] for one in ways} == {None, "2 strips of rows", "2 strips of cols"}
+    assert all(one["peak"] < ways[0]["peak"] for one in ways[1:])
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    assert shell("plan", "--model", "qwen-image", "--explore", "--frontier").startswith("2")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -293,5 +308,3 @@ def test_the_command_refuses_what_it_cannot_plan(options: list[str], message: st
     output = shell("plan", "--model", "wan2.1", "--frames", 1, *options)
     assert output.startswith("2")
     assert message in output.replace("\n", " ")
-
-

@@ -329,3 +329,38 @@ def test_a_single_device_with_too_little_free_memory_decodes_in_strips(
     found = vae.decode(x)
     assert counts[0] > 1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_function_that_draws_random_numbers_is_not_cut() -> None:
+    class Noisy(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.randn_like(x))
+
+    module = Noisy(2, 2, 3, padding=1)
+    with pytest.raises(NarrowStripError, match="random"):
+        recorded(module, module, torch.empty(1, 2, 12, 9), InStrips(2, "rows"))
+
+
+def test_a_function_that_writes_to_its_input_leaves_the_callers_and_the_next_strips() -> None:
+    class Written(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2))
+
+    module, x = Written(2, 2, 3, padding=1).double(), torch.randn(1, 2, 12, 9, dtype=torch.float64)
+    expected = module(x.clone()).detach()
+    torch.testing.assert_close(run(recorded(module, module, x, InStrips(3, "rows")), x), expected, rtol=0, atol=1e-12)
+
+
+def test_a_whole_map_is_waited_for() -> None:
+    found = list[float]()
+
+    def work(mesh: Mesh) -> None:
+        if mesh.rank == 0:
+            mesh.transport.start("rows", [], [(1, torch.empty(1))])()
+            mesh.transport.hand(0, torch.ones(1))
+        else:
+            mesh.transport.start("rows", [(0, torch.zeros(1))], [])
+            found.append(mesh.transport.handed(0, lambda: torch.empty(1)).item())
+
+    in_sequence(Grid(rows=2), CPU, work)
+    assert found == [1.0]

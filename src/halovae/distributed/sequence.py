@@ -145,6 +145,8 @@ class SequenceTransport(Transport):
     def handed(self, site: int, blank: Callable[[], Tensor]) -> Tensor:
         maps, index = self._line.maps[site], self._line.read[site, self.rank]
         self._line.read[site, self.rank] += 1
+        if len(maps) <= index:
+            self._line.wait(self.rank, lambda: len(maps) > index)
         found = maps[index]
         assert found is not None
         if self.rank == self.world - 1:

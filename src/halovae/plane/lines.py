@@ -22,6 +22,7 @@ from halovae.distributed.mesh import Mesh
 from halovae.plane import context, operators
 from halovae.plane.layout import MeshDim
 from halovae.plane.operators import take
+from halovae.plane.passes.graphs import writes
 from halovae.plane.repeats import clean
 
 aten = torch.ops.aten
@@ -110,7 +111,8 @@ def carry_early(graph: fx.Graph, bodies: dict[str, fx.Graph], mesh: Mesh) -> Non
         bodies: the graphs that it calls.
         mesh: the strips, and which one this is.
     """
-    _Lines(graph, bodies, mesh).run()
+    if not any(map(writes, (graph, *bodies.values()))):  # a copy of a map does not see what is written to the map
+        _Lines(graph, bodies, mesh).run()
 
 
 class _Lines:

@@ -97,7 +97,8 @@ class StripProgram(Program):
         def run(own: Mesh) -> None:
             program, place = self.of(own.rank), own.rank
             takes, returns = (sole(layout[self.strips.dim]) for layout in (program.takes, program.returns))
-            part = local if takes is None else _part(local, self.strips.dim, takes, place).clone()
+            part = local if takes is None else _part(local, self.strips.dim, takes, place)
+            part = part if takes is None and not program.writes else part.clone()
             for start, chunk in program.chunks(part, own, *extras, kernels=kernels):
                 chunk = chunk if convert is None else convert(chunk)
                 if not whole:
@@ -164,6 +165,8 @@ def record_strips(record: Record, device: torch.device, size: int, strips: InStr
         return record(Mesh(grid, device, _alone(place, count)), layout, passes)
 
     probe = of(0, Strips(strips.mesh_dim, (0, size - 1, size)), ())
+    if probe.random:
+        raise NarrowStripError("the function draws random numbers, and each strip would draw others")
     whole, last = where_whole(probe)
     layout = _layout(probe, strips, size, whole, last)
     programs = _of_all(of, layout, strips.count)

@@ -102,9 +102,11 @@ class PlaneCall:
         kernels = None
         if self._mesh is not None and sharing.mode == "single":
             _, kernels = self._agreed(self._mesh, f"{list(x.shape)}, {x.dtype}, {sharing}")
-        alone = world == 1 and sharing.memory_budget is None and not self._is_short_of_memory(x, options)
-        if sharing.grid is not None or sharing.mode == "single" or alone:
+        if sharing.grid is not None or sharing.mode == "single":
             return Choice(sharing.grid or Grid(), x.shape[0], kernels=kernels)
+        alone = world == 1 and sharing.memory_budget is None
+        if alone and (sharing.mode != "auto" or not self._is_short_of_memory(x, options)):
+            return Choice(Grid(), x.shape[0], kernels=kernels)
         if sharing.mode == "auto" and x.numel() > 0:
             try:
                 return self._planned(x, sharing, options)

@@ -364,3 +364,38 @@ def test_a_whole_map_is_waited_for() -> None:
 
     in_sequence(Grid(rows=2), CPU, work)
     assert found == [1.0]
+
+
+class Attending(nn.Module):
+    """A map that is whole up to a norm over all of it, and read in several ways after that."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.early, self.late, self.end = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.norm = nn.Sequential(nn.SiLU(), nn.GroupNorm(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.how == "position":
+            return self.end(h) + torch.linspace(-1, 1, x.shape[-2], dtype=x.dtype).view(1, 1, -1, 1)
+        early = self.early(h)
+        y = self.norm(h)
+        if self.how == "written":
+            h.mul_(2)
+        return self.end(y) + early + self.late(h)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize("how", ["position", "kept", "written"])
+def test_strips_see_the_same_constants_and_whole_maps(how: str, count: int) -> None:
+    torch.manual_seed(0)
+    module, x = Attending(how).double(), torch.randn(2, 4, 40, 9, dtype=torch.float64)
+    with torch.no_grad():
+        expected = module(x)
+    if how == "written":
+        with pytest.raises(NarrowStripError, match="in place"):
+            recorded(module, module, x, InStrips(count, "rows"))
+        return
+    found = recorded(module, module, x, InStrips(count, "rows"))
+    torch.testing.assert_close(run(found, x), expected, rtol=0, atol=1e-12)

@@ -51,8 +51,14 @@ def in_sequence(grid: Grid, device: torch.device, function: Callable[[Mesh], Non
     except BaseException as error:  # Ctrl-C
         line.fail(error)
         raise
-    if line.failure is not None:
-        raise line.failure
+    failure, line.failure = line.failure, None
+    line.letters.clear()
+    line.maps.clear()
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        del failure  # its frames would hold what strips left until the next collection of garbage
 
 
 class _Line:
@@ -149,6 +155,6 @@ class SequenceTransport(Transport):
             self._line.wait(self.rank, lambda: len(maps) > index)
         found = maps[index]
         assert found is not None
-        if self.rank == self.world - 1:
+        if all(self._line.read[site, other] > index for other in range(1, self.world)):
             maps[index] = None
         return found

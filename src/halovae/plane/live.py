@@ -11,7 +11,7 @@ from torch import fx
 
 from halovae.plane import windows
 from halovae.plane.operators import emit, pack, take
-from halovae.plane.whole_maps import part
+from halovae.plane.whole_maps import hand, part
 
 
 def window_bytes(node: fx.Node) -> int:
@@ -109,7 +109,7 @@ def shares(node: fx.Node) -> bool:
     """Whether a node's result lies in the memory of its first input."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    if node.target in (part, windows.added_, windows.residual_convolution):
+    if node.target in (hand, part, windows.added_, windows.residual_convolution):
         return True
     if node.target is windows.normalized:
         return bool(node.kwargs.get("spare"))

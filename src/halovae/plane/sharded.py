@@ -368,6 +368,8 @@ class Sharded:
                 else:
                     found = record_strips(recorded, x.device, x.shape[strips.dim], strips)
             except TraceError as error:
+                if strips is not None:
+                    raise  # at once it would take more memory than there is
                 found = TraceError(str(error))  # its traceback would keep the call's tensors alive
             self._programs[key] = found
             while len(self._programs) > _PROGRAMS:

@@ -20,6 +20,7 @@ from halovae.plane import operators, whole_maps
 from halovae.plane.agreement import message_digests
 from halovae.plane.layout import Factor, MeshDim, replicated, shape, sole
 from halovae.plane.live import peak
+from halovae.plane.passes.graphs import writes
 from halovae.plane.program import Program
 from halovae.plane.strips import NarrowStripError, Strips, waits, where_whole
 
@@ -119,6 +120,11 @@ class StripProgram(Program):
         """Yield the result, which is one chunk: its frames are whole after the last strip."""
         yield 0, self(local, mesh, *extras, kernels=kernels, convert=convert)
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """None: the result comes at once."""
+        return ()
+
     def nodes(self) -> Iterator[fx.Node]:
         """The operators of all strips."""
         for program, times in self.graphs:
@@ -168,6 +174,8 @@ def record_strips(record: Record, device: torch.device, size: int, strips: InStr
     if probe.random:
         raise NarrowStripError("the function draws random numbers, and each strip would draw others")
     whole, last = where_whole(probe)
+    if any(map(writes, (probe.graph, *probe.bodies.values()))) and whole:
+        raise NarrowStripError("the function writes in place, and strips read copies of whole maps")
     layout = _layout(probe, strips, size, whole, last)
     programs = _of_all(of, layout, strips.count)
     if any(_lines(one) != _lines(programs[0]) for one in programs):  # borders are padded by their own operators
@@ -235,7 +243,7 @@ def _layout(probe: Program, strips: InStrips, size: int, whole: frozenset[str], 
     # What is left over is shared by the first strip and the last. (The first has most of the small maps anyway.)
     more = max(0, min((size - strips.count * step - lag // 2) // 2, size - 1 - lag - (strips.count - 1) * step))
     starts = (0, *(lag + more + step * strip for strip in range(1, strips.count)), size)
-    return Strips(strips.mesh_dim, starts, whole, last)
+    return Strips(strips.mesh_dim, starts, tuple(sorted(whole)), tuple(sorted(last)))
 
 
 def _alike(one: Program, other: Program) -> bool:
@@ -244,7 +252,9 @@ def _alike(one: Program, other: Program) -> bool:
     if [len(graph.nodes) for graph in graphs[0]] != [len(graph.nodes) for graph in graphs[1]]:
         return False
     return all(
-        (a.op, a.target, a.meta.get("shape")) == (b.op, b.target, b.meta.get("shape")) and _plain(a) == _plain(b)
+        (a.op, a.target, a.meta.get("shape")) == (b.op, b.target, b.meta.get("shape"))
+        and _plain(a) == _plain(b)
+        and (a.op != "get_attr" or _is_equal(one._attributes[str(a.target)], other._attributes[str(a.target)]))
         for mine, theirs in zip(*graphs, strict=True)
         for a, b in zip(mine.nodes, theirs.nodes, strict=True)
     )
@@ -252,3 +262,8 @@ def _alike(one: Program, other: Program) -> bool:
 
 def _plain(node: fx.Node) -> Any:
     return str(fx.node.map_arg((node.args, node.kwargs), lambda one: one.name))
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or constants of equal values: each strip has its own part of a mask."""
+    return one is other or (one.shape == other.shape and not one.is_meta and torch.equal(one, other))

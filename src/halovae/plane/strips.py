@@ -41,8 +41,8 @@ class Strips:
 
     mesh_dim: MeshDim
     bounds: Bounds
-    whole: frozenset[str] = frozenset()
-    last: frozenset[str] = frozenset()
+    whole: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
     early: bool = True
 
     def input_factor(self, size: int) -> Factor:

@@ -112,6 +112,11 @@ class PlaneCall:
                 return self._planned(x, sharing, options)
             except UnplannableError:
                 pass  # it runs eagerly
+            except MemoryBudgetError as error:
+                if not alone:
+                    raise
+                warnings.warn(f"memory may not suffice: {error}", RuntimeWarning, stacklevel=4)
+                return Choice(Grid(), x.shape[0], kernels=kernels)
         if height >= world or sharing.mode == "parallel":
             return Choice(Grid(rows=world), x.shape[0])
         return Choice(Grid(cols=world) if width >= world else Grid(), x.shape[0])
@@ -158,9 +163,11 @@ class PlaneCall:
         found = self._sharded.peak(x, *tensors.values(), options={**static, "_names": ",".join(tensors)})
         if found is None:
             return False
-        peak, result = found
-        device = Device(x.device)
-        return peak * (1 + MARGIN) + result > usable([(device.memory()[0], "")], device.kind)
+        (peak, result), device = found, Device(x.device)
+        free = device.memory()[0]
+        if device.kind != "cpu":  # the allocator's unused blocks are free, too
+            free += device.module.memory_reserved(x.device) - device.module.memory_allocated(x.device)
+        return peak * (1 + MARGIN) + result > usable([(free, "")], device.kind)
 
     def _planned(self, x: Tensor, sharing: Sharing, options: Mapping[str, Any]) -> Choice:
         """The grid that is predicted to be the fastest of those that fit; all ranks ask together, and decide alike."""
@@ -195,7 +202,7 @@ class PlaneCall:
                 lambda z: self._run(z, *tensors.values(), _names=names, **static), self.vae, (items, *x.shape[1:]),
                 x.dtype, calibration_of(everyone, x.dtype, kernels), rounds, budget,
                 len({host for _, host in offers}) > 1, allowed, self._multiple,
-                1 if sharing.gather == "rank0" else world, kernels is not EAGER,
+                1 if sharing.gather == "rank0" else world, kernels is not EAGER, self.name == "decode",
             )  # fmt: skip
 
         # Noise is drawn for all items at once, and other tensors may belong to all of them.

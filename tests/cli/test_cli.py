@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import typer
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from samples import latents, reference, vae
 from typer.testing import CliRunner, Result
 
-from halovae.cli import common
+from halovae.cli import calibrate, common
 from halovae.cli.main import app
 from halovae.io import latents as latents_file
 from halovae.io import media
@@ -291,3 +293,26 @@ def test_under_torchrun_one_rank_of_each_host_prints_the_error(
         common.fail("no", 2)
     assert ended.value.exit_code == 2
     assert capsys.readouterr().err.strip() == message
+
+
+@pytest.mark.parametrize("command", ["decode", "generate", "calibrate"])
+def test_an_interface_reaches_the_ranks_that_torchrun_started(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
+    for variable, value in zip(variables, (" ", "=other", ""), strict=True):
+        monkeypatch.setenv(variable, value)
+    words = {
+        "decode": ["latents", "--model", "none", "-o", "a.mp4"],
+        "generate": ["a", "--model-path", "none", "-o", "b"],
+    }
+    rest = [*words.get(command, []), "--interface"]
+    refused = halovae(command, *rest, "lo")
+    assert refused.exit_code == 2
+    assert "--interface lo: ranks that torchrun has not started are on one host" in refused.stderr
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": [], "wire": []})
+    refused = halovae(command, *rest, "wir")
+    assert "--interface wir: this host has no such network interface; here: lo, wire" in refused.stderr
+    monkeypatch.setattr(calibrate, "check_ranks", Mock(side_effect=ValueError("no")))  # the others miss their files
+    assert halovae(command, *rest, "wire").exit_code == 2
+    assert [os.environ[variable] for variable in variables] == ["wire", "=other", "wire"]

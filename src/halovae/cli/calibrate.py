@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.table import Table
 
-from halovae.cli.common import Dtype, console, errors_shown, results_console
+from halovae.cli.common import Dtype, Interface, console, errors_shown, results_console
 from halovae.cli.measuring import check_ranks
 from halovae.device.kinds import Device
 from halovae.distributed.launch import launch, under_torchrun
@@ -27,6 +27,7 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for a copy, for `halovae plan` elsewhere.")
     ] = None,
+    interface: Interface = None,
 ) -> None:
     """Measure operators and messages on this machine. It takes about a minute, and replaces an earlier measurement.
 

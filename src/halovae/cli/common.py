@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from importlib.util import find_spec
-from typing import NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 
+from halovae.distributed.launch import use_interface
 from halovae.errors import RankError
 
 Parsed = TypeVar("Parsed")
@@ -127,6 +128,24 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise ValueError("expected a size such as 8GiB, 512MiB or a number of bytes")
     return size
+
+
+def _use_interface(name: str | None) -> str | None:
+    if name is not None:
+        with errors_shown():
+            parsed("--interface", name, use_interface)
+    return name
+
+
+# The option takes effect when it is parsed: no command does anything about it.
+Interface = Annotated[
+    str | None,
+    typer.Option(
+        help="Network interface that ranks of several hosts share under torchrun, such as eth1.",
+        show_default="what GLOO_SOCKET_IFNAME and the like name",
+        callback=_use_interface,
+    ),
+]
 
 
 def _escaped(text: str) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from halovae.cli.common import MODEL_HELP, Dtype, Mode, check_installed, errors_shown, parse_bytes, parsed
+from halovae.cli.common import MODEL_HELP, Dtype, Interface, Mode, check_installed, errors_shown, parse_bytes, parsed
 from halovae.cli.planes import PlaneModel
 from halovae.cli.writing import outputs, print_report, write
 from halovae.distributed.launch import launch, under_torchrun
@@ -73,6 +73,7 @@ def decode(
     report: Annotated[
         Path | None, typer.Option(help="JSON file for a report of the decode; an existing file is replaced.")
     ] = None,
+    interface: Interface = None,
 ) -> None:
     """Decode latents on one device, or on several at once.
 

@@ -11,7 +11,17 @@ import torch
 import torch.distributed as dist
 import typer
 
-from halovae.cli.common import Dtype, check_installed, console, degrees, errors_shown, parse_bytes, parse_size, parsed
+from halovae.cli.common import (
+    Dtype,
+    Interface,
+    check_installed,
+    console,
+    degrees,
+    errors_shown,
+    parse_bytes,
+    parse_size,
+    parsed,
+)
 from halovae.cli.writing import bar, outputs, print_report, write
 from halovae.distributed.launch import launch, under_torchrun
 from halovae.distributed.transport import world_size
@@ -72,6 +82,7 @@ def generate(
     report: Annotated[
         Path | None, typer.Option(help="JSON file for a report of the decode; an existing file is replaced.")
     ] = None,
+    interface: Interface = None,
 ) -> None:
     """Generate a video or a picture on one device, or on several at once.
 

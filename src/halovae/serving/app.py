@@ -133,7 +133,6 @@ def make_app(
 def _trace(app: FastAPI) -> None:
     """Send traces of requests to OpenTelemetry's collector. The SDK reads its address and all else from `OTEL_*`."""
     try:
-        trace = import_module("opentelemetry.trace")
         sdk = import_module("opentelemetry.sdk.trace")
         processors = import_module("opentelemetry.sdk.trace.export")
         exporters = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
@@ -143,11 +142,13 @@ def _trace(app: FastAPI) -> None:
         return
     provider = sdk.TracerProvider()
     provider.add_span_processor(processors.BatchSpanProcessor(exporters.OTLPSpanExporter()))
-    trace.set_tracer_provider(provider)
     front: FrontSettings = app.state.front
     root = re.escape(front.root_path).replace(",", ".")  # a comma separates patterns
     instrumentation.FastAPIInstrumentor.instrument_app(
-        app, excluded_urls=rf"^[a-z]+://[^/]*({root})*/(livez|readyz|health|metrics)$", server_request_hook=_hide_query
+        app,
+        tracer_provider=provider,
+        excluded_urls=rf"^[a-z]+://[^/]*({root})*/(livez|readyz|health|metrics)$",
+        server_request_hook=_hide_query,
     )
 
 

@@ -27,7 +27,7 @@ from halovae.distributed.mesh import mesh_for
 from halovae.distributed.ranks import Ranks
 from halovae.models.architectures import random_vae
 from halovae.models.registry import families
-from halovae.plane import operators
+from halovae.plane import group_norms, operators
 from halovae.runtime.vae import VAE
 
 
@@ -112,7 +112,7 @@ def _decoded(model: str, latents: torch.Tensor, grid: Grid | None, meeting: bool
     return decoder.report.seconds, decoder.report.waiting
 
 
-_statistics = operators.statistics
+_statistics = group_norms.statistics
 
 
 def _met(*args: Any, **kwargs: Any) -> torch.Tensor:

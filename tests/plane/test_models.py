@@ -155,7 +155,7 @@ def without_halos(fetch: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def without_others(gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`operators.gather`, but every rank sees its own tensor in all places."""
+    """`group_norms.gather`, but every rank sees its own tensor in all places."""
 
     def broken(x: Tensor, scope: Any, ranks: int) -> Tensor:
         return gather(x, scope, ranks) * 0 + x

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from halovae import Grid, Mesh
 from halovae.kernels.native import EAGER, compiled
-from halovae.plane import context, moments, norms, operators
+from halovae.plane import context, group_norms, moments, norms
 
 MESH = Mesh(Grid(), torch.device("cpu"))
 
@@ -85,6 +85,6 @@ def test_group_norm_of_a_large_channels_last_map_is_as_exact_as_of_a_contiguous_
     expected = F.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-6)
     last = x.contiguous(memory_format=torch.channels_last_3d)
     with context.on(MESH, compiled()):
-        found = operators.whole_group_norm(last, 8, weight, bias, 1e-6)
+        found = group_norms.whole_group_norm(last, 8, weight, bias, 1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)

@@ -67,7 +67,8 @@ def check(name: str, how: InStrips, shape: tuple[int, ...] | None = None) -> Non
     with torch.no_grad(), untouched(module):
         expected = call(module, x)
     found = recorded(lambda z: call(module, z), module, x, how)
-    torch.testing.assert_close(run(found, x), expected, rtol=0, atol=1e-12 * max(1.0, float(expected.abs().max())))
+    atol = entry.bound * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(run(found, x), expected, rtol=0, atol=atol)
     whole = trace(lambda z: call(module, z), [module], Mesh(Grid(), CPU), x.shape, x.dtype, CPU)
     assert found.peak < whole.peak
     if how.count == 3:  # narrow strips repeat more of an upsampling at their borders

@@ -15,7 +15,7 @@ from halovae.distributed.simulated import on_threads
 from halovae.errors import TraceError
 from halovae.grid import Grid
 from halovae.models import zoo
-from halovae.plane import Plane, operators, windows
+from halovae.plane import Plane, group_norms, operators, windows
 from halovae.plane.program import Program
 from halovae.plane.trace import trace
 
@@ -219,7 +219,7 @@ def test_a_graph_between_ranks_holds_no_other_operators() -> None:
     assert entry.latents is not None
     mesh = on_threads(Grid(rows=2), CPU, lambda mesh: mesh)[0]
     program = trace(lambda z: zoo.decode(module, z), [module], mesh, entry.latents, torch.float32, CPU)
-    ours = {*operators.BETWEEN_RANKS, *windows.OPERATORS, operators.whole_group_norm, operators.attention}
+    ours = {*operators.BETWEEN_RANKS, *windows.OPERATORS, group_norms.whole_group_norm, operators.attention}
     for node in program.graph.nodes:
         if node.op == "call_function":
             assert node.target in ours or node.target is operator.getitem or hasattr(node.target, "_schema")

@@ -18,7 +18,7 @@ from plane.test_trace import picture
 from torch import Tensor, nn
 
 from halovae import Grid
-from halovae.plane import backends, operators, windows
+from halovae.plane import backends, group_norms, windows
 from halovae.plane.norms import per_channel
 
 if torch.cuda.is_available():
@@ -114,7 +114,7 @@ def test_a_block_is_exact_on_grids() -> None:
     for program in check(seeded(Block), picture(1, 4, 13, 11)):
         found = [node for node in program.nodes() if node.target is windows.convolution]
         assert [node.kwargs["silu"] for node in found] == [True, True]
-        assert operators.group_norm not in targets(program)
+        assert group_norms.group_norm not in targets(program)
         assert [("shift" in node.kwargs) for node in found] == [False, True]
         assert windows.added_ in targets(program)
 

@@ -30,12 +30,17 @@ def frontier(search: Search, describe: Callable[[str], None], on_step: Callable[
     on_step()
     axes: tuple[MeshDim, ...] = "rows", "cols"
     for mesh_dim in axes:
-        for count in COUNTS:
-            strips = InStrips(count, mesh_dim)
-            describe(str(strips))
-            with suppress(NarrowStripError):
-                found.append(search.price_strips(strips))
-            on_step()
+        peaks: dict[int, int | None] = {}
+        for recompute in (False, True):
+            for count in COUNTS:
+                strips = InStrips(count, mesh_dim, recompute)
+                describe(str(strips))
+                with suppress(NarrowStripError):
+                    one = search.price_strips(strips)
+                    if one.peak != peaks.get(count):  # otherwise no strip waits for another
+                        found.append(one)
+                        peaks[count] = one.peak
+                on_step()
     return sorted(found, key=lambda one: (-(one.peak or 0), one.seconds))
 
 

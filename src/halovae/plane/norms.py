@@ -10,10 +10,10 @@ from torch import Tensor
 
 from halovae.distributed.transport import Scope
 from halovae.kernels.native import Norms
-from halovae.plane import backends, context, operators
+from halovae.plane import backends, context, group_norms
 from halovae.plane.tensor import is_channels_last
 
-# For GroupNorm: the groups, eps, and the scope and counts of `operators.statistics`. For a norm over each cell's
+# For GroupNorm: the groups, eps, and the scope and counts of `group_norms.statistics`. For a norm over each cell's
 # channels (`Cells`): the least divisor, the number added to the sum of squares, and a factor.
 Cells = tuple[float, float, float]
 Norm = tuple[int, float, Scope, tuple[int, ...]] | Cells
@@ -25,7 +25,7 @@ _VALUES = 2**18  # values of a map that are normalized at once
 
 def write(
     x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
-    out: Tensor,
+    out: Tensor, found: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Normalize and activate a map into memory.
 
@@ -37,21 +37,28 @@ def write(
         norm: None for no norm.
         silu: whether SiLU follows.
         out: of the map's shape and dtype, channels last; may be a view of a larger map.
+        found: GroupNorm's variance and mean `[2, N, groups]`, if they are known.
     """
-    writer(x, shift, gamma, beta, norm, silu)(WHOLE, out)
+    writer(x, shift, gamma, beta, norm, silu, found)(WHOLE, out)
 
 
 def writer(
-    x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool
+    x: Tensor,
+    shift: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    norm: Norm | None,
+    silu: bool,
+    found: Tensor | None = None,
 ) -> Callable[[Part, Tensor], None]:
     """Return a function that normalizes and activates a part of a map into memory, as `write` does.
 
-    GroupNorm's statistics, of all ranks' shards, are computed before this returns.
+    GroupNorm's statistics, of all ranks' shards, are computed before this returns, unless they are already `found`.
     """
     fused = backends.kernels(x.device.type)
     if fused is not None and norm is not None and len(norm) == 4:
         groups, eps, scope, counts = norm
-        moments = operators.statistics(x, groups, scope, counts, shift)
+        moments = group_norms.statistics(x, groups, scope, counts, shift) if found is None else found
         return lambda part, out: fused.group_norm(x[part], shift, moments[:, part[0]], gamma, beta, eps, silu, out)
     if fused is not None:
         return lambda part, out: fused.norm_of_cells(x[part], shift, gamma, norm, silu, out)
@@ -62,7 +69,7 @@ def writer(
         scale = scale if gamma is None else scale * gamma.flatten().to(scale.dtype)
         return lambda part, out: _normalize_cells(x[part], scale, beta, least, added, silu, out)
     if norm is not None:
-        factors, terms = _factors_and_terms(x, gamma, beta, norm)
+        factors, terms = _factors_and_terms(x, gamma, beta, norm, found)
         # Cost traces run on meta tensors, and see the operators within this one.
         normalized = torch.ops.halovae.normalize_groups if x.device.type == "cpu" else _normalize_groups
         return lambda part, out: normalized(x[part], factors[part[0]], terms[part[0]], silu, out)
@@ -77,7 +84,7 @@ def writer(
 
 def activated(
     x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
-    spare: bool,
+    spare: bool, found: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Normalize and activate a map into new memory, or in place if the map is `spare` and that is not slower."""
     fused = backends.kernels(x.device.type) is not None
@@ -87,26 +94,33 @@ def activated(
         return F.silu(x, inplace=spare) if silu else x
     if fused or norm is None or len(norm) == 3:
         out = x if spare and is_dense(x) else empty_like(x)
-        write(x, shift, gamma, beta, norm, silu, out)
+        write(x, shift, gamma, beta, norm, silu, out, found)
         return out
     if spare and context.kind_of(x) == "cpu" and (x.is_meta or is_channels_last(x)):
-        write(x, None, gamma, beta, norm, silu, x)
+        write(x, None, gamma, beta, norm, silu, x, found)
         return x
     groups, eps, scope, counts = norm
-    if counts:
-        x = operators.group_norm(x, gamma, beta, groups, eps, scope, counts)
+    if found is not None:
+        x = group_norms.normalized_groups(x, found, gamma, beta, groups, eps)
+    elif counts:
+        x = group_norms.group_norm(x, gamma, beta, groups, eps, scope, counts)
     else:
-        x = operators.whole_group_norm(x, groups, gamma, beta, eps)
+        x = group_norms.whole_group_norm(x, groups, gamma, beta, eps)
     return F.silu(x, inplace=True) if silu else x
 
 
 def _factors_and_terms(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: tuple[int, float, Scope, tuple[int, ...]]
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    norm: tuple[int, float, Scope, tuple[int, ...]],
+    found: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return GroupNorm's factors of each item's channels, `[N, C]`, and its terms, `[N, C]`."""
     groups, eps, scope, counts = norm
     items, channels = x.shape[:2]
-    variance, mean = operators.statistics(x, groups, scope, counts).unbind()
+    found = group_norms.statistics(x, groups, scope, counts) if found is None else found
+    variance, mean = found.unbind()
     shape = (items, groups, channels // groups)
     scale = (variance + eps).rsqrt().unsqueeze(-1).expand(shape).reshape(items, channels)
     scale = scale if gamma is None else scale * gamma.to(scale.dtype)

@@ -14,12 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halovae.distributed.mesh import Mesh
-from halovae.distributed.transport import Scope
 from halovae.kernels import halves
 from halovae.plane import backends
-from halovae.plane.context import current, current_kernels, empty_along, kind_of, position_in, stride
+from halovae.plane.context import current, empty_along, position_in, stride
+from halovae.plane.group_norms import (
+    combined,
+    gather,
+    group_norm,
+    normalized_groups,
+    own_statistics,
+    whole_group_norm,
+)
 from halovae.plane.layout import Bounds, MeshDim
-from halovae.plane.moments import moments, together
 from halovae.plane.tensor import is_channels_last
 from halovae.plane.whole_maps import hand, handed, like_handed, part, part_of
 
@@ -255,97 +261,9 @@ def _heads_last(x: Tensor) -> Tensor:
     return x.transpose(-2, -3).contiguous().transpose(-2, -3) if x.ndim >= 3 else x
 
 
-def whole_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """GroupNorm of a map that this rank has all of. By moments, the error of a channels-last one in fp32 is 9e-7.
-
-    PyTorch's own (2.13, CPU) has 3e-4 (128 channels, 9 x 128 x 128 cells, a mean of 3 deviations), and takes as long.
-    """
-    if not is_channels_last(x):
-        return F.group_norm(x, groups, weight, bias, eps)
-    if (fused := backends.kernels(x.device.type)) is not None:
-        return _normalized(x, fused.moments(x, None, groups), weight, bias, eps)
-    if kind_of(x) != "cpu" or x.dtype.itemsize < 4:
-        return F.group_norm(x, groups, weight, bias, eps)
-    if len(x) == 1:
-        return _by_batch_norm(x, statistics(x, groups, "plane", ()), groups, weight, bias, eps)
-    out = torch.empty_like(x)
-    for one, into in zip(x.split(1), out.split(1), strict=True):
-        into.copy_(whole_group_norm(one, groups, weight, bias, eps))
-    return out
-
-
-def gather(x: Tensor, scope: Scope, ranks: int) -> Tensor:
-    """Gather every rank's small tensor: `[ranks, *x.shape]`, in the order of the ranks of a scope."""
-    mesh, own = current(), x.contiguous().view(-1)
-    mesh.traffic.sent(own, times=ranks - 1)
-    with mesh.traffic.waiting.running():
-        everyone = mesh.transport.all_gather(scope, own, ranks)
-    mesh.traffic.calls += 1
-    return torch.stack(everyone).view(ranks, *x.shape)
-
-
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    scope: Scope,
-    counts: tuple[int, ...],
-) -> Tensor:
-    """GroupNorm of a partitioned map: each rank's mean and squared deviation are combined (Chan et al. 1983).
-
-    Args:
-        x: this rank's shard `[N, C, *]`.
-        weight: `[C]`.
-        bias: `[C]`.
-        groups: number of groups of channels that share statistics.
-        eps: added to the variance.
-        scope: the ranks that have shards: "rows", "cols" or "plane".
-        counts: number of values of one group on each of these ranks.
-    """
-    found = statistics(x, groups, scope, counts)
-    if backends.kernels(x.device.type) is not None and is_channels_last(x):
-        return _normalized(x, found, weight, bias, eps)
-    return _by_batch_norm(x, found, groups, weight, bias, eps)
-
-
-def _by_batch_norm(
-    x: Tensor, found: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    items, channels = x.shape[:2]
-    wide, shape = torch.promote_types(x.dtype, torch.float32), (2, items, groups, channels // groups)
-    variance, mean = found.unsqueeze(-1).expand(shape).reshape(2, -1).unbind()
-    weight, bias = (None if one is None else one.to(wide) for one in (weight, bias))
-    if items > 1:
-        weight, bias = (None if one is None else one.repeat(items) for one in (weight, bias))
-    result = F.batch_norm(x.reshape(1, -1, *x.shape[2:]), mean, variance, weight, bias, eps=eps)
-    return result.view(x.shape)
-
-
-def statistics(x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...], shift: Tensor | None = None) -> Tensor:
-    """Return variance and mean `[2, N, groups]` of the groups of a map over all ranks' shards, in fp32 at least.
-
-    Args:
-        x: this rank's shard `[N, C, *]`.
-        groups: number of groups of channels.
-        scope: the ranks that have shards.
-        counts: number of values of one group on each of these ranks; empty if this rank has all of them.
-        shift: `[C]`, added to the map first, on devices with kernels of our own.
-    """
-    norms = current_kernels(x)[0].norms
-    own = moments(x, groups, torch.promote_types(x.dtype, torch.float32), shift, norms)
-    return together(gather(own, scope, len(counts)), counts) if counts else own
-
-
-def _normalized(x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    out = empty_along(x, 1, x.shape[1], last=True)
-    backends.kernels(x.device.type).group_norm(x, None, found, weight, bias, eps, False, out)
-    return out
-
-
 # A rank that does not use the result may still have to send data for it.
 BETWEEN_RANKS = (fetch, convolution, gather, group_norm, hand, handed)
+STATISTICS = (own_statistics, combined, normalized_groups)
 
 
 def pack(*values: Tensor) -> list[Tensor]:
@@ -379,8 +297,13 @@ def shape_of(function: Callable[..., Tensor], args: tuple[Any, ...], mesh: Mesh)
         return _convolved_shape(mesh, *args)
     if function is attention:
         return _heads_last(x.new_empty((*x.shape[:-1], args[2].shape[-1]))), 0, 0
-    if function is whole_group_norm:
+    if function in (whole_group_norm, normalized_groups):
         return empty_along(x, 1, x.shape[1]), 0, 0
+    if function is own_statistics:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.empty((2, x.shape[0], args[1]), dtype=dtype, device="meta"), 0, 0
+    if function is combined:
+        return torch.empty(x.shape[1:], dtype=x.dtype, device="meta"), 0, 0
     if function is gather:
         ranks = args[2]
         return x.new_empty((ranks, *x.shape)), ranks - 1, (ranks - 1) * x.numel() * x.element_size()

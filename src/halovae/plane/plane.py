@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Scope
-from halovae.plane import context, cuts, operators, whole_maps
+from halovae.plane import context, cuts, group_norms, operators, whole_maps
 from halovae.plane.layout import (
     Bounds,
     Coordinates,
@@ -238,7 +238,7 @@ class Plane:
         """Gather every rank's small tensor: `[ranks, ...]`, over the ranks along these mesh dims."""
         scope, ranks = self.scope(mesh_dims)
         self.received += (ranks - 1) * local.numel() * local.element_size()
-        return self.run(operators.gather, local, scope, ranks)
+        return self.run(group_norms.gather, local, scope, ranks)
 
     def scope(self, mesh_dims: set[MeshDim]) -> tuple[Scope, int]:
         """The ranks along these mesh dims, and their number."""

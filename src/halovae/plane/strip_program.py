@@ -32,13 +32,16 @@ class InStrips:
     Attributes:
         count: the number of strips, 2 or more.
         mesh_dim: rows or cols.
+        recompute: whether strips compute maps again that they would otherwise keep while they wait for each other;
+            see `recompute`.
     """
 
     count: int
     mesh_dim: MeshDim
+    recompute: bool = False
 
     def __str__(self) -> str:
-        return f"{self.count} strips of {self.mesh_dim}"
+        return f"{self.count} strips of {self.mesh_dim}{', recomputing maps' if self.recompute else ''}"
 
     @property
     def grid(self) -> Grid:
@@ -53,6 +56,9 @@ class InStrips:
 
 # Maps of strips leave more gaps in memory than those of a decode at once: 4 % of Wan2.1 1x16x3x60x104 in 8 strips.
 _GAPS = 1.06
+# What comes before an operator that needs all rows is computed at once: always, or while maps are at most this share of
+# the largest one. The way with the lower peak is taken.
+_SMALL = (1.0, 1 / 8)
 Record = Callable[[Mesh, Strips, "Sequence[str] | None"], Program]  # with some passes, or None for all
 
 
@@ -140,8 +146,11 @@ class StripProgram(Program):
         """Return the peak bytes of all strips, given those of each program."""
         kept = sum(node.meta["bytes"] for node in self.programs[0].nodes() if node.target is whole_maps.hand)
         lines = max(one.bytes_sent for one in self.programs)
-        waiting = sum(times * peak(one.graph, one.bodies, before=waits) for one, times in self.graphs)
-        return int(_GAPS * max(peaks)) + kept + lines + waiting
+        waiting = [peak(one.graph, one.bodies, before=waits) for one in self.programs]
+        # While one strip runs, the others wait.
+        running = max(int(_GAPS * own) - least for own, least in zip(peaks, waiting, strict=True))
+        everyone = sum(times * least for (_, times), least in zip(self.graphs, waiting, strict=True))
+        return running + everyone + kept + lines
 
 
 def _part(x: Tensor, dim: int, factor: Factor, place: int) -> Tensor:
@@ -173,16 +182,32 @@ def record_strips(record: Record, device: torch.device, size: int, strips: InStr
     probe = of(0, Strips(strips.mesh_dim, (0, size - 1, size)), ())
     if probe.random:
         raise NarrowStripError("the function draws random numbers, and each strip would draw others")
-    whole, last = where_whole(probe)
+    found: dict[Any, StripProgram] = {}
+    refusal: NarrowStripError | None = None
+    for ahead in dict.fromkeys(where_whole(probe, share) for share in _SMALL):
+        try:
+            found[ahead] = _recorded(of, probe, strips, size, *ahead)
+            _check_agreement(found[ahead], device)
+        except NarrowStripError as error:
+            found.pop(ahead, None)
+            refusal = refusal or error
+    if not found:
+        assert refusal is not None
+        raise refusal
+    return min(found.values(), key=lambda one: one.peak)
+
+
+def _recorded(
+    of: Callable[..., Program], probe: Program, strips: InStrips, size: int, whole: frozenset[str],
+    last: frozenset[str],
+) -> StripProgram:  # fmt: skip
     if any(map(writes, (probe.graph, *probe.bodies.values()))) and whole:
         raise NarrowStripError("the function writes in place, and strips read copies of whole maps")
     layout = _layout(probe, strips, size, whole, last)
     programs = _of_all(of, layout, strips.count)
     if any(_lines(one) != _lines(programs[0]) for one in programs):  # borders are padded by their own operators
         programs = _of_all(of, replace(layout, early=False), strips.count)
-    program = StripProgram(strips, programs)
-    _check_agreement(program, device)
-    return program
+    return StripProgram(strips, programs)
 
 
 def _of_all(of: Callable[[int, Strips], Program], layout: Strips, count: int) -> list[Program]:
@@ -243,7 +268,7 @@ def _layout(probe: Program, strips: InStrips, size: int, whole: frozenset[str], 
     # What is left over is shared by the first strip and the last. (The first has most of the small maps anyway.)
     more = max(0, min((size - strips.count * step - lag // 2) // 2, size - 1 - lag - (strips.count - 1) * step))
     starts = (0, *(lag + more + step * strip for strip in range(1, strips.count)), size)
-    return Strips(strips.mesh_dim, starts, tuple(sorted(whole)), tuple(sorted(last)))
+    return Strips(strips.mesh_dim, starts, tuple(sorted(whole)), tuple(sorted(last)), recompute=strips.recompute)
 
 
 def _alike(one: Program, other: Program) -> bool:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from halovae.plane import operators, windows
+from halovae.plane import group_norms, operators
 from halovae.plane.layout import Bounds, Factor, MeshDim, partitioned, proper
+from halovae.plane.live import size_of
 from halovae.plane.program import Program
 from halovae.plane.tensor import PlaneTensor
 
@@ -37,6 +38,7 @@ class Strips:
         whole: the paths of submodules whose maps stay whole: the first strip computes them for all.
         last: those of them after which maps are cut.
         early: whether rows of earlier strips are carried as early as possible; see `lines`.
+        recompute: whether maps are computed again that would be kept where strips wait; see `recompute`.
     """
 
     mesh_dim: MeshDim
@@ -44,6 +46,7 @@ class Strips:
     whole: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     early: bool = True
+    recompute: bool = False
 
     def input_factor(self, size: int) -> Factor:
         """The factor of a new map."""
@@ -92,11 +95,8 @@ class Strips:
 
 def waits(node: fx.Node) -> bool:
     """Whether a strip waits at a node for later strips."""
-    if node.target in (operators.gather, operators.group_norm):
+    if node.target is group_norms.gather:
         return True
-    if node.target in (windows.convolution, windows.residual_convolution):
-        norm: Any = node.kwargs.get("norm")
-        return norm is not None and len(norm) == 4 and bool(norm[3])
     if node.target is not operators.fetch:
         return False
     _, _, _, bounds, needed = node.args
@@ -104,12 +104,31 @@ def waits(node: fx.Node) -> bool:
     return any(stop > end and end < bounds[-1] for end, intervals in ends for _, stop in intervals)  # type: ignore[index]
 
 
-def where_whole(program: Program) -> tuple[frozenset[str], frozenset[str]]:
-    """Find what has to be computed before the last node that waits.
+def _early_waits(program: Program, share: float) -> set[fx.Node]:
+    """The nodes that wait before any map that is larger than a share of the largest one."""
+    graphs = (program.graph, *program.bodies.values())
+    limit = share * max((size_of(node) for graph in graphs for node in graph.nodes if node.op != "get_attr"), default=0)
+    found = set[fx.Node]()
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op == "call_function" and size_of(node) > limit and not waits(node):
+                break
+            if waits(node):
+                found.add(node)
+    return found
+
+
+def where_whole(program: Program, share: float = 1.0) -> tuple[frozenset[str], frozenset[str]]:
+    """Find what is computed before the last node that waits while maps are still small.
+
+    Args:
+        program: of a strip, recorded without passes.
+        share: maps of at most this share of the largest one are small.
 
     Returns:
-        The paths of the submodules whose results reach a node that waits, and of those that wait last.
+        The paths of the submodules whose results reach such a node, and of those that wait last.
     """
+    early = _early_waits(program, share)
     inputs: dict[str, set[int]] = {}  # of called graphs: those that reach such a node
     before, last = set[str](), set[str]()
     for name, graph in (*program.bodies.items(), ("", program.graph)):
@@ -120,9 +139,9 @@ def where_whole(program: Program) -> tuple[frozenset[str], frozenset[str]]:
             for box in (user for user in node.users if user.target is operators.pack):
                 places = {at for at, one in enumerate(box.args) if one is node}
                 reached = reached or any(places & inputs[str(call.target)] for call in box.users)
-            if waits(node) and not reached and path:
+            if node in early and not reached and path:
                 last.add(path)
-            if node.target is not operators.pack and (reached or waits(node)):
+            if node.target is not operators.pack and (reached or node in early):
                 reaching.add(node)
                 before.add(path)
         inputs[name] = {int(node.args[1]) for node in reaching if node.target is operators.take}  # type: ignore[arg-type]

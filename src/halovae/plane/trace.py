@@ -31,6 +31,7 @@ from halovae.plane.lines import carry_early
 from halovae.plane.passes import chosen, improve
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
+from halovae.plane.recompute import recompute
 from halovae.plane.repeats import LeakError, Repeats, clean
 from halovae.plane.rules.registry import is_composite, plane_tensors, written
 from halovae.plane.strips import Strips
@@ -299,6 +300,8 @@ def _traced(
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         if strips is not None and strips.early:
             carry_early(recorder.graph, bodies, mesh)
+        if strips is not None and strips.recompute:
+            recompute(recorder.graph, bodies, mesh)
         changes = improve((recorder.graph, *bodies.values()), mesh, passes)
     return Program(
         recorder.graph,

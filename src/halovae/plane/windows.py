@@ -30,7 +30,7 @@ def convolution(
     zeros: int = 0, past: Tensor | None = None, keep: Tensor | None = None, shift: Tensor | None = None,
     gamma: Tensor | None = None, beta: Tensor | None = None, norm: Norm | None = None, silu: bool = False,
     spare: bool = False, repeats: tuple[int, int] = (0, 0), edges: Edges | None = None, onto: Tensor | None = None,
-    beyond: tuple[int, int, int, int] = (0, 0, 0, 0),
+    found: Tensor | None = None, beyond: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Tensor:  # fmt: skip
     """Normalize and activate a map, then convolve it with stride 1.
 
@@ -53,6 +53,7 @@ def convolution(
         repeats: how often the first frame is repeated before the map, and the last frame after it. Excludes `past`.
         edges: the cells around the picture in place of zeros, as described at `rings.Edges`.
         onto: of the result's shape. The sum of both is written to it and returned.
+        found: GroupNorm's variance and mean `[2, N, groups]`, if they are known.
         beyond: how many rows and cols of `x`, 0 or 1 at the top, bottom, left and right, lie outside of the result.
 
     Returns:
@@ -74,11 +75,11 @@ def convolution(
     copied = past is not None or zeros > 0 or (bool(cuts) and (fused or not early))
     windowed = by_winograd or edges is not None or any(repeats) or (copied and (fused or kind == "cpu"))
     if not windowed:
-        x = activated(x, shift, gamma, beta, norm, silu, spare)
+        x = activated(x, shift, gamma, beta, norm, silu, spare, found)
         if keep is not None:
             keep.copy_(x[:, :, frames - keep.shape[2] :])
         return _summed(onto, _within(_direct(_after(zeros, past, x), weight, bias, padding, cuts, early), beyond))
-    normalized = writer(maps, shift, gamma, beta, norm, silu)
+    normalized = writer(maps, shift, gamma, beta, norm, silu, found)
 
     def interior(items: slice, rows: slice, cols: slice, out: Tensor) -> None:
         rows, cols = _shifted(rows, top, height), _shifted(cols, left, width)

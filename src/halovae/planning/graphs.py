@@ -22,7 +22,7 @@ from halovae.distributed.transport import Scope, Transport
 from halovae.errors import TraceError, UnplannableError
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER
-from halovae.plane import context, operators, whole_maps, windows
+from halovae.plane import context, group_norms, operators, whole_maps, windows
 from halovae.plane.agreement import argument_key, meta_arguments
 from halovae.plane.flops import flops
 from halovae.plane.layout import shape as shape_of
@@ -40,7 +40,7 @@ _PRODUCTS = {
     aten.mm.default: 1, aten.bmm.default: 1, aten.linear.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2,
 }  # fmt: skip
 
-_RUN = (*operators.BETWEEN_RANKS, *windows.OPERATORS)  # priced by running them on meta tensors
+_RUN = (*operators.BETWEEN_RANKS, *operators.STATISTICS, *windows.OPERATORS)  # priced by running them on meta tensors
 
 WorkByKind = dict[tuple[str, str], Work]
 
@@ -224,7 +224,7 @@ class _Pricer:
         if node.target is operators.attention:
             copied = Work(1, bytes=2 * size_of(node))
             return [("scaled_dot_product_attention", Work(1, flops(node), _touched(node))), ("clone", copied)]
-        if node.target is operators.whole_group_norm:
+        if node.target is group_norms.whole_group_norm:
             return [("native_group_norm", Work(1, bytes=_touched(node)))]
         if node.target is whole_maps.part:
             return [("view", Work(1))]

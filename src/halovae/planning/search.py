@@ -104,14 +104,25 @@ class Search:
         return self._in_strips[strips]
 
     def strips(self) -> list[Candidate]:
-        """Return strips of the longer side on one rank, up to as many as fit, or as make sense."""
+        """Return strips of the longer side on one rank, up to as many as fit, or as make sense.
+
+        If none fits, strips that compute maps again are added, up to as many as fit.
+        """
+        kept = self._strips(recompute=False)
+        if not kept or kept[-1].fits(self.budget):
+            return kept
+        again = self._strips(recompute=True)
+        lower = again and min(one.peak or 0 for one in again) < min(one.peak or 0 for one in kept)
+        return [*kept, *again] if lower else kept
+
+    def _strips(self, recompute: bool) -> list[Candidate]:
         height, width = self._shape[-2:]
         mesh_dim: MeshDim = "rows" if height >= width else "cols"
         found: list[Candidate] = []
         count, limit = 2, max(height, width) + 1
         while True:
             try:
-                found.append(self.price_strips(InStrips(count, mesh_dim)))
+                found.append(self.price_strips(InStrips(count, mesh_dim, recompute)))
             except UnplannableError:
                 return found
             except NarrowStripError:

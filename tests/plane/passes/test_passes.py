@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from halovae import Grid
 from halovae.kernels import winograd
-from halovae.plane import constants, operators, passes, windows
+from halovae.plane import constants, group_norms, passes, windows
 
 # Passes that change nothing in a `Block`.
 UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "margins", "products", "residuals")
@@ -33,7 +33,7 @@ def test_without_passes_a_graph_stays_as_recorded(monkeypatch: pytest.MonkeyPatc
     (program,) = check(seeded(Block), picture(1, 4, 13, 11), (Grid(),))
     assert not program.changes
     assert targets(program).count(aten.convolution.default) == 4
-    assert targets(program).count(operators.whole_group_norm) == 2
+    assert targets(program).count(group_norms.whole_group_norm) == 2
 
 
 def test_an_unknown_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from halovae.distributed.mesh import Mesh
-from halovae.plane import operators, windows
+from halovae.plane import group_norms, operators, windows
 from halovae.plane.live import root, same
 from halovae.plane.passes.graphs import shared
 
@@ -14,8 +14,8 @@ aten = torch.ops.aten
 _NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
 # Operators whose result does not depend on a map's memory layout.
 _AGNOSTIC = (
-    aten.silu.default, aten.convolution.default, operators.convolution, operators.group_norm,
-    operators.whole_group_norm, windows.convolution, windows.pointwise,
+    aten.silu.default, aten.convolution.default, operators.convolution, group_norms.group_norm,
+    group_norms.normalized_groups, group_norms.whole_group_norm, windows.convolution, windows.pointwise,
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from halovae.distributed.mesh import Mesh
-from halovae.plane import operators, windows
+from halovae.plane import group_norms, operators, windows
 from halovae.plane.live import root, same, shares, size_of
 from halovae.plane.passes.graphs import shared, uses
 
@@ -25,8 +25,9 @@ _OVERWRITING: dict[Any, Callable[..., Any]] = {
 # Operators that allocate memory for their result: it is not a view, and shares no memory with other tensors.
 _ALLOCATING = (
     *_OVERWRITING, *_OVERWRITING.values(), aten.convolution.default, aten.constant_pad_nd.default,
-    aten.upsample_nearest2d.default, operators.convolution, operators.group_norm, operators.whole_group_norm,
-    windows.convolution, windows.copied, windows.normalized, windows.pointwise, windows.upsampled_convolution,
+    aten.upsample_nearest2d.default, operators.convolution, group_norms.group_norm, group_norms.normalized_groups,
+    group_norms.whole_group_norm, windows.convolution, windows.copied, windows.normalized, windows.pointwise,
+    windows.upsampled_convolution,
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from halovae.distributed.mesh import Mesh
-from halovae.plane import backends, operators, windows
+from halovae.plane import backends, group_norms, windows
 from halovae.plane.live import same
 from halovae.plane.norms import Cells
 from halovae.plane.passes.graphs import is_cast, only_user, replaced, used_once, widened
@@ -42,11 +42,15 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
         if not node.kwargs.keys() & {"silu", "norm"} and only_user(x, aten.silu.default):
             gone.append(x)
             x, options["silu"] = x.args[0], True
-        if "norm" not in node.kwargs and only_user(x, operators.group_norm):
+        if "norm" not in node.kwargs and only_user(x, group_norms.group_norm):
             gone.append(x)
             x, gamma, beta, groups, eps, scope, counts = x.args
             options |= {"gamma": gamma, "beta": beta, "norm": (groups, eps, scope, counts)}
-        elif "norm" not in node.kwargs and only_user(x, operators.whole_group_norm):
+        elif "norm" not in node.kwargs and only_user(x, group_norms.normalized_groups):
+            gone.append(x)
+            x, found, gamma, beta, groups, eps = x.args
+            options |= {"gamma": gamma, "beta": beta, "norm": (groups, eps, "plane", ()), "found": found}
+        elif "norm" not in node.kwargs and only_user(x, group_norms.whole_group_norm):
             gone.append(x)
             x, groups, gamma, beta, eps = x.args
             options |= {"gamma": gamma, "beta": beta, "norm": (groups, eps, "plane", ())}

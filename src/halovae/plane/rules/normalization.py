@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halovae.plane import operators
+from halovae.plane import group_norms
 from halovae.plane.layout import is_partitioned, local_shape
 from halovae.plane.rules.registry import plain, rule
 from halovae.plane.tensor import PlaneTensor
@@ -30,7 +30,7 @@ def group_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     local, own = x.local, x.local.shape[0]
     mesh_dims = {factor.mesh_dim for dim in x.partition[2:] for factor in dim if factor.mesh_dim is not None}
     if not mesh_dims:
-        result = plane.run(operators.whole_group_norm, local, groups, weight, bias, eps)
+        result = plane.run(group_norms.whole_group_norm, local, groups, weight, bias, eps)
     else:
         scope, _ = plane.scope(mesh_dims)
         counts = []
@@ -38,7 +38,12 @@ def group_norm(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             _, _, *sizes = local_shape(x.partition, {**plane.coordinates, **place})
             counts.append(torch.Size(sizes).numel() * (channels // groups))
         plane.received += (len(counts) - 1) * 2 * own * groups * max(4, local.element_size())
-        result = plane.run(operators.group_norm, local, weight, bias, groups, eps, scope, tuple(counts))
+        if plane.strips is None:
+            result = plane.run(group_norms.group_norm, local, weight, bias, groups, eps, scope, tuple(counts))
+        else:  # a strip keeps no map while it waits for the others' statistics
+            everyone = plane.gather(plane.run(group_norms.own_statistics, local, groups), mesh_dims)
+            found = plane.run(group_norms.combined, everyone, tuple(counts))
+            result = plane.run(group_norms.normalized_groups, local, found, weight, bias, groups, eps)
     # The operator also returns statistics, which only training needs.
     return plane.wrap(result, x.partition), None, None
 

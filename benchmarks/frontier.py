@@ -2,6 +2,7 @@
 
     python benchmarks/frontier.py
     python benchmarks/frontier.py --model wan2.1 --latent 1x16x3x60x104 --strips 8:cols --repeat 2
+    python benchmarks/frontier.py --model flux --latent 1x16x64x64 --strips 4:rows 8:rows 8:rows:recompute
 
 A true-size model on seeded random weights, one process, one thread. Ways take turns. Live bytes are those of tensors
 that a decode creates, besides its result; `predicted` is what plans expect. Errors are the largest difference from
@@ -66,7 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(families()), default="wan2.1")
     parser.add_argument("--latent", default="1x16x2x40x52", help="BxCxTxHxW or BxCxHxW")
-    parser.add_argument("--strips", nargs="+", default=["2:cols", "4:cols", "8:cols"], help="COUNT:rows or COUNT:cols")
+    parser.add_argument(
+        "--strips", nargs="+", default=["2:cols", "4:cols", "8:cols"], help="COUNT:rows or COUNT:cols[:recompute]"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=2)
@@ -79,7 +82,7 @@ def main() -> None:
     shape = [int(size) for size in arguments.latent.split("x")]
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[arguments.dtype])
     asked = [one.split(":") for one in arguments.strips]
-    strips = [InStrips(int(count), "rows" if axis == "rows" else "cols") for count, axis in asked]
+    strips = [InStrips(int(count), "rows" if axis == "rows" else "cols", bool(rest)) for count, axis, *rest in asked]
     ways = ways_of(arguments.model, latents, strips, not arguments.no_diffusers)
     seconds: dict[str, list[float]] = {name: [] for name, *_ in ways}
     peaks, results = dict[str, int](), dict[str, Tensor]()

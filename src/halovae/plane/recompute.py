@@ -35,6 +35,7 @@ _KEPT = (
 # at 4096x4096, whose largest map takes 8 GiB in bf16, then keeps 4 GiB, and takes 1.23 times the operations.
 _SHARE = 0.5
 _PRICES = (64, 16, 4)
+_MOST = 0.6  # of all operations are computed again
 
 
 def recompute(graph: fx.Graph, bodies: dict[str, fx.Graph], mesh: Mesh) -> None:
@@ -61,17 +62,18 @@ class _Recompute:
     def run(self) -> None:
         """Rewrite the graph at each wait where too much is kept."""
         places = [node for node in self._graph.nodes if waits(node)]
-        enough = _SHARE * self._largest
+        enough, left = _SHARE * self._largest, _MOST * self._work
         for place, before in zip(places, [None, *places], strict=False):
             crossing = self._crossing(place)
             if _total(crossing) <= enough:
                 continue
             for price in _PRICES:
-                kept = self._cut(place, before, crossing, price)
+                kept, again = self._cut(place, before, crossing, price)
                 if _total(kept) <= enough:
                     break
-            if _total(kept) < _total(crossing):
+            if _total(kept) < _total(crossing) and again <= left:
                 self._rewrite(place, crossing, kept)
+                left -= again
 
     def _crossing(self, place: fx.Node) -> list[fx.Node]:
         """What is read after a node of what was computed before it."""
@@ -81,7 +83,9 @@ class _Recompute:
             if order[node] < order[place] and _is_map(node) and any(order[user] > order[place] for user in node.users)
         ]  # fmt: skip
 
-    def _cut(self, place: fx.Node, before: fx.Node | None, crossing: list[fx.Node], price: float) -> set[fx.Node]:
+    def _cut(
+        self, place: fx.Node, before: fx.Node | None, crossing: list[fx.Node], price: float
+    ) -> tuple[set[fx.Node], float]:
         """Choose what to keep while a strip waits at a node.
 
         Args:
@@ -89,6 +93,9 @@ class _Recompute:
             before: where it waited last: what it kept there is not computed from anything earlier.
             crossing: what is read after `place`.
             price: of all operators together, in largest maps that are not kept.
+
+        Returns:
+            What to keep, and the operations of computing the rest again.
         """
         per_flop = price * self._largest / self._work if self._work else 0.0
         order = {node: at for at, node in enumerate(self._graph.nodes)}
@@ -113,7 +120,8 @@ class _Recompute:
                     seen.add(one)
                     left.append(one)
         _, (reached, _) = networkx.minimum_cut(flow, "needed", "given")
-        return {node for node in seen if (node, "out") in reached and (node, "in") not in reached}
+        again = sum(flops(node) for node in seen if (node, "in") in reached)
+        return {node for node in seen if (node, "out") in reached and (node, "in") not in reached}, again
 
     def _rewrite(self, place: fx.Node, crossing: list[fx.Node], kept: set[fx.Node]) -> None:
         order = {node: at for at, node in enumerate(self._graph.nodes)}

@@ -210,6 +210,30 @@ def test_encode_crops_and_scales_to_what_the_model_takes(folder: Path, tmp_path:
     assert latents_file.read_header(output).shape == (1, 16, 2, 2, 4)
 
 
+@pytest.mark.parametrize("options", [("--memory-budget", "1GiB"), ("--num-gpus", "2"), ("--grid", "1x2")], ids=" ".join)
+def test_encode_gives_what_diffusers_gives(folder: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    picture, output = tmp_path / "picture.png", tmp_path / "latents.safetensors"
+    colors = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    Image.fromarray(colors).save(picture)
+    done = halovae("encode", picture, "--model", folder / "wan", "-o", output, *options)
+    assert done.exit_code == 0, done.output
+    pictures = torch.from_numpy(colors).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+    with torch.no_grad():
+        expected = vae("wan2.1").encode(pictures).latent_dist.mode()
+    torch.testing.assert_close(latents_file.read(output), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_encode_within_too_small_a_budget_is_refused(folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    done = halovae(
+        "encode", picture, "--model", folder / "wan", "-o", tmp_path / "z.safetensors", "--memory-budget", "9KiB"
+    )
+    assert done.exit_code == 2
+    assert "do not fit into a memory budget" in done.output.replace("\n", " ")
+    assert os.listdir(tmp_path) == ["picture.png"]
+
+
 def test_encode_refuses_files_that_are_not_clips(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_text("no video")
     done = halovae("encode", tmp_path / "clip.mp4", "--model", folder / "wan", "-o", tmp_path / "z.safetensors")

@@ -1,4 +1,4 @@
-"""`halovae encode`: encode a clip or a picture to a latents file, with diffusers' encoder."""
+"""`halovae encode`: encode a clip or a picture to a latents file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,33 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 
-from halovae.cli.common import MODEL_HELP, Dtype, check_installed, console, errors_shown, parse_size, parsed
+from halovae.cli.common import (
+    MODEL_HELP,
+    Dtype,
+    Interface,
+    Mode,
+    check_installed,
+    console,
+    errors_shown,
+    parse_bytes,
+    parse_size,
+    parsed,
+)
 from halovae.cli.planes import PlaneModel
 from halovae.device.kinds import Device
+from halovae.distributed.launch import launch, under_torchrun
+from halovae.distributed.transport import world_size
+from halovae.grid import Grid
 from halovae.io import latents as latents_file
 from halovae.io import media
 from halovae.models.classes import FIELDS
 from halovae.models.load import CLASSES, NoEncoder, diffusers_module, find_model, read_class, read_config
+from halovae.runtime.options import DecodeOptions
+from halovae.runtime.vae import replace_call
 
 
 def encode(
@@ -28,17 +45,38 @@ def encode(
         typer.Option(help="WIDTHxHEIGHT to scale to.", show_default="the clip's, cropped to what the model takes"),
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Number of frames to take.", show_default="all")] = None,
+    num_gpus: Annotated[
+        int | None, typer.Option(min=1, help="Number of GPUs, one rank each.", show_default="as many as --grid has")
+    ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="auto: the grid predicted to be fastest. single: one rank. parallel: all share the rows."),
+    ] = Mode.auto,
+    grid: Annotated[str | None, typer.Option(help="Ranks as ROWSxCOLS or BATCHxROWSxCOLS, instead of --mode.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(help="Memory that a rank may use to encode, such as 8GiB.", show_default="what is free"),
+    ] = None,
+    interface: Interface = None,
 ) -> None:
-    """Encode a clip to raw latents (the posterior's mode) with diffusers' encoder, in one process.
+    """Encode a clip or a picture to raw latents (the posterior's mode), on one device or on several at once.
 
     Sides must be multiples of the model's spatial factor, and most models of clips take 1, 5, 9, ... frames. The rest
-    is cropped, and the command says so.
+    is cropped, and the command says so. With --num-gpus N, the command starts N ranks on this host. Under torchrun, it
+    uses the world that torchrun started.
     """
     with errors_shown():
         chosen = None if size is None else parsed("--size", size, parse_size)
+        shared = Grid.parse(grid) if grid is not None else None
+        ranks = num_gpus or (world_size() if under_torchrun() else shared.size if shared else 1)
+        if mode is Mode.parallel:
+            shared = shared or Grid(rows=ranks)
+        if shared is not None and shared.size != ranks:
+            raise ValueError(f"--grid {shared} needs {shared.size} ranks, but --num-gpus is {ranks}")
         path = find_model(model)
         sizes = _sizes(path)
+        check_installed("encode", "diffusers", extra="diffusers")
         if output.suffix != ".safetensors":
             raise ValueError(f"output {output}: expected a name that ends in .safetensors")
         media.check_writable(output)
@@ -47,14 +85,39 @@ def encode(
         if video.shape[1:] != pixels.shape[1:]:
             (t, h, w), (frames_in, height, width) = video.shape[1:], pixels.shape[1:]
             console.print(f"taking {t} frames of {w}x{h} from {frames_in} of {width}x{height}")
-        with console.status("encoding"), torch.inference_mode():
-            device = Device.default().torch_device
-            vae = _encoder(path, dtype.torch).to(device)
-            pictures = video[None].to(device, dtype.torch)
-            latents = _mode(vae.encode(pictures if sizes.clips else pictures[:, :, 0])).cpu()
+        budget = parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None
+        with console.status("encoding"):
+            job = _Job(path, video, sizes.clips, dtype.torch, mode.value, shared, budget)
+            latents = launch(ranks, _run, job)[0]
+        if latents is None:
+            return  # under torchrun, another rank than the first
         latents_file.save(output, latents, sizes.family, scaled=False, fps=fps)
         shape = "x".join(map(str, latents.shape))
         console.print(f"{output}: latents {shape} of {sizes.family}, {fps:g} frames per second", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that a rank needs to know."""
+
+    model: Path
+    video: torch.Tensor  # [3, T, H, W], from -1 to 1
+    clips: bool
+    dtype: torch.dtype
+    mode: Any
+    grid: Grid | None
+    memory_budget: int | None
+
+
+def _run(job: _Job) -> torch.Tensor | None:
+    """Encode on one rank. Rank 0 returns the latents."""
+    vae = _encoder(job.model, job.dtype).to(Device.default().torch_device)
+    sharing: DecodeOptions = {"mode": job.mode, "grid": job.grid, "memory_budget": job.memory_budget}
+    replace_call(vae, "encode", sharing, lambda _: None)
+    pictures = job.video[None].to(vae.device, job.dtype)
+    with torch.inference_mode():
+        latents = _mode(vae.encode(pictures if job.clips else pictures[:, :, 0])).cpu()
+    return latents if not dist.is_initialized() or dist.get_rank() == 0 else None
 
 
 @dataclass(frozen=True)
@@ -89,7 +152,6 @@ def _sizes(path: Path) -> _Sizes:
 
 
 def _encoder(path: Path, dtype: torch.dtype) -> Any:
-    check_installed("encoding, which goes through diffusers,", "diffusers", extra="diffusers")
     vae: Any = diffusers_module(path, dtype)
     if isinstance(getattr(vae, "encoder", None), NoEncoder):
         raise ValueError(f"{path}: the file of this {type(vae).__name__} has no encoder")

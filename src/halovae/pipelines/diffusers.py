@@ -42,7 +42,7 @@ def parallelize(
         grid: instead of `mode`, for decoding.
         gather: "all" gives every rank the frames. "rank0" saves the other ranks the memory: they get black frames of
             the right shape, which take no memory.
-        memory_budget: bytes that a decode may take on each rank, above the resting process.
+        memory_budget: bytes that a decode or an encode may take on each rank, above the resting process.
         mesh: the ranks and their grid, for decoding and encoding; see `VAE.stream`.
         group: the ranks, which share by `mode` or `grid`; None for all of the world.
 
@@ -56,9 +56,9 @@ def parallelize(
     if gather not in ("all", "rank0"):
         raise ValueError(f"gather={gather!r}: a pipeline needs whole frames, expected 'all' or 'rank0'")
     vae = _vae_of(pipe_or_vae)
-    shared: DecodeOptions = {"mode": mode, "mesh": mesh, "group": group}
+    shared: DecodeOptions = {"mode": mode, "mesh": mesh, "group": group, "memory_budget": memory_budget}
     if hasattr(type(vae), "decode"):
-        options: DecodeOptions = {"grid": grid, "gather": gather, "memory_budget": memory_budget}
+        options: DecodeOptions = {"grid": grid, "gather": gather}
         replace_call(vae, "decode", {**shared, **options}, _warn_of_tiling)
     if hasattr(type(vae), "encode"):
         replace_call(vae, "encode", {**shared, "gather": "all"}, _warn_of_tiling)

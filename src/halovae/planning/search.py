@@ -44,20 +44,19 @@ class Search:
         multiple: bounds between ranks are multiples of it, as in `trace`.
         computing: how many ranks compute at once on a grid of one rank: all of them if each needs the result.
         compiled: whether a CPU's passes over memory are compiled.
-        may_cut: whether one rank may decode in strips if nothing else fits.
     """
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], module: nn.Module, shape: Sequence[int], dtype: torch.dtype,
         calibration: Calibration, batch: int = 1, budget: int | None = None, hosts: bool = False,
         allowed: Callable[[Grid], bool] | None = None, multiple: int = 1, computing: int = 1,
-        compiled: bool = True, may_cut: bool = True,
+        compiled: bool = True,
     ) -> None:  # fmt: skip
         self._function, self._module, self._shape, self._dtype = function, module, tuple(shape), dtype
         self._plane, self._multiple = cells(shape, multiple), multiple
         self._concurrent_ranks, self._compiled = computing, compiled
         self._calibration, self._batch, self.budget, self._hosts = calibration, batch, budget, hosts
-        self._allowed, self._may_cut = allowed, may_cut
+        self._allowed = allowed
         self._traced: dict[Grid, Traced] = {}
         self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
         self._in_strips: dict[InStrips, Candidate] = {}
@@ -174,7 +173,7 @@ class Search:
             seen[grid] = self.price(grid)
             best = self._best(list(seen.values()))
         tried = list(seen.values())
-        if best is None and world == 1 and self._may_cut:
+        if best is None and world == 1:
             tried += self.strips()
             best = self._best(tried)
         if best is None:

@@ -156,8 +156,8 @@ class PlaneCall:
         self._bound(x, options)
 
     def _is_short_of_memory(self, x: Tensor, options: Mapping[str, Any]) -> bool:
-        """Whether a decode on one rank would take more than the free memory, so that it has to be planned."""
-        if self.name != "decode" or x.numel() == 0 or next(hooked(self.vae), None) is not None:
+        """Whether a call on one rank would take more than the free memory, so that it has to be planned."""
+        if x.numel() == 0 or next(hooked(self.vae), None) is not None:
             return False
         tensors, static = self._bound(x, options)
         found = self._sharded.peak(x, *tensors.values(), options={**static, "_names": ",".join(tensors)})
@@ -202,7 +202,7 @@ class PlaneCall:
                 lambda z: self._run(z, *tensors.values(), _names=names, **static), self.vae, (items, *x.shape[1:]),
                 x.dtype, calibration_of(everyone, x.dtype, kernels), rounds, budget,
                 len({host for _, host in offers}) > 1, allowed, self._multiple,
-                1 if sharing.gather == "rank0" else world, kernels is not EAGER, self.name == "decode",
+                1 if sharing.gather == "rank0" else world, kernels is not EAGER,
             )  # fmt: skip
 
         # Noise is drawn for all items at once, and other tensors may belong to all of them.

@@ -35,9 +35,12 @@ def frontier(search: Search, describe: Callable[[str], None], on_step: Callable[
             for count in COUNTS:
                 strips = InStrips(count, mesh_dim, recompute)
                 describe(str(strips))
+                if recompute and not search.strips_wait:
+                    on_step()
+                    continue
                 with suppress(NarrowStripError):
                     one = search.price_strips(strips)
-                    if one.peak != peaks.get(count):  # otherwise no strip waits for another
+                    if one.peak != peaks.get(count):  # otherwise nothing is computed again
                         found.append(one)
                         peaks[count] = one.peak
                 on_step()

@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from halovae.distributed.mesh import Mesh
 from halovae.grid import Grid
 from halovae.models.classes import tiles_only
+from halovae.pipelines.in_time import plan_before_denoising
 from halovae.plane.results import Gather
-from halovae.runtime.options import DecodeOptions, Mode
+from halovae.runtime.options import DecodeOptions, Mode, Sharing
 from halovae.runtime.vae import replace_call
 
 
@@ -34,7 +35,8 @@ def parallelize(
     Run it under torchrun, one process per device; every rank calls the pipeline with the same arguments and seed.
     `vae.decode(z).sample` and `vae.encode(x).latent_dist` keep their meaning: same shape, dtype and device,
     `return_dict` included. `config` and the weights stay untouched; the weights are shared. A second call replaces the
-    settings.
+    settings. A pipeline plans its decode before it denoises: the logger "halovae" says how latents will be decoded,
+    and a `memory_budget` that no way fits into raises `halovae.MemoryBudgetError` then.
 
     Args:
         pipe_or_vae: a pipeline with a `vae`, or any diffusers autoencoder with rows and cols.
@@ -59,7 +61,10 @@ def parallelize(
     shared: DecodeOptions = {"mode": mode, "mesh": mesh, "group": group, "memory_budget": memory_budget}
     if hasattr(type(vae), "decode"):
         options: DecodeOptions = {"grid": grid, "gather": gather}
-        replace_call(vae, "decode", {**shared, **options}, _warn_of_tiling)
+        options = {**shared, **options}
+        call = replace_call(vae, "decode", options, _warn_of_tiling)
+        if pipe_or_vae is not vae:
+            plan_before_denoising(pipe_or_vae, lambda z: call.choose(z, Sharing.of(options, z.device), {}))
     if hasattr(type(vae), "encode"):
         replace_call(vae, "encode", {**shared, "gather": "all"}, _warn_of_tiling)
     return pipe_or_vae
@@ -109,6 +114,7 @@ def restore(pipe_or_vae: Any) -> Any:
     vae = _vae_of(pipe_or_vae)
     for name in ("decode", "encode"):
         vars(vae).pop(name, None)
+    vars(pipe_or_vae).pop("prepare_latents", None)
     return pipe_or_vae
 
 

@@ -54,10 +54,10 @@ def peak(
         scratch: bytes that an operator holds while it runs, besides its result.
         before: the highest point right before one of these nodes instead; None for that of all.
     """
-    known: dict[tuple[str, frozenset[int]], int] = {}
+    known: dict[tuple[str, frozenset[int]], int | None] = {}
 
-    def highest(nodes: Iterable[fx.Node], given: frozenset[int]) -> int:
-        """The highest point of a graph that owns the inputs in `given`, and borrows the others."""
+    def highest(nodes: Iterable[fx.Node], given: frozenset[int]) -> int | None:
+        """The highest point of a graph that owns the inputs in `given`, and borrows the others; None if it has none."""
         owner: dict[fx.Node, fx.Node] = {}
         for node in nodes:
             owner[node] = owner[node.all_input_nodes[0]] if shares(node) else node
@@ -68,29 +68,30 @@ def peak(
         ending: dict[fx.Node, list[fx.Node]] = {}
         for kept, node in last.items():
             ending.setdefault(node, []).append(kept)
-        live = top = 0
+        live, top = 0, 0 if before is None else None
         for node in nodes:
             if before is not None and before(node):
-                top = max(top, live)
+                top = max(top or 0, live)
             if node.op == "call_module":
                 box = node.all_input_nodes[0]
                 free = frozenset(at for at, one in enumerate(box.args) if last[owner[one]] is box)  # type: ignore[index]
                 key = str(node.target), free
                 if key not in known:
                     known[key] = highest(bodies[key[0]].nodes, free)
-                top = max(top, live + known[key])
+                inner = known[key]
+                top = top if inner is None else max(top or 0, live + inner)
             elif node.target is take:
                 live += size(node) if node.args[1] in given else 0
             elif owner[node] is node:
                 live += size(node)
             if before is None:
-                top = max(top, live + scratch(node))
+                top = max(top or 0, live + scratch(node))
             for gone in ending.get(node, []):
                 if gone.target is not take or gone.args[1] in given:
                     live -= size(gone)
         return top
 
-    return highest(graph.nodes, frozenset())
+    return highest(graph.nodes, frozenset()) or 0
 
 
 def is_operator(node: fx.Node) -> bool:

@@ -35,7 +35,7 @@ _KEPT = (
 # at 4096x4096, whose largest map takes 8 GiB in bf16, then keeps 4 GiB, and takes 1.23 times the operations.
 _SHARE = 0.5
 _PRICES = (64, 16, 4)
-_MOST = 0.6  # of all operations are computed again
+_MOST = 0.75  # of all operations are computed again
 
 
 def recompute(graph: fx.Graph, bodies: dict[str, fx.Graph], mesh: Mesh) -> None:
@@ -108,7 +108,6 @@ class _Recompute:
         left, seen = list(crossing), set(crossing)
         while left:
             node = left.pop()
-            # The graph is searched from what is needed: of equal cuts, the one that computes least again is found.
             flow.add_edge((node, "out"), (node, "in"), capacity=size_of(root(node)))
             if order[node] <= start or not _is_repeatable(node):
                 flow.add_edge((node, "in"), "given")
@@ -119,7 +118,8 @@ class _Recompute:
                 if one not in seen:
                     seen.add(one)
                     left.append(one)
-        _, (reached, _) = networkx.minimum_cut(flow, "needed", "given")
+        # Of equal cuts, networkx finds the one nearest to where the flow goes: the one that computes least again.
+        _, (_, reached) = networkx.minimum_cut(flow.reverse(copy=False), "given", "needed")
         again = sum(flops(node) for node in seen if (node, "in") in reached)
         return {node for node in seen if (node, "out") in reached and (node, "in") not in reached}, again
 
@@ -215,7 +215,11 @@ def _is_repeatable(node: fx.Node) -> bool:
     if node.target in _KEPT or root(node).target in _KEPT or not sources or sources[0].op == "call_module":
         return False
     if node.target is operators.fetch:
-        return not waits(node) and all(len(intervals) == 1 for intervals in node.args[4])  # type: ignore[union-attr, arg-type]
+        arguments: Any = node.args
+        _, _, _, bounds, needed = arguments
+        intervals = [interval for one in needed for interval in one]
+        inside = all(start < stop <= bounds[-1] for start, stop in intervals)
+        return not waits(node) and inside and len(intervals) == len(needed)
     schema: Any = getattr(node.target, "_schema", None)
     return not (schema is not None and torch.Tag.nondeterministic_seeded in node.target.tags)  # type: ignore[union-attr]
 

@@ -16,10 +16,10 @@ from halovae.distributed.sequence import in_sequence
 from halovae.distributed.transport import Transport
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER, Kernels
-from halovae.plane import operators, whole_maps
+from halovae.plane import group_norms, operators, whole_maps
 from halovae.plane.agreement import message_digests
 from halovae.plane.layout import Factor, MeshDim, replicated, shape, sole
-from halovae.plane.live import peak
+from halovae.plane.live import peak, size_of
 from halovae.plane.passes.graphs import writes
 from halovae.plane.program import Program
 from halovae.plane.strips import NarrowStripError, Strips, waits, where_whole
@@ -59,6 +59,7 @@ _GAPS = 1.06
 # What comes before an operator that needs all rows is computed at once: always, or while maps are at most this share of
 # the largest one. The way with the lower peak is taken.
 _SMALL = (1.0, 1 / 8)
+_PARTS = (operators.fetch, group_norms.gather, whole_maps.hand)  # by which strips share work
 Record = Callable[[Mesh, Strips, "Sequence[str] | None"], Program]  # with some passes, or None for all
 
 
@@ -150,7 +151,14 @@ class StripProgram(Program):
         # While one strip runs, the others wait.
         running = max(int(_GAPS * own) - least for own, least in zip(peaks, waiting, strict=True))
         everyone = sum(times * least for (_, times), least in zip(self.graphs, waiting, strict=True))
-        return running + everyone + kept + lines
+        # Each strip holds its part of the input until it ends.
+        inputs = sum(times * size_of(next(iter(one.graph.nodes))) for one, times in self.graphs)
+        return running + everyone + kept + lines + (inputs if self.waits else 0)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a strip waits for later ones."""
+        return any(waits(node) for one in self.programs for node in one.nodes())
 
 
 def _part(x: Tensor, dim: int, factor: Factor, place: int) -> Tensor:
@@ -207,6 +215,8 @@ def _recorded(
     programs = _of_all(of, layout, strips.count)
     if any(_lines(one) != _lines(programs[0]) for one in programs):  # borders are padded by their own operators
         programs = _of_all(of, replace(layout, early=False), strips.count)
+    if whole and not any(node.target in _PARTS for node in programs[0].nodes()):
+        raise NarrowStripError("every strip would compute all of this function")
     return StripProgram(strips, programs)
 
 

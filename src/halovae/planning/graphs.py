@@ -73,12 +73,14 @@ class Traced:
         pictures: the shape of the decoded item.
         fallbacks: operators that no rule covers; they run replicated.
         random: whether the function draws random numbers.
+        waits: whether strips wait for each other.
     """
 
     cost: Cost
     pictures: tuple[int, ...]
     fallbacks: tuple[str, ...]
     random: bool
+    waits: bool = False
 
 
 def cells(shape: Sequence[int], multiple: int) -> tuple[int, int]:
@@ -150,7 +152,7 @@ def traced(
                 for _ in range(times):
                     total[key].add(work)
     cost = Cost(dict(total), 0, 0, weights, program.together(peaks))
-    return Traced(cost, shape_of(program.returns), tuple(program.fallbacks), program.random)
+    return Traced(cost, shape_of(program.returns), tuple(program.fallbacks), program.random, program.waits)
 
 
 def _priced(program: Program, mesh: Mesh, total: WorkByKind, compiled: bool, kind: str) -> tuple[int, int, int, int]:

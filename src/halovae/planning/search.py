@@ -60,6 +60,7 @@ class Search:
         self._traced: dict[Grid, Traced] = {}
         self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
         self._in_strips: dict[InStrips, Candidate] = {}
+        self.strips_wait = False  # whether strips that were priced wait for each other, so that they could recompute
 
     def traced(self, grid: Grid) -> Traced:
         """Return what the rank with the most to do takes for one item. Each grid is traced once.
@@ -99,6 +100,7 @@ class Search:
                 compiled=self._compiled, kind="cpu" if self._calibration.device == "cpu" else "meta", strips=strips,
             )  # fmt: skip
             seconds = self._batch * self._seconds(found.cost, Grid())
+            self.strips_wait = self.strips_wait or found.waits
             self._in_strips[strips] = Candidate(Grid(), seconds, found.cost.peak, 0, 0, strips=strips)
         return self._in_strips[strips]
 
@@ -108,7 +110,7 @@ class Search:
         If none fits, strips that compute maps again are added, up to as many as fit.
         """
         kept = self._strips(recompute=False)
-        if not kept or kept[-1].fits(self.budget):
+        if not kept or kept[-1].fits(self.budget) or not self.strips_wait:
             return kept
         again = self._strips(recompute=True)
         lower = again and min(one.peak or 0 for one in again) < min(one.peak or 0 for one in kept)

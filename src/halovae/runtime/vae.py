@@ -263,8 +263,8 @@ class VAE:
         return sharing, options.get("module_kwargs") or {}
 
 
-def replace_call(vae: nn.Module, name: Call, options: DecodeOptions, warn: Callable[[Any], None]) -> None:
-    """Replace the `decode` or `encode` of an autoencoder's instance.
+def replace_call(vae: nn.Module, name: Call, options: DecodeOptions, warn: Callable[[Any], None]) -> PlaneCall:
+    """Replace the `decode` or `encode` of an autoencoder's instance, and return what stands in its place.
 
     Args:
         vae: the autoencoder.
@@ -275,7 +275,9 @@ def replace_call(vae: nn.Module, name: Call, options: DecodeOptions, warn: Calla
     from diffusers.utils.accelerate_utils import apply_forward_hook
 
     # The hook moves an offloaded VAE to its device first, as around diffusers' own.
-    vars(vae)[name] = apply_forward_hook(_method(PlaneCall(vae, name), options, warn)).__get__(vae)
+    call = PlaneCall(vae, name)
+    vars(vae)[name] = apply_forward_hook(_method(call, options, warn)).__get__(vae)
+    return call
 
 
 def _method(call: PlaneCall, given: DecodeOptions, warn: Callable[[Any], None]) -> Callable[..., Any]:

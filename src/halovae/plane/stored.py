@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from halovae.device.kinds import cache_folder
 from halovae.distributed.mesh import Mesh
-from halovae.plane import backends, operators, whole_maps, windows
+from halovae.plane import backends, group_norms, operators, whole_maps, windows
 from halovae.plane.fingerprint import Unstable, fingerprint
 from halovae.plane.layout import Factor
 from halovae.plane.plane import Plane
@@ -209,7 +209,7 @@ def _target(op: str, name: str) -> tuple[str, Any]:
         return op, name
     if name == "_operator.getitem":
         return op, operator.getitem
-    for module in (operators, whole_maps, windows):
+    for module in (group_norms, operators, whole_maps, windows):
         if place == module.__name__:
             return op, getattr(module, function)
     package, packet = place.split(".")

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from rich.table import Table
 
+from halovae.errors import UnplannableError
 from halovae.grid import Grid
 from halovae.plane.layout import MeshDim
 from halovae.plane.strip_program import InStrips
@@ -38,7 +39,7 @@ def frontier(search: Search, describe: Callable[[str], None], on_step: Callable[
                 if recompute and not search.strips_wait:
                     on_step()
                     continue
-                with suppress(NarrowStripError):
+                with suppress(NarrowStripError, UnplannableError):
                     one = search.price_strips(strips)
                     if one.peak != peaks.get(count):  # otherwise nothing is computed again
                         found.append(one)

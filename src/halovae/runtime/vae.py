@@ -120,6 +120,21 @@ class VAE:
         sharing, own = self._read(call, options, DecodeOptions)
         return call.choose(torch.zeros(*shape, dtype=self.dtype, device=self.device), sharing, own).decision
 
+    def why_eager(self, shape: Sequence[int], name: Call = "decode", **module_kwargs: Any) -> str:
+        """Say why a call on one rank runs eagerly, without a recorded graph, plans, or strips.
+
+        Args:
+            shape: of the latents, or of the pictures for "encode".
+            name: which call.
+            module_kwargs: further arguments of the module's own call.
+
+        Returns:
+            The reason; empty if a graph was recorded.
+        """
+        weight = next(self.module.parameters())
+        found = self._call(name).peak(weight.new_zeros(()).expand(*shape), module_kwargs)
+        return found if isinstance(found, str) else ""
+
     def decode(self, latents: Tensor, **options: Unpack[DecodeOptions]) -> Tensor | None:
         """Decode latents to pictures.
 

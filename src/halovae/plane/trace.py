@@ -24,6 +24,7 @@ from halovae.errors import TraceError
 from halovae.plane import operators
 from halovae.plane.chunks import split
 from halovae.plane.constants import Constants, Memory
+from halovae.plane.context import without_gradients
 from halovae.plane.cuts import cut_early
 from halovae.plane.hooks import paths, untouched
 from halovae.plane.layout import local_shape
@@ -96,6 +97,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(True for _ in plane_tensors((*args, *kwargs.values()))):
             return NotImplemented
+        if is_composite(func) and any(one.is_inference() for one in tensors_in((*args, *kwargs.values()))):
+            with self:  # PyTorch decomposes operators on other tensors before
+                return func.decompose(*args, **kwargs)
         result = self._recorded(func, args, kwargs)
         if self.plane is None or self.plane.inside:
             return result
@@ -176,7 +180,7 @@ class Recorder(TorchDispatchMode):
         if hasattr(x, "halovae_node"):
             return x
         named = id(x) in self._names
-        key = (id(x), 0 if named else x._version)
+        key = (id(x), 0 if named or x.is_inference() else x._version)
         if key not in self._lifted:
             name = self._names[id(x)] if named else f"constant_{len(self.attributes)}"
             self.attributes[name] = x if named else x.clone()  # it may be written to later
@@ -288,7 +292,7 @@ def _traced(
         cached = torch.is_autocast_cache_enabled()  # autocast would keep this graph's casts of weights
         torch.set_autocast_cache_enabled(False)
         stack.callback(torch.set_autocast_cache_enabled, cached)
-        with torch.inference_mode(False):
+        with without_gradients():  # weights may have been made in inference mode
             x = plane.wrap(recorder.input("x", local_shape(layout, plane.coordinates), dtype), layout)
             inputs = [recorder.input(f"extra_{index}", *one) for index, one in enumerate(extras)]
             result = function(x, *map(plane.lift, inputs))

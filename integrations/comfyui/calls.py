@@ -49,6 +49,9 @@ def decoded(vae: Any, latents: Tensor, budget: int | None) -> Tensor:
             images.narrow(stream.dim, start, part.shape[stream.dim]).copy_(part)
             start += part.shape[stream.dim]
         assert images is not None
+        chosen = (stream.report.decision or {}).get("chosen", {})
+        way = f"in {chosen['strips']}" if chosen.get("strips") else "at once"
+        log.info("halovae decoded latents of shape %s %s.", list(latents.shape), way)
         return images
 
     found = _by_halovae("decode", vae, latents, budget, estimate, run)

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import comfy.model_management as management
 import comfy.utils
-import halovae
 import torch
-from halovae.errors import TraceError
 from torch import Tensor, nn
+
+import halovae
+from halovae.errors import TraceError
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _autoencoder(vae: Any) -> halovae.VAE:
     found = getattr(vae, "halovae", None)
     if found is None or found.module is not vae.first_stage_model:
         found = vae.halovae = halovae.VAE(vae.first_stage_model)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @contextmanager

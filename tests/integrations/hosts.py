@@ -115,7 +115,7 @@ class OwnVAE:
         x = x.movedim(1, 0).unsqueeze(0) if self.latent_dim == 3 else x
         with torch.no_grad():
             found = self.first_stage_model.encode(self.process_input(x).to(self.vae_dtype))  # type: ignore[operator]
-        return found.float()  # type: ignore[no-any-return]
+        return found.float()
 
 
 def load_pack(name: str = "halovae_pack") -> Any:

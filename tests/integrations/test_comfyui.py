@@ -5,20 +5,19 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from integrations.hosts import PACK, PLAIN, Host, Interrupted, OwnVAE, Server, checkout, environment, load_pack, serving
+from models.original_layouts import wan21, written
 from PIL import Image
 from safetensors.torch import save_file
 from samples import vae as tiny_vae
 from torch import Tensor, nn
-
-from integrations.hosts import PACK, PLAIN, Host, Interrupted, OwnVAE, Server, checkout, environment, load_pack, serving
-from models.original_layouts import wan21, written
 
 LATENTS = (1, 16, 3, 36, 28)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class Memory:
         attribute: whether it was created outside of the graph.
         written: whether an operator writes to it.
         nodes: the nodes whose results lie in it.
+        tensors: the tensors that lie in it, as weak references.
         originals: for a result of a repeated call, the storages of the recorded call's result.
     """
 
@@ -34,7 +36,15 @@ class Memory:
     attribute: bool
     written: bool = False
     nodes: list[fx.Node] = field(default_factory=list)
+    tensors: list[weakref.ref[Tensor]] = field(default_factory=list)
     originals: list[Memory] = field(default_factory=list)
+
+    @property
+    def alike(self) -> list[Tensor]:
+        """The tensors that lie in it and are alive; none if they are views of different parts of it."""
+        alive = [one for ref in self.tensors if (one := ref()) is not None]
+        places = {(one.shape, one.stride(), one.storage_offset(), one.dtype) for one in alive}
+        return alive if len(places) == 1 else []
 
     def write(self, constant: bool) -> None:
         """Note a write to the storage, of a constant value or of another."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -33,7 +34,7 @@ from halovae.plane.passes import chosen, improve
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.repeats import LeakError, Repeats, clean
-from halovae.plane.rules.registry import is_composite, plane_tensors, written
+from halovae.plane.rules.registry import is_composite, plane_tensors, unwriting, written
 from halovae.plane.strips import Strips
 from halovae.plane.tensor import is_channels_last
 
@@ -122,9 +123,12 @@ class Recorder(TorchDispatchMode):
                 raise TraceError(f"{func} reads values that depend on the input{_location()}")
             result = self._values.call(func, _mapped(self.node, (args, kwargs)), self.graph, self.attributes)
             return _mapped(self._twin, result)
+        targets = written(func)
+        if targets and not random and self._made_anew(func, args, kwargs, constant):
+            return args[targets[0]]
         node = self.graph.call_function(func, *_mapped(self.node, (args, kwargs)))
         node.meta["constant"] = constant
-        if targets := written(func):
+        if targets:
             target: Tensor = args[targets[0]]
             memory = self.memory(target)
             if memory.attribute:
@@ -133,6 +137,33 @@ class Recorder(TorchDispatchMode):
             self.written.append(memory)
             return target
         return self._results(self._on_meta(func, args, kwargs), node, constant)
+
+    def _made_anew(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], constant: bool) -> bool:
+        """Record an operator that writes to a tensor as one that makes a new tensor, if no view of the old one is left.
+
+        No pass runs over a graph that writes.
+        """
+        target: Tensor = args[0]
+        memory, function = self.memory(target), unwriting(func)
+        others = memory.alike
+        if function is None or memory.attribute or not others or (memory.constant and constant):
+            return False
+        if func is aten.copy_.default and args[1].shape == target.shape and args[1].dtype == target.dtype:
+            contiguous = torch.contiguous_format if target.is_contiguous() else torch.preserve_format
+            function, args, kwargs = aten.clone.default, args[1:2], {"memory_format": contiguous}
+        result = self._on_meta(function, args, kwargs)
+        if any(getattr(result, name) != getattr(target, name) for name in ("shape", "dtype")):
+            return False
+        if result.stride() != target.stride():
+            return False
+        node = self.graph.call_function(function, *_mapped(self.node, (args, kwargs)))
+        node.meta |= {**target.halovae_node.meta, "module": self.module, "constant": False}  # type: ignore[attr-defined]
+        memory.constant = False
+        memory.nodes.append(node)
+        self.written.append(memory)
+        for one in others:
+            one.halovae_node = node  # type: ignore[attr-defined]
+        return True
 
     def _on_meta(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if "device" in kwargs:
@@ -169,6 +200,7 @@ class Recorder(TorchDispatchMode):
         storage = result.untyped_storage()
         memory = self._memory.setdefault(id(storage), Memory(storage, constant, attribute))
         memory.nodes.append(node)
+        memory.tensors.append(weakref.ref(result))
         return memory
 
     def memory(self, x: Tensor) -> Memory:

@@ -9,11 +9,9 @@ from typing import Any, Literal
 
 import comfy.model_management as management
 import comfy.utils
-import torch
 from torch import Tensor, nn
 
 import halovae
-from halovae.errors import TraceError
 
 log = logging.getLogger(__name__)
 
@@ -91,28 +89,43 @@ def encoded(vae: Any, pixels: Tensor, budget: int | None) -> Tensor:
 def _by_halovae(
     name: Name, vae: Any, x: Tensor, budget: int | None, estimate: int, run: Callable[..., Tensor]
 ) -> Tensor | None:
-    """Run a call; return None if no graph of it can be recorded."""
+    """Run a call; return None if halovae cannot, and say why in the log."""
     # Within a budget, other models may stay where they are. All of the VAE has to be on the device.
     needed = estimate if budget is None else min(budget, estimate)
     management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=True)
-    with _plain_attention(vae.first_stage_model):
+    with _plain_attention(vae.first_stage_model), halovae.on_each_step(_Progress()):
         try:
-            autoencoder = _autoencoder(vae)
-            reason = autoencoder.why_eager(x.shape, name)
-        except (TraceError, ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+            reason = _why_not(name, vae, x)
+            if not reason:
+                return _within(budget, _autoencoder(vae), run)
+        except (ValueError, TypeError) as error:  # such as a result that has no rows and cols
             reason = f"{type(error).__name__}: {error}"
-        if reason:
-            log.warning(
-                "halovae cannot record the %s of %s (%s). ComfyUI runs it instead, in tiles if memory runs out.",
-                name, type(vae.first_stage_model).__name__, reason.strip().splitlines()[0],
-            )  # fmt: skip
-            return None
-        with halovae.on_each_step(_Progress()):
-            try:
-                return run(autoencoder, memory_budget=budget)
-            except halovae.MemoryBudgetError as error:
-                log.warning("halovae: %s. It runs at once.", error)
-                return run(autoencoder, mode="single")
+    log.warning(
+        "halovae cannot run the %s of %s: %s. ComfyUI runs it instead, in tiles if memory runs out.",
+        name, type(vae.first_stage_model).__name__, reason.strip().splitlines()[0],
+    )  # fmt: skip
+    return None
+
+
+def _within(budget: int | None, autoencoder: halovae.VAE, run: Callable[..., Tensor]) -> Tensor:
+    try:
+        return run(autoencoder, memory_budget=budget)
+    except halovae.MemoryBudgetError as error:
+        log.warning("halovae: %s. It runs at once.", error)
+        return run(autoencoder, mode="single")
+
+
+def _why_not(name: Name, vae: Any, x: Tensor) -> str:
+    """Why halovae cannot run a call; empty if it can."""
+    if x.ndim not in (4, 5):
+        return f"tensors of shape {list(x.shape)} have no rows and cols"
+    devices = sorted({str(one.device) for one in vae.first_stage_model.parameters()})
+    if len(devices) > 1 or not devices[0].startswith(vae.device.type):
+        return f"its weights are on {', '.join(devices)}, expected all of them on {vae.device}"
+    try:
+        return _autoencoder(vae).why_eager(x.shape, name)
+    except (RuntimeError, AttributeError) as error:  # modules may fail in any way on tensors that have no values
+        return f"{type(error).__name__}: {error}"
 
 
 class _Progress:
@@ -150,8 +163,7 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
     for one in before:
         one.optimized_attention = plain
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for one, attention in before.items():
             one.optimized_attention = attention

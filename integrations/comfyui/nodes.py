@@ -58,7 +58,7 @@ class VAEDecodeExact(_WithinBudget):
         if latents.is_nested:
             latents = latents.unbind()[0]
         images = decoded(vae, latents, parse_budget(memory_budget))
-        return (images.reshape(-1, *images.shape[-3:]),)  # the frames of all clips
+        return (images.reshape(-1, *images.shape[-3:]) if images.ndim == 5 else images,)  # the frames of all clips
 
 
 class VAEEncodeExact(_WithinBudget):

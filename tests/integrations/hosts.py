@@ -75,7 +75,7 @@ class Host:
 class OwnVAE:
     """Stands for ComfyUI's `VAE` around a module: what the pack reads of it, and its plain decode and encode."""
 
-    output_device = torch.device("cpu")
+    device = output_device = torch.device("cpu")
     patcher = "the patcher"
     not_video = False
 

@@ -54,7 +54,7 @@ def main() -> None:
             "in strips": float((strips - own[0]).abs().max()),
             "encode": float((encode.encode(pixels, vae, "")[0]["samples"] - vae.encode(pixels)).abs().max()),
             "way": lines.lines[-1],
-            "fell back": any("cannot record" in line for line in lines.lines),
+            "fell back": any("cannot run" in line for line in lines.lines),
         }
     print(json.dumps(found))
 

@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def test_another_budget_is_refused_before_anything_runs(pack: Any, text: str) ->
 
 
 def test_a_clip_is_what_the_vae_itself_decodes(host: Host, pack: Any, caplog: pytest.LogCaptureFixture) -> None:
-    vae, given = clip_vae(), latents()
+    vae, given = clip_vae(), latents((1, 16, 3, 8, 6))
     expected = vae.decode(given["samples"])[0]
     with caplog.at_level(logging.INFO):
         (frames,) = node(pack, "HalovaeVAEDecode").decode(given, vae)
@@ -158,10 +158,10 @@ def test_what_fits_in_no_way_runs_at_once_and_says_so(pack: Any, caplog: pytest.
 
 @pytest.mark.parametrize("budget", ["", "strips"])
 def test_an_interrupted_decode_ends(host: Host, pack: Any, budget: str) -> None:
-    vae, given = clip_vae(), latents()
+    vae, given = clip_vae(), latents(LATENTS if budget else (1, 16, 3, 8, 6))
     decode = node(pack, "HalovaeVAEDecode")
     (expected,) = decode.decode(given, vae)
-    if budget:
+    if budget:  # what does not fit at once
         budget = str(vae.halovae.report.peak + expected.nbytes)  # type: ignore[attr-defined]
     host.interrupt_at = 40
     host.shown.clear()
@@ -185,13 +185,47 @@ def test_latents_of_one_frame_are_pictures_for_a_vae_of_pictures(pack: Any) -> N
     torch.testing.assert_close(pictures, vae.decode(given["samples"][:, :, 0]), rtol=0, atol=1e-6)
 
 
-def test_what_cannot_be_recorded_is_decoded_by_comfyui(pack: Any, caplog: pytest.LogCaptureFixture) -> None:
-    vae, given = OwnVAE(Reading()), latents((1, 4, 6, 5))
+class Sound(Pictures):
+    """Its result has no rows and cols."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        return super().decode(z).flatten(2)[..., :-1]
+
+
+class Failing(Pictures):
+    """It calls what tensors without values cannot do."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        return super().decode(torch.from_numpy(z.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "reason"),
+    [
+        (Reading, (1, 4, 6, 5), "reads values that depend on the input"),
+        (Sound, (1, 4, 6, 5), "the function made a result of shape [1, 3, 119]"),
+        (Failing, (1, 4, 6, 5), "RuntimeError"),
+        (Reading, (4, 6, 5), "tensors of shape [4, 6, 5] have no rows and cols"),
+    ],
+)
+def test_what_halovae_cannot_run_is_decoded_by_comfyui(
+    pack: Any, caplog: pytest.LogCaptureFixture, module: Callable[[], nn.Module], shape: tuple[int, ...], reason: str
+) -> None:
+    vae, given = OwnVAE(module().requires_grad_(False)), latents(shape)
     (pictures,) = node(pack, "HalovaeVAEDecode").decode(given, vae)
     assert vae.own_calls == 1
     torch.testing.assert_close(pictures, vae.decode(given["samples"]), rtol=0, atol=0)
-    assert "halovae cannot record the decode of Reading" in caplog.text
+    assert f"halovae cannot run the decode of {module.__name__}" in caplog.text
+    assert reason in caplog.text
     assert "ComfyUI runs it instead" in caplog.text
+
+
+def test_weights_on_another_device_are_left_to_comfyui(pack: Any, caplog: pytest.LogCaptureFixture) -> None:
+    vae, given = OwnVAE(Pictures()), latents((1, 4, 6, 5))
+    vae.first_stage_model.down.to("meta")
+    (pictures,) = node(pack, "HalovaeVAEDecode").decode(given, vae)
+    torch.testing.assert_close(pictures, vae.decode(given["samples"]), rtol=0, atol=0)
+    assert "its weights are on cpu, meta, expected all of them on cpu" in caplog.text
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -307,7 +341,7 @@ def test_a_workflow_makes_the_pictures_of_comfyuis_own_untiled_decode(server: Se
         assert (differing > 0).mean() <= 1e-4  # values on the edge between two integers
     assert "halovae decoded latents of shape [1, 16, 3, 36, 28] at once." in server.log
     assert "halovae decoded latents of shape [1, 16, 3, 36, 28] in 4 strips of rows." in server.log
-    assert "cannot record" not in server.log
+    assert "cannot run" not in server.log
     assert "tiled" not in server.log
 
 

@@ -26,6 +26,7 @@ class Memory:
         constant: whether nothing in it depends on the input.
         attribute: whether it was created outside of the graph.
         written: whether an operator writes to it.
+        changed: whether a tensor that lies in it was changed, by a write or by an operator that stands for one.
         nodes: the nodes whose results lie in it.
         tensors: the tensors that lie in it, as weak references.
         originals: for a result of a repeated call, the storages of the recorded call's result.
@@ -35,6 +36,7 @@ class Memory:
     constant: bool
     attribute: bool
     written: bool = False
+    changed: bool = False
     nodes: list[fx.Node] = field(default_factory=list)
     tensors: list[weakref.ref[Tensor]] = field(default_factory=list)
     originals: list[Memory] = field(default_factory=list)
@@ -54,7 +56,7 @@ class Memory:
             one = reached.pop()
             if id(one) not in seen:
                 seen.add(id(one))
-                one.written, one.constant = True, one.constant and constant
+                one.written, one.changed, one.constant = True, True, one.constant and constant
                 reached.extend(one.originals)
 
 

@@ -157,8 +157,13 @@ class Recorder(TorchDispatchMode):
         if result.stride() != target.stride():
             return False
         node = self.graph.call_function(function, *_mapped(self.node, (args, kwargs)))
-        node.meta |= {**target.halovae_node.meta, "module": self.module, "constant": False}  # type: ignore[attr-defined]
-        memory.constant = False
+        node.meta |= {
+            "shape": tuple(target.shape),
+            "dtype": target.dtype,
+            "bytes": target.numel() * target.element_size(),
+        }
+        node.meta |= {"module": self.module, "constant": False}
+        memory.constant, memory.changed = False, True
         memory.nodes.append(node)
         self.written.append(memory)
         for one in others:
@@ -235,6 +240,10 @@ class Recorder(TorchDispatchMode):
     def writes(self, x: Tensor) -> bool:
         """Whether an operator writes to a tensor, or to a view of it."""
         return self.memory(x).written
+
+    def changes(self, x: Tensor) -> bool:
+        """Whether a tensor, or a view of it, was changed since it was made."""
+        return self.memory(x).changed
 
     def finish(self, result: Tensor, repeats: Repeats) -> tuple[dict[str, fx.Graph], int | None]:
         """Make the graph return `result`, compute constants, and remove unused nodes.

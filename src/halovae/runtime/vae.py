@@ -33,7 +33,8 @@ class VAE:
     Weights are shared with the module, which stays as it is. Every rank makes the same calls with the same tensors.
 
     Args:
-        vae: a diffusers autoencoder whose latents have a plane: `[B, C, H, W]` or `[B, C, T, H, W]`.
+        vae: an autoencoder whose latents have a plane, `[B, C, H, W]` or `[B, C, T, H, W]`: diffusers', or any module
+            whose `decode` and `encode` take a tensor and return one.
 
     Attributes:
         module: the autoencoder itself.

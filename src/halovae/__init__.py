@@ -13,6 +13,7 @@ from halovae.models.registry import Family, Traits
 from halovae.pipelines.diffusers import parallelize, restore
 from halovae.pipelines.previews import Preview, previews
 from halovae.plane import shard
+from halovae.plane.steps import on_each_step
 from halovae.runtime.vae import VAE, load
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Shard",
     "Traits",
     "load",
+    "on_each_step",
     "parallelize",
     "previews",
     "restore",

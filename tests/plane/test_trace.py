@@ -100,6 +100,73 @@ def test_buffers_are_written_on_each_replay() -> None:
     check(function, x)
 
 
+class Activated(nn.Module):
+    """A convolution whose result an activation overwrites, and a sum in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.act(self.conv(x))
+        h += x
+        out = torch.zeros_like(h)
+        out[:, :, 0 : h.shape[2]] = h.flip(1)
+        return self.act(out)
+
+
+def test_operators_that_write_are_recorded_as_ones_that_make_new_tensors() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(Activated(), Activated()).double()
+    for program in check(lambda x: module(module(x)), picture(1, 3, 6, 5), module):
+        assert program.changes  # no pass runs over a graph that writes
+
+
+def test_an_input_that_is_written_to_stays_as_it_is() -> None:
+    x = picture(1, 3, 6, 5)
+    before = x.clone()
+    ((full, program, _),) = recorded(lambda z: z.mul_(2) + z, x, Grid())
+    assert not program.writes
+    assert torch.equal(x, before)
+    torch.testing.assert_close(full, 4 * x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x + 1).relu_() * 2,
+        lambda x: _both(x.exp(), lambda y: y[:, :1], lambda y: y.neg_()),  # a view from before sees it
+        lambda x: _both(x.exp(), lambda y: y[:, :1], lambda y: y[:, 1:].neg_()),
+        lambda x: _both(x.exp(), lambda y: y.transpose(1, 1), lambda y: y.neg_()),
+        lambda x: _both(x.exp(), lambda y: y, lambda y: y.copy_(x[:, :1])),  # it is broadcast
+        lambda x: _both(x.exp(), lambda y: y, lambda y: y.clamp_(0.5, 2).masked_fill_(x > 0, 0)),
+        lambda x: _both(x.exp(), lambda y: y, lambda y: y.add_(x.float())),  # the dtype stays
+        lambda x: _both(x.exp().float(), lambda y: y, lambda y: y.add_(x)).double(),
+    ],
+)  # fmt: skip
+def test_what_is_read_after_a_write_is_what_was_written(function: Callable[[Tensor], Tensor]) -> None:
+    check(function, picture(1, 3, 6, 5))
+
+
+def _both(x: Tensor, view: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor]) -> Tensor:
+    seen = view(x)
+    write(x)
+    return x.sum(1, keepdim=True) + seen.sum(1, keepdim=True)
+
+
+def test_weights_that_were_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        module = nn.Conv2d(3, 3, 3, padding=1).double().requires_grad_(False)
+        scale = torch.full((3, 1, 1), 2.0)
+    module.scale = scale
+    x = picture(1, 3, 6, 5)
+    with torch.inference_mode():
+        ((full, _, _),) = recorded(lambda z: module(z) * module.scale.to(z), x, Grid(), module)
+        torch.testing.assert_close(full, module(x) * 2)
+
+
 def test_writing_to_a_tensor_of_others_is_refused() -> None:
     total = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(TraceError, match="writes to a tensor that is not of this call"):

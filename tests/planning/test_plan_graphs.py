@@ -142,6 +142,14 @@ def test_a_budget_is_kept_and_an_error_says_what_would_fit() -> None:
         found.decide(1)
 
 
+def test_smaller_pictures_that_a_model_does_not_take_are_not_advised() -> None:
+    module = nn.Conv2d(4, 3, 3, padding=2, padding_mode="reflect").requires_grad_(False)
+    found = Search(module, module, (1, 4, 8, 8), torch.float32, read("cuda-h200"), budget=1)
+    with pytest.raises(MemoryBudgetError, match="the leanest way") as raised:
+        found.decide(1)
+    assert "pictures of" not in str(raised.value)
+
+
 def test_replicated_operators_are_named() -> None:
     class Sorted(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

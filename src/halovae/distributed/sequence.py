@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def in_sequence(grid: Grid, device: torch.device, function: Callable[[Mesh], Non
         except BaseException as error:
             line.fail(error)
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(grid.size)]
+    runs = [copy_context().run for _ in range(grid.size)]  # what belongs to this thread belongs to theirs
+    threads = [threading.Thread(target=run, args=(work, rank), daemon=True) for rank, run in enumerate(runs)]
     for thread in threads:
         thread.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,9 @@ class Memory:
         constant: whether nothing in it depends on the input.
         attribute: whether it was created outside of the graph.
         written: whether an operator writes to it.
+        changed: whether a tensor that lies in it was changed, by a write or by an operator that stands for one.
         nodes: the nodes whose results lie in it.
+        tensors: the tensors that lie in it, as weak references.
         originals: for a result of a repeated call, the storages of the recorded call's result.
     """
 
@@ -33,8 +36,17 @@ class Memory:
     constant: bool
     attribute: bool
     written: bool = False
+    changed: bool = False
     nodes: list[fx.Node] = field(default_factory=list)
+    tensors: list[weakref.ref[Tensor]] = field(default_factory=list)
     originals: list[Memory] = field(default_factory=list)
+
+    @property
+    def alike(self) -> list[Tensor]:
+        """The tensors that lie in it and are alive; none if they are views of different parts of it."""
+        alive = [one for ref in self.tensors if (one := ref()) is not None]
+        places = {(one.shape, one.stride(), one.storage_offset(), one.dtype) for one in alive}
+        return alive if len(places) == 1 else []
 
     def write(self, constant: bool) -> None:
         """Note a write to the storage, of a constant value or of another."""
@@ -44,7 +56,7 @@ class Memory:
             one = reached.pop()
             if id(one) not in seen:
                 seen.add(id(one))
-                one.written, one.constant = True, one.constant and constant
+                one.written, one.changed, one.constant = True, True, one.constant and constant
                 reached.extend(one.originals)
 
 

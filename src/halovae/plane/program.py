@@ -15,7 +15,7 @@ from halovae.distributed.mesh import Mesh
 from halovae.kernels.halves import convolution, has_units, multiplied
 from halovae.kernels.native import EAGER, Kernels
 from halovae.kernels.pool import BufferPool
-from halovae.plane import context, operators, windows
+from halovae.plane import context, operators, steps, windows
 from halovae.plane.flops import CONVOLUTIONS, PRODUCTS, flops
 from halovae.plane.layout import Factor, Layout, local_extent
 from halovae.plane.live import is_operator, peak
@@ -173,6 +173,11 @@ class Program:
         """Multiplications and additions of convolutions, matrix products and attention."""
         return sum(map(flops, self.nodes()))
 
+    @property
+    def steps(self) -> int:
+        """Number of steps; see `steps.on_each_step`."""
+        return sum(map(steps.is_step, self.nodes()))
+
     @cached_property
     def peak(self) -> int:
         """Peak bytes of live tensors: input, results, and copies that operators make.
@@ -183,9 +188,10 @@ class Program:
 
 
 def _lowered(graph: fx.Graph) -> fx.Graph:
-    """Replace operators that are slow in PyTorch: half precision, 3-D convolutions, padding, joining."""
+    """Replace operators that are slow in PyTorch: half precision, 3-D convolutions, padding, joining. Count steps."""
     lowered = fx.Graph()
     lowered.output(lowered.graph_copy(graph, {}))
+    steps.count(lowered)
     for node in lowered.nodes:
         if _is_slow(node):
             node.args, node.target = (node.target, *node.args), multiplied

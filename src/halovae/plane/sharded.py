@@ -32,6 +32,7 @@ from halovae.plane.passes import chosen
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.results import Chunks, Gather, ShardOptions, ShardReport, check_result, gathered, warn_of_fallbacks
+from halovae.plane.steps import begin_steps
 from halovae.plane.stored import Identity, stored_or_traced
 from halovae.plane.strip_program import InStrips, StripProgram, record_strips
 from halovae.plane.strips import Strips
@@ -80,20 +81,19 @@ class Sharded:
         """
         return self.stream(x, *extras, **how).join()
 
-    def peak(self, x: Tensor, *extras: Tensor, options: Mapping[str, Any]) -> tuple[int, int] | None:
-        """Return bytes of live tensors at the peak of a call on one rank, and of its result; None if it runs eagerly.
+    def peak(self, x: Tensor, *extras: Tensor, options: Mapping[str, Any]) -> tuple[int, int] | str:
+        """Return bytes of live tensors at the peak of a call on one rank, and of its result; or why it runs eagerly.
 
         Args:
             x: as for `stream`.
             extras: further tensors.
             options: keyword arguments for the function.
         """
-        device, _ = device_of(self._modules, x)
-        mesh = mesh_for(Grid(), device)
+        mesh = mesh_for(Grid(), device_of(self._modules, x)[0])
         with without_gradients():
             program = self._program(x, extras, mesh, dict(options), (*self._key(mesh, x, extras, options), None))
         if not isinstance(program, Program):
-            return None
+            return str(program)
         return program.peak, math.prod(map(extent, program.returns)) * program.dtype.itemsize
 
     def stream(
@@ -311,8 +311,8 @@ class Sharded:
             return
         local = plane.scatter(x, self._multiple).local
         local = local.clone() if program.writes else local  # the caller's tensor stays unchanged
-        begin = 0
-        how = {"convert": convert} if isinstance(program, StripProgram) else {}
+        begin, how = 0, {"convert": convert} if isinstance(program, StripProgram) else {}
+        begin_steps(program.steps)
         for start, chunk in program.chunks(local, plane.mesh, *extras, kernels=kernels, **how):
             if program.streams and program.chunked is not None:
                 assert start == begin

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -24,6 +25,7 @@ from halovae.errors import TraceError
 from halovae.plane import operators
 from halovae.plane.chunks import split
 from halovae.plane.constants import Constants, Memory
+from halovae.plane.context import without_gradients
 from halovae.plane.cuts import cut_early
 from halovae.plane.hooks import paths, untouched
 from halovae.plane.layout import local_shape
@@ -33,7 +35,7 @@ from halovae.plane.plane import Plane
 from halovae.plane.program import Program
 from halovae.plane.recompute import recompute
 from halovae.plane.repeats import LeakError, Repeats, clean
-from halovae.plane.rules.registry import is_composite, plane_tensors, written
+from halovae.plane.rules.registry import is_composite, plane_tensors, unwriting, written
 from halovae.plane.strips import Strips
 from halovae.plane.tensor import is_channels_last
 
@@ -97,6 +99,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(True for _ in plane_tensors((*args, *kwargs.values()))):
             return NotImplemented
+        if is_composite(func) and any(one.is_inference() for one in tensors_in((*args, *kwargs.values()))):
+            with self:  # PyTorch decomposes operators on other tensors before
+                return func.decompose(*args, **kwargs)
         result = self._recorded(func, args, kwargs)
         if self.plane is None or self.plane.inside:
             return result
@@ -119,9 +124,12 @@ class Recorder(TorchDispatchMode):
                 raise TraceError(f"{func} reads values that depend on the input{_location()}")
             result = self._values.call(func, _mapped(self.node, (args, kwargs)), self.graph, self.attributes)
             return _mapped(self._twin, result)
+        targets = written(func)
+        if targets and not random and self._made_anew(func, args, kwargs, constant):
+            return args[targets[0]]
         node = self.graph.call_function(func, *_mapped(self.node, (args, kwargs)))
         node.meta["constant"] = constant
-        if targets := written(func):
+        if targets:
             target: Tensor = args[targets[0]]
             memory = self.memory(target)
             if memory.attribute:
@@ -130,6 +138,38 @@ class Recorder(TorchDispatchMode):
             self.written.append(memory)
             return target
         return self._results(self._on_meta(func, args, kwargs), node, constant)
+
+    def _made_anew(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], constant: bool) -> bool:
+        """Record an operator that writes to a tensor as one that makes a new tensor, if no view of the old one is left.
+
+        No pass runs over a graph that writes.
+        """
+        target: Tensor = args[0]
+        memory, function = self.memory(target), unwriting(func)
+        others = memory.alike
+        if function is None or memory.attribute or not others or (memory.constant and constant):
+            return False
+        if func is aten.copy_.default and args[1].shape == target.shape and args[1].dtype == target.dtype:
+            contiguous = torch.contiguous_format if target.is_contiguous() else torch.preserve_format
+            function, args, kwargs = aten.clone.default, args[1:2], {"memory_format": contiguous}
+        result = self._on_meta(function, args, kwargs)
+        if any(getattr(result, name) != getattr(target, name) for name in ("shape", "dtype")):
+            return False
+        if result.stride() != target.stride():
+            return False
+        node = self.graph.call_function(function, *_mapped(self.node, (args, kwargs)))
+        node.meta |= {
+            "shape": tuple(target.shape),
+            "dtype": target.dtype,
+            "bytes": target.numel() * target.element_size(),
+        }
+        node.meta |= {"module": self.module, "constant": False}
+        memory.constant, memory.changed = False, True
+        memory.nodes.append(node)
+        self.written.append(memory)
+        for one in others:
+            one.halovae_node = node  # type: ignore[attr-defined]
+        return True
 
     def _on_meta(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if "device" in kwargs:
@@ -166,6 +206,7 @@ class Recorder(TorchDispatchMode):
         storage = result.untyped_storage()
         memory = self._memory.setdefault(id(storage), Memory(storage, constant, attribute))
         memory.nodes.append(node)
+        memory.tensors.append(weakref.ref(result))
         return memory
 
     def memory(self, x: Tensor) -> Memory:
@@ -177,7 +218,7 @@ class Recorder(TorchDispatchMode):
         if hasattr(x, "halovae_node"):
             return x
         named = id(x) in self._names
-        key = (id(x), 0 if named else x._version)
+        key = (id(x), 0 if named or x.is_inference() else x._version)
         if key not in self._lifted:
             name = self._names[id(x)] if named else f"constant_{len(self.attributes)}"
             self.attributes[name] = x if named else x.clone()  # it may be written to later
@@ -200,6 +241,10 @@ class Recorder(TorchDispatchMode):
     def writes(self, x: Tensor) -> bool:
         """Whether an operator writes to a tensor, or to a view of it."""
         return self.memory(x).written
+
+    def changes(self, x: Tensor) -> bool:
+        """Whether a tensor, or a view of it, was changed since it was made."""
+        return self.memory(x).changed
 
     def finish(self, result: Tensor, repeats: Repeats) -> tuple[dict[str, fx.Graph], int | None]:
         """Make the graph return `result`, compute constants, and remove unused nodes.
@@ -289,7 +334,7 @@ def _traced(
         cached = torch.is_autocast_cache_enabled()  # autocast would keep this graph's casts of weights
         torch.set_autocast_cache_enabled(False)
         stack.callback(torch.set_autocast_cache_enabled, cached)
-        with torch.inference_mode(False):
+        with without_gradients():  # weights may have been made in inference mode
             x = plane.wrap(recorder.input("x", local_shape(layout, plane.coordinates), dtype), layout)
             inputs = [recorder.input(f"extra_{index}", *one) for index, one in enumerate(extras)]
             result = function(x, *map(plane.lift, inputs))

@@ -271,7 +271,7 @@ class Search:
                 if other.price(Grid(rows=min(world, rows))).fits(self.budget):
                     height, width = max(other._shape[-2:], other.traced(Grid()).pictures[-2:])  # the input, of encodes
                     return f"{width}x{height}"
-            except UnplannableError:  # the model does not take every size
+            except (UnplannableError, RuntimeError):  # the model does not take every size
                 return None
         return None
 

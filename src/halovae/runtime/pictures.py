@@ -57,6 +57,16 @@ class PictureStream(Iterator["Tensor | None"]):
                 )  # fmt: skip
             raise
 
+    @property
+    def dim(self) -> int | None:
+        """The dim along which chunks are joined; None if there is only one."""
+        return self._chunks.dim
+
+    @property
+    def extent(self) -> int:
+        """The joined result's extent along `dim`."""
+        return self._chunks.extent
+
     def close(self) -> None:
         """Decode no further."""
         self._chunks.close()

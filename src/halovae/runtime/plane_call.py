@@ -155,13 +155,16 @@ class PlaneCall:
             )
         self._bound(x, options)
 
+    def peak(self, x: Tensor, options: Mapping[str, Any]) -> tuple[int, int] | str:
+        """See `Sharded.peak`."""
+        tensors, static = self._bound(x, options)
+        return self._sharded.peak(x, *tensors.values(), options={**static, "_names": ",".join(tensors)})
+
     def _is_short_of_memory(self, x: Tensor, options: Mapping[str, Any]) -> bool:
         """Whether a call on one rank would take more than the free memory, so that it has to be planned."""
-        if x.numel() == 0 or next(hooked(self.vae), None) is not None:
-            return False
-        tensors, static = self._bound(x, options)
-        found = self._sharded.peak(x, *tensors.values(), options={**static, "_names": ",".join(tensors)})
-        if found is None:
+        unknown = x.numel() == 0 or next(hooked(self.vae), None) is not None
+        found = "" if unknown else self.peak(x, options)
+        if isinstance(found, str):
             return False
         (peak, result), device = found, Device(x.device)
         free = device.memory()[0]
@@ -182,8 +185,7 @@ class PlaneCall:
         wait = sharing.memory_budget is not None or is_unmeasured(everyone, x.dtype)
         offers, kernels = self._agreed(everyone, asked, wait)
         budget = sharing.memory_budget or usable(offers, everyone.device.kind)
-        this = asked, sharing, kernels is EAGER
-        known = self._choices.get(this)
+        known = self._choices.get(this := (asked, sharing, kernels is EAGER))
         # Encodes are small beside decodes: without a budget of their own none is refused for what is free just now.
         limited = self.name == "decode" or sharing.memory_budget is not None
         decided = None if known is None else known.decision
@@ -229,8 +231,7 @@ class PlaneCall:
         # Shards that ranks keep belong to one grid, which cannot change during a call. Ranks that compute all of
         # it on a mesh of their own do not learn where memory runs out.
         falls_back = sharing.gather != "none" and world > 1 and self._mesh is None
-        other = decision.leaner() if falls_back else None
-        leaner = None if other is None else choice_of(other)
+        leaner = choice_of(other) if falls_back and (other := decision.leaner()) else None
         choice = self._choices[this] = choice_of(decision.chosen, leaner)
         while len(self._choices) > _CHOICES:
             self._choices.popitem(last=False)
@@ -385,9 +386,8 @@ class PlaneCall:
 
     def blank(self, x: Tensor) -> Tensor:
         """Black pictures of the result's shape, in the dtype of what was decoded: one number, seen from everywhere."""
-        report = self.report
-        assert report is not None
-        return x.new_full((), -1).expand(report.shape)
+        assert self.report is not None
+        return x.new_full((), -1).expand(self.report.shape)
 
 
 def _warn_unless_finite(latents: Tensor) -> None:

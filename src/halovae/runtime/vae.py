@@ -33,7 +33,8 @@ class VAE:
     Weights are shared with the module, which stays as it is. Every rank makes the same calls with the same tensors.
 
     Args:
-        vae: a diffusers autoencoder whose latents have a plane: `[B, C, H, W]` or `[B, C, T, H, W]`.
+        vae: an autoencoder whose latents have a plane, `[B, C, H, W]` or `[B, C, T, H, W]`: diffusers', or any module
+            whose `decode` and `encode` take a tensor and return one.
 
     Attributes:
         module: the autoencoder itself.
@@ -119,6 +120,21 @@ class VAE:
         call = self._call("decode")
         sharing, own = self._read(call, options, DecodeOptions)
         return call.choose(torch.zeros(*shape, dtype=self.dtype, device=self.device), sharing, own).decision
+
+    def why_eager(self, shape: Sequence[int], name: Call = "decode", **module_kwargs: Any) -> str:
+        """Say why a call on one rank runs eagerly, without a recorded graph, plans, or strips.
+
+        Args:
+            shape: of the latents, or of the pictures for "encode".
+            name: which call.
+            module_kwargs: further arguments of the module's own call.
+
+        Returns:
+            The reason; empty if a graph was recorded.
+        """
+        weight = next(self.module.parameters())
+        found = self._call(name).peak(weight.new_zeros(()).expand(*shape), module_kwargs)
+        return found if isinstance(found, str) else ""
 
     def decode(self, latents: Tensor, **options: Unpack[DecodeOptions]) -> Tensor | None:
         """Decode latents to pictures.

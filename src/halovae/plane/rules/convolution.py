@@ -244,7 +244,7 @@ def _unpadded(plane: Plane, x: PlaneTensor, padding: list[int]) -> tuple[PlaneTe
     assert plane.recorder is not None
     source, widths, module = x.padded
     left, right, top, bottom = (*widths, 0, 0, 0, 0)[:4]
-    moved = any(plane.recorder.writes(one.local) for one in (x, source))
+    moved = any(plane.recorder.changes(one.local) for one in (x, source))
     if module != plane.recorder.module:
         return x, padding  # the padding may be in another graph
     if moved or (left, top) != (right, bottom) or len(padding) < 2 or not (left or top):

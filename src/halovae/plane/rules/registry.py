@@ -61,6 +61,19 @@ def written(func: Any) -> tuple[int, ...]:
 
 
 @cache
+def unwriting(func: Any) -> Any:
+    """Return the operator that makes a new tensor where another writes to its first argument; None if there is none."""
+    name = func._schema.name.removeprefix("aten::")
+    if written(func) != (0,) or torch.Tag.inplace_view in func.tags or not name.endswith("_"):
+        return None
+    found = getattr(getattr(torch.ops.aten, name[:-1], None), func._overloadname, None)
+    if found is None or written(found) or returns_view(found):
+        return None
+    names = [[one.name for one in each._schema.arguments] for each in (found, func)]
+    return found if names[0] == names[1] else None
+
+
+@cache
 def returns_view(func: Any) -> bool:
     """Whether an operator returns a view of its argument."""
     infos = [one.alias_info for one in func._schema.returns]

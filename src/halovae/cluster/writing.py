@@ -1,0 +1,208 @@
+"""Write latents in the formats that trainers read, and read them back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import posixpath
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from halovae.cluster.encode import DTYPES
+from halovae.cluster.journal import Line, Store
+
+SUFFIXES = {"safetensors": ".safetensors", "parquet": ".parquet", "webdataset": ".tar"}
+COLUMNS = ("read_s", "decode_s", "encode_s")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and how samples are written.
+
+    Attributes:
+        folder: of the dataset.
+        format: one of `SUFFIXES`.
+        dtype: of the stored latents.
+        common: what the metadata says of all samples.
+        scaled: whether latents are normalized.
+    """
+
+    folder: str
+    format: str
+    dtype: str
+    common: Mapping[str, Any]
+    scaled: bool
+
+
+def write(batch: Mapping[str, Any], output: Output) -> dict[str, Any]:
+    """Write the samples of a batch. For Ray Data's `map_batches`.
+
+    Args:
+        batch: what `reading.read` made, with `latents` (and `latents_std`) instead of frames, and with `encode_s`.
+        output: where and how.
+
+    Returns:
+        A column `line`, JSON, with the lines for the journal; and the seconds of each stage.
+    """
+    begin = time.perf_counter()
+    lines: list[Line] = []
+    samples: list[tuple[Line, dict[str, Tensor]]] = []
+    for index in range(len(batch["item"])):
+        row = {key: values[index] for key, values in batch.items()}
+        line = {"item": str(row["item"]), "index": int(row["index"]), "last": bool(row["last"])}
+        line |= json.loads(row["meta"])
+        lines.append(line)
+        if row["reason"]:
+            line["reason"] = str(row["reason"])
+            continue
+        tensors = {"latents": _tensor(row["latents"], output.dtype)}
+        if "latents_std" in row:
+            tensors["std"] = _tensor(row["latents_std"], output.dtype)
+        line |= {**output.common, "shape": list(tensors["latents"].shape), "sha256": digest(tensors)}
+        samples.append((line, tensors))
+    if samples:
+        _FORMATS[output.format](Store(output.folder), output, samples)
+    share = (time.perf_counter() - begin) / len(lines)
+    return {
+        "line": [json.dumps(line) for line in lines],
+        **{key: [float(one) for one in batch[key]] for key in COLUMNS},
+        "write_s": [share] * len(lines),
+    }
+
+
+def _tensor(array: np.ndarray, dtype: str) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(DTYPES[dtype])
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of the bytes of a sample's tensors."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(_bytes(tensors[name]))
+    return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def stem(line: Line) -> str:
+    """The name of a sample: its input's, and which of its clips it is."""
+    return f"{line['name']}.{line['clip']:05d}"
+
+
+def _latents_file(line: Line, tensors: Mapping[str, Tensor], output: Output) -> bytes:
+    """A latents file, as `halovae encode` writes it and `halovae decode` reads it: with a batch of one."""
+    known = {key: value if isinstance(value, str) else json.dumps(value) for key, value in line.items()}
+    known |= {"format": "halovae.io.latents.1", "scaled": str(output.scaled).lower(), "fps": f"{line['fps']:g}"}
+    return save({name: tensor[None].contiguous() for name, tensor in tensors.items()}, known)
+
+
+def _write_safetensors(store: Store, output: Output, samples: Sequence[tuple[Line, dict[str, Tensor]]]) -> None:
+    for line, tensors in samples:
+        line["file"] = f"{stem(line)}.safetensors"
+        store.write(line["file"], _latents_file(line, tensors, output))
+
+
+def _shard(samples: Sequence[tuple[Line, Any]], suffix: str) -> str:
+    """The name of a file with several samples: equal for the same samples, so that one written again replaces it."""
+    names = "\n".join(f"{line['item']}\n{line['index']}" for line, _ in samples)
+    return f"part-{hashlib.sha256(names.encode()).hexdigest()[:16]}{suffix}"
+
+
+def _write_parquet(store: Store, output: Output, samples: Sequence[tuple[Line, dict[str, Tensor]]]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    name = _shard(samples, ".parquet")
+    rows = []
+    for line, tensors in samples:
+        line["file"] = name
+        row = {"id": stem(line), **{f"{key}_bytes": _bytes(tensor) for key, tensor in tensors.items()}}
+        texts = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in line.items()}
+        rows.append({**row, **{key: value for key, value in texts.items() if key not in ("file", "last")}})
+    content = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), content)
+    store.write(name, content.getvalue())
+
+
+def _write_tar(store: Store, output: Output, samples: Sequence[tuple[Line, dict[str, Tensor]]]) -> None:
+    name, content = _shard(samples, ".tar"), io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for line, tensors in samples:
+            line["file"] = name
+            folder, base = posixpath.split(stem(line))  # WebDataset's keys end at the first dot of the file's name
+            key = posixpath.join(folder, base.replace(".", "_"))
+            bodies = {"json": json.dumps(line).encode(), "safetensors": _latents_file(line, tensors, output)}
+            if "txt" in line.get("columns", {}):
+                bodies["txt"] = line["columns"]["txt"].encode()
+            for suffix, body in bodies.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
+    store.write(name, content.getvalue())
+
+
+_FORMATS = {"safetensors": _write_safetensors, "parquet": _write_parquet, "webdataset": _write_tar}
+
+
+def damage(lines: Sequence[Line], folder: str) -> Iterator[tuple[Line, str]]:
+    """Read samples of one file back, and say which are not what their lines say, and why."""
+    store, name = Store(folder), lines[0]["file"]
+    try:
+        found = _READERS[posixpath.splitext(name)[1]](store.read(name))
+    except Exception as error:  # whatever a damaged file does to those that read it
+        yield from ((line, f"{name} cannot be read ({error})") for line in lines)
+        return
+    for line in lines:
+        tensors = found.get((line["item"], line["index"]))
+        if tensors is None:
+            yield line, f"{name} does not hold it"
+        elif digest(tensors) != line["sha256"]:
+            yield line, f"{name} holds other values: their checksum differs"
+
+
+Samples = dict[tuple[str, int], dict[str, Tensor]]
+
+
+def _read_safetensors(content: bytes) -> Samples:
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    return {(header["item"], int(header["index"])): {name: one[0] for name, one in load(content).items()}}
+
+
+def _read_parquet(content: bytes) -> Samples:
+    from pyarrow import parquet
+
+    found = {}
+    for row in parquet.read_table(io.BytesIO(content)).to_pylist():
+        stored = {key.removesuffix("_bytes"): value for key, value in row.items() if key.endswith("_bytes")}
+        found[row["item"], row["index"]] = {
+            key: torch.frombuffer(bytearray(value), dtype=DTYPES[row["dtype"]]).view(row["shape"])
+            for key, value in stored.items()
+        }
+    return found
+
+
+def _read_tar(content: bytes) -> Samples:
+    found: Samples = {}
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        for member in tar:
+            if member.name.endswith(".safetensors"):
+                body = tar.extractfile(member)
+                assert body is not None
+                found |= _read_safetensors(body.read())
+    return found
+
+
+_READERS: dict[str, Callable[[bytes], Samples]] = {
+    ".safetensors": _read_safetensors, ".parquet": _read_parquet, ".tar": _read_tar,
+}  # fmt: skip

@@ -61,7 +61,7 @@ def listed(source: str, column: str | None = None) -> Listing:
     """
     files, path = url_to_fs(source)
     if any(sign in path for sign in "*?["):
-        found = [one for one in files.glob(path) if files.isfile(one)]
+        found = [one for one in files.glob(path) if files.isfile(one) and not _is_hidden(one)]
         fixed = path[: min(path.index(sign) for sign in "*?[" if sign in path)]
         root = posixpath.dirname(fixed)
     elif files.isdir(path):
@@ -80,8 +80,12 @@ def listed(source: str, column: str | None = None) -> Listing:
 
 
 def is_read(path: str) -> bool:
-    """Whether a file in a folder counts, by its name. Hidden ones do not."""
-    return path.lower().endswith((*MEDIA, ".tar")) and not posixpath.basename(path).startswith(".")
+    """Whether a file in a folder counts, by its name."""
+    return path.lower().endswith((*MEDIA, ".tar")) and not _is_hidden(path)
+
+
+def _is_hidden(path: str) -> bool:
+    return posixpath.basename(path).startswith(".")
 
 
 def _url(files: fsspec.AbstractFileSystem, path: str) -> str:

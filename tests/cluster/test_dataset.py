@@ -217,6 +217,31 @@ def test_a_tar_has_clips_with_captions(tmp_path: Path, clips: Path, facts: Facts
     assert np.array_equal(alone["frames"], rows[0]["frames"])
 
 
+def test_a_folder_that_hugging_face_saved_has_pictures_and_captions(tmp_path: Path, facts: Facts) -> None:
+    import pyarrow as pa
+
+    pixels = [np.random.default_rng(number).integers(0, 256, (16, 24, 3), np.uint8) for number in range(2)]
+    rows = []
+    for number, one in enumerate(pixels):
+        content = io.BytesIO()
+        Image.fromarray(one).save(content, format="png")
+        rows.append({"image": {"bytes": content.getvalue(), "path": None}, "text": f"caption {number}"})
+    table = pa.Table.from_pylist(rows)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    path = str(folder / "data-00000-of-00001.arrow")
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    for name in ("dataset_info.json", "state.json"):
+        (folder / name).write_text("{}")
+    rows = rows_of(str(folder), Rules(facts))
+    assert [row["reason"] for row in rows] == ["", ""]
+    assert all(np.array_equal(row["frames"][0], one) for row, one in zip(rows, pixels, strict=True))
+    metas = [json.loads(row["meta"]) for row in rows]
+    assert [meta["columns"] for meta in metas] == [{"text": "caption 0"}, {"text": "caption 1"}]
+    assert len({meta["name"] for meta in metas}) == 2
+
+
 # -- Encoding --
 
 

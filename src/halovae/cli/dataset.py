@@ -24,6 +24,7 @@ from halovae.cli.common import (
     parsed,
     results_console,
 )  # fmt: skip
+from halovae.cli.dataset_plan import plan
 from halovae.cluster import run
 from halovae.cluster.facts import Facts
 from halovae.cluster.rules import Bucket, Rules, buckets_like, parse_buckets
@@ -32,6 +33,7 @@ from halovae.cluster.writing import Output
 from halovae.models.load import find_model
 
 app = typer.Typer(help="Encode whole datasets of clips and pictures to latents, on Ray Data.", no_args_is_help=True)
+app.command()(plan)
 
 
 class Format(str, Enum):

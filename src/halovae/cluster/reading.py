@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import posixpath
 import shutil
@@ -10,11 +11,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
 import av
+import fsspec
 import numpy as np
 from fsspec.core import url_to_fs
 from PIL import Image, ImageOps
@@ -77,8 +80,8 @@ def samples(path: str, name: str, columns: Mapping[str, Any], rules: Rules) -> I
     begin = time.perf_counter()
     try:
         with _fetched(path, rules.max_bytes) as file:
-            if path.lower().endswith(".tar"):
-                yield from _members(file, meta, rules, time.perf_counter() - begin)
+            if inside := _INSIDE.get(posixpath.splitext(path)[1].lower()):
+                yield from _members(inside(file), meta, rules, time.perf_counter() - begin)
             else:
                 yield from _media(file, meta, rules, begin)
     except Exception as error:  # whatever is wrong with an input, the others can still be read
@@ -102,8 +105,7 @@ def _fetched(path: str, most: int) -> Iterator[Path]:
     if not files.exists(own):
         raise Rejected("there is no such file")
     size = files.size(own)
-    tar = path.lower().endswith(".tar")
-    if not size or (size > most and not tar):
+    if not size or (size > most and posixpath.splitext(path)[1].lower() not in _INSIDE):
         raise Rejected("is empty" if not size else f"has {size:,} bytes, more than {most:,}")
     if is_local(files):
         yield Path(own)
@@ -121,8 +123,39 @@ def _fetched(path: str, most: int) -> Iterator[Path]:
         yield copy
 
 
-def _members(path: Path, meta: Mapping[str, Any], rules: Rules, fetching: float) -> Iterator[Row]:
-    """Read the media in a tar as WebDataset has them: files of one name and several suffixes belong together."""
+@dataclass(frozen=True)
+class Member:
+    """A video or a picture in a file that holds several.
+
+    Attributes:
+        name: its path in the file, or one that is made up.
+        content: the bytes.
+        columns: what the file says of it, such as a caption.
+    """
+
+    name: str
+    content: IO[bytes]
+    columns: Mapping[str, Any]
+
+
+def _members(found: Iterator[Member], meta: Mapping[str, Any], rules: Rules, fetching: float) -> Iterator[Row]:
+    """Read what is in a file. `fetching`: the seconds that it took to fetch."""
+    for member in found:
+        name = f"{posixpath.splitext(str(meta['name']))[0]}/{member.name}"
+        own = {**meta, "member": member.name, "name": name, **({"columns": member.columns} if member.columns else {})}
+        begin = time.perf_counter() - fetching
+        fetching = 0.0
+        try:
+            with tempfile.NamedTemporaryFile(suffix=posixpath.splitext(member.name)[1]) as copy:
+                shutil.copyfileobj(member.content, copy)
+                copy.flush()
+                yield from _media(Path(copy.name), own, rules, begin)
+        except Exception as error:
+            yield _rejected(_said(error), own)
+
+
+def _in_tar(path: Path) -> Iterator[Member]:
+    """The media in a tar of WebDataset: files of one name and several suffixes belong together."""
     with tarfile.open(path) as tar:
         groups: dict[str, list[tarfile.TarInfo]] = {}
         for member in tar:
@@ -130,30 +163,15 @@ def _members(path: Path, meta: Mapping[str, Any], rules: Rules, fetching: float)
                 folder, base = posixpath.split(member.name)
                 groups.setdefault(posixpath.join(folder, base.partition(".")[0]), []).append(member)
         for members in groups.values():
-            texts = {}
+            texts: dict[str, Any] = {}
             for member in members:
                 suffix = posixpath.basename(member.name).partition(".")[2]
                 if suffix in ("txt", "json", "cls"):
-                    content = _content(tar, member).read().decode(errors="replace")
-                    texts[suffix] = json.loads(content) if suffix == "json" else content
+                    text = _content(tar, member).read().decode(errors="replace")
+                    texts[suffix] = json.loads(text) if suffix == "json" else text
             for member in members:
-                if not member.name.lower().endswith(MEDIA):
-                    continue
-                own = {
-                    **meta, "member": member.name, "name": f"{str(meta['name'])[:-4]}/{member.name}",
-                    **({"columns": texts} if texts else {}),
-                }  # fmt: skip
-                try:
-                    if member.size > rules.max_bytes:
-                        raise Rejected(f"has {member.size:,} bytes, more than {rules.max_bytes:,}")
-                    begin = time.perf_counter() - fetching
-                    with tempfile.NamedTemporaryFile(suffix=posixpath.splitext(member.name)[1]) as copy:
-                        shutil.copyfileobj(_content(tar, member), copy)
-                        copy.flush()
-                        yield from _media(Path(copy.name), own, rules, begin)
-                    fetching = 0.0
-                except Exception as error:
-                    yield _rejected(_said(error), own)
+                if member.name.lower().endswith(MEDIA):
+                    yield Member(member.name, _content(tar, member), texts)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -162,8 +180,34 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     return content
 
 
+def _in_arrow(path: Path) -> Iterator[Member]:
+    """The media in a file of a folder that Hugging Face's `save_to_disk` wrote: columns of bytes and a path."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        number = 0
+        for batch in pa.ipc.open_stream(file):
+            for row in batch.to_pylist():
+                media = [value for value in row.values() if isinstance(value, dict) and "bytes" in value]
+                if not media:
+                    raise Rejected(f"has columns {', '.join(row)}: expected one of pictures or videos, with bytes")
+                columns = {key: value for key, value in row.items() if isinstance(value, (str, int, float))}
+                name = posixpath.basename(media[0].get("path") or "picture.png")
+                content = media[0]["bytes"]
+                if content is None:
+                    with fsspec.open(media[0]["path"], "rb") as other:
+                        content = other.read()
+                yield Member(f"{number:06d}-{name}", io.BytesIO(content), columns)
+                number += 1
+
+
+_INSIDE = {".tar": _in_tar, ".arrow": _in_arrow}
+
+
 def _media(path: Path, meta: Mapping[str, Any], rules: Rules, begin: float) -> Iterator[Row]:
     """Read the clips of a picture or a video. `begin` is when it began to be fetched."""
+    if path.stat().st_size > rules.max_bytes:
+        raise Rejected(f"has {path.stat().st_size:,} bytes, more than {rules.max_bytes:,}")
     with path.open("rb") as file:
         found = {**meta, "source_sha256": checksum(file)}
     seconds = time.perf_counter() - begin

@@ -52,8 +52,8 @@ def listed(source: str, column: str | None = None) -> Listing:
     """List a dataset.
 
     Args:
-        source: a folder, all of whose media count, also in subfolders; a glob; a `.csv`, `.parquet`, or `.jsonl`
-            manifest; a `.tar`; or one file.
+        source: a folder, all of whose media count, also in subfolders; a folder that Hugging Face's `save_to_disk`
+            wrote; a glob; a `.csv`, `.parquet`, or `.jsonl` manifest; a `.tar`; or one file.
         column: of a manifest, which has the paths; None for the first of `PATH_COLUMNS` that there is.
 
     Raises:
@@ -65,7 +65,9 @@ def listed(source: str, column: str | None = None) -> Listing:
         fixed = path[: min(path.index(sign) for sign in "*?[" if sign in path)]
         root = posixpath.dirname(fixed)
     elif files.isdir(path):
-        found = [one for one in files.find(path) if is_read(one)]
+        every = files.find(path)
+        saved = any(posixpath.basename(one) == "dataset_info.json" for one in every)
+        found = [one for one in every if (one.endswith(".arrow") if saved else is_read(one))]
         root = path.rstrip("/")
     elif not files.exists(path):
         raise ValueError(f"source {source}: there is no such file or folder")

@@ -2,9 +2,9 @@
 
     python benchmarks/dataset.py [--family wan2.1] [--clips 40] [--size 64x64] [--frames 9] [--memory 50,500]
 
-The encoder has its true size and seeded random weights, in fp32. The script is one process with all cores. Ray starts on
-this host. Clips per second are those after the first result: the start of Ray and of its workers, each of which imports
-PyTorch, is not in them, and neither is the script's loading of the VAE.
+The encoder has its true size and seeded random weights, in fp32. The script is one process with all cores. Ray starts
+on this host. Clips per second are those after the first result: the start of Ray and of its workers, each of which
+imports PyTorch, is not in them, and neither is the script's loading of the VAE.
 
 `--memory` encodes datasets of so many clips with a tiny encoder, and prints the most memory that the command and Ray's
 processes took together, shared pages by share, without the object store's file.

@@ -16,7 +16,7 @@ from halovae.cluster.reading import read
 from halovae.cluster.rules import Rules
 from halovae.cluster.run import journal_of
 from halovae.cluster.sources import Item, listed
-from halovae.cluster.writing import SUFFIXES, Output, write
+from halovae.cluster.writing import Output, write
 from halovae.io import media
 
 COMMON = {"family": "wan2.1", "revision": "r", "dtype": "fp32"}
@@ -63,7 +63,7 @@ def run_here(
     output = Output(out, format_, dtype, {**COMMON, "dtype": dtype}, scaled=False)
     settings = {**COMMON, "frames": rules.frames, "format": format_}
     read_now = 0
-    with journal_of(out, settings, SUFFIXES[format_]) as journal:
+    with journal_of(out, settings) as journal:
         journal.sweep()
         for number, item in enumerate([one for one in listed(source).items if not journal.is_complete(one.path)]):
             read_now += 1

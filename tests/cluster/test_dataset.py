@@ -15,8 +15,10 @@ from cluster.here import lines_of, make_clip, pictures_of, rows_of, run_here
 from PIL import Image
 from pyarrow import parquet
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import halovae
+from halovae.cluster.decode import DecodeRows, read_latents, write_media
 from halovae.cluster.encode import Encode, EncodeRows
 from halovae.cluster.facts import Facts
 from halovae.cluster.journal import Journal
@@ -234,10 +236,10 @@ def test_a_folder_that_hugging_face_saved_has_pictures_and_captions(tmp_path: Pa
         stream.write_table(table)
     for name in ("dataset_info.json", "state.json"):
         (folder / name).write_text("{}")
-    rows = rows_of(str(folder), Rules(facts))
-    assert [row["reason"] for row in rows] == ["", ""]
-    assert all(np.array_equal(row["frames"][0], one) for row, one in zip(rows, pixels, strict=True))
-    metas = [json.loads(row["meta"]) for row in rows]
+    made = rows_of(str(folder), Rules(facts))
+    assert [row["reason"] for row in made] == ["", ""]
+    assert all(np.array_equal(row["frames"][0], one) for row, one in zip(made, pixels, strict=True))
+    metas = [json.loads(row["meta"]) for row in made]
     assert [meta["columns"] for meta in metas] == [{"text": "caption 0"}, {"text": "caption 1"}]
     assert len({meta["name"] for meta in metas}) == 2
 
@@ -425,6 +427,48 @@ def test_an_object_store_gets_lines_in_files_of_their_own(clips: Path, facts: Fa
     assert all(not list(damage([line], out)) for line in lines)
 
 
+@pytest.mark.parametrize("format_", ["safetensors", "parquet", "webdataset"])
+def test_a_dataset_is_decoded_to_what_its_latents_decode_to(
+    clips: Path, tmp_path: Path, facts: Facts, encoder: EncodeRows, wan: Path, format_: str
+) -> None:
+    make_clip(clips / "still.mp4", 1, 24, 16, seed=9)
+    (clips / "bad.mp4").write_text("bad")
+    out, made = tmp_path / "out", tmp_path / "made"
+    run_here(str(clips), str(out), Rules(facts), encoder, format_=format_)
+    suffixes = (".safetensors", ".parquet", ".tar")
+    decoder, lines = DecodeRows(str(wan), "fp32", None), []
+    for item in listed(str(out), suffixes=suffixes).items:
+        for batch in read_latents({"path": [item.path], "name": [item.name], "done": ["[]"]}):
+            lines += [json.loads(line) for line in write_media(decoder(batch), str(made), None)["line"]]
+    names = ["a.mp4", "b.mp4", "deep/c.mp4", "still.mp4"]
+    files = [f"{name}.00000.{'png' if name == 'still.mp4' else 'mp4'}" for name in names]
+    assert sorted(line["file"] for line in lines) == files
+    assert {line["fps"] for line in lines} == {16.0}
+    vae = halovae.load(wan)
+    for name, file in zip(names, files, strict=True):
+        moments = vae.encode(pictures_of(clips / name))
+        assert moments is not None
+        frames = vae.decode(moments[:, :16], dtype=torch.uint8)
+        assert frames is not None
+        sink = media.Sink(tmp_path / f"wanted{file[-4:]}", 16)
+        sink.write(frames[0])
+        sink.close(whole=True)
+        difference = media.read_clip(made / file)[0].int() - media.read_clip(sink.path)[0].int()
+        assert difference.abs().float().mean() < 0.5  # a rounded value may fall on the other side
+    assert [one for line in lines for one in damage([line], str(made))] == []
+    (made / files[0]).write_bytes(b"changed")
+    assert [line["file"] for line in lines for _ in damage([line], str(made))] == [files[0]]
+
+
+def test_what_holds_no_latents_is_rejected(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "weights.safetensors")
+    (tmp_path / "text.safetensors").write_text("no safetensors")
+    for name, words in (("weights", "expected a tensor 'latents'"), ("text", "cannot be read")):
+        path = str(tmp_path / f"{name}.safetensors")
+        (batch,) = read_latents({"path": [path], "name": [name], "done": ["[]"]})
+        assert words in batch["reason"][0]
+
+
 @pytest.mark.parametrize("hurt", ["cut", "gone", "changed"])
 def test_damaged_samples_are_found_and_made_again(
     clips: Path, tmp_path: Path, facts: Facts, encoder: EncodeRows, hurt: str
@@ -438,7 +482,7 @@ def test_damaged_samples_are_found_and_made_again(
     assert [line["name"] for line, _ in found] == ["b.mp4"]
     assert "b.mp4.00000.safetensors" in found[0][1]
     settings = json.loads((out / "dataset.json").read_text())
-    assert Journal(str(out), settings, ".safetensors").drop(lambda line: line["name"] == "b.mp4") == 1
+    assert Journal(str(out), settings, (".safetensors",)).drop(lambda line: line["name"] == "b.mp4") == 1
     assert run_here(str(clips), str(out), Rules(facts), encoder) == 1
     assert torch.equal(latents_file.read(path), wanted)
 

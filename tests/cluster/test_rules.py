@@ -57,7 +57,8 @@ def test_a_picture_covers_its_bucket_and_is_cropped_at_the_center() -> None:
 def by_ffmpeg(source: int, fps: int, count: int) -> list[int]:
     """Which of so many frames ffmpeg's filter takes, by marks in their pixels."""
     graph = av.filter.Graph()
-    start = graph.add_buffer(width=16, height=16, format="gray", time_base=Fraction(1, source))
+    gray = av.VideoFormat("gray", 16, 16)
+    start = graph.add_buffer(width=16, height=16, format=gray, time_base=Fraction(1, source))
     rate, end = graph.add("fps", str(fps)), graph.add("buffersink")
     start.link_to(rate)
     rate.link_to(end)
@@ -71,7 +72,7 @@ def by_ffmpeg(source: int, fps: int, count: int) -> list[int]:
         graph.push(frame)
         with suppress(BlockingIOError, EOFError):
             while True:
-                taken.append(int(graph.pull().to_ndarray()[0, 0]))  # type: ignore[union-attr]
+                taken.append(int(graph.pull().to_ndarray()[0, 0]))
     return taken
 
 

@@ -26,9 +26,9 @@ from halovae.cli.common import (
 )  # fmt: skip
 from halovae.cli.dataset_plan import plan
 from halovae.cluster import run
-from halovae.cluster.facts import Facts
+from halovae.cluster.facts import Facts, revision_of
 from halovae.cluster.rules import Bucket, Rules, buckets_like, parse_buckets
-from halovae.cluster.sources import listed
+from halovae.cluster.sources import Listing, listed
 from halovae.cluster.writing import Output
 from halovae.models.load import find_model
 
@@ -128,8 +128,7 @@ def encode(
     with a line for each, rejected.jsonl with what could not be read and why, and dataset.json with the options.
     """
     with errors_shown():
-        check_installed("halovae dataset", "ray", "pyarrow", extra="ray,diffusers")
-        check_installed("halovae dataset", "diffusers", extra="ray,diffusers")
+        _check_installed()
         facts = Facts.read(find_model(model))
         rules = Rules(
             facts,
@@ -148,25 +147,92 @@ def encode(
             **common, "source": listing.root, "format": format_.value, "buckets": rules.buckets, "frames": rules.frames,
             "fps": fps, "max_clips_per_video": rules.most,
         }  # fmt: skip
-        made = Output(output, format_.value, dtype.value, common, normalized)
         encoder: dict[str, Any] = {
             "model": model, "dtype": dtype.value, "store": store.value, "normalize": normalized,
             "batch_size": batch_size or (1 if facts.clips else 8), "ranks": ranks_per_actor,
         }  # fmt: skip
-        parsed("--max-rejected", max_rejected or "0", lambda text: run.allowed(text, len(listing.items)))
-        console.print(f"{len(listing.items):,} inputs; starting Ray", highlight=False)
-        run.connect(ray_address)
-        try:
-            with _shown(len(listing.items)) as on_progress:
-                progress = run.encode_dataset(
-                    listing, rules, made, settings, encoder, run.Workers(actors, ranks_per_actor), on_progress,
-                    shard=shard_size, most_rejected=max_rejected, retry_rejected=retry_rejected,
-                )  # fmt: skip
-        except run.TooManyRejectedError as error:
-            fail(error, 1)
-        results_console().print(_report(progress, output))
-        if verify:
-            _verify(made, settings)
+        made = Output(output, format_.value, dtype.value, common, normalized)
+        stages = run.encoding(rules, made, encoder, shard_size)
+        _run(
+            listing, stages, output, settings, run.Workers(actors, ranks_per_actor), max_rejected, retry_rejected,
+            verify, ray_address,
+        )  # fmt: skip
+
+
+@app.command()
+def decode(
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder that `halovae dataset encode` wrote, a folder of latents files, or a glob."),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder for videos and pictures; a path or a URL.")],
+    model: Annotated[str, typer.Option(help=f"{MODEL_HELP} Every host needs it.")],
+    fps: Annotated[float | None, typer.Option(min=0.01, help="Of videos.", show_default="the latents', or 16")] = None,
+    normalized: Annotated[
+        bool | None,
+        typer.Option("--normalized/--raw", help="Whether latents are as pipelines have them.", show_default="by files"),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
+    max_rejected: Annotated[
+        str | None, typer.Option(help="End if more inputs are rejected: a number, or a share such as 1%.")
+    ] = None,
+    retry_rejected: Annotated[
+        bool, typer.Option("--retry-rejected", help="Try again what earlier runs rejected.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all files back in the end.")] = False,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Decoders.", show_default="one a device, or one for two CPUs")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="HOST or HOST:PORT of a Ray cluster, or auto.", show_default="RAY_ADDRESS, or this host"),
+    ] = None,
+) -> None:
+    """Decode a dataset of latents: clips to mp4, single frames to png, each exactly once.
+
+    A run that was ended goes on where it stopped. OUTPUT has manifest.jsonl, rejected.jsonl, and dataset.json, too.
+    """
+    with errors_shown():
+        _check_installed()
+        from halovae.cluster.decode import decoding
+
+        path = find_model(model)
+        listing = listed(source, suffixes=(".safetensors", ".parquet", ".tar"))
+        settings = {
+            "revision": revision_of(path), "dtype": dtype.value, "halovae": __version__, "source": listing.root,
+            "format": "mp4", "fps": fps, "normalized": normalized,
+        }  # fmt: skip
+        stages = decoding(output, {"model": model, "dtype": dtype.value, "normalized": normalized}, fps)
+        _run(listing, stages, output, settings, run.Workers(actors), max_rejected, retry_rejected, verify, ray_address)
+
+
+def _check_installed() -> None:
+    check_installed("halovae dataset", "ray", "pyarrow", "diffusers", extra="ray,diffusers")
+
+
+def _run(
+    listing: Listing, stages: run.Stages, output: str, settings: dict[str, Any], workers: run.Workers,
+    max_rejected: str | None, retry_rejected: bool, verify: bool, ray_address: str | None,
+) -> None:  # fmt: skip
+    parsed("--max-rejected", max_rejected or "0", lambda text: run.allowed(text, len(listing.items)))
+    console.print(f"{len(listing.items):,} inputs; starting Ray", highlight=False)
+    run.connect(ray_address)
+    try:
+        with _shown(len(listing.items)) as on_progress:
+            progress = run.run_dataset(
+                listing, stages, output, settings, workers, on_progress, most_rejected=max_rejected,
+                retry_rejected=retry_rejected,
+            )  # fmt: skip
+    except run.TooManyRejectedError as error:
+        fail(error, 1)
+    results_console().print(_report(progress, output))
+    if verify:
+        whole, damaged = run.verify(output, settings)
+        for reason in damaged[:20]:
+            console.print(reason, soft_wrap=True, highlight=False)
+        if damaged:
+            fail(f"{len(damaged)} samples are damaged; the same command makes them again", 1)
+        console.print(f"verified: {whole:,} samples are as they were written", highlight=False)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -213,7 +279,7 @@ def _shown(inputs: int) -> Iterator[Callable[[run.Progress], None]]:
 
 
 def _report(progress: run.Progress, output: str) -> Table:
-    names = {"read": "reading", "decode": "decoding", "encode": "encoding", "write": "writing"}
+    names = {"read": "reading", "decode": "decoding files", "encode": "the model", "write": "writing"}
     rate = progress.frames / progress.seconds if progress.seconds else 0.0
     table = Table(
         title=f"{output}: {progress.before + progress.samples:,} samples ({progress.samples:,} new), "
@@ -232,12 +298,3 @@ def _report(progress: run.Progress, output: str) -> Table:
             f"{rate / max(1, progress.encoders):,.1f} by each of {progress.encoders} encoders; bound by {bound}"
         )
     return table
-
-
-def _verify(output: Output, settings: dict[str, Any]) -> None:
-    whole, damaged = run.verify(output, settings)
-    for reason in damaged[:20]:
-        console.print(reason, soft_wrap=True, highlight=False)
-    if damaged:
-        fail(f"{len(damaged)} samples are damaged; the same command makes them again", 1)
-    console.print(f"verified: {whole:,} samples are as they were written", highlight=False)

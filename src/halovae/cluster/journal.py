@@ -138,7 +138,7 @@ class Journal:
     Args:
         folder: of the dataset; it is made if it is not there.
         settings: how samples are made. Samples of one dataset are made alike.
-        suffix: of the files with samples.
+        suffixes: of the files with samples.
 
     Attributes:
         samples: how many there are.
@@ -148,10 +148,10 @@ class Journal:
         ValueError: the folder has samples that were made otherwise, or holds something else.
     """
 
-    def __init__(self, folder: str, settings: Mapping[str, Any], suffix: str) -> None:
+    def __init__(self, folder: str, settings: Mapping[str, Any], suffixes: tuple[str, ...]) -> None:
         self.store = Store(folder)
         self.manifest, self.rejected = Lines(self.store, MANIFEST), Lines(self.store, REJECTED)
-        self._suffix = suffix
+        self._suffixes = suffixes
         if self.store.local:
             os.makedirs(self.store.root, exist_ok=True)
         self._check(dict(settings))
@@ -219,7 +219,7 @@ class Journal:
         named = {line["file"] for line in self.manifest}
         left = [
             name for name in self.store.names()
-            if name.endswith(".partial") or (name.endswith(self._suffix) and name not in named)
+            if name.endswith(".partial") or (name.endswith(self._suffixes) and name not in named)
         ]  # fmt: skip
         for name in left:
             self.store.remove(name)

@@ -45,11 +45,14 @@ def read(batch: Mapping[str, Sequence[str]], rules: Rules) -> Iterator[Row]:
         is rejected, `meta` (JSON), `frames`, `[T, H, W, 3]`, uint8, and the seconds of reading and decoding.
     """
     for path, name, columns, done in zip(*(batch[key] for key in ("path", "name", "columns", "done")), strict=True):
-        yield from _numbered(samples(str(path), str(name), json.loads(columns), rules), str(path), json.loads(done))
+        yield from numbered(samples(str(path), str(name), json.loads(columns), rules), str(path), json.loads(done))
 
 
-def _numbered(made: Iterator[Row], path: str, done: Sequence[int]) -> Iterator[Row]:
-    """Number samples, leave out those that are done, and mark the last one, which has to be held until none follows."""
+def numbered(made: Iterator[Row], path: str, done: Sequence[int]) -> Iterator[Row]:
+    """Make batches of one row: number samples, leave out those that are done, and mark the last one.
+
+    A row is held until it is known whether another one follows.
+    """
     begin = time.perf_counter()
     before: Row | None = None
     for index, row in enumerate(made):
@@ -59,7 +62,7 @@ def _numbered(made: Iterator[Row], path: str, done: Sequence[int]) -> Iterator[R
         before = {"item": path, "index": index, "last": False, **row, "decode_s": now - begin - row["read_s"]}
         begin = time.perf_counter()
     if before is None:
-        nothing = _rejected("holds no pictures or videos", {"source": path})
+        nothing = rejected("holds no pictures or videos", {"source": path})
         before = {"item": path, "index": 0, "last": False, **nothing, "decode_s": 0.0}
     if before["index"] not in done:
         yield _batch(before | {"last": True})
@@ -67,10 +70,11 @@ def _numbered(made: Iterator[Row], path: str, done: Sequence[int]) -> Iterator[R
 
 def _batch(row: Row) -> Row:
     """Columns of one row."""
-    return {key: value[None] if key == "frames" else [value] for key, value in row.items()}
+    return {key: value[None] if isinstance(value, np.ndarray) else [value] for key, value in row.items()}
 
 
-def _rejected(reason: str, meta: Mapping[str, Any]) -> Row:
+def rejected(reason: str, meta: Mapping[str, Any]) -> Row:
+    """A row that says why there is no sample."""
     return {"reason": reason, "meta": json.dumps(meta), "frames": NOTHING, "read_s": 0.0}
 
 
@@ -85,10 +89,11 @@ def samples(path: str, name: str, columns: Mapping[str, Any], rules: Rules) -> I
             else:
                 yield from _media(file, meta, rules, begin)
     except Exception as error:  # whatever is wrong with an input, the others can still be read
-        yield _rejected(_said(error), meta)
+        yield rejected(said(error), meta)
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """The reason to reject an input that raised an error."""
     text = str(error) or type(error).__name__
     return text if isinstance(error, Rejected) else f"cannot be read ({type(error).__name__}: {text})"
 
@@ -151,7 +156,7 @@ def _members(found: Iterator[Member], meta: Mapping[str, Any], rules: Rules, fet
                 copy.flush()
                 yield from _media(Path(copy.name), own, rules, begin)
         except Exception as error:
-            yield _rejected(_said(error), own)
+            yield rejected(said(error), own)
 
 
 def _in_tar(path: Path) -> Iterator[Member]:
@@ -220,7 +225,7 @@ def _media(path: Path, meta: Mapping[str, Any], rules: Rules, begin: float) -> I
             yield {"reason": "", "meta": json.dumps(meta), "frames": frames, "read_s": seconds}
             clip, seconds = clip + 1, 0.0
     except Exception as error:
-        yield _rejected(_said(error), {**found, "clip": clip})
+        yield rejected(said(error), {**found, "clip": clip})
 
 
 Clip = tuple[np.ndarray, dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Encode a dataset on Ray Data: list, read and decode on CPUs, encode on actors, write, and note what is done."""
+"""Run a dataset through Ray Data: read on CPUs, encode or decode on actors, write, and note what is done."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 
 from halovae.cluster.encode import EncodeRows
 from halovae.cluster.journal import Journal, Line
-from halovae.cluster.reading import read
+from halovae.cluster.reading import Row, read
 from halovae.cluster.rules import Rules
 from halovae.cluster.sources import Item, Listing
-from halovae.cluster.writing import Output, damage, write
+from halovae.cluster.writing import SUFFIXES, Output, damage, write
 from halovae.errors import HalovaeError
 
 _BLOCK = 8  # inputs that one task reads, one after the other
@@ -138,22 +138,55 @@ def connect(address: str | None) -> None:
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def encode_dataset(
-    listing: Listing, rules: Rules, output: Output, settings: Mapping[str, Any], encoder: Mapping[str, Any],
-    workers: Workers, on_progress: Callable[[Progress], None], *, shard: int = 64, most_rejected: str | None = None,
-    retry_rejected: bool = False,
+@dataclass(frozen=True)
+class Stages:
+    """What is done with a dataset.
+
+    Attributes:
+        read: makes rows of a batch with one file: its samples, or why there are none.
+        worker: the class of the actors, which encode or decode batches of such rows.
+        options: of the class.
+        batch: how many rows it gets at once.
+        write: writes a batch of what the actors make, and returns lines and seconds.
+        shard: how many rows it gets at once; None for those of a block.
+    """
+
+    read: Callable[[Mapping[str, Sequence[str]]], Iterator[Row]]
+    worker: type
+    options: Mapping[str, Any]
+    batch: int
+    write: Callable[[Mapping[str, Any]], dict[str, Any]]
+    shard: int | None = None
+
+
+def encoding(rules: Rules, output: Output, encoder: Mapping[str, Any], shard: int) -> Stages:
+    """The stages of an encode.
+
+    Args:
+        rules: how files become clips.
+        output: where samples go.
+        encoder: options of `Encode`.
+        shard: how many samples one file has, in formats that have several.
+    """
+    options = {"dims": 4 if rules.facts.framed else 3, **encoder}
+    batch = encoder["batch_size"] * (1 if rules.facts.clips else 4)  # pictures of several sizes
+    several = shard if output.format != "safetensors" else None
+    return Stages(partial(read, rules=rules), EncodeRows, options, batch, partial(write, output=output), several)
+
+
+def run_dataset(
+    listing: Listing, stages: Stages, folder: str, settings: Mapping[str, Any], workers: Workers,
+    on_progress: Callable[[Progress], None], *, most_rejected: str | None = None, retry_rejected: bool = False,
 ) -> Progress:  # fmt: skip
-    """Encode what is not done yet.
+    """Do what is not done yet.
 
     Args:
         listing: the files.
-        rules: how they become clips.
-        output: where samples go.
-        settings: what all samples of the folder share; a later run has to have the same.
-        encoder: options of `Encode`.
-        workers: who encodes.
+        stages: what is done with them.
+        folder: where samples go.
+        settings: what all samples of the folder share; a later run has to have the same. `format` is one of them.
+        workers: who encodes or decodes.
         on_progress: called when samples are done.
-        shard: how many samples one file has, in formats that have several.
         most_rejected: how many inputs may be rejected: a number, or a share such as "1%"; None for any number.
         retry_rejected: whether to try again what an earlier run rejected.
 
@@ -161,10 +194,8 @@ def encode_dataset(
         TooManyRejectedError: more are.
         ValueError: the folder has samples that were made otherwise, or another run writes to it.
     """
-    from halovae.cluster.writing import SUFFIXES
-
     limit = allowed(most_rejected, len(listing.items))
-    with journal_of(output.folder, settings, SUFFIXES[output.format]) as journal:
+    with journal_of(folder, settings) as journal:
         if retry_rejected:
             journal.retry_rejected()
         journal.sweep()
@@ -174,7 +205,7 @@ def encode_dataset(
         )
         _check_rejected(progress, limit)
         if left:
-            for lines, seconds in _results(left, journal, rules, output, encoder, workers, shard, progress):
+            for lines, seconds in _results(left, journal, stages, workers, progress):
                 new = journal.add(lines)
                 progress.finished += sum(journal.is_complete(item) for item in {line["item"] for line in new})
                 progress.samples += sum("reason" not in line for line in new)
@@ -189,9 +220,9 @@ def encode_dataset(
 
 
 @contextmanager
-def journal_of(folder: str, settings: Mapping[str, Any], suffix: str) -> Iterator[Journal]:
+def journal_of(folder: str, settings: Mapping[str, Any]) -> Iterator[Journal]:
     """Open a dataset's folder for one run at a time, as far as it is local."""
-    journal = Journal(folder, settings, suffix)
+    journal = Journal(folder, settings, SUFFIXES[settings["format"]])
     lock = FileLock(journal.store.path(".lock"), timeout=0) if journal.store.local else nullcontext()
     try:
         with lock:
@@ -227,9 +258,8 @@ def _check_rejected(progress: Progress, limit: float) -> None:
 
 
 def _results(
-    left: Sequence[Item], journal: Journal, rules: Rules, output: Output, encoder: Mapping[str, Any],
-    workers: Workers, shard: int, progress: Progress,
-) -> Iterator[tuple[list[Line], dict[str, float]]]:  # fmt: skip
+    left: Sequence[Item], journal: Journal, stages: Stages, workers: Workers, progress: Progress
+) -> Iterator[tuple[list[Line], dict[str, float]]]:
     """The lines of samples and rejections as they come, and what each stage took for them."""
     import pyarrow as pa
     import ray
@@ -253,16 +283,14 @@ def _results(
             "done": [json.dumps(journal.done(item.path)) for item in some],
         }
         tables.append(pa.table(columns))
-    several = output.format != "safetensors"
     data = (
         ray.data.from_arrow(tables)
-        .map_batches(partial(read, rules=rules), batch_size=1, num_cpus=reading)
+        .map_batches(stages.read, batch_size=1, num_cpus=reading)
         .map_batches(
-            EncodeRows, batch_size=encoder["batch_size"] * (4 if not rules.facts.clips else 1),
-            fn_constructor_kwargs={"dims": 4 if rules.facts.framed else 3, **encoder},
+            stages.worker, batch_size=stages.batch, fn_constructor_kwargs=dict(stages.options),
             compute=ActorPoolStrategy(min_size=1, max_size=count, initial_size=count), **asked,
         )
-        .map_batches(partial(write, output=output), batch_size=shard if several else None, num_cpus=_WRITING_CPUS)
+        .map_batches(stages.write, batch_size=stages.shard, num_cpus=_WRITING_CPUS)
     )  # fmt: skip
     begin = time.perf_counter()
     for batch in data.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
@@ -271,7 +299,7 @@ def _results(
         yield [json.loads(line) for line in rows["line"]], {stage: sum(rows[f"{stage}_s"]) for stage in STAGES}
 
 
-def verify(output: Output, settings: Mapping[str, Any]) -> tuple[int, list[str]]:
+def verify(folder: str, settings: Mapping[str, Any]) -> tuple[int, list[str]]:
     """Read all samples back. The lines of damaged ones are removed, so that another run makes them again.
 
     Returns:
@@ -281,10 +309,8 @@ def verify(output: Output, settings: Mapping[str, Any]) -> tuple[int, list[str]]
     import ray
     from ray.data import DataContext
 
-    from halovae.cluster.writing import SUFFIXES
-
     DataContext.get_current().enable_progress_bars = False
-    with journal_of(output.folder, settings, SUFFIXES[output.format]) as journal:
+    with journal_of(folder, settings) as journal:
         files: dict[str, list[Line]] = {}
         for line in journal.manifest:
             files.setdefault(line["file"], []).append(line)
@@ -294,7 +320,7 @@ def verify(output: Output, settings: Mapping[str, Any]) -> tuple[int, list[str]]
             pa.table({"lines": [json.dumps(lines) for lines in chunk]})
             for chunk in _chunks(list(files.values()), max(_BLOCK, -(-len(files) // _BLOCKS)))
         ]
-        data = ray.data.from_arrow(tables).map_batches(partial(_damage, folder=output.folder), batch_size=_BLOCK)
+        data = ray.data.from_arrow(tables).map_batches(partial(_damage, folder=folder), batch_size=_BLOCK)
         wrong: dict[tuple[str, int], str] = {}
         for row in data.iter_rows():
             wrong[row["item"], row["index"]] = row["reason"]

@@ -48,13 +48,14 @@ class Listing:
     items: Sequence[Item]
 
 
-def listed(source: str, column: str | None = None) -> Listing:
+def listed(source: str, column: str | None = None, suffixes: Sequence[str] = (*MEDIA, ".tar")) -> Listing:
     """List a dataset.
 
     Args:
         source: a folder, all of whose media count, also in subfolders; a folder that Hugging Face's `save_to_disk`
             wrote; a glob; a `.csv`, `.parquet`, or `.jsonl` manifest; a `.tar`; or one file.
         column: of a manifest, which has the paths; None for the first of `PATH_COLUMNS` that there is.
+        suffixes: of the files in a folder that count. With `.parquet` in it, such a file is no manifest.
 
     Raises:
         ValueError: nothing is there, or a manifest has no such column.
@@ -67,23 +68,22 @@ def listed(source: str, column: str | None = None) -> Listing:
     elif files.isdir(path):
         every = files.find(path)
         saved = any(posixpath.basename(one) == "dataset_info.json" for one in every)
-        found = [one for one in every if (one.endswith(".arrow") if saved else is_read(one))]
+        found = [one for one in every if (one.endswith(".arrow") if saved else _counts(one, suffixes))]
         root = path.rstrip("/")
     elif not files.exists(path):
         raise ValueError(f"source {source}: there is no such file or folder")
-    elif path.lower().endswith(MANIFESTS):
+    elif path.lower().endswith(tuple(one for one in MANIFESTS if one not in suffixes)):
         return _of_manifest(source, files, path, column)
     else:
         found, root = [path], posixpath.dirname(path)
     if not found:
-        raise ValueError(f"source {source}: holds no files that end in {', '.join((*MEDIA, '.tar'))}")
+        raise ValueError(f"source {source}: holds no files that end in {', '.join(suffixes)}")
     items = [Item(_url(files, one), _name(one, root), {}) for one in sorted(found)]
     return Listing(_url(files, root), items)
 
 
-def is_read(path: str) -> bool:
-    """Whether a file in a folder counts, by its name."""
-    return path.lower().endswith((*MEDIA, ".tar")) and not _is_hidden(path)
+def _counts(path: str, suffixes: Sequence[str]) -> bool:
+    return path.lower().endswith(tuple(suffixes)) and not _is_hidden(path)
 
 
 def _is_hidden(path: str) -> bool:

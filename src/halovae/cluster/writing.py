@@ -8,7 +8,7 @@ import json
 import posixpath
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from torch import Tensor
 from halovae.cluster.encode import DTYPES
 from halovae.cluster.journal import Line, Store
 
-SUFFIXES = {"safetensors": ".safetensors", "parquet": ".parquet", "webdataset": ".tar"}
+SUFFIXES = {
+    "safetensors": (".safetensors",), "parquet": (".parquet",), "webdataset": (".tar",), "mp4": (".mp4", ".png"),
+}  # fmt: skip
+Sample = tuple[Line, dict[str, Tensor]]
 COLUMNS = ("read_s", "decode_s", "encode_s")
 
 
@@ -55,7 +58,7 @@ def write(batch: Mapping[str, Any], output: Output) -> dict[str, Any]:
     """
     begin = time.perf_counter()
     lines: list[Line] = []
-    samples: list[tuple[Line, dict[str, Tensor]]] = []
+    samples: list[Sample] = []
     for index in range(len(batch["item"])):
         row = {key: values[index] for key, values in batch.items()}
         line = {"item": str(row["item"]), "index": int(row["index"]), "last": bool(row["last"])}
@@ -107,7 +110,7 @@ def _latents_file(line: Line, tensors: Mapping[str, Tensor], output: Output) -> 
     return save({name: tensor[None].contiguous() for name, tensor in tensors.items()}, known)
 
 
-def _write_safetensors(store: Store, output: Output, samples: Sequence[tuple[Line, dict[str, Tensor]]]) -> None:
+def _write_safetensors(store: Store, output: Output, samples: Sequence[Sample]) -> None:
     for line, tensors in samples:
         line["file"] = f"{stem(line)}.safetensors"
         store.write(line["file"], _latents_file(line, tensors, output))
@@ -119,7 +122,7 @@ def _shard(samples: Sequence[tuple[Line, Any]], suffix: str) -> str:
     return f"part-{hashlib.sha256(names.encode()).hexdigest()[:16]}{suffix}"
 
 
-def _write_parquet(store: Store, output: Output, samples: Sequence[tuple[Line, dict[str, Tensor]]]) -> None:
+def _write_parquet(store: Store, output: Output, samples: Sequence[Sample]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -130,12 +133,13 @@ def _write_parquet(store: Store, output: Output, samples: Sequence[tuple[Line, d
         row = {"id": stem(line), **{f"{key}_bytes": _bytes(tensor) for key, tensor in tensors.items()}}
         texts = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in line.items()}
         rows.append({**row, **{key: value for key, value in texts.items() if key not in ("file", "last")}})
+    names = dict.fromkeys(key for row in rows for key in row)
     content = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist(rows), content)
+    parquet.write_table(pa.table({key: [row.get(key) for row in rows] for key in names}), content)
     store.write(name, content.getvalue())
 
 
-def _write_tar(store: Store, output: Output, samples: Sequence[tuple[Line, dict[str, Tensor]]]) -> None:
+def _write_tar(store: Store, output: Output, samples: Sequence[Sample]) -> None:
     name, content = _shard(samples, ".tar"), io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
         for line, tensors in samples:
@@ -159,50 +163,62 @@ def damage(lines: Sequence[Line], folder: str) -> Iterator[tuple[Line, str]]:
     """Read samples of one file back, and say which are not what their lines say, and why."""
     store, name = Store(folder), lines[0]["file"]
     try:
-        found = _READERS[posixpath.splitext(name)[1]](store.read(name))
+        content, suffix = store.read(name), posixpath.splitext(name)[1]
+        if suffix in SUFFIXES["mp4"]:
+            (line,) = lines
+            if hashlib.sha256(content).hexdigest() != line["sha256"]:
+                yield line, f"{name} is not what was written: its checksum differs"
+            return
+        found = {(line["item"], int(line["index"])): digest(tensors) for line, tensors in read_samples(content, suffix)}
     except Exception as error:  # whatever a damaged file does to those that read it
         yield from ((line, f"{name} cannot be read ({error})") for line in lines)
         return
     for line in lines:
-        tensors = found.get((line["item"], line["index"]))
-        if tensors is None:
+        known = found.get((line["item"], line["index"]))
+        if known is None:
             yield line, f"{name} does not hold it"
-        elif digest(tensors) != line["sha256"]:
+        elif known != line["sha256"]:
             yield line, f"{name} holds other values: their checksum differs"
 
 
-Samples = dict[tuple[str, int], dict[str, Tensor]]
+def read_samples(content: bytes, suffix: str) -> Iterator[Sample]:
+    """Read the samples of a file in one of the formats: what is known of each, and its tensors without a batch.
+
+    Raises:
+        ValueError: it is damaged, or has no latents.
+    """
+    if suffix == ".parquet":
+        yield from _read_parquet(content)
+    elif suffix == ".tar":
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            for member in tar:
+                body = tar.extractfile(member) if member.name.endswith(".safetensors") else None
+                if body is not None:
+                    yield from _read_safetensors(body.read())
+    else:
+        yield from _read_safetensors(content)
 
 
-def _read_safetensors(content: bytes) -> Samples:
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    return {(header["item"], int(header["index"])): {name: one[0] for name, one in load(content).items()}}
+def _read_safetensors(content: bytes) -> Iterator[Sample]:
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    tensors = load(content)
+    if "latents" not in tensors:
+        raise ValueError(f"holds {', '.join(tensors) or 'nothing'}: expected a tensor 'latents'")
+    for index in range(len(tensors["latents"])):
+        yield {"index": index, **header}, {name: one[index] for name, one in tensors.items()}
 
 
-def _read_parquet(content: bytes) -> Samples:
+def _read_parquet(content: bytes) -> Iterator[Sample]:
     from pyarrow import parquet
 
-    found = {}
     for row in parquet.read_table(io.BytesIO(content)).to_pylist():
         stored = {key.removesuffix("_bytes"): value for key, value in row.items() if key.endswith("_bytes")}
-        found[row["item"], row["index"]] = {
-            key: torch.frombuffer(bytearray(value), dtype=DTYPES[row["dtype"]]).view(row["shape"])
-            for key, value in stored.items()
-        }
-    return found
-
-
-def _read_tar(content: bytes) -> Samples:
-    found: Samples = {}
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        for member in tar:
-            if member.name.endswith(".safetensors"):
-                body = tar.extractfile(member)
-                assert body is not None
-                found |= _read_safetensors(body.read())
-    return found
-
-
-_READERS: dict[str, Callable[[bytes], Samples]] = {
-    ".safetensors": _read_safetensors, ".parquet": _read_parquet, ".tar": _read_tar,
-}  # fmt: skip
+        line = {key: value for key, value in row.items() if not key.endswith("_bytes")}
+        line["scaled"] = str(line.get("normalized", False)).lower()
+        yield (
+            line,
+            {
+                key: torch.frombuffer(bytearray(value), dtype=DTYPES[row["dtype"]]).view(row["shape"])
+                for key, value in stored.items()
+            },
+        )

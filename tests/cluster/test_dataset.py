@@ -431,6 +431,8 @@ def test_an_object_store_gets_lines_in_files_of_their_own(clips: Path, facts: Fa
 def test_a_dataset_is_decoded_to_what_its_latents_decode_to(
     clips: Path, tmp_path: Path, facts: Facts, encoder: EncodeRows, wan: Path, format_: str
 ) -> None:
+    (clips / "b.mp4").unlink()
+    (clips / "deep/c.mp4").unlink()
     make_clip(clips / "still.mp4", 1, 24, 16, seed=9)
     (clips / "bad.mp4").write_text("bad")
     out, made = tmp_path / "out", tmp_path / "made"
@@ -440,7 +442,7 @@ def test_a_dataset_is_decoded_to_what_its_latents_decode_to(
     for item in listed(str(out), suffixes=suffixes).items:
         for batch in read_latents({"path": [item.path], "name": [item.name], "done": ["[]"]}):
             lines += [json.loads(line) for line in write_media(decoder(batch), str(made), None)["line"]]
-    names = ["a.mp4", "b.mp4", "deep/c.mp4", "still.mp4"]
+    names = ["a.mp4", "still.mp4"]
     files = [f"{name}.00000.{'png' if name == 'still.mp4' else 'mp4'}" for name in names]
     assert sorted(line["file"] for line in lines) == files
     assert {line["fps"] for line in lines} == {16.0}

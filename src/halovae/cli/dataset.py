@@ -1,4 +1,4 @@
-"""`halovae dataset`: encode whole datasets of clips and pictures, on Ray Data."""
+"""`halovae dataset`: encode and decode whole datasets of clips and pictures, on Ray Data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from halovae.cluster.sources import Listing, listed
 from halovae.cluster.writing import Output
 from halovae.models.load import find_model
 
-app = typer.Typer(help="Encode whole datasets of clips and pictures to latents, on Ray Data.", no_args_is_help=True)
+app = typer.Typer(help="Encode and decode whole datasets of clips and pictures, on Ray Data.", no_args_is_help=True)
 app.command()(plan)
 
 

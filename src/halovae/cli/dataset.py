@@ -225,6 +225,8 @@ def _run(
             )  # fmt: skip
     except run.TooManyRejectedError as error:
         fail(error, 1)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here", 130)
     results_console().print(_report(progress, output))
     if verify:
         whole, damaged = run.verify(output, settings)
@@ -258,15 +260,9 @@ def _buckets(size: str | None, buckets: str | None, facts: Facts) -> tuple[Bucke
 @contextmanager
 def _shown(inputs: int) -> Iterator[Callable[[run.Progress], None]]:
     """Show how far a run is on standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("inputs"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, TextColumn("{task.fields[more]}"), console=console, transient=True) as bar:
-        task = bar.add_task("encoding", total=inputs, more="starting")
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[more]}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=inputs, more="inputs, starting")
 
         def on_progress(now: run.Progress) -> None:
             left = "" if now.left_s is None else f", {now.left_s / 60:,.0f} min left"

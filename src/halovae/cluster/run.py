@@ -40,8 +40,9 @@ class Progress:
 
     Attributes:
         inputs: files of the dataset.
-        finished: of these, files whose samples are all there or rejected, earlier runs included.
+        skipped: of these, files that earlier runs finished.
         before: samples of earlier runs.
+        finished: files whose samples are all there or rejected, those of earlier runs included.
         samples: samples of this run.
         rejected: rejections, earlier runs included.
         frames: encoded frames of this run.
@@ -52,11 +53,12 @@ class Progress:
     """
 
     inputs: int
-    finished: int
+    skipped: int
     before: int
     rejected: int
     encoders: int
     cpus: float
+    finished: int = 0
     samples: int = 0
     frames: int = 0
     seconds: float = 0.0
@@ -80,8 +82,8 @@ class Progress:
     @property
     def left_s(self) -> float | None:
         """Predicted seconds to the end; None before anything is finished."""
-        done = self.samples and self.finished / self.seconds
-        return (self.inputs - self.finished) / done if done else None
+        rate = (self.finished - self.skipped) / max(1e-9, self.seconds)
+        return (self.inputs - self.finished) / rate if rate else None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ class Workers:
                 return min(self.encoders or most, most), {**asked, "num_cpus": 0}, cpus
         count = self.encoders or max(1, int(cpus / 2) // self.ranks)
         return count, {"num_cpus": _ENCODER_CPUS}, max(0.5, cpus - count * self.ranks)
+
+
+def reading_cpus(nodes: Sequence[float]) -> float:
+    """What a task that reads asks for, given the CPUs of each node: half of a small node's, so that others fit there."""
+    return min(1.0, min([cpus for cpus in nodes if cpus], default=2.0) / 2)
 
 
 def connect(address: str | None) -> None:
@@ -200,8 +207,9 @@ def run_dataset(
             journal.retry_rejected()
         journal.sweep()
         left = [item for item in listing.items if not journal.is_complete(item.path)]
+        skipped = len(listing.items) - len(left)
         progress = Progress(
-            len(listing.items), len(listing.items) - len(left), journal.samples, journal.refused, 0, 0.0
+            len(listing.items), skipped, journal.samples, journal.refused, encoders=0, cpus=0.0, finished=skipped
         )
         _check_rejected(progress, limit)
         if left:
@@ -267,8 +275,7 @@ def _results(
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    reading = min(1.0, min([one for one in cpus if one], default=1.0) / 2)
+    reading = reading_cpus([node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]])
     count, asked, progress.cpus = workers.resources(ray.cluster_resources())
     progress.encoders = count
     size = max(_BLOCK, -(-len(left) // _BLOCKS))

@@ -113,7 +113,7 @@ class Workers:
 
 
 def reading_cpus(nodes: Sequence[float]) -> float:
-    """What a task that reads asks for, given the CPUs of each node: half of a small node's, so that others fit there."""
+    """What a task that reads asks for: one CPU, or half of the smallest node's, so that others fit there, too."""
     return min(1.0, min([cpus for cpus in nodes if cpus], default=2.0) / 2)
 
 

@@ -65,6 +65,7 @@ def by_script(clips: Path, out: Path, model: Path, family: str) -> tuple[float, 
 def by_halovae(clips: Path, out: Path, model: Path) -> tuple[float, float, float, str]:
     """Encode by the command. Returns its seconds, clips per second, the most bytes of its processes, and its report."""
     command = ["-m", "halovae.cli.main", "dataset", "encode", str(clips), "-o", str(out), "--model", str(model)]
+    command += ["--batch-size", "1"]
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
     manifest, most = out / "manifest.jsonl", 0.0
@@ -79,7 +80,7 @@ def by_halovae(clips: Path, out: Path, model: Path) -> tuple[float, float, float
     said = " ".join((process.stdout.read() if process.stdout else "").split())
     if process.returncode or len(seen) < 2:
         raise RuntimeError(f"halovae dataset encode failed, or made all clips at once: {said}")
-    (first, before), (last, after) = seen[0], seen[-1]
+    (first, before), (last, after) = seen[0], seen[-1]  # several results come at once
     return seconds, (after - before) / (last - first), most, said
 
 
@@ -121,10 +122,11 @@ def main() -> None:
             return
         write_clips(home / "in", args.clips, args.size, args.frames)
         whole, steady = by_script(home / "in", home / "script", model, args.family)
+        print(f"script: {whole:.1f} s, {args.clips / steady:.3f} clips/s", flush=True)
         seconds, rate, _, said = by_halovae(home / "in", home / "out", model)
         print(f"{args.family}, {args.clips} clips of {args.frames} frames, {args.size[0]}x{args.size[1]}, fp32")
         print("| way | seconds | clips/s |\n| --- | --- | --- |")
-        print(f"| script | {whole:.1f} | {args.clips / steady:.2f} |\n| halovae | {seconds:.1f} | {rate:.2f} |")
+        print(f"| script | {whole:.1f} | {args.clips / steady:.3f} |\n| halovae | {seconds:.1f} | {rate:.3f} |")
         print(f"ratio of clips/s {rate * steady / args.clips:.2f}; of all seconds {whole / seconds:.2f}")
         print(f"largest difference of latents {worst(home / 'out', home / 'script'):.1e}; load {psutil.getloadavg()}")
         print(said)

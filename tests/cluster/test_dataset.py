@@ -25,7 +25,7 @@ from halovae.cluster.journal import Journal
 from halovae.cluster.rules import Rules, parse_buckets
 from halovae.cluster.run import allowed
 from halovae.cluster.sources import listed
-from halovae.cluster.writing import damage
+from halovae.cluster.writing import NAMES, damage
 from halovae.io import latents as latents_file
 from halovae.io import media
 
@@ -210,13 +210,30 @@ def test_a_tar_has_clips_with_captions(tmp_path: Path, clips: Path, facts: Facts
     rows = rows_of(str(tmp_path / "shard.tar"), Rules(facts, frames=(5,)))
     metas = [json.loads(row["meta"]) for row in rows]
     assert [(meta["name"], meta["member"], meta["clip"]) for meta in metas] == [
-        ("shard/x/one.mp4", "x/one.mp4", 0),
-        ("shard/two.mp4", "two.mp4", 0),
+        ("shard.tar/x/one.mp4", "x/one.mp4", 0),
+        ("shard.tar/two.mp4", "two.mp4", 0),
     ]
     assert [row["index"] for row in rows] == [0, 1]
     assert metas[0]["columns"] == {"txt": "caption of x/one", "json": {"n": 1}}
     (alone,) = rows_of(str(clips / "a.mp4"), Rules(facts, frames=(5,)))
     assert np.array_equal(alone["frames"], rows[0]["frames"])
+
+
+def test_names_in_a_tar_stay_in_the_folder_and_are_used_once(
+    tmp_path: Path, clips: Path, facts: Facts, encoder: EncodeRows
+) -> None:
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in/shard.tar", "w") as tar:
+        for name in ("../../../out.mp4", "/out2.mp4", "same.mp4", "same.mp4"):
+            member = tarfile.TarInfo(name)
+            member.size = (clips / "a.mp4").stat().st_size
+            tar.addfile(member, io.BytesIO((clips / "a.mp4").read_bytes()))
+    run_here(str(tmp_path / "in"), str(tmp_path / "made"), Rules(facts), encoder)
+    assert sorted(line["file"] for line in lines_of(tmp_path / "made")) == [
+        f"shard.tar/{name}.00000.safetensors" for name in ("out.mp4", "out2.mp4", "same.mp4")
+    ]
+    assert [line["reason"] for line in lines_of(tmp_path / "made", "rejected.jsonl")] == ["its name is there twice"]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
 
 
 def test_a_folder_that_hugging_face_saved_has_pictures_and_captions(tmp_path: Path, facts: Facts) -> None:
@@ -386,15 +403,17 @@ def test_a_run_that_was_ended_at_any_batch_goes_on(
         run_here(str(clips), str(out), rules, encoder, stop_after=stop, format_=format_)
     with (out / "manifest.jsonl").open("a") as manifest:
         manifest.write('{"item": "cut sho')  # a line that a crash cut short
-    (out / ".a.partial").write_text("cut")
+    (out / ".a.0123abcd.partial").write_text("cut")
+    for name in ("notes.parquet", "lora.safetensors", "notes.partial"):
+        (out / name).write_text("the user's")
     assert run_here(str(clips), str(out), rules, encoder, format_=format_) == 3
     lines = lines_of(out)
     found = sorted((line["name"], line["clip"]) for line in lines)
     assert found == [("a.mp4", 0), ("b.mp4", 0), ("deep/c.mp4", 0), ("long.mp4", 0), ("long.mp4", 1)]
     assert [line["name"] for line in lines_of(out, "rejected.jsonl")] == ["bad.mp4"]
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.suffix in (".safetensors", ".parquet")}
-    assert files == {line["file"] for line in lines}
-    assert not list(out.rglob("*.partial"))
+    assert files == {line["file"] for line in lines} | {"notes.parquet", "lora.safetensors"}
+    assert [path.name for path in out.rglob("*.partial")] == ["notes.partial"]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix != ".lock"}
     assert run_here(str(clips), str(out), rules, encoder, format_=format_) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix != ".lock"} == before
@@ -484,7 +503,7 @@ def test_damaged_samples_are_found_and_made_again(
     assert [line["name"] for line, _ in found] == ["b.mp4"]
     assert "b.mp4.00000.safetensors" in found[0][1]
     settings = json.loads((out / "dataset.json").read_text())
-    assert Journal(str(out), settings, (".safetensors",)).drop(lambda line: line["name"] == "b.mp4") == 1
+    assert Journal(str(out), settings, NAMES["safetensors"]).drop(lambda line: line["name"] == "b.mp4") == 1
     assert run_here(str(clips), str(out), Rules(facts), encoder) == 1
     assert torch.equal(latents_file.read(path), wanted)
 
@@ -518,15 +537,3 @@ def test_a_model_of_pictures_takes_pictures(models: Callable[[str], Path], tmp_p
     output = tmp_path / "out"
     run_here(str(tmp_path / "in"), str(output), replace(Rules(facts), most=1), EncodeRows(3, model=str(path)))
     assert [line["shape"] for line in lines_of(output)] == [[16, 8, 8], [16, 8, 10], [16, 8, 12]]
-
-
-def test_without_ray_nothing_of_it_is_imported() -> None:
-    import subprocess
-    import sys
-
-    script = (
-        "import sys, halovae.ray, halovae.cli.main;"
-        "print([name for name in ('ray', 'pyarrow', 'pandas') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

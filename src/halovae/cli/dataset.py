@@ -144,9 +144,10 @@ def encode(
             "store": store.value, "normalized": normalized,
         }  # fmt: skip
         settings = {
-            **common, "source": listing.root, "format": format_.value, "buckets": rules.buckets, "frames": rules.frames,
-            "fps": fps, "max_clips_per_video": rules.most,
+            "source": listing.root, "format": format_.value, "buckets": rules.buckets, "frames": rules.frames,
+            "fps": fps, "max_clips_per_video": rules.most, **common,
         }  # fmt: skip
+        del settings["halovae"]  # another version goes on; each line says which one made it
         encoder: dict[str, Any] = {
             "model": model, "dtype": dtype.value, "store": store.value, "normalize": normalized,
             "batch_size": batch_size or (1 if facts.clips else 8), "ranks": ranks_per_actor,
@@ -199,8 +200,8 @@ def decode(
         path = find_model(model)
         listing = listed(source, suffixes=(".safetensors", ".parquet", ".tar"))
         settings = {
-            "revision": revision_of(path), "dtype": dtype.value, "halovae": __version__, "source": listing.root,
-            "format": "mp4", "fps": fps, "normalized": normalized,
+            "revision": revision_of(path), "dtype": dtype.value, "source": listing.root, "format": "mp4", "fps": fps,
+            "normalized": normalized,
         }  # fmt: skip
         stages = decoding(output, {"model": model, "dtype": dtype.value, "normalized": normalized}, fps)
         _run(listing, stages, output, settings, run.Workers(actors), max_rejected, retry_rejected, verify, ray_address)

@@ -18,7 +18,7 @@ from fsspec.core import url_to_fs
 
 from halovae.cluster.encode import DTYPES, ragged
 from halovae.cluster.journal import Line, Store
-from halovae.cluster.reading import Row, numbered, rejected, said
+from halovae.cluster.reading import Row, inside, numbered, rejected, said
 from halovae.cluster.run import Stages
 from halovae.cluster.writing import COLUMNS, read_samples, stem
 from halovae.device.kinds import Device
@@ -50,7 +50,8 @@ def _samples(path: str, name: str) -> Iterator[Row]:
         files, own = url_to_fs(path)
         for number, (line, tensors) in enumerate(read_samples(files.cat_file(own), posixpath.splitext(path)[1])):
             latents = tensors["latents"].float().numpy()
-            sample = stem({**line, "clip": int(line["clip"])}) if "clip" in line else f"{name}.{number:05d}"
+            known = {"clip": int(line["clip"]), "name": inside(line["name"])} if "clip" in line else {}
+            sample = stem(known or {"clip": number, "name": name})
             meta = {"source": path, "name": sample, "scaled": line.get("scaled") == "true", "fps": line.get("fps")}
             meta["dims"] = latents.shape  # in Arrow, all have as many dims
             row = {

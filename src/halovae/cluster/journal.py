@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -138,7 +139,7 @@ class Journal:
     Args:
         folder: of the dataset; it is made if it is not there.
         settings: how samples are made. Samples of one dataset are made alike.
-        suffixes: of the files with samples.
+        pattern: of the names of files with samples. Others that are in the folder are left as they are.
 
     Attributes:
         samples: how many there are.
@@ -148,10 +149,10 @@ class Journal:
         ValueError: the folder has samples that were made otherwise, or holds something else.
     """
 
-    def __init__(self, folder: str, settings: Mapping[str, Any], suffixes: tuple[str, ...]) -> None:
+    def __init__(self, folder: str, settings: Mapping[str, Any], pattern: str) -> None:
         self.store = Store(folder)
         self.manifest, self.rejected = Lines(self.store, MANIFEST), Lines(self.store, REJECTED)
-        self._suffixes = suffixes
+        self._pattern = re.compile(rf"{pattern}|(.*/)?\..*\.[0-9a-f]{{8}}\.partial")
         if self.store.local:
             os.makedirs(self.store.root, exist_ok=True)
         self._check(dict(settings))
@@ -217,10 +218,7 @@ class Journal:
     def sweep(self) -> list[str]:
         """Remove files that a crash left, which no line names. Returns their names."""
         named = {line["file"] for line in self.manifest}
-        left = [
-            name for name in self.store.names()
-            if name.endswith(".partial") or (name.endswith(self._suffixes) and name not in named)
-        ]  # fmt: skip
+        left = [name for name in self.store.names() if self._pattern.fullmatch(name) and name not in named]
         for name in left:
             self.store.remove(name)
         return left

@@ -84,8 +84,8 @@ def samples(path: str, name: str, columns: Mapping[str, Any], rules: Rules) -> I
     begin = time.perf_counter()
     try:
         with _fetched(path, rules.max_bytes) as file:
-            if inside := _INSIDE.get(posixpath.splitext(path)[1].lower()):
-                yield from _members(inside(file), meta, rules, time.perf_counter() - begin)
+            if open_ := _INSIDE.get(posixpath.splitext(path)[1].lower()):
+                yield from _members(open_(file), meta, rules, time.perf_counter() - begin)
             else:
                 yield from _media(file, meta, rules, begin)
     except Exception as error:  # whatever is wrong with an input, the others can still be read
@@ -145,18 +145,27 @@ class Member:
 
 def _members(found: Iterator[Member], meta: Mapping[str, Any], rules: Rules, fetching: float) -> Iterator[Row]:
     """Read what is in a file. `fetching`: the seconds that it took to fetch."""
+    seen: set[str] = set()
     for member in found:
-        name = f"{posixpath.splitext(str(meta['name']))[0]}/{member.name}"
+        name = f"{meta['name']}/{inside(member.name)}"
         own = {**meta, "member": member.name, "name": name, **({"columns": member.columns} if member.columns else {})}
         begin = time.perf_counter() - fetching
         fetching = 0.0
         try:
+            if name in seen:
+                raise Rejected("its name is there twice")
+            seen.add(name)
             with tempfile.NamedTemporaryFile(suffix=posixpath.splitext(member.name)[1]) as copy:
                 shutil.copyfileobj(member.content, copy)
                 copy.flush()
                 yield from _media(Path(copy.name), own, rules, begin)
         except Exception as error:
             yield rejected(said(error), own)
+
+
+def inside(name: str) -> str:
+    """A path that a file gives, without what would lead out of a folder."""
+    return posixpath.normpath(f"/{name}").lstrip("/")
 
 
 def _in_tar(path: Path) -> Iterator[Member]:

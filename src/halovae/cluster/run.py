@@ -19,7 +19,7 @@ from halovae.cluster.journal import Journal, Line
 from halovae.cluster.reading import Row, read
 from halovae.cluster.rules import Rules
 from halovae.cluster.sources import Item, Listing
-from halovae.cluster.writing import SUFFIXES, Output, damage, write
+from halovae.cluster.writing import NAMES, Output, damage, write
 from halovae.errors import HalovaeError
 
 _BLOCK = 8  # inputs that one task reads, one after the other
@@ -176,7 +176,8 @@ def encoding(rules: Rules, output: Output, encoder: Mapping[str, Any], shard: in
         shard: how many samples one file has, in formats that have several.
     """
     options = {"dims": 4 if rules.facts.framed else 3, **encoder}
-    batch = encoder["batch_size"] * (1 if rules.facts.clips else 4)  # pictures of several sizes
+    alike = rules.facts.clips or len(rules.buckets) == 1
+    batch = encoder["batch_size"] * (1 if alike else 4)  # of several sizes, each is to fill a batch
     several = shard if output.format != "safetensors" else None
     return Stages(partial(read, rules=rules), EncodeRows, options, batch, partial(write, output=output), several)
 
@@ -230,7 +231,7 @@ def run_dataset(
 @contextmanager
 def journal_of(folder: str, settings: Mapping[str, Any]) -> Iterator[Journal]:
     """Open a dataset's folder for one run at a time, as far as it is local."""
-    journal = Journal(folder, settings, SUFFIXES[settings["format"]])
+    journal = Journal(folder, settings, NAMES[settings["format"]])
     lock = FileLock(journal.store.path(".lock"), timeout=0) if journal.store.local else nullcontext()
     try:
         with lock:

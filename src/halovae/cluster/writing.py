@@ -20,9 +20,13 @@ from torch import Tensor
 from halovae.cluster.encode import DTYPES
 from halovae.cluster.journal import Line, Store
 
-SUFFIXES = {
-    "safetensors": (".safetensors",), "parquet": (".parquet",), "webdataset": (".tar",), "mp4": (".mp4", ".png"),
-}  # fmt: skip
+# The names of the files of each format.
+NAMES = {
+    "safetensors": r".*\.\d{5,}\.safetensors",
+    "parquet": r"part-[0-9a-f]{16}\.parquet",
+    "webdataset": r"part-[0-9a-f]{16}\.tar",
+    "mp4": r".*\.\d{5,}\.(mp4|png)",
+}
 Sample = tuple[Line, dict[str, Tensor]]
 COLUMNS = ("read_s", "decode_s", "encode_s")
 
@@ -164,7 +168,7 @@ def damage(lines: Sequence[Line], folder: str) -> Iterator[tuple[Line, str]]:
     store, name = Store(folder), lines[0]["file"]
     try:
         content, suffix = store.read(name), posixpath.splitext(name)[1]
-        if suffix in SUFFIXES["mp4"]:
+        if suffix in (".mp4", ".png"):
             (line,) = lines
             if hashlib.sha256(content).hexdigest() != line["sha256"]:
                 yield line, f"{name} is not what was written: its checksum differs"

@@ -24,7 +24,7 @@ from halovae.cluster.facts import Facts
 from halovae.cluster.journal import Journal
 from halovae.cluster.rules import Rules, parse_buckets
 from halovae.cluster.run import allowed
-from halovae.cluster.sources import listed
+from halovae.cluster.sources import listed, whole_path
 from halovae.cluster.writing import NAMES, damage
 from halovae.io import latents as latents_file
 from halovae.io import media
@@ -89,6 +89,12 @@ def test_other_filesystems_are_listed_by_their_urls(clips: Path) -> None:
     for source in ("memory://set", "memory://set/*/*.mp4", "memory://set/list.jsonl"):
         (item,) = listed(source).items
         assert (item.path, item.name[-5:]) == ("memory:///set/x/a.mp4", "a.mp4")
+
+
+def test_paths_are_whole_for_workers_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert whole_path("out/x") == str(tmp_path / "out/x")
+    assert whole_path("memory://out/x") == "memory:///out/x"
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:

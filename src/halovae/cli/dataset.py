@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +29,7 @@ from halovae.cli.dataset_plan import plan
 from halovae.cluster import run
 from halovae.cluster.facts import Facts, revision_of
 from halovae.cluster.rules import Bucket, Rules, buckets_like, parse_buckets
-from halovae.cluster.sources import Listing, listed
+from halovae.cluster.sources import Listing, listed, whole_path
 from halovae.cluster.writing import Output
 from halovae.models.load import find_model
 
@@ -149,9 +150,10 @@ def encode(
         }  # fmt: skip
         del settings["halovae"]  # another version goes on; each line says which one made it
         encoder: dict[str, Any] = {
-            "model": model, "dtype": dtype.value, "store": store.value, "normalize": normalized,
+            "model": _for_workers(model), "dtype": dtype.value, "store": store.value, "normalize": normalized,
             "batch_size": batch_size or (1 if facts.clips else 8), "ranks": ranks_per_actor,
         }  # fmt: skip
+        output = whole_path(output)
         made = Output(output, format_.value, dtype.value, common, normalized)
         stages = run.encoding(rules, made, encoder, shard_size)
         _run(
@@ -203,8 +205,15 @@ def decode(
             "revision": revision_of(path), "dtype": dtype.value, "source": listing.root, "format": "mp4", "fps": fps,
             "normalized": normalized,
         }  # fmt: skip
-        stages = decoding(output, {"model": model, "dtype": dtype.value, "normalized": normalized}, fps)
+        output = whole_path(output)
+        decoder = {"model": _for_workers(model), "dtype": dtype.value, "normalized": normalized}
+        stages = decoding(output, decoder, fps)
         _run(listing, stages, output, settings, run.Workers(actors), max_rejected, retry_rejected, verify, ray_address)
+
+
+def _for_workers(model: str) -> str:
+    """A model as workers find it, who run in other folders: the path of what is here, or the hub id."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _check_installed() -> None:

@@ -82,6 +82,12 @@ def listed(source: str, column: str | None = None, suffixes: Sequence[str] = (*M
     return Listing(_url(files, root), items)
 
 
+def whole_path(text: str) -> str:
+    """A path as it is for processes in other folders, too; or a URL."""
+    files, path = url_to_fs(text)
+    return _url(files, path)
+
+
 def _counts(path: str, suffixes: Sequence[str]) -> bool:
     return path.lower().endswith(tuple(suffixes)) and not _is_hidden(path)
 

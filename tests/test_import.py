@@ -8,9 +8,9 @@ import halovae
 
 def test_import_is_lean() -> None:
     script = (
-        "import sys, halovae; halovae.load, halovae.parallelize, halovae.Grid;"
-        "print([name for name in ('diffusers', 'transformers', 'fastapi', 'av', 'matplotlib', 'skimage')"
-        " if name in sys.modules])"
+        "import sys, halovae, halovae.ray; halovae.load, halovae.parallelize, halovae.Grid;"
+        "print([name for name in ('diffusers', 'transformers', 'fastapi', 'av', 'matplotlib', 'skimage', 'ray',"
+        " 'pyarrow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """The options of `halovae serve`."""
-    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+    return options_of("serve")
+
+
+def options_of(*command: str) -> set[str]:
+    shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
     return set(re.findall(r"--[a-z][a-z-]*", shown))
 
 
@@ -81,3 +86,15 @@ def test_the_dashboard_draws_metrics_that_exist() -> None:
     suffixes = ("", "_total", "_bucket", "_count", "_sum")
     assert drawn
     assert drawn <= known | {name + suffix for name in declared for suffix in suffixes}
+
+
+def test_the_ray_job_uses_options_that_exist_and_the_version_that_is_tested() -> None:
+    job = yaml.safe_load((DEPLOY / "kuberay.yaml").read_text())
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:3] == ["halovae", "dataset", "encode"]
+    assert given(words[3:]) <= options_of("dataset", "encode")
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    images = {one["image"] for group in groups for one in group["template"]["spec"]["containers"]}
+    assert len(images) == 1  # all nodes need the same halovae and the same Ray
+    assert cluster["rayVersion"] == version("ray")

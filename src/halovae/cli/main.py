@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from halovae import __version__
-from halovae.cli import bench, calibrate, decode, demo, encode, generate, inspect, make_model, plan, serve, validate
+from halovae.cli import (
+    bench,
+    calibrate,
+    dataset,
+    decode,
+    demo,
+    encode,
+    generate,
+    inspect,
+    make_model,
+    plan,
+    serve,
+    validate,
+)
 
 app = typer.Typer(
     name="halovae",
@@ -38,6 +51,7 @@ for command in (
     bench.bench, validate.validate, make_model.make_model, demo.demo,
 ):  # fmt: skip
     app.command()(command)
+app.add_typer(dataset.app, name="dataset")
 
 if __name__ == "__main__":
     app()

@@ -97,6 +97,25 @@ def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
     Raises:
         ValueError: the class has another rule, or the config lacks a value.
     """
+    wide, multiplier, divisor, shift = _rule(latents, config, name)
+    return wide * multiplier / divisor + shift
+
+
+def normalized(latents: Tensor, config: Any, name: str, *, spread: bool = False) -> Tensor:
+    """Convert latents that a VAE makes to those of its pipeline: the inverse of `denormalized`, with its errors.
+
+    Args:
+        latents: `[B, C, H, W]` or `[B, C, T, H, W]`.
+        config: the autoencoder's config.
+        name: the autoencoder's class.
+        spread: whether these are standard deviations of latents, which are scaled but not shifted.
+    """
+    wide, multiplier, divisor, shift = _rule(latents, config, name)
+    return (wide if spread else wide - shift) * divisor / multiplier
+
+
+def _rule(latents: Tensor, config: Any, name: str) -> tuple[Tensor, Any, Any, Any]:
+    """Latents in fp32 at least, and by what a pipeline multiplies them, then divides them, then shifts them."""
     values = dict(config)
     wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
     known = [values.get("latents_mean"), values.get("latents_std")]
@@ -104,12 +123,12 @@ def denormalized(latents: Tensor, config: Any, name: str) -> Tensor:
         raise ValueError(f"no latents_mean and latents_std are known for this {name}: pass unnormalized latents")
     if all(known) and values.get("scaling_factor") is None:
         mean, std = (wide.new_tensor(values).view(1, -1, *[1] * (wide.ndim - 2)) for values in known)
-        return wide * std + mean
+        return wide, std, 1.0, mean
     if values.get("latents_mean") is not None or values.get("scaling_factor") is None:
         raise ValueError(
             f"{name} is not normalized by a scaling_factor alone: pass latents as its pipeline passes them to the VAE"
         )
-    return wide / values["scaling_factor"] + (values.get("shift_factor") or 0.0)
+    return wide, 1.0, values["scaling_factor"], values.get("shift_factor") or 0.0
 
 
 def tiles_only(vae: nn.Module) -> bool:

@@ -58,7 +58,7 @@ def _table(
     rates = read(calibration)
     search = Search(
         lambda pictures: zoo.encode(module, pictures), module, shape, dtype.torch, rates,
-        multiple=spatial_ratio(module) or 1, may_cut=False,
+        multiple=spatial_ratio(module) or 1,
     )  # fmt: skip
     what = f"{clips:,} clips of {frames} frames" if frames > 1 else f"{clips:,} pictures"
     title = (

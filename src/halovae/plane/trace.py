@@ -118,7 +118,12 @@ class Recorder(TorchDispatchMode):
                 raise TraceError(f"{func} reads values that depend on the input{_location()}")
             result = self._values.call(func, _mapped(self.node, (args, kwargs)), self.graph, self.attributes)
             return _mapped(self._twin, result)
+        made_on_host = not tensors and self.device.type != "cpu" and _is_made_on_host(func, kwargs)
+        if made_on_host and not random:
+            kwargs = {**kwargs, "device": self.device}
         node = self.graph.call_function(func, *_mapped(self.node, (args, kwargs)))
+        if made_on_host and random:  # the host's generator draws
+            node = self.graph.call_function(aten._to_copy.default, (node,), {"device": self.device})
         node.meta["constant"] = constant
         if targets := written(func):
             target: Tensor = args[targets[0]]
@@ -179,13 +184,17 @@ class Recorder(TorchDispatchMode):
         key = (id(x), 0 if named else x._version)
         if key not in self._lifted:
             name = self._names[id(x)] if named else f"constant_{len(self.attributes)}"
-            self.attributes[name] = x if named else x.clone()  # it may be written to later
+            self.attributes[name] = x if named else self._own(x)
             twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
             node = self.graph.create_node("get_attr", name)
             node.meta["constant"] = not named
             self.noted(twin, node, not named, True)
             self._lifted[key] = x, twin
         return self._lifted[key][1]
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Copy a tensor from outside: it may be written to later. Within the call, all tensors claim one device."""
+        return x.clone() if x.device.type == self.device.type else x.to(self.device)
 
     def node(self, value: Any) -> Any:
         """The node of a tensor; other values as they are."""
@@ -313,6 +322,12 @@ def _traced(
         recorder.writes(x.local),
         changes,
     )
+
+
+def _is_made_on_host(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator without tensors makes one on the CPU, because its call names that or no device."""
+    made = kwargs.get("device") or torch.get_default_device()
+    return torch.device(made).type == "cpu" and any(one.name == "device" for one in func._schema.arguments)
 
 
 @cache

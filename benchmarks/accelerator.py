@@ -1,192 +1,108 @@
-"""Time and memory of recorded graphs on one accelerator: the plain module, its replay, and one rank of larger grids.
+"""Measure an accelerator in ten minutes: `make gpu`, or
 
-    python benchmarks/accelerator.py --model flux --size 1024x1024 --grid 1x1,2x1,2x2,4x2
+    python benchmarks/accelerator.py [--stage exactness anchors ...] [-o DIR]
 
-The module runs as it is, with channels last, and, with --compile, compiled with channels last. Replay runs operator by
-operator, and as a CUDA graph. With --profile, the kernels of a replay are listed by time.
+Stages run one after the other, the most valuable first, each in a process of its own with a time limit:
 
-A rank of a larger grid runs its recorded graph, and receives meaningless halos at once. Its time is that of its
-computation, without messages; its peak is what it allocates. With --check, ranks are simulated on small latents and
-compared with the plain module.
+    exactness   every family at small sizes against the plain module in fp64: fp32 without TF32, and bf16
+    anchors     clips and pictures that others published times of, beside diffusers, with peak memory
+    profile     operators of the two main cases by time
+    rates       the device's copies, matrix products, and convolutions
+    memory      peaks that recorded graphs predict, and measured ones
+    grids       one rank of larger grids by itself, also as a CUDA graph
+
+`results-DEVICE/` gets `report.md`, `results.json`, and plots, written anew after each stage. Cases that did not fit
+into a limit are listed. `--rehearse` runs the code of every stage on the CPU, with models and sizes of toys.
+
+Exits with 2 without an accelerator, and with 1 if a case failed or was not exact.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import statistics
+import json
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+import accelerator_report
+import accelerator_stages
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
 
-from halovae import Grid, shard
-from halovae.device.kinds import Device
-from halovae.device.memory import MemoryMeter
-from halovae.distributed.mesh import Mesh
-from halovae.distributed.simulated import on_threads
-from halovae.models import zoo
-from halovae.models.architectures import latent_shape, random_vae
-from halovae.models.registry import families
-from halovae.plane import Plane
-from halovae.plane.trace import trace
-from halovae.planning.graphs import TracedTransport, busiest
+from halovae.device.kinds import ACCELERATORS, Device
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LIMITS = {"exactness": 130, "anchors": 230, "profile": 60, "rates": 40, "memory": 60, "grids": 60}
+"""Seconds for each stage."""
+_GRACE = 30  # seconds that a case may take beyond a stage's limit
+Results = dict[str, Any]
 
 
 def main() -> None:
-    """Measure one model, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(families()), default="flux")
-    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels")
-    parser.add_argument("--frames", type=int, default=1)
-    parser.add_argument("--grid", default="1x1,2x1,2x2,4x2", help="ROWSxCOLS; several comma-separated")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="also run the module with torch.compile")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of the first grid's replay")
-    parser.add_argument("--check", default="", help="HxW of small latents: compare simulated ranks with the module")
+    parser.add_argument("--stage", nargs="+", choices=list(LIMITS), default=list(LIMITS))
+    parser.add_argument("--limit", type=float, help="seconds for each stage, instead of its own limit")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with toys")
+    parser.add_argument("-o", "--output", type=Path, help="folder of the results; results-DEVICE if not given")
+    parser.add_argument("--run", choices=list(LIMITS), help=argparse.SUPPRESS)  # a stage's own process
     args = parser.parse_args()
-    device, dtype = Device.default().torch_device, DTYPES[args.dtype]
-    if device.type == "cpu":
-        parser.error("no accelerator found; benchmarks/scaling.py measures the CPU")
-    torch.manual_seed(0)
-    module: Any = random_vae(args.model).to(device, dtype).eval().requires_grad_(False)
-    width, height = map(int, args.size.split("x"))
-    shape = latent_shape(module, args.model, (width, height), args.frames)
-    z = torch.randn(shape, device=device, dtype=dtype)
-    grids = [Grid.parse(one) for one in args.grid.split(",")]
-    with torch.no_grad():
-        if args.check:
-            _check(module, z[..., : int(args.check.split("x")[0]), : int(args.check.split("x")[1])], grids[1:])
-        _measure(args, module, z, grids)
+    device = Device(torch.device("cpu")) if args.rehearse else Device.default()
+    if device.kind == "cpu" and not args.rehearse:
+        print(
+            f"no accelerator: torch finds none of {', '.join(ACCELERATORS)} here. `--rehearse` runs the stages on the "
+            "CPU, and benchmarks/scaling.py measures it",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    if args.run is not None:
+        accelerator_stages.run(args.run, device, args.rehearse, args.output, time.monotonic() + args.limit)
+        return
+    described = device.describe()
+    name = re.sub(r"[^A-Za-z0-9]+", "-", described["device"]).strip("-").lower()
+    folder = args.output or Path(f"results-{'rehearsal' if args.rehearse else name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    results: Results = {
+        "device": described, "date": time.strftime("%Y-%m-%d"), "rehearsal": args.rehearse, "stages": {},
+    }  # fmt: skip
+    for stage in args.stage:
+        limit = LIMITS[stage] if args.limit is None else args.limit
+        print(f"{stage}: at most {limit:.0f} s", flush=True)
+        results["stages"][stage] = _staged(stage, limit, folder, args.rehearse)
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
+        accelerator_report.write(results, folder)
+    print(f"{folder / 'report.md'}, results.json, and plots")
+    sys.exit(1 if accelerator_report.failures(results) else 0)
 
 
-def _decode(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: zoo.decode(module, x)
-
-
-def _check(module: nn.Module, z: Tensor, grids: list[Grid]) -> None:
-    expected = _decode(module)(z)
-    truth = expected.float().abs().max().item()
-    for grid in grids:
-        decode = shard(_decode(module), module)
-
-        def rank(mesh: Mesh, decode: Any = decode) -> Tensor:
-            frames: Tensor = decode(z, mesh=mesh)
-            return frames
-
-        error = max((one - expected).abs().max().item() for one in on_threads(grid, z.device, rank))
-        print(f"latents {list(z.shape)} on {grid}: largest error {error / truth:.1e} of the largest value", flush=True)
-
-
-def _measure(args: argparse.Namespace, module: nn.Module, z: Tensor, grids: list[Grid]) -> None:
-    device = Device(z.device)
-    weights = sum(one.numel() * one.element_size() for one in module.parameters())
-    last: Any = copy.deepcopy(module)
-    for parameter in last.parameters():
-        parameter.data = parameter.data.contiguous(memory_format=device.layout(parameter.ndim))
-    form = device.layout(z.ndim)
-    cases: dict[str, Callable[[], Any]] = {
-        "the plain module": lambda: _decode(module)(z),
-        "channels last": lambda: _decode(last)(z.to(memory_format=form)),
+def _staged(stage: str, limit: float, folder: Path, rehearse: bool) -> Results:
+    """Run a stage in a process of its own, and return what it found up to its end or limit."""
+    part = folder / f"{stage}.part.json"
+    part.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--run", stage, "--limit", str(limit), "-o", str(part)]
+    begin, ending = time.monotonic(), ""
+    if rehearse and stage != "exactness":  # one process is enough to rehearse processes: each imports for seconds
+        accelerator_stages.run(stage, Device(torch.device("cpu")), True, part, begin + limit)
+    else:
+        try:
+            done = subprocess.run([*command, *["--rehearse"][: int(rehearse)]], timeout=limit + _GRACE)
+            if done.returncode:
+                ending = f"its process ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            ending = "its process was stopped at the limit"
+    found: Results = {"cases": [], "records": []}
+    if part.exists():
+        found = json.loads(part.read_text())
+        part.unlink()
+    reached = {record["case"] for record in found["records"]}
+    return {
+        "seconds": round(time.monotonic() - begin, 1),
+        "limit": limit,
+        "ending": ending,
+        "records": found["records"],
+        "left": [case for case in found["cases"] if case not in reached],
     }
-    if args.compile:
-        compiled: Any = copy.deepcopy(last)
-        (compiled.decoder if hasattr(compiled, "decoder") else compiled).compile()
-        cases["compiled, channels last"] = lambda: _decode(compiled)(z.to(memory_format=form))
-    notes = dict.fromkeys(cases, ("", ""))
-    for grid in grids:
-        mesh = Mesh(grid, z.device, TracedTransport(busiest(grid, *z.shape[-2:]), grid.size))
-        begin = time.perf_counter()
-        program = trace(_decode(module), [module], mesh, z.shape, z.dtype, z.device)
-        traced = f"{time.perf_counter() - begin:.2f}"
-        replay = partial(program, _local(z, mesh), mesh)
-        title = f"a rank of {grid}"
-        cases[title] = replay
-        notes[title] = traced, f"{program.peak / 2**20:,.0f}"
-        if (captured := _captured(replay)) is not None:
-            cases[f"{title}, CUDA graph"] = captured
-            notes[f"{title}, CUDA graph"] = "", ""
-        if args.profile and grid is grids[0]:
-            _profile(replay)
-    taken: dict[str, list[float]] = {name: [] for name in cases}
-    peaks: dict[str, float] = {}
-    for turn in range(args.repeat + 1):  # the first one warms up
-        for name, run in cases.items():
-            device.synchronize()
-            if turn == 0:
-                held = 0 if device.kind == "cpu" else device.module.memory_allocated(z.device)
-                meter = MemoryMeter(device)
-                with meter.counting():
-                    run()
-                peaks[name] = (meter.read().peak_allocated - held) / 2**20
-                continue
-            begin = time.perf_counter()
-            run()
-            device.synchronize()
-            taken[name].append(time.perf_counter() - begin)
-    plain = statistics.median(taken["the plain module"])
-    table = Table(title=f"{args.model}, latents {list(z.shape)}, {args.dtype}, {_name(z)}", title_justify="left")
-    columns = (
-        "what runs",
-        "median (ms)",
-        "least (ms)",
-        "of plain",
-        "peak (MiB)",
-        "of plain",
-        "by graph (MiB)",
-        "traced (s)",
-    )
-    for column in columns:
-        table.add_column(column)
-    for name, times in taken.items():
-        middle = statistics.median(times)
-        peak = peaks[name]
-        table.add_row(
-            name, f"{middle * 1e3:.1f}", f"{min(times) * 1e3:.1f}", f"{middle / plain:.3f}", f"{peak:,.0f}",
-            f"{peak / peaks['the plain module']:.3f}", notes[name][1], notes[name][0],
-        )  # fmt: skip
-    table.caption = f"weights: {weights / 2**20:,.0f} MiB; peaks without weights; torch {torch.__version__}"
-    Console(width=140).print(table)
-
-
-def _captured(replay: Callable[[], Any]) -> Callable[[], Any] | None:
-    """Return `replay` as a CUDA graph; None if it cannot be captured."""
-    replay()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            replay()
-    except RuntimeError as error:
-        print(f"no CUDA graph: {error}", flush=True)
-        return None
-    return graph.replay
-
-
-def _profile(replay: Callable[[], Any]) -> None:
-    replay()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        replay()
-        torch.cuda.synchronize()
-    print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=90))
-
-
-def _local(z: Tensor, mesh: Mesh) -> Tensor:
-    return Plane(mesh).scatter(z).local.clone()
-
-
-def _name(z: Tensor) -> str:
-    return str(Device(z.device).describe()["device"])
 
 
 if __name__ == "__main__":

@@ -16,14 +16,15 @@ from pathlib import Path
 
 # Expressions for torch's module of a device in our sources.
 MODULES = ("module", "_module(name)", "_module(kind)", "utils")
-SOURCES = Path(__file__).parent.parent / "src" / "halovae" / "device"
+SOURCES = Path(__file__).parent.parent / "src" / "halovae"
+FILES = ("device/kinds.py", "device/memory.py", "runtime/plane_call.py")
 
 
 def names_called() -> set[str]:
-    """Return the attributes that `kinds.py` and `memory.py` use of a device's module, or of its `utils`."""
+    """Return the attributes that halovae uses of a device's module, or of its `utils`."""
     names = set()
-    for path in (SOURCES / "kinds.py", SOURCES / "memory.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path in FILES:
+        for node in ast.walk(ast.parse((SOURCES / path).read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in MODULES:
                 names.add(node.attr)
     return names

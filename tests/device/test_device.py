@@ -1,10 +1,13 @@
 """Devices: the CPU itself, and Ascend's rules against a stand-in for torch_npu."""
 
+import ast
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +16,9 @@ from samples import latents, reference, vae
 
 import halovae
 from halovae import Grid
+from halovae.device import metal
 from halovae.device.kinds import Device, Stopwatch
+from halovae.device.memory import MemoryMeter
 from halovae.kernels import halves
 from halovae.kernels.pool import BufferPool
 from halovae.runtime.simulate import simulate
@@ -125,7 +130,9 @@ def test_more_ranks_than_devices_are_refused() -> None:
 def test_the_npus_memory_and_time_come_from_torch_npu() -> None:
     script = """
         from halovae.device.memory import MemoryMeter
-        from halovae.device.kinds import Device, Stopwatch
+        from halovae.device import metal
+from halovae.device.kinds import Device, Stopwatch
+from halovae.device.memory import MemoryMeter
         device = Device.default()
         meter, watch = MemoryMeter(device), Stopwatch(device)
         with meter.counting(), watch.running():
@@ -134,10 +141,15 @@ def test_the_npus_memory_and_time_come_from_torch_npu() -> None:
         print([getattr(memory, name) >> 30 for name in
               ("peak_reserved", "peak_allocated", "pool_overhead", "remaining", "resting", "above_resting")])
         print(watch.seconds(), calls)
+        import pickle
+        with watch.running():
+            pass
+        print(pickle.loads(pickle.dumps(watch)).seconds())  # as reports go to other processes
         """
-    figures, times = with_stand_in(script).splitlines()
+    figures, times, sent = with_stand_in(script).splitlines()
     assert figures == "[10, 8, 2, 53, 3, 7]"
     assert times == "0.25 [('reset', 'npu:0'), ('synchronize', 'npu:0')]"
+    assert sent == "0.5"
 
 
 def test_the_npus_rules() -> None:
@@ -208,6 +220,51 @@ def test_what_is_sent_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     simulate(halovae.load(vae("wan2.1")), latents("wan2.1"), Grid(rows=2, cols=2))
     assert sent
     assert all(sent)
+
+
+def names_called() -> set[str]:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "check_torch_npu.py"))
+    return script["names_called"]()
+
+
+@pytest.mark.parametrize("module", [torch.cuda, torch.xpu, metal], ids=lambda one: one.__name__)
+def test_every_name_that_is_called_on_an_accelerators_module_exists(module: ModuleType) -> None:
+    of_npus_only = {"utils", "get_cann_version"}
+    counted_otherwise = {"max_memory_allocated"} if module is metal else set()
+    called = names_called() - of_npus_only - counted_otherwise
+    assert {"mem_get_info", "memory_reserved", "memory_allocated", "Event"} <= called
+    assert [name for name in sorted(called) if not hasattr(module, name)] == []
+
+
+def test_every_name_of_torch_mps_that_is_called_exists() -> None:
+    found = {
+        node.attr
+        for node in ast.walk(ast.parse(Path(metal.__file__).read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.mps"
+    }
+    assert len(found) == 6
+    assert [name for name in sorted(found) if not hasattr(torch.mps, name)] == []
+
+
+def test_one_apple_gpu_has_memory_figures_and_no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [3 << 30]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 48 << 30)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: held[0])
+    device = Device.default("mps")
+    assert (str(device.torch_device), device.count) == ("mps:0", 1)
+    assert device.memory() == (45 << 30, 48 << 30)
+    assert device.layout(5) == device.layout(4) == torch.contiguous_format
+    assert device.convolution_cells is None
+    assert device.describe()["device"] == "Apple GPU (mps)"
+    meter = MemoryMeter(device)
+    with meter.counting():
+        kept = torch.ones(1 << 10)
+    held[0] = 5 << 30
+    memory = meter.read()
+    assert (memory.peak_reserved, memory.peak_allocated, memory.resting) == (5 << 30, kept.nbytes, 3 << 30)
+    with pytest.raises(ValueError, match="device 'mps' has no collectives: expected one rank, or device 'cpu'"):
+        _ = device.backend
 
 
 def test_the_script_finds_names_that_a_wheel_lacks(tmp_path: Path) -> None:

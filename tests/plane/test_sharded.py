@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import halovae
+from halovae.distributed.mesh import Mesh
 from halovae.distributed.ranks import Ranks
+from halovae.distributed.simulated import on_threads
 from halovae.errors import RankError
 from halovae.grid import Grid
 from halovae.models import zoo
@@ -238,6 +241,53 @@ def test_a_function_reads_values_of_its_input_and_runs_eagerly() -> None:
     assert torch.equal(found, module(x) * float(x.mean() > 0))
     assert shard.report is not None
     assert "test_sharded.py" in shard.report.eager  # the place is named
+
+
+def test_what_an_object_on_a_module_kept_from_a_failed_recording_is_forgotten() -> None:
+    """As diffusers' schedulers keep tensors that they moved to the device they are called for."""
+
+    class Scheduler:
+        scale = torch.ones(())
+
+        def at(self, x: Tensor) -> Tensor:
+            self.scale = self.scale * x.new_ones(()) + x.mean() * 0
+            return self.scale
+
+    class Scaled(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scheduler = Scheduler()
+
+        def forward(self, x: Tensor, shift: Tensor | None = None, times: int = 2) -> Tensor:
+            scaled = super().forward(x) * self.scheduler.at(x)
+            return scaled * float(x.mean() > -9)  # reads a value, so it is not recorded
+
+    module = Scaled().double().requires_grad_(False)
+    x = picture(1, 3, 6, 4)
+    shard = halovae.shard(module)
+    found = shard(x)
+    assert shard.report is not None
+    assert shard.report.eager
+    assert found is not None
+    assert torch.equal(found, module(x))
+
+
+def test_a_result_that_is_not_held_by_rows_and_cols_is_gathered() -> None:
+    """MiniMax's decoder joins pieces of a clip last: each rank holds several ranges of rows."""
+    entry = ENTRIES["AutoencoderKLMiniMaxH3"]
+    assert entry.latents is not None
+    module, x = zoo.build(entry, torch.float64), picture(*entry.latents)
+
+    def rank(mesh: Mesh) -> Tensor | None:
+        own = copy.deepcopy(module)
+        with torch.no_grad():
+            return halovae.shard(lambda z: zoo.decode(own, z), own)(x, mesh=mesh)
+
+    with torch.no_grad():
+        expected = zoo.decode(module, x)
+    for found in on_threads(Grid(rows=2), torch.device("cpu"), rank):
+        assert found is not None
+        assert (found - expected).abs().max() <= 1e-6
 
 
 def test_programs_are_kept_and_follow_the_weights() -> None:

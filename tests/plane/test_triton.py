@@ -57,8 +57,27 @@ def form(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 
+STRIDES = ("contiguous", "with gaps", "a plane turned around", "every second cell", "one cell everywhere")
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """A map's values with other strides."""
+    if how == "with gaps":
+        larger = torch.full([*x.shape[:-1], x.shape[-1] + 3], float("nan"), dtype=x.dtype)
+        larger[..., 1:-2] = x
+        return larger[..., 1:-2]
+    if how == "a plane turned around":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if how == "every second cell":
+        larger = x.repeat_interleave(2, -1).contiguous(memory_format=form(x))
+        return larger[..., ::2]
+    if how == "one cell everywhere":
+        return x[..., :1].expand_as(x)
+    return x.contiguous()
+
+
 def close(found: Tensor, expected: Tensor) -> None:
-    limit = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}[found.dtype]
+    limit = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[found.dtype]
     torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit * float(expected.abs().max()))
 
 
@@ -107,6 +126,65 @@ def test_norms_of_cells_and_upsampling_equal_pytorchs(data: st.DataObject) -> No
     factors = tuple(data.draw(st.integers(1, 3)) for _ in x.shape[2:])
     expected = F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="nearest")
     assert torch.equal(kernels.upsampled(x, factors), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_maps_of_any_strides_are_read_and_parts_of_larger_ones_written(data: st.DataObject) -> None:
+    x, groups = maps(data)
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    x = strided(x.to(dtype), data.draw(st.sampled_from(STRIDES)))
+    weight = torch.randn(x.shape[1], dtype=dtype)
+    larger = torch.zeros([*x.shape[:-2], x.shape[-2] + 3, x.shape[-1] + 2], dtype=dtype)
+    larger = larger.contiguous(memory_format=form(x))
+    part = larger[..., 2:-1, 1:-1]
+    kernels.norm_of_cells(x, None, weight, (0.0, 1e-6, 1.5), True, part)
+    wide = x.double()
+    scaled = wide / (wide.square().sum(1, keepdim=True) + 1e-6).sqrt() * 1.5 * per_channel(weight, x).double()
+    close(part, F.silu(scaled))
+    part.zero_()
+    assert not larger.any()
+    variance, mean = kernels.moments(x, None, groups)
+    grouped = wide.unflatten(1, (groups, -1)).flatten(2)
+    torch.testing.assert_close(mean.double(), grouped.mean(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(variance.double(), grouped.var(-1, correction=0), rtol=1e-4, atol=1e-4)
+    factors = (2,) * (x.ndim - 2)
+    assert torch.equal(kernels.upsampled(x, factors), F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_moments_of_uneven_shards_combine_to_those_of_all(data: st.DataObject) -> None:
+    """Also where values are large beside their spread."""
+    sizes = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    items, groups = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70))
+    torch.manual_seed(data.draw(st.integers(0, 100)))
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
+    shards = [torch.randn(items, groups, size, dtype=torch.float64) + 100 * index for index, size in enumerate(sizes)]
+    parts = torch.stack([torch.stack(torch.var_mean(one, -1, correction=0)) for one in shards]).to(dtype)
+    shares = torch.tensor([size / sum(sizes) for size in sizes], dtype=dtype)
+    variance, mean = torch.var_mean(torch.cat(shards, -1), -1, correction=0)
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    found = kernels.together(strided(parts, "with gaps"), shares).double()
+    torch.testing.assert_close(found[0], variance, rtol=limit, atol=limit * 1e2)
+    torch.testing.assert_close(found[1], mean, rtol=limit, atol=limit)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_sums_round_once_whatever_their_sizes(data: st.DataObject) -> None:
+    x, _ = maps(data)
+    x = x.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+    y, bias = torch.randn_like(x), torch.randn(x.shape[1], dtype=x.dtype)
+    alone, both = torch.empty_like(x), torch.empty_like(x)
+    kernels.add(x, None, bias, alone)
+    kernels.add(x, y, bias, both)
+    close(alone, x.double() + per_channel(bias, x).double())
+    total = x.float() + y.float() + per_channel(bias, x).float()
+    if x.dtype == torch.bfloat16:  # Triton's interpreter (3.9) cuts bits off where devices round
+        close(both, total.double())
+    else:
+        assert torch.equal(both, total.to(x.dtype))
 
 
 @pytest.mark.usefixtures("triton")
@@ -159,12 +237,16 @@ def test_kernels_compile_for_a_device() -> None:
     assert int(done.stdout) == 38
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["contiguous", "with gaps", "a plane turned around"])
 @pytest.mark.parametrize("columns", [1, 7, 300])
-def test_attention_of_wide_heads_equals_pytorchs(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_wide_heads_equals_pytorchs(
+    columns: int, how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(kernels, "_SCORES", 2 * 5 * columns)  # five queries at a time
-    query = torch.randn(1, 2, 12, 8).bfloat16() * 5
-    key, value = torch.randn(2, 1, 2, columns, 8).bfloat16() * 5
+    query = strided(torch.randn(1, 2, 12, 8).to(dtype) * 5, how)
+    key, value = (strided(one, how) for one in torch.randn(2, 1, 2, columns, 8).to(dtype) * 5)
     for scale in (0.3, -0.3):
         found = kernels.attention(query, key, value, scale).view(1, 2, 12, 8)
         expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=scale)

@@ -40,7 +40,9 @@ def bench(
     ] = 800.0,
     repeat: Annotated[int, typer.Option(min=1, help="Decodes per mode; modes take turns.")] = 5,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, npu, or xpu.", show_default="what is here")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, npu, xpu, or mps.", show_default="what is here")
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Also write where the time goes, as a table and Chrome traces.")
     ] = False,

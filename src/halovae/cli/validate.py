@@ -36,7 +36,9 @@ def validate(
     prompt: Annotated[str | None, typer.Option(help="Run the whole pipeline of --model-path with this prompt.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps, with --prompt.")] = 4,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, npu, or xpu.", show_default="what is here")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, npu, xpu, or mps.", show_default="what is here")
+    ] = None,
     heatmap: Annotated[
         bool, typer.Option("--heatmap", help="Draw where decodes differ from diffusers' decodes.")
     ] = False,

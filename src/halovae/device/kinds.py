@@ -1,4 +1,4 @@
-"""Devices: cpu, cuda, npu (torch_npu, HCCL), or xpu. All differences between them are in this file."""
+"""Devices: cpu, cuda, npu (torch_npu, HCCL), xpu, or mps. All differences between them are in this file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-ACCELERATORS = ("cuda", "npu", "xpu")
+from halovae.device import metal
+
+ACCELERATORS = ("cuda", "npu", "xpu", "mps")
 
 # The environment of rank processes on the CPU. glibc keeps freed blocks below a threshold that grows to 32 MiB, which
 # is a usual size of feature maps. With a fixed threshold, feature maps are returned to the system at once (mallopt(3)).
@@ -37,7 +39,8 @@ NPU_CONVOLUTION_CELLS = 1280 * 720 // 4
 class Device:
     """A torch device, with the properties of its kind.
 
-    The accelerators' modules (`torch.cuda`, `torch.npu`, `torch.xpu`) share the names that this class calls.
+    The accelerators' modules (`torch.cuda`, `torch.npu`, `torch.xpu`) share the names that this class calls;
+    `device.metal` has them for `torch.mps`.
     """
 
     torch_device: torch.device
@@ -47,7 +50,7 @@ class Device:
         """Return this process's device: the local rank's accelerator if there is one, else the CPU.
 
         Args:
-            kind: "cpu", "cuda", "npu", or "xpu"; None for the first that is present.
+            kind: "cpu", "cuda", "npu", "xpu", or "mps"; None for the first that is present.
 
         Raises:
             ValueError: this host has no such device; the message lists those it has.
@@ -67,7 +70,7 @@ class Device:
 
     @property
     def module(self) -> Any:
-        """torch's module for the device: `torch.cuda`, `torch.npu`, `torch.xpu`.
+        """torch's module for the device: `torch.cuda`, `torch.npu`, `torch.xpu`; `device.metal` for `torch.mps`.
 
         Raises:
             ValueError: this host has no such device.
@@ -84,7 +87,13 @@ class Device:
 
     @property
     def backend(self) -> str:
-        """The collective backend: gloo, nccl, hccl, xccl."""
+        """The collective backend: gloo, nccl, hccl, xccl.
+
+        Raises:
+            ValueError: the device is Apple's, which has none.
+        """
+        if self.kind == "mps":
+            raise ValueError("device 'mps' has no collectives: expected one rank, or device 'cpu'")
         return dist.get_default_backend_for_device(self.torch_device)
 
     def enter(self) -> None:
@@ -129,7 +138,7 @@ class Device:
 
     def layout(self, ndim: int = 5) -> torch.memory_format:
         """The memory format of feature maps and weights with `ndim` dims: channels last where that exists."""
-        if self.kind == "npu":  # no channels-last for five dims, and HCCL needs tensors contiguous
+        if self.kind in ("npu", "mps"):  # no channels-last for five dims, and HCCL needs tensors contiguous
             return torch.contiguous_format
         return {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim, torch.contiguous_format)
 
@@ -165,7 +174,7 @@ class Device:
 
 def _module(kind: str) -> Any:
     """torch's module for an accelerator; None if it is not installed or has no device. torch itself loads torch_npu."""
-    module = getattr(torch, kind, None)
+    module = metal if kind == "mps" else getattr(torch, kind, None)
     return module if isinstance(module, ModuleType) and module.is_available() else None
 
 
@@ -241,11 +250,16 @@ class Stopwatch:
 
     def seconds(self) -> float:
         """Return the total in seconds, after the device has finished the work."""
-        self._device.synchronize()
+        if self._events:
+            self._device.synchronize()
         while self._events:
             begun, ended = self._events.pop()
             self._seconds += begun.elapsed_time(ended) / 1000
         return self._seconds
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.seconds()  # events cannot be sent to another process
+        return vars(self)
 
 
 def cache_folder() -> Path:

@@ -137,7 +137,7 @@ class MemoryMeter:
 
     def __init__(self, device: Device, by_thread: bool = False) -> None:
         self._device = device
-        self._live = LiveBytes() if by_thread or device.kind == "cpu" else None
+        self._live = LiveBytes() if by_thread or device.kind in ("cpu", "mps") else None
         if device.kind != "cpu":
             device.module.reset_peak_memory_stats(device.torch_device)
         elif os.access(_CLEAR_REFS, os.W_OK):

@@ -6,9 +6,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from halovae.plane.trace import Recorder
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Restore on exit what a module keeps on itself, such as caches between chunks."""
+    """Restore on exit what a module keeps on itself, such as caches between chunks, and tensors on objects it holds."""
     saved: dict[int, tuple[Any, Any]] = {}
+    held: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def save(value: Any) -> None:
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict) and not isinstance(value, (nn.Module, Tensor, type, ModuleType)):
+            # Such as a scheduler, which moves its tensors to the device that it is called for.
+            held[id(attributes)] = attributes, attributes.copy()
         if type(value) in (dict, OrderedDict, list) and id(value) not in saved:
             saved[id(value)] = value, value.copy()
             for one in value.values() if isinstance(value, dict) else value:
@@ -30,6 +36,12 @@ def untouched(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for now, before in held.values():
+            for name in [name for name, value in now.items() if isinstance(value, Tensor)]:
+                if name not in before:
+                    del now[name]
+                elif now[name] is not before[name]:
+                    now[name] = before[name]
         for now, before in saved.values():
             if isinstance(now, list):
                 if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):

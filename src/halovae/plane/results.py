@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from halovae.device.kinds import Stopwatch
 from halovae.device.regions import region
 from halovae.distributed.mesh import Mesh
 from halovae.grid import Grid, Shard, Span
@@ -48,8 +49,8 @@ class ShardReport:
         eager: why the function was not recorded; empty if it was.
         chunked: the dim of the result along which chunks come one by one; None if it comes at once.
         recorded: seconds that recording took; 0 if there was a program already.
-        seconds: duration of the call, without recording.
-        waiting: seconds of these that it waited for other ranks' data.
+        clocks: ran during the call, without recording.
+        waits: ran while it waited for other ranks' data.
         calls: how often this rank exchanged or gathered data.
         messages: number of messages that it sent.
         bytes_sent: bytes that it sent.
@@ -65,8 +66,8 @@ class ShardReport:
     eager: str
     chunked: int | None
     recorded: float
-    seconds: float
-    waiting: float
+    clocks: tuple[Stopwatch, ...]
+    waits: tuple[Stopwatch, ...]
     calls: int
     messages: int
     bytes_sent: int
@@ -75,6 +76,16 @@ class ShardReport:
     peak: int
     passes: Mapping[str, int] = field(default_factory=dict)
     compiled: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the call, without recording. On an accelerator, this waits for the end of the work."""
+        return sum(one.seconds() for one in self.clocks)
+
+    @property
+    def waiting(self) -> float:
+        """Seconds of these that it waited for other ranks' data."""
+        return sum(one.seconds() for one in self.waits)
 
 
 class Chunks(Iterator["Tensor | None"]):
@@ -145,7 +156,9 @@ def gathered(own: Tensor, layout: Layout, plane: Plane, items: Sequence[Span], g
     rows, cols = (sole(dim) for dim in layout[-2:])
     plain = all(sole(dim) is not None or all(f.mesh_dim is None for f in dim) for dim in layout[-2:])
     if not plain or any(factor.mesh_dim for dim in layout[:-2] for factor in dim):
-        own, rows, cols = plane.full(plane.wrap(own, layout)), None, None
+        with plane.active():
+            own = plane.full(plane.wrap(own, layout))
+        rows = cols = None
     if mesh.grid.size == 1:
         return own
     height, width = (extent(dim) for dim in layout[-2:])

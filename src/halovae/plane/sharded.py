@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Unpack
 
+from halovae.device.kinds import Stopwatch
 from halovae.distributed.mesh import Mesh, Traffic, mesh_for, mesh_over
 from halovae.distributed.out_of_memory import is_out_of_memory
 from halovae.distributed.transport import world_size
@@ -239,36 +240,34 @@ class Sharded:
         everyone: Mesh | None, is_compiled: bool,
     ) -> Iterator[Tensor | None]:  # fmt: skip
         mesh = plane.mesh
-        traffic, seconds = Traffic(mesh.device), 0.0
+        traffic, clock = Traffic(mesh.device), Stopwatch(mesh.device)
         layout: Layout = ()
         done = object()
         step: Any = None
         count, total = 0, len(program.starts) if isinstance(program, Program) and program.streams else 1
         while step is not done:
-            begin = time.perf_counter()
             full, failed = None, False
-            try:
-                with without_gradients(), mesh.in_use(traffic), mesh.device.repeatable():
-                    step = next(steps, done)
-                    if isinstance(step, tuple):
-                        own, layout = step
-                        check_result(x, layout)
-                        full = None if send is None else send(own, layout, plane)
-                        del own
-                mesh.device.synchronize()
-            except (MemoryError, RuntimeError) as error:
-                if everyone is None or count == total or not is_out_of_memory(error):
-                    raise
-                traceback.clear_frames(error.__traceback__)  # frees the tensors of its frames
-                step, own, full, failed = None, None, None, True
-            if everyone is not None and step is not done:
-                count += 1
-                if failed and isinstance(program, Program):
-                    with mesh.in_use(Traffic(mesh.device)):
-                        drain_peers(program, mesh, send, count, traffic.calls)
-                if everyone.transport.anyone(failed):
-                    raise RankOutOfMemoryError(f"memory ran out on a rank of grid {mesh.grid}")
-            seconds += time.perf_counter() - begin
+            with clock.running():
+                try:
+                    with without_gradients(), mesh.in_use(traffic), mesh.device.repeatable():
+                        step = next(steps, done)
+                        if isinstance(step, tuple):
+                            own, layout = step
+                            check_result(x, layout)
+                            full = None if send is None else send(own, layout, plane)
+                            del own
+                except (MemoryError, RuntimeError) as error:
+                    if everyone is None or count == total or not is_out_of_memory(error):
+                        raise
+                    traceback.clear_frames(error.__traceback__)  # frees the tensors of its frames
+                    step, own, full, failed = None, None, None, True
+                if everyone is not None and step is not done:
+                    count += 1
+                    if failed and isinstance(program, Program):
+                        with mesh.in_use(Traffic(mesh.device)):
+                            drain_peers(program, mesh, send, count, traffic.calls)
+                    if everyone.transport.anyone(failed):
+                        raise RankOutOfMemoryError(f"memory ran out on a rank of grid {mesh.grid}")
             if step is not done:
                 step = None
                 yield full
@@ -286,8 +285,8 @@ class Sharded:
             eager,
             chunked,
             recorded,
-            seconds,
-            traffic.waiting.seconds(),
+            (clock,),
+            (traffic.waiting,),
             traffic.calls,
             traffic.messages,
             traffic.bytes,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import threading
-import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -38,6 +37,7 @@ from halovae.plane.repeats import LeakError, Repeats, clean
 from halovae.plane.rules.registry import is_composite, plane_tensors, unwriting, written
 from halovae.plane.strips import Strips
 from halovae.plane.tensor import is_channels_last
+from halovae.plane.values import location, mapped, signature
 
 aten = torch.ops.aten
 RECORDING = threading.Lock()  # hooks on modules serve only one recording at a time
@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
             return result
         # Outside of rules, no meta tensors may appear: modules ask tensors for their device.
         lift, is_ours = self.plane.lift, lambda one: hasattr(one, "halovae_node")
-        return _mapped(lambda one: lift(one) if is_ours(one) else one, result)
+        return mapped(lambda one: lift(one) if is_ours(one) else one, result)
 
     def _recorded(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tensors = list(tensors_in((*args, *kwargs.values())))
@@ -115,25 +115,30 @@ class Recorder(TorchDispatchMode):
             return self._twin(args[0])
         random = torch.Tag.nondeterministic_seeded in func.tags
         if random and isinstance(kwargs.get("generator"), torch.Generator):
-            raise TraceError(f"{func} draws from a generator that is an argument of the call{_location()}")
+            raise TraceError(f"{func} draws from a generator that is an argument of the call{location()}")
         self.random = self.random or random
-        args, kwargs = _mapped(self._twin, (tuple(args), kwargs))
+        args, kwargs = mapped(self._twin, (tuple(args), kwargs))
         constant = not random and all(self.memory(self._twin(one)).constant for one in tensors)
         if func in (aten._local_scalar_dense.default, aten.item.default) or torch.Tag.dynamic_output_shape in func.tags:
             if not constant:
-                raise TraceError(f"{func} reads values that depend on the input{_location()}")
-            result = self._values.call(func, _mapped(self.node, (args, kwargs)), self.graph, self.attributes)
-            return _mapped(self._twin, result)
+                raise TraceError(f"{func} reads values that depend on the input{location()}")
+            result = self._values.call(func, mapped(self.node, (args, kwargs)), self.graph, self.attributes)
+            return mapped(self._twin, result)
         targets = written(func)
         if targets and not random and self._made_anew(func, args, kwargs, constant):
             return args[targets[0]]
-        node = self.graph.call_function(func, *_mapped(self.node, (args, kwargs)))
+        made_on_host = not tensors and self.device.type != "cpu" and _is_made_on_host(func, kwargs)
+        if made_on_host and not random:
+            kwargs = {**kwargs, "device": self.device}
+        node = self.graph.call_function(func, *mapped(self.node, (args, kwargs)))
+        if made_on_host and random:  # the host's generator draws
+            node = self.graph.call_function(aten._to_copy.default, (node,), {"device": self.device})
         node.meta["constant"] = constant
         if targets:
             target: Tensor = args[targets[0]]
             memory = self.memory(target)
             if memory.attribute:
-                raise TraceError(f"{func} writes to a tensor that is not of this call{_location()}")
+                raise TraceError(f"{func} writes to a tensor that is not of this call{location()}")
             memory.write(constant)
             self.written.append(memory)
             return target
@@ -157,7 +162,7 @@ class Recorder(TorchDispatchMode):
             return False
         if result.stride() != target.stride():
             return False
-        node = self.graph.call_function(function, *_mapped(self.node, (args, kwargs)))
+        node = self.graph.call_function(function, *mapped(self.node, (args, kwargs)))
         node.meta |= {
             "shape": tuple(target.shape),
             "dtype": target.dtype,
@@ -176,7 +181,7 @@ class Recorder(TorchDispatchMode):
             kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": False}
         if not _makes_one(func):
             return func(*args, **kwargs)
-        key = func, _signature(args), _signature(kwargs)
+        key = func, signature(args), signature(kwargs)
         if key not in self._known:
             result = func(*args, **kwargs)
             # On devices with channels-last maps, a channels-last input or weight makes the result channels-last.
@@ -221,13 +226,17 @@ class Recorder(TorchDispatchMode):
         key = (id(x), 0 if named or x.is_inference() else x._version)
         if key not in self._lifted:
             name = self._names[id(x)] if named else f"constant_{len(self.attributes)}"
-            self.attributes[name] = x if named else x.clone()  # it may be written to later
+            self.attributes[name] = x if named else self._own(x)
             twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
             node = self.graph.create_node("get_attr", name)
             node.meta["constant"] = not named
             self.noted(twin, node, not named, True)
             self._lifted[key] = x, twin
         return self._lifted[key][1]
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Copy a tensor from outside: it may be written to later. Within the call, all tensors claim one device."""
+        return x.clone() if x.device.type == self.device.type else x.to(self.device)
 
     def node(self, value: Any) -> Any:
         """The node of a tensor; other values as they are."""
@@ -363,38 +372,15 @@ def _traced(
     )
 
 
+def _is_made_on_host(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator without tensors makes one on the CPU, because its call names that or no device."""
+    made = kwargs.get("device") or torch.get_default_device()
+    return torch.device(made).type == "cpu" and any(one.name == "device" for one in func._schema.arguments)
+
+
 @cache
 def _makes_one(func: Any) -> bool:
     """Whether an operator returns one new tensor, whose shape follows from those of its arguments."""
     returns = func._schema.returns
     made = len(returns) == 1 and isinstance(returns[0].type, torch.TensorType) and returns[0].alias_info is None
     return made and not written(func) and not is_composite(func)
-
-
-def _signature(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_signature, value))
-    if isinstance(value, dict):
-        return tuple((name, _signature(one)) for name, one in value.items())
-    return type(value), value
-
-
-def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Return the value with the function applied to each tensor."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_mapped(function, one) for one in value])
-    if isinstance(value, dict):
-        return {name: _mapped(function, one) for name, one in value.items()}
-    return value
-
-
-def _location() -> str:
-    """The current line of code outside of PyTorch and of this package, for messages."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and "/halovae/plane/" not in frame.filename:
-            return f", at {frame.filename}:{frame.lineno} ({frame.line})"
-    return ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from halovae.device.memory import MemoryMeter
+from halovae.device.memory import Memory, MemoryMeter
 from halovae.distributed.mesh import Mesh
 from halovae.plane.results import Chunks, ShardReport
 from halovae.report import DecodeReport, RankReport
@@ -39,9 +39,8 @@ class PictureStream(Iterator["Tensor | None"]):
         self._chunks = chunks
         self._mesh = everyone
         self._memory = MemoryMeter(self._mesh.device, by_thread=self._mesh.transport.shared_device)
-        self._own: RankReport | None = None
-        self._taken: ShardReport | None = None
-        self._fell_back = ""
+        # Of the whole decode, once it has ended. Its seconds are read when asked for, since that waits for the device.
+        self._taken: tuple[ShardReport, Memory, str] | None = None
 
     def __next__(self) -> Tensor | None:
         try:
@@ -49,12 +48,8 @@ class PictureStream(Iterator["Tensor | None"]):
                 return next(self._chunks)
         except StopIteration:
             taken = self._call.report
-            if self._own is None and taken is not None:
-                self._taken, self._fell_back = taken, self._call.fell_back
-                self._own = RankReport(
-                    self._mesh.transport.rank, taken.seconds, taken.waiting, taken.messages, taken.bytes_sent,
-                    self._memory.read(),
-                )  # fmt: skip
+            if self._taken is None and taken is not None:
+                self._taken = taken, self._memory.read(), self._call.fell_back
             raise
 
     @property
@@ -82,9 +77,11 @@ class PictureStream(Iterator["Tensor | None"]):
         Raises:
             RuntimeError: frames are still to come.
         """
-        taken = self._taken
-        if self._own is None or taken is None:
+        if self._taken is None:
             raise RuntimeError("the report of a decode is there once its last frames have been taken")
+        taken, memory, fell_back = self._taken
+        rank = self._mesh.transport.rank
+        own = RankReport(rank, taken.seconds, taken.waiting, taken.messages, taken.bytes_sent, memory)
         shape = taken.shape if len(taken.shape) == 5 else (*taken.shape[:2], 1, *taken.shape[2:])
         decision, sizes = self._choice.decision, self._call.sizes
         return DecodeReport(
@@ -97,8 +94,8 @@ class PictureStream(Iterator["Tensor | None"]):
             first_use=taken.recorded > 0,
             compiled=taken.compiled,
             decision=None if decision is None else decision.as_dict(),
-            fell_back=self._fell_back,
-            ranks=(self._own,),
+            fell_back=fell_back,
+            ranks=(own,),
         )
 
     def shared_report(self) -> DecodeReport:

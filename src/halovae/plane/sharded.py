@@ -67,6 +67,7 @@ class Sharded:
         self._programs: OrderedDict[Any, Program | TraceError] = OrderedDict()
         self._digest = WeightsDigest(self._modules)
         self._agreed: set[Any] = set()
+        self._recorded: tuple[Any, float] = None, 0.0  # the last program, and the seconds that no call reported yet
         self.report: ShardReport | None = None
 
     def __call__(self, x: Tensor, *extras: Tensor, **how: Unpack[ShardOptions]) -> Tensor | None:
@@ -176,7 +177,6 @@ class Sharded:
             span = items[used.item].slice
             rest = [one[span] if one.ndim and one.shape[0] == x.shape[0] else one for one in rest]
             mine = x[span]
-        known, begin = key in self._programs, time.perf_counter()
         with without_gradients():
             program = self._program(mine, rest, used, options, key, strips=strips)
             if used.grid.size > 1 and not all(have_settled):
@@ -185,7 +185,8 @@ class Sharded:
                     settled = self._settled(self._program(mine, rest, used, options, key, ()), used, key)
                 assert settled is not None
                 program = settled
-        recorded = 0.0 if known else time.perf_counter() - begin
+        recorded = self._recorded[1] if self._recorded[0] == key else 0.0
+        self._recorded = None, 0.0
         if isinstance(program, Program) and program.random and used.grid.batch > 1:
             raise ValueError(
                 f"grid {used.grid}: the function draws random numbers, and ranks that share a batch would draw other "
@@ -340,7 +341,7 @@ class Sharded:
         Raises:
             NarrowStripError: (a ValueError) there are too few rows or cols for so many strips.
         """
-        found = self._programs.get(key) if passes is None else None
+        found, begin = self._programs.get(key) if passes is None else None, time.perf_counter()
         moving = next((name for module in self._modules for name in hooked(module)), None)
         if moving is not None or value_key(options) is None:
             return TraceError(
@@ -370,7 +371,7 @@ class Sharded:
                 if strips is not None:
                     raise  # at once it would take more memory than there is
                 found = TraceError(str(error))  # its traceback would keep the call's tensors alive
-            self._programs[key] = found
+            self._programs[key], self._recorded = found, (key, time.perf_counter() - begin)
             while len(self._programs) > _PROGRAMS:
                 self._agreed.discard(self._programs.popitem(last=False)[0])
         self._programs.move_to_end(key)

@@ -14,8 +14,10 @@ import torch
 import typer
 from rich.console import Console
 
-from halovae.distributed.launch import use_interface
+from halovae.distributed.launch import under_torchrun, use_interface
+from halovae.distributed.transport import world_size
 from halovae.errors import RankError
+from halovae.grid import Grid
 
 Parsed = TypeVar("Parsed")
 MODEL_HELP = "A VAE: a folder in diffusers layout (the VAE's or a pipeline's), a single file, or a hub id."
@@ -146,6 +148,31 @@ Interface = Annotated[
         callback=_use_interface,
     ),
 ]
+
+
+NumGpus = Annotated[
+    int | None, typer.Option(min=1, help="Number of GPUs, one rank each.", show_default="as many as --grid has")
+]
+SharedBy = Annotated[
+    Mode,
+    typer.Option(help="auto: the grid predicted to be fastest. single: one rank. parallel: all share the rows."),
+]
+GridText = Annotated[str | None, typer.Option(help="Ranks as ROWSxCOLS or BATCHxROWSxCOLS, instead of --mode.")]
+
+
+def ranks_of(num_gpus: int | None, mode: Mode, grid: str | None) -> tuple[int, Grid | None]:
+    """Return how many ranks there are, and the grid that the user chose.
+
+    Raises:
+        ValueError: the grid is none, or has another number of ranks.
+    """
+    chosen = Grid.parse(grid) if grid is not None else None
+    ranks = num_gpus or (world_size() if under_torchrun() else chosen.size if chosen else 1)
+    if mode is Mode.parallel:
+        chosen = chosen or Grid(rows=ranks)
+    if chosen is not None and chosen.size != ranks:
+        raise ValueError(f"--grid {chosen} needs {chosen.size} ranks, but --num-gpus is {ranks}")
+    return ranks, chosen
 
 
 def _escaped(text: str) -> str:

@@ -10,11 +10,23 @@ import torch
 import torch.distributed as dist
 import typer
 
-from halovae.cli.common import MODEL_HELP, Dtype, Interface, Mode, check_installed, errors_shown, parse_bytes, parsed
+from halovae.cli.common import (
+    MODEL_HELP,
+    Dtype,
+    GridText,
+    Interface,
+    Mode,
+    NumGpus,
+    SharedBy,
+    check_installed,
+    errors_shown,
+    parse_bytes,
+    parsed,
+    ranks_of,
+)
 from halovae.cli.planes import PlaneModel
 from halovae.cli.writing import outputs, print_report, write
-from halovae.distributed.launch import launch, under_torchrun
-from halovae.distributed.transport import world_size
+from halovae.distributed.launch import launch
 from halovae.grid import Grid
 from halovae.io import latents as latents_file
 from halovae.io import media
@@ -46,14 +58,9 @@ def decode(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="clip.mp4, picture.png, or a folder for numbered PNGs.")
     ],
-    num_gpus: Annotated[
-        int | None, typer.Option(min=1, help="Number of GPUs, one rank each.", show_default="as many as --grid has")
-    ] = None,
-    mode: Annotated[
-        Mode,
-        typer.Option(help="auto: the grid predicted to be fastest. single: one rank. parallel: all share the rows."),
-    ] = Mode.auto,
-    grid: Annotated[str | None, typer.Option(help="Ranks as ROWSxCOLS or BATCHxROWSxCOLS, instead of --mode.")] = None,
+    num_gpus: NumGpus = None,
+    mode: SharedBy = Mode.auto,
+    grid: GridText = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
     memory_budget: Annotated[
         str | None,
@@ -81,12 +88,7 @@ def decode(
     torchrun, it uses the world that torchrun started. The output appears under its name once it is complete.
     """
     with errors_shown():
-        chosen = Grid.parse(grid) if grid is not None else None
-        ranks = num_gpus or (world_size() if under_torchrun() else chosen.size if chosen else 1)
-        if mode is Mode.parallel:
-            chosen = chosen or Grid(rows=ranks)
-        if chosen is not None and chosen.size != ranks:
-            raise ValueError(f"--grid {chosen} needs {chosen.size} ranks, but --num-gpus is {ranks}")
+        ranks, chosen = ranks_of(num_gpus, mode, grid)
         header = latents_file.read_header(latents)
         path = find_model(model)
         family, frames = _described(path, header, chosen or Grid())

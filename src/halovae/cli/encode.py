@@ -14,19 +14,22 @@ import typer
 from halovae.cli.common import (
     MODEL_HELP,
     Dtype,
+    GridText,
     Interface,
     Mode,
+    NumGpus,
+    SharedBy,
     check_installed,
     console,
     errors_shown,
     parse_bytes,
     parse_size,
     parsed,
+    ranks_of,
 )
 from halovae.cli.planes import PlaneModel
 from halovae.device.kinds import Device
-from halovae.distributed.launch import launch, under_torchrun
-from halovae.distributed.transport import world_size
+from halovae.distributed.launch import launch
 from halovae.grid import Grid
 from halovae.io import latents as latents_file
 from halovae.io import media
@@ -45,14 +48,9 @@ def encode(
         typer.Option(help="WIDTHxHEIGHT to scale to.", show_default="the clip's, cropped to what the model takes"),
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Number of frames to take.", show_default="all")] = None,
-    num_gpus: Annotated[
-        int | None, typer.Option(min=1, help="Number of GPUs, one rank each.", show_default="as many as --grid has")
-    ] = None,
-    mode: Annotated[
-        Mode,
-        typer.Option(help="auto: the grid predicted to be fastest. single: one rank. parallel: all share the rows."),
-    ] = Mode.auto,
-    grid: Annotated[str | None, typer.Option(help="Ranks as ROWSxCOLS or BATCHxROWSxCOLS, instead of --mode.")] = None,
+    num_gpus: NumGpus = None,
+    mode: SharedBy = Mode.auto,
+    grid: GridText = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
     memory_budget: Annotated[
         str | None,
@@ -68,12 +66,7 @@ def encode(
     """
     with errors_shown():
         chosen = None if size is None else parsed("--size", size, parse_size)
-        shared = Grid.parse(grid) if grid is not None else None
-        ranks = num_gpus or (world_size() if under_torchrun() else shared.size if shared else 1)
-        if mode is Mode.parallel:
-            shared = shared or Grid(rows=ranks)
-        if shared is not None and shared.size != ranks:
-            raise ValueError(f"--grid {shared} needs {shared.size} ranks, but --num-gpus is {ranks}")
+        ranks, shared = ranks_of(num_gpus, mode, grid)
         path = find_model(model)
         sizes = _sizes(path)
         check_installed("encode", "diffusers", extra="diffusers")

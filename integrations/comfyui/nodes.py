@@ -69,8 +69,8 @@ class VAEEncodeExact(_WithinBudget):
     FUNCTION = "encode"
     DESCRIPTION = (
         "Encodes pictures or a clip exactly, by a recorded graph, which takes less memory than ComfyUI's own encode of "
-        "most VAEs; in strips, if they do not fit at once. VAEs that cannot be recorded are encoded by ComfyUI; the log "
-        "says why."
+        "most VAEs; in strips, if they do not fit at once. VAEs that cannot be recorded are encoded by ComfyUI; the "
+        "log says why."
     )
 
     @classmethod

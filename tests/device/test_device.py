@@ -129,10 +129,8 @@ def test_more_ranks_than_devices_are_refused() -> None:
 
 def test_the_npus_memory_and_time_come_from_torch_npu() -> None:
     script = """
+        from halovae.device.kinds import Device, Stopwatch
         from halovae.device.memory import MemoryMeter
-        from halovae.device import metal
-from halovae.device.kinds import Device, Stopwatch
-from halovae.device.memory import MemoryMeter
         device = Device.default()
         meter, watch = MemoryMeter(device), Stopwatch(device)
         with meter.counting(), watch.running():

@@ -16,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def ways_of(name: str, latents: Tensor, strips: list[InStrips], diffusers: bool)
         ]
     found.append(("at once", lambda: sharded(latents, grid=Grid()), predicted(None)))
     for how in strips:
-        found.append((str(how), lambda how=how: sharded(latents, grid=Grid(), strips=how), predicted(how)))  # type: ignore[misc]
+        found.append((str(how), partial(sharded, latents, grid=Grid(), strips=how), predicted(how)))
     return found
 
 

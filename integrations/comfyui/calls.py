@@ -35,18 +35,9 @@ def decoded(vae: Any, latents: Tensor, budget: int | None) -> Tensor:
     estimate = vae.memory_used_decode(latents.shape, vae.vae_dtype)
 
     def run(autoencoder: halovae.VAE, **how: Any) -> Tensor:
-        stream, start = autoencoder.stream(latents.to(vae.vae_dtype), **how), 0
-        images: Tensor | None = None
-        for chunk in stream:  # frames leave the device as soon as they are there
-            assert chunk is not None
-            part: Tensor = vae.process_output(chunk.to(vae.output_device).float())
-            if stream.dim is None:
-                images = part
-                continue
-            if images is None:
-                images = part.new_empty([*part.shape[: stream.dim], stream.extent, *part.shape[stream.dim + 1 :]])
-            images.narrow(stream.dim, start, part.shape[stream.dim]).copy_(part)
-            start += part.shape[stream.dim]
+        stream = autoencoder.stream(latents.to(vae.vae_dtype), **how)
+        # Frames leave the device as soon as they are there.
+        images = stream.join(lambda chunk: vae.process_output(chunk.to(vae.output_device).float()))
         assert images is not None
         chosen = (stream.report.decision or {}).get("chosen", {})
         way = f"in {chosen['strips']}" if chosen.get("strips") else "at once"

@@ -195,18 +195,26 @@ def draw_plans(curves: Mapping[str, Sequence[tuple[int, float, float]]], title: 
 
 
 def draw_frontier(points: Sequence[tuple[str, float, float]], title: str, path: Path) -> None:
-    """Draw predicted seconds over peak GiB of one device: `(way, seconds, GiB)`."""
+    """Draw predicted seconds over peak GiB of one device: `(way, seconds, GiB)`.
+
+    Ways are labeled that no other way beats in both.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     figure.suptitle(title, fontsize=9)
-    axes = figure.subplots()
+    axes, labeled = figure.subplots(), set[tuple[float, float]]()
     for name, seconds, gib in points:
         label, cols = name.removeprefix("1x1 in ").replace("1x1", "at once"), "cols" in name
-        axes.plot([gib], [seconds], "s" if cols else "o", color="C1" if cols else "C0")
-        place, side = ((-6, -3), "right") if cols else ((6, 3) if gib < points[0][2] else (-6, 8), "left")
+        color = "C2" if "recomputing" in name else "C1" if "strips" in name else "C0"
+        axes.plot([gib], [seconds], "s" if cols else "o", color=color)
+        place = seconds, gib
+        if place in labeled or any((s, g) != place and s <= seconds and g <= gib for _, s, g in points):
+            continue
+        labeled.add(place)
+        offset, side = ((-6, -3), "right") if cols else ((6, 3) if gib < points[0][2] else (-6, 8), "left")
         axes.annotate(
-            label, (gib, seconds), xytext=place, ha=side if gib < points[0][2] else "right",
+            label, (gib, seconds), xytext=offset, ha=side if gib < points[0][2] else "right",
             textcoords="offset points", fontsize=7,
         )  # fmt: skip
     axes.set_xlabel("peak memory besides weights and the result (GiB)")

@@ -53,6 +53,16 @@ class Store(str, Enum):
     both = "both"
 
 
+MaxRejected = Annotated[
+    str | None, typer.Option(help="End if more inputs are rejected: a number, or a share such as 1%.")
+]
+RetryRejected = Annotated[bool, typer.Option("--retry-rejected", help="Try again what earlier runs rejected.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="HOST or HOST:PORT of a Ray cluster, or auto.", show_default="RAY_ADDRESS, or this host"),
+]
+
+
 @app.command()
 def encode(
     source: Annotated[
@@ -104,12 +114,8 @@ def encode(
         int | None, typer.Option(min=1, help="Samples of one size to encode at once.", show_default="1, or 8 pictures")
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples in a file of parquet or webdataset.")] = 64,
-    max_rejected: Annotated[
-        str | None, typer.Option(help="End if more inputs are rejected: a number, or a share such as 1%.")
-    ] = None,
-    retry_rejected: Annotated[
-        bool, typer.Option("--retry-rejected", help="Try again what earlier runs rejected.")
-    ] = False,
+    max_rejected: MaxRejected = None,
+    retry_rejected: RetryRejected = False,
     max_source_size: Annotated[str, typer.Option(help="Reject files that are larger.")] = "8GiB",
     verify: Annotated[bool, typer.Option("--verify", help="Read all samples back in the end.")] = False,
     actors: Annotated[
@@ -118,10 +124,7 @@ def encode(
     ranks_per_actor: Annotated[
         int, typer.Option(min=1, help="Devices that share each encode, for clips that are too large for one.")
     ] = 1,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="HOST or HOST:PORT of a Ray cluster, or auto.", show_default="RAY_ADDRESS, or this host"),
-    ] = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Encode a dataset to latents, each sample exactly once.
 
@@ -176,20 +179,13 @@ def decode(
         typer.Option("--normalized/--raw", help="Whether latents are as pipelines have them.", show_default="by files"),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of computation.")] = Dtype.fp32,
-    max_rejected: Annotated[
-        str | None, typer.Option(help="End if more inputs are rejected: a number, or a share such as 1%.")
-    ] = None,
-    retry_rejected: Annotated[
-        bool, typer.Option("--retry-rejected", help="Try again what earlier runs rejected.")
-    ] = False,
+    max_rejected: MaxRejected = None,
+    retry_rejected: RetryRejected = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read all files back in the end.")] = False,
     actors: Annotated[
         int | None, typer.Option(min=1, help="Decoders.", show_default="one a device, or one for two CPUs")
     ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="HOST or HOST:PORT of a Ray cluster, or auto.", show_default="RAY_ADDRESS, or this host"),
-    ] = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Decode a dataset of latents: clips to mp4, single frames to png, each exactly once.
 

@@ -108,10 +108,17 @@ class Chunks(Iterator["Tensor | None"]):
         if isinstance(self._chunks, Generator):
             self._chunks.close()
 
-    def join(self) -> Tensor | None:
-        """Join all chunks into one tensor; None on ranks that receive nothing."""
+    def join(self, convert: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+        """Join all chunks into one tensor; None on ranks that receive nothing.
+
+        Args:
+            convert: what is joined of each chunk; it keeps the extents along and before `dim`, and may move the chunk
+                to another device.
+        """
         whole, start = None, 0
         for chunk in self:
+            if convert is not None and chunk is not None:
+                chunk = convert(chunk)
             if self.dim is None or chunk is None:
                 whole = chunk
                 continue

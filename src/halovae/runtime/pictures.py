@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -52,23 +52,17 @@ class PictureStream(Iterator["Tensor | None"]):
                 self._taken = taken, self._memory.read(), self._call.fell_back
             raise
 
-    @property
-    def dim(self) -> int | None:
-        """The dim along which chunks are joined; None if there is only one."""
-        return self._chunks.dim
-
-    @property
-    def extent(self) -> int:
-        """The joined result's extent along `dim`."""
-        return self._chunks.extent
-
     def close(self) -> None:
         """Decode no further."""
         self._chunks.close()
 
-    def join(self) -> Tensor | None:
-        """All frames at once, on the ranks that receive any; None on the others."""
-        return Chunks(self, self._chunks.dim, self._chunks.extent).join()
+    def join(self, convert: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+        """All frames at once, on the ranks that receive any; None on the others.
+
+        Args:
+            convert: applied to each chunk before it is joined to the others; it may move the chunk to another device.
+        """
+        return Chunks(self, self._chunks.dim, self._chunks.extent).join(convert)
 
     @property
     def report(self) -> DecodeReport:

@@ -67,6 +67,7 @@ def encode(
     with errors_shown():
         chosen = None if size is None else parsed("--size", size, parse_size)
         ranks, shared = ranks_of(num_gpus, mode, grid)
+        budget = parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None
         path = find_model(model)
         sizes = _sizes(path)
         check_installed("encode", "diffusers", extra="diffusers")
@@ -78,7 +79,6 @@ def encode(
         if video.shape[1:] != pixels.shape[1:]:
             (t, h, w), (frames_in, height, width) = video.shape[1:], pixels.shape[1:]
             console.print(f"taking {t} frames of {w}x{h} from {frames_in} of {width}x{height}")
-        budget = parsed("--memory-budget", memory_budget, parse_bytes) if memory_budget else None
         with console.status("encoding"):
             job = _Job(path, video, sizes.clips, dtype.torch, mode.value, shared, budget)
             latents = launch(ranks, _run, job)[0]

@@ -22,6 +22,7 @@ from halovae.grid import Grid
 from halovae.models import zoo
 from halovae.models.zoo import Direction
 from halovae.plane import backends, windows
+from halovae.plane.strip_program import InStrips, StripProgram
 
 ENTRIES = {entry.name: entry for entry in zoo.ENTRIES}
 _SIMULATION = "distributed/simulated.py"  # waits for its clocks; ranks that are processes do not
@@ -176,6 +177,29 @@ def peaks(name: str) -> tuple[int, int]:
         sharded(x)
     assert sharded.report is not None
     return sharded.report.peak, counts.max_memory_allocated() - before
+
+
+def in_strips(name: str, host: bool) -> tuple[int, int, int, float]:
+    """A clip's decode in strips: bytes left for later strips, the peak as planned and as counted, and the error."""
+    entry, device = ENTRIES[name], torch.device(stand_in.kind())
+    module = zoo.build(entry, torch.float32)
+    x = torch.randn((1, (entry.shape("decode") or ())[1], 3, 8, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = zoo.decode(module, x)
+    module.to(device)
+    x = x.to(device)
+    sharded = halovae.shard(lambda z: zoo.decode(module, z), module)
+    counts: Any = getattr(torch, stand_in.kind())
+    way = InStrips(8, "cols", host=host)
+    with torch.no_grad():
+        sharded(x, grid=Grid(), strips=way)
+        counts.reset_peak_memory_stats()
+        before = counts.memory_allocated()
+        found = sharded(x, grid=Grid(), strips=way)
+    assert found is not None
+    ((program, *_),) = [(one,) for one in sharded._programs.values() if isinstance(one, StripProgram)]
+    own = counts.max_memory_allocated() - before - found.nbytes
+    return program.left, program.peak, own, float((found.cpu() - expected).abs().max())
 
 
 class Tables(nn.Module):

@@ -118,6 +118,16 @@ def test_the_peak_of_a_graph_is_what_the_devices_allocator_counts(name: str, on:
     assert predicted == measured
 
 
+def test_what_strips_leave_for_later_ones_waits_on_the_host_if_asked(on: Callable[[str], Run]) -> None:
+    ways = [on("npu")(on_stand_in.in_strips, "AutoencoderKLWan (2.1)", host) for host in (False, True)]
+    (left, planned, counted, error), (_, planned_lean, counted_lean, other_error) = ways
+    assert max(error, other_error) < 1e-5
+    assert planned - planned_lean == left > 0
+    assert counted - counted_lean >= 0.9 * left
+    assert counted <= planned
+    assert counted_lean <= planned_lean
+
+
 def test_what_a_module_makes_on_the_host_and_moves_is_on_the_device_in_its_graph(on: Callable[[str], Run]) -> None:
     error, eager = on("standin")(on_stand_in.tables)
     assert eager == ""

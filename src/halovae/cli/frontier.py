@@ -16,6 +16,7 @@ from halovae.planning.decision import Candidate
 from halovae.planning.search import Search
 
 COUNTS = (2, 4, 8, 16, 32)
+WAYS = ((False, False), (False, True), (True, False), (True, True))  # computing maps again, with lines on the host
 
 
 def frontier(search: Search, describe: Callable[[str], None], on_step: Callable[[], None]) -> list[Candidate]:
@@ -31,19 +32,20 @@ def frontier(search: Search, describe: Callable[[str], None], on_step: Callable[
     on_step()
     axes: tuple[MeshDim, ...] = "rows", "cols"
     for mesh_dim in axes:
-        peaks: dict[int, int | None] = {}
-        for recompute in (False, True):
+        seen: set[tuple[int, int | None]] = set()
+        for recompute, host in WAYS:
             for count in COUNTS:
-                strips = InStrips(count, mesh_dim, recompute)
+                strips = InStrips(count, mesh_dim, recompute, host)
                 describe(str(strips))
-                if recompute and not search.strips_wait:
+                if (recompute and not search.strips_wait) or (host and not search.has_host):
                     on_step()
                     continue
                 with suppress(NarrowStripError, UnplannableError):
                     one = search.price_strips(strips)
-                    if one.peak != peaks.get(count):  # otherwise nothing is computed again
+                    assert one.strips is not None
+                    if (one.strips.count, one.peak) not in seen:  # otherwise nothing is computed again or moved
                         found.append(one)
-                        peaks[count] = one.peak
+                        seen.add((one.strips.count, one.peak))
                 on_step()
     return sorted(found, key=lambda one: (-(one.peak or 0), one.seconds))
 

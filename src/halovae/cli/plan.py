@@ -27,7 +27,7 @@ from halovae.cli.common import (
     parsed,
     results_console,
 )  # fmt: skip
-from halovae.cli.frontier import COUNTS, frontier, frontier_table
+from halovae.cli.frontier import COUNTS, WAYS, frontier, frontier_table
 from halovae.cli.measuring import free_names, progress
 from halovae.errors import MemoryBudgetError
 from halovae.grid import Grid
@@ -298,7 +298,7 @@ def _draw_frontier(case: Case, files: Sequence[Path]) -> None:
     """Show, draw, and write what one device takes in strips."""
     from halovae.bench.report import draw_frontier
 
-    with progress(4 * len(COUNTS) + 1) as (describe, on_step):
+    with progress(2 * len(WAYS) * len(COUNTS) + 1) as (describe, on_step):
         found = frontier(case.search, describe, on_step)
     title = f"{case.model}, latents {'x'.join(map(str, case.latents))}, one device; every way is exact"
     results_console().print(frontier_table(found, title))

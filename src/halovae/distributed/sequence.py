@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,18 +19,19 @@ from halovae.distributed.transport import Scope, Transport, Value, members
 from halovae.grid import Grid
 
 
-def in_sequence(grid: Grid, device: torch.device, function: Callable[[Mesh], None]) -> None:
+def in_sequence(grid: Grid, device: torch.device, function: Callable[[Mesh], None], host: bool = False) -> None:
     """Call a function on each rank of a grid. The first one that can go on computes.
 
     Args:
         grid: of the ranks.
         device: which all of them use.
         function: takes the rank's mesh.
+        host: whether messages and maps that are kept for later ranks wait in the host's memory.
 
     Raises:
         BaseException: what the first rank that failed raised.
     """
-    line = _Line(grid)
+    line = _Line(grid, host)
     modes = _get_current_dispatch_mode_stack()  # they belong to this thread; what counts its tensors counts all ranks'
 
     def work(rank: int) -> None:
@@ -66,8 +68,8 @@ def in_sequence(grid: Grid, device: torch.device, function: Callable[[Mesh], Non
 class _Line:
     """Whose turn it is, the messages between ranks, and the maps that the first one keeps for all."""
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+    def __init__(self, grid: Grid, host: bool) -> None:
+        self.grid, self.host = grid, host
         self.failure: BaseException | None = None
         self._turn = threading.Condition()
         self._current = 0
@@ -127,11 +129,11 @@ class SequenceTransport(Transport):
         self, scope: Scope, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> Callable[[], None]:
         for peer, tensor in sends:
-            self._line.letters[self.rank, peer].append(tensor)
+            self._line.letters[self.rank, peer].append(self._left(tensor))
 
         def wait() -> None:
             for peer, tensor in receives:
-                tensor.copy_(self._collect(peer))
+                tensor.copy_(self._collect(peer), non_blocking=True)
 
         return wait
 
@@ -148,7 +150,7 @@ class SequenceTransport(Transport):
         return [self._collect(peer) for peer in peers]
 
     def hand(self, site: int, whole: Tensor) -> None:
-        self._line.maps[site].append(whole)
+        self._line.maps[site].append(self._left(whole))
 
     def handed(self, site: int, blank: Callable[[], Tensor]) -> Tensor:
         maps, index = self._line.maps[site], self._line.read[site, self.rank]
@@ -160,3 +162,24 @@ class SequenceTransport(Transport):
         if all(self._line.read[site, other] > index for other in range(1, self.world)):
             maps[index] = None
         return found
+
+    def _left(self, x: Tensor) -> Tensor:
+        """What waits of a tensor. Copies that do not block are done in the order of the device's stream."""
+        if not self._line.host or x.device.type == "cpu":
+            return x
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        last = x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
+        kept = torch.empty(
+            x.shape, dtype=x.dtype, pin_memory=_pins(),
+            memory_format=formats[x.ndim] if last else torch.contiguous_format,
+        )  # fmt: skip
+        return kept.copy_(x, non_blocking=True)
+
+
+@cache
+def _pins() -> bool:
+    """Whether the host's memory can be pinned for a device."""
+    try:
+        return torch.empty(1, pin_memory=True).is_pinned()
+    except RuntimeError:
+        return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,12 +50,12 @@ def run_without_data(node: fx.Node) -> None:
     target(*args, **kwargs)
 
 
-def message_digests(program: Program, mesh: Mesh) -> MessageDigests:
-    """Digest the messages that this rank's program exchanges with each other rank, in order."""
+def messages(program: Program, mesh: Mesh) -> list[tuple[int, int, int]]:
+    """Return the peer of each message of this rank's program, and the bytes sent and received, in order."""
     recorder = _RecordingTransport(mesh)
     meta_mesh = Mesh(mesh.grid, torch.device("cpu"), recorder)
     known: dict[Any, list[tuple[int, int, int]]] = {}
-    digests: dict[int, tuple[Any, Any]] = defaultdict(lambda: (hashlib.sha256(), hashlib.sha256()))
+    found: list[tuple[int, int, int]] = []
     with _disable_current_modes(), torch.inference_mode(), context.on(meta_mesh):
         for node in filter(may_exchange, program.nodes()):
             key = node.target, argument_key(node)
@@ -63,11 +63,18 @@ def message_digests(program: Program, mesh: Mesh) -> MessageDigests:
                 recorder.messages = []
                 run_without_data(node)
                 known[key] = recorder.messages
-            for peer, sent, received in known[key]:
-                mine, theirs = digests[peer]
-                mine.update(b"%d %d;" % (sent, received))
-                theirs.update(b"%d %d;" % (received, sent))
-    return {peer: (mine.hexdigest(), theirs.hexdigest()) for peer, (mine, theirs) in digests.items()}
+            found += known[key]
+    return found
+
+
+def digests(exchanged: Iterable[tuple[int, int, int]]) -> MessageDigests:
+    """Digest the messages that a rank exchanges with each other rank, in order; see `messages`."""
+    found: dict[int, tuple[Any, Any]] = defaultdict(lambda: (hashlib.sha256(), hashlib.sha256()))
+    for peer, sent, received in exchanged:
+        mine, theirs = found[peer]
+        mine.update(b"%d %d;" % (sent, received))
+        theirs.update(b"%d %d;" % (received, sent))
+    return {peer: (mine.hexdigest(), theirs.hexdigest()) for peer, (mine, theirs) in found.items()}
 
 
 def agree(everyone: Sequence[MessageDigests]) -> bool:

@@ -60,10 +60,14 @@ def paths(module: nn.Module, recorder: Recorder) -> Iterator[None]:
     handles, before, thread = [], [], threading.get_ident()
 
     def hooks(name: str) -> tuple[Any, Any]:
-        def enter(*_: Any) -> None:
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
             if threading.get_ident() == thread:
                 before.append(recorder.module)
                 recorder.module = name
+                plane = recorder.plane
+                if plane is not None and plane.strips is not None:
+                    return plane.strips.collect(plane, inputs, name)
+            return None
 
         def leave(_: nn.Module, __: Any, result: Any) -> Any:
             if threading.get_ident() == thread:

@@ -26,7 +26,7 @@ class Factor(NamedTuple):
     Attributes:
         size: its logical extent.
         mesh_dim: the mesh dim that partitions it; None if it is replicated.
-        bounds: rank i along `mesh_dim` owns `bounds[i]:bounds[i + 1]`; none of these is empty.
+        bounds: rank i along `mesh_dim` owns `bounds[i]:bounds[i + 1]`; only of strips may these be empty.
     """
 
     size: int
@@ -168,9 +168,9 @@ def even(size: int, ranks: int) -> Bounds:
     return (0, *(span.stop for span in spans))
 
 
-def proper(bounds: Sequence[int], size: int) -> bool:
-    """Whether bounds leave every rank at least one cell."""
-    return bounds[0] == 0 and bounds[-1] == size and all(a < b for a, b in pairwise(bounds))
+def proper(bounds: Sequence[int], size: int, empty: bool = False) -> bool:
+    """Whether bounds leave every rank at least one cell; with `empty`, whether they are in order."""
+    return bounds[0] == 0 and bounds[-1] == size and all(a < b or (empty and a == b) for a, b in pairwise(bounds))
 
 
 def ranges(bounds: Bounds) -> tuple[tuple[int, int], ...]:

@@ -85,6 +85,15 @@ class Rows:
         """The same rows of a map that has them along another dim."""
         return replace(self, dim=dim)
 
+    def without(self, behind: int) -> Rows | None:
+        """The rows before a map was padded at its end; None if strips other than the one that pads need the padding."""
+        size = self.bounds[-1] - behind
+        spans = zip(self.needed, self.bounds[:-1], self.bounds[1:], strict=True)
+        if any(stop > size and start == end for ((_, stop),), start, end in spans):
+            return None
+        needed = tuple(((start, min(stop, size)),) for ((start, stop),) in self.needed)
+        return replace(self, bounds=tuple(min(bound, size) for bound in self.bounds), needed=needed)
+
     def divided(self, factor: int) -> Rows | None:
         """The rows of which each becomes `factor`; None if bounds lie between them."""
         ends = [*self.bounds, *(end for one in self.needed for interval in one for end in interval)]
@@ -295,6 +304,8 @@ def _step(node: fx.Node, rows: Rows) -> _Step | None:
     target: Any = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return None
+    if behind := dict(node.meta.get("behind", ())).get(rows.dim):
+        return _padded_behind(node, rows.without(behind))
     if torch.Tag.pointwise in target.tags or target in (aten._to_copy.default, aten.clone.default):
         return _pointwise(node, rows)
     arguments: Any = node.args
@@ -312,7 +323,8 @@ def _step(node: fx.Node, rows: Rows) -> _Step | None:
     source = _source_dim(target, rest, before, after, rows.dim)
     at: Rows | None = rows
     if target in _NEAREST and rows.dim >= len(after) - 2:
-        source, factor = rows.dim, after[rows.dim] // before[rows.dim]
+        source, given = rows.dim, node.meta.get("times")
+        factor = given[rows.dim - len(after)] if given else after[rows.dim] // before[rows.dim]
         at = rows.divided(factor) if factor * before[rows.dim] == after[rows.dim] else None
     if source is None or at is None or before[source] != at.own:
         return None
@@ -321,6 +333,13 @@ def _step(node: fx.Node, rows: Rows) -> _Step | None:
         sizes = [rows.length if index == place else size for index, size in enumerate(rest[0])]
         return _Step([(x, at.at(source))], lambda more: ((more(x), sizes, *rest[1:]), node.kwargs))
     return _Step([(x, at.at(source))], lambda more: ((more(x), *rest), node.kwargs))
+
+
+def _padded_behind(node: fx.Node, rows: Rows | None) -> _Step | None:
+    """Padding at the end of a map: rows before a strip stay what they are."""
+    if rows is None:
+        return None
+    return _Step([(node.all_input_nodes[0], rows)], lambda more: fx.node.map_arg((node.args, node.kwargs), more))
 
 
 def _pointwise(node: fx.Node, rows: Rows) -> _Step | None:

@@ -27,6 +27,7 @@ from halovae.plane.layout import (
     joined,
     local_shape,
     partitioned,
+    proper,
     ranges,
     regrouped,
     replicated,
@@ -193,6 +194,25 @@ class Plane:
         strides = x.stride() if shape(layout) == x.shape else None
         return self.wrap(local, layout, "it was made of other ranks' data", strides)
 
+    def collected(self, x: PlaneTensor) -> PlaneTensor:
+        """Return a map with all rows on the last strip. On the others it has no values."""
+        for dim, factor in partitioned(x.partition):
+            assert factor.mesh_dim is not None
+            assert self.recorder is not None
+            strips = len(factor.bounds) - 1
+            needed: Needed = (((0, 0),),) * (strips - 1) + (((0, factor.size),),)
+            local = self.run(operators.fetch, x.local, dim, factor.mesh_dim, factor.bounds, needed)
+            self.recorder.node(local).meta["collects"] = True
+            layout = (*x.partition[:dim], joined((Factor(factor.size),)), *x.partition[dim + 1 :])
+            if self.coordinates[factor.mesh_dim] < strips - 1:
+                local = x.local.new_empty(self.local_sizes(layout))
+                self.recorder.node(local).meta["unused"] = True
+            last = is_channels_last(x)
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            local = local.contiguous(memory_format=formats[local.ndim] if last else torch.contiguous_format)
+            x = self.wrap(local, layout, strides=x.stride())
+        return x
+
     def fetch(self, local: Tensor, dim: int, factor: Factor, needed: Needed) -> Tensor:
         """Fetch the needed intervals of a factor; no data moves if each rank only needs cells that it owns."""
         assert factor.mesh_dim is not None
@@ -204,7 +224,7 @@ class Plane:
         owned = ranges(factor.bounds)
         inside = [(max(a, 0), min(b, factor.size)) for a, b in needed[position]]
         kept = sum(max(0, min(b, owned[position][1]) - max(a, owned[position][0])) for a, b in inside)
-        cells = local.numel() // local.shape[dim] * local.element_size()
+        cells = math.prod(extent for at, extent in enumerate(local.shape) if at != dim) * local.element_size()
         self.received += (sum(max(0, b - a) for a, b in inside) - kept) * cells
         return self.run(operators.fetch, local, dim, factor.mesh_dim, factor.bounds, needed)
 
@@ -309,6 +329,9 @@ class Plane:
                 multiple = uneven.multiple // math.gcd(uneven.multiple, cut.size // factor.size or 1)
                 multiple *= factor.size // cut.size or 1
                 bounds = rounded(factor.bounds, multiple) if multiple else None
+                if multiple and self.strips is not None and factor.size % multiple == 0:  # a row waits for its others
+                    lower = tuple(bound // multiple * multiple for bound in factor.bounds)
+                    bounds = lower if proper(lower, factor.size, self.strips.empty) else bounds
                 if bounds is None or bounds == factor.bounds:
                     x = self.replicate(x, [dim])
                 else:

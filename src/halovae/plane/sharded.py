@@ -23,7 +23,7 @@ from halovae.distributed.transport import world_size
 from halovae.errors import RankOutOfMemoryError, TraceError
 from halovae.grid import Grid, Span, split
 from halovae.kernels.native import EAGER, Kernels, compiled, explain, ready
-from halovae.plane.agreement import agree, message_digests
+from halovae.plane.agreement import agree, digests, messages
 from halovae.plane.context import without_gradients
 from halovae.plane.drain import drain_peers
 from halovae.plane.hooks import untouched
@@ -222,12 +222,12 @@ class Sharded:
         """
         mine: Any = str(program)
         if isinstance(program, Program):
-            mine = (program.chunked, program.starts), message_digests(program, mesh)
+            mine = (program.chunked, program.starts), digests(messages(program, mesh))
         everyone = mesh.transport.all_values(mine)
         if refusals := [one for one in everyone if isinstance(one, str)]:
             program = TraceError(refusals[0])
         elif isinstance(program, Program):
-            if not agree([digests for _, digests in everyone]):
+            if not agree([exchanged for _, exchanged in everyone]):
                 return None
             program.streams = program.streams and len({chunks for chunks, _ in everyone}) == 1
         if key in self._programs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,8 @@ from halovae.distributed.transport import Transport
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER, Kernels
 from halovae.plane import group_norms, operators, whole_maps
-from halovae.plane.agreement import message_digests
+from halovae.plane.agreement import agree, digests, messages
+from halovae.plane.collected import where_collected
 from halovae.plane.layout import Factor, MeshDim, replicated, shape, sole
 from halovae.plane.live import peak, size_of
 from halovae.plane.passes.graphs import writes
@@ -34,14 +36,17 @@ class InStrips:
         mesh_dim: rows or cols.
         recompute: whether strips compute maps again that they would otherwise keep while they wait for each other;
             see `recompute`.
+        host: whether what strips leave for later ones waits in the host's memory. It is for accelerators.
     """
 
     count: int
     mesh_dim: MeshDim
     recompute: bool = False
+    host: bool = False
 
     def __str__(self) -> str:
-        return f"{self.count} strips of {self.mesh_dim}{', recomputing maps' if self.recompute else ''}"
+        more = (", recomputing maps" if self.recompute else "") + (", lines on the host" if self.host else "")
+        return f"{self.count} strips of {self.mesh_dim}{more}"
 
     @property
     def grid(self) -> Grid:
@@ -66,14 +71,19 @@ Record = Callable[[Mesh, Strips, "Sequence[str] | None"], Program]  # with some 
 class StripProgram(Program):
     """The programs of all strips. It has the interface of one rank's program that returns its result at once.
 
+    Attributes:
+        lines: the most bytes that strips leave for later ones.
+
     Args:
         strips: how many there are.
-        programs: of the first strip, of those between, and of the last; or of each.
+        programs: of the first strips, of those between, and of the last ones.
+        shared: which of them is that of the strips between.
     """
 
-    def __init__(self, strips: InStrips, programs: list[Program]) -> None:
+    def __init__(self, strips: InStrips, programs: list[Program], shared: int) -> None:
         first, *_ = programs
-        self.strips, self.programs = strips, programs
+        self.strips, self.programs, self.shared = strips, programs, shared
+        self.lines = 0
         self.chunked, self.streams = None, False
         self.takes, self.returns = replicated(shape(first.takes)), replicated(shape(first.returns))
         self.dtype, self.random = first.dtype, first.random
@@ -84,16 +94,14 @@ class StripProgram(Program):
 
     def of(self, strip: int) -> Program:
         """The program of a strip."""
-        if len(self.programs) == self.strips.count:
-            return self.programs[strip]
-        return self.programs[1 if 0 < strip < self.strips.count - 1 else min(strip, 2)]
+        return self.programs[max(min(strip, self.shared), strip - self.strips.count + len(self.programs))]
 
     @property
     def graphs(self) -> Iterator[tuple[Program, int]]:
         """The different programs, each with the number of strips that run it."""
-        between = self.strips.count - 2 if len(self.programs) < self.strips.count else 1
+        more = self.strips.count - len(self.programs)
         for index, program in enumerate(self.programs):
-            yield program, between if index == 1 else 1
+            yield program, 1 + (more if index == self.shared else 0)
 
     def __call__(
         self, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER,
@@ -108,6 +116,8 @@ class StripProgram(Program):
             part = local if takes is None else _part(local, self.strips.dim, takes, place)
             part = part if takes is None and not program.writes else part.clone()
             for start, chunk in program.chunks(part, own, *extras, kernels=kernels):
+                if returns is None and place < self.strips.count - 1:
+                    continue  # the last strip has the result
                 chunk = chunk if convert is None else convert(chunk)
                 if not whole:
                     whole.append(chunk.new_empty(shape(self.returns)))
@@ -117,7 +127,7 @@ class StripProgram(Program):
                 target.copy_(chunk)
                 del chunk
 
-        in_sequence(self.strips.grid, local.device, run)
+        in_sequence(self.strips.grid, local.device, run, self.strips.host)
         return whole[0]
 
     def chunks(
@@ -145,15 +155,30 @@ class StripProgram(Program):
 
     def together(self, peaks: list[int]) -> int:
         """Return the peak bytes of all strips, given those of each program."""
-        kept = sum(node.meta["bytes"] for node in self.programs[0].nodes() if node.target is whole_maps.hand)
-        lines = max(one.bytes_sent for one in self.programs)
         waiting = [peak(one.graph, one.bodies, before=waits) for one in self.programs]
         # While one strip runs, the others wait.
         running = max(int(_GAPS * own) - least for own, least in zip(peaks, waiting, strict=True))
         everyone = sum(times * least for (_, times), least in zip(self.graphs, waiting, strict=True))
-        # Each strip holds its part of the input until it ends.
-        inputs = sum(times * size_of(next(iter(one.graph.nodes))) for one, times in self.graphs)
-        return running + everyone + kept + lines + (inputs if self.waits else 0)
+        # Strips that wait hold their parts of the input until they end. A part may be copied: it is not contiguous.
+        inputs = [(times, size_of(next(iter(one.graph.nodes)))) for one, times in self.graphs]
+        held = sum(times * own for times, own in inputs) if self.waits else max(own for _, own in inputs)
+        return running + everyone + held + (0 if self.strips.host else self.left)
+
+    @property
+    def left(self) -> int:
+        """Bytes that wait for later strips: lines, and maps that the first strip computed for all."""
+        return self.lines + self._kept
+
+    @property
+    def _kept(self) -> int:
+        return sum(node.meta["bytes"] for node in self.programs[0].nodes() if node.target is whole_maps.hand)
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes that go to the host and come from there if what waits is on the host, and the number of copies."""
+        lines = sum(times * one.bytes_sent for one, times in self.graphs)
+        copies = 2 * sum(times * one.messages for one, times in self.graphs)
+        return 2 * lines + self.strips.count * self._kept, copies
 
     @property
     def waits(self) -> bool:
@@ -173,14 +198,12 @@ def record_strips(record: Record, device: torch.device, size: int, strips: InStr
         record: records the program of the strip that a mesh is for.
         device: where they will run.
         size: the input's extent along the dim that is cut.
-        strips: how many there are.
+        strips: how many there are at most. There are fewer if equal strips of whole cells of the input are.
 
     Raises:
         NarrowStripError: there are too few rows (or cols) for them, or the function cannot be cut into strips.
         TraceError: the function cannot be recorded.
     """
-    if size < strips.count:
-        raise NarrowStripError(f"{strips} of an input of {size}: expected one or more in each")
 
     def of(place: int, layout: Strips, passes: tuple[str, ...] | None = None) -> Program:
         count = len(layout.bounds) - 1
@@ -190,72 +213,102 @@ def record_strips(record: Record, device: torch.device, size: int, strips: InStr
     probe = of(0, Strips(strips.mesh_dim, (0, size - 1, size)), ())
     if probe.random:
         raise NarrowStripError("the function draws random numbers, and each strip would draw others")
-    found: dict[Any, StripProgram] = {}
+    if collected := where_collected(probe):
+        layout = Strips(strips.mesh_dim, (0, size - 1, size), collected=collected)
+        with suppress(NarrowStripError):
+            layout = replace(_skewed(of(0, layout, ()), strips, size), collected=collected)
+            return _recorded(of, probe, strips, layout, device)
+    found: list[StripProgram] = []
     refusal: NarrowStripError | None = None
-    for ahead in dict.fromkeys(where_whole(probe, share) for share in _SMALL):
-        try:
-            found[ahead] = _recorded(of, probe, strips, size, *ahead)
-            _check_agreement(found[ahead], device)
-        except NarrowStripError as error:
-            found.pop(ahead, None)
-            refusal = refusal or error
+    starts = {last: whole for whole, last in (where_whole(probe, share) for share in reversed(_SMALL))}
+    for last, whole in starts.items():
+        for laid_out in (_skewed, _layout):
+            try:
+                found.append(_recorded(of, probe, strips, laid_out(probe, strips, size, whole, last), device))
+                break
+            except NarrowStripError as error:
+                refusal = refusal or error
     if not found:
         assert refusal is not None
         raise refusal
-    return min(found.values(), key=lambda one: one.peak)
+    return min(found, key=lambda one: one.peak)
 
 
 def _recorded(
-    of: Callable[..., Program], probe: Program, strips: InStrips, size: int, whole: frozenset[str],
-    last: frozenset[str],
-) -> StripProgram:  # fmt: skip
-    if any(map(writes, (probe.graph, *probe.bodies.values()))) and whole:
+    of: Callable[..., Program], probe: Program, strips: InStrips, layout: Strips, device: torch.device
+) -> StripProgram:
+    if any(map(writes, (probe.graph, *probe.bodies.values()))) and layout.whole:
         raise NarrowStripError("the function writes in place, and strips read copies of whole maps")
-    layout = _layout(probe, strips, size, whole, last)
-    programs = _of_all(of, layout, strips.count)
-    if any(_lines(one) != _lines(programs[0]) for one in programs):  # borders are padded by their own operators
-        programs = _of_all(of, replace(layout, early=False), strips.count)
-    if whole and not any(node.target in _PARTS for node in programs[0].nodes()):
+    strips = replace(strips, count=len(layout.bounds) - 1)
+    programs, shared = _of_all(of, layout, strips.count)
+    if any(not _same_lines(one, programs[shared]) for one in programs):  # borders are padded by their own operators
+        programs, shared = _of_all(of, replace(layout, early=False), strips.count)
+    if layout.whole and not any(node.target in _PARTS for node in programs[0].nodes()):
         raise NarrowStripError("every strip would compute all of this function")
-    return StripProgram(strips, programs)
+    found = StripProgram(strips, programs, shared)
+    if layout.empty and found.waits:
+        raise NarrowStripError("strips of this function wait for each other, so each needs rows")
+    found.lines = _agreed(found, device)
+    return found
 
 
-def _of_all(of: Callable[[int, Strips], Program], layout: Strips, count: int) -> list[Program]:
-    """Record the programs of all strips. Those between the first and the last share one, if they are alike."""
-    places = [0, 1, count - 2, count - 1] if count > 3 else list(range(count))
-    found = [of(place, layout) for place in places]
-    if count > 4 and _alike(*found[1:3]):
-        return [found[0], found[1], found[3]]
-    return [*found[:2], *(of(place, layout) for place in range(2, count - 2)), *found[2:]]
+def _of_all(of: Callable[[int, Strips], Program], layout: Strips, count: int) -> tuple[list[Program], int]:
+    """Record the programs of all strips.
+
+    Returns:
+        The programs, and which of them is that of all strips between the first ones and the last ones.
+    """
+    first, last = [of(0, layout)], list[Program]()
+    for place in range(1, count):
+        one = of(place, layout)
+        if place > 1 and _alike(first[-1], one):
+            break
+        first.append(one)
+    for place in range(count - 1, len(first), -1):
+        one = of(place, layout)
+        if _alike(first[-1], one):
+            break
+        last.insert(0, one)
+    shared = len(first) - 1
+    if not _is_even(first[-1], range(shared, count - len(last))):
+        return [of(place, layout) for place in range(count)], count - 1
+    return [*first, *last], shared
 
 
-def _lines(program: Program) -> list[Any]:
-    """What the lines of a strip are rows of. They must be of the same maps in all strips."""
-    fetches: list[Any] = [node for node in program.nodes() if node.target is operators.fetch]
-    return [(node.meta.get("module"), node.args[0].op, node.args[0].target, node.args[1]) for node in fetches]
+def _is_even(program: Program, places: range) -> bool:
+    """Whether these strips own equal numbers of rows of all maps that lines belong to."""
+    cuts: list[Any] = [node.args[3] for node in program.nodes() if node.target is operators.fetch]
+    return all(len({bounds[place + 1] - bounds[place] for place in places}) == 1 for bounds in cuts)
 
 
-def _check_agreement(program: StripProgram, device: torch.device) -> None:
-    """Check that strips leave what later ones read.
+def _same_lines(one: Program, other: Program) -> bool:
+    """Whether the lines of two strips are rows of the same maps."""
+    lines = [[node.meta for node in each.nodes() if node.target is operators.fetch] for each in (one, other)]
+    return len(lines[0]) == len(lines[1]) and all(
+        a.get("module") == b.get("module") and (a.get("of") == b.get("of") or "" in (a.get("of"), b.get("of")))
+        for a, b in zip(*lines, strict=True)
+    )
+
+
+def _agreed(program: StripProgram, device: torch.device) -> int:
+    """Check that strips leave what later ones read. Return the most bytes that wait for later strips at a time.
 
     Raises:
         NarrowStripError: they do not.
     """
     count = program.strips.count
-    digests = {}
-    for place in sorted({0, 1, 2, count - 2, count - 1} & set(range(count))):
-        mesh = Mesh(program.strips.grid, device, _alone(place, count))
-        digests[place] = message_digests(program.of(place), mesh)
-    nothing = ("", "")
-    for place, own in digests.items():
-        later = digests.get(place + 1)
-        if later is not None and own.get(place + 1, nothing)[0] != later.get(place, nothing)[1]:
-            raise NarrowStripError(f"strips {place} and {place + 1} of this function do not agree on their borders")
+    meshes = [Mesh(program.strips.grid, device, _alone(place, count)) for place in range(count)]
+    everyone = [messages(program.of(place), mesh) for place, mesh in enumerate(meshes)]
+    if not agree([digests(one) for one in everyone]):
+        raise NarrowStripError("strips of this function do not agree on their borders")
     kept = Counter(node.args[1] for node in program.of(0).nodes() if node.target is whole_maps.hand)
-    for place in range(1, len(program.programs)):
-        read = Counter(node.args[3] for node in program.programs[place].nodes() if node.target is whole_maps.handed)
+    for one in program.programs[1:]:
+        read = Counter(node.args[3] for node in one.nodes() if node.target is whole_maps.handed)
         if any(read[site] > kept[site] for site in read):
             raise NarrowStripError("strips of this function read whole maps that the first one does not keep")
+    later = [(place, peer, sent) for place, own in enumerate(everyone) for peer, sent, _ in own if peer > place]
+    waiting = (sum(sent for place, peer, sent in later if place <= at < peer) for at in range(count))
+    return max(sum(sent for _, sent, _ in everyone[0]) if program.waits else 0, *waiting)
 
 
 def _alone(place: int, count: int) -> Transport:
@@ -264,12 +317,37 @@ def _alone(place: int, count: int) -> Transport:
     return found
 
 
-def _layout(probe: Program, strips: InStrips, size: int, whole: frozenset[str], last: frozenset[str]) -> Strips:
-    """Choose bounds: all strips make about as much of the result."""
+def _lag(probe: Program, strips: InStrips, size: int) -> tuple[int, int]:
+    """Return how far the result's bounds lag behind the input's, in cells of the input, and its cells for one."""
     returns = sole(probe.returns[strips.dim])
+    for node in probe.nodes():  # what the last strip collects
+        if node.meta.get("collects"):
+            _, _, mesh_dim, bounds, _ = node.args
+            returns = Factor(bounds[-1], mesh_dim, bounds)  # type: ignore[index, arg-type]
     if returns is None:
         raise NarrowStripError("the function's result cannot be cut into strips")
-    lag = max(0, -(-((size - 1) * returns.size - returns.bounds[1] * size) // returns.size))  # in cells of the input
+    lag = max(0, -(-((size - 1) * returns.size - returns.bounds[1] * size) // returns.size))
+    return lag, max(1, size // returns.size)
+
+
+def _skewed(
+    probe: Program, strips: InStrips, size: int, whole: frozenset[str] = frozenset(), last: frozenset[str] = frozenset()
+) -> Strips:
+    """Choose bounds of equal strips: the first ones have no rows of the last maps, the last ones none of the first."""
+    lag, unit = _lag(probe, strips, size)
+    step = unit * -(-(size + lag) // (unit * strips.count))
+    count = -(-(size + lag) // step)
+    if count < 2:
+        raise NarrowStripError(f"{strips} of an input of {size}: expected one or more {strips.mesh_dim} in each")
+    bounds = (0, *(min(step * strip, size) for strip in range(1, count)), size)
+    return Strips(
+        strips.mesh_dim, bounds, tuple(sorted(whole)), tuple(sorted(last)), recompute=strips.recompute, empty=True
+    )
+
+
+def _layout(probe: Program, strips: InStrips, size: int, whole: frozenset[str], last: frozenset[str]) -> Strips:
+    """Choose bounds with which each strip has rows of every map, so that it can wait for others."""
+    lag, _ = _lag(probe, strips, size)
     step = min(-(-size // strips.count), (size - 1 - lag) // (strips.count - 1))
     if step < 1:
         raise NarrowStripError(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from halovae.plane.plane import Plane
 
 
+_LEAST = 4  # rows of a map with which strips begin: its edge can be padded without those of later strips
+
+
 class NarrowStripError(ValueError):
     """A strip would have no row of a map."""
 
@@ -39,6 +42,9 @@ class Strips:
         last: those of them after which maps are cut.
         early: whether rows of earlier strips are carried as early as possible; see `lines`.
         recompute: whether maps are computed again that would be kept where strips wait; see `recompute`.
+        empty: whether a strip may have no row of a map. The first strips then have none of the last maps, and the last
+            strips none of the first.
+        collected: the paths of submodules whose inputs the last strip collects; see `collected`.
     """
 
     mesh_dim: MeshDim
@@ -47,6 +53,8 @@ class Strips:
     last: tuple[str, ...] = ()
     early: bool = True
     recompute: bool = False
+    empty: bool = False
+    collected: tuple[str, ...] = ()
 
     def input_factor(self, size: int) -> Factor:
         """The factor of a new map."""
@@ -65,11 +73,24 @@ class Strips:
             NarrowStripError: a strip would have no row.
         """
         if before.mesh_dim is None:
-            return Factor(size) if self._is_whole(path) else self._scaled(size)
-        bounds = (0, *(complete(bound) for bound in before.bounds[1:-1]), size)
-        if not proper(bounds, size):
+            return Factor(size) if self.collected or self._is_whole(path) else self._scaled(size)
+        if self.empty:
+            ends = (min(complete(end), size) for end in self._continued(before))
+            bounds = (0, *(end if end == size or end >= _LEAST else 0 for end in ends), size)
+        else:
+            bounds = (0, *map(complete, before.bounds[1:-1]), size)
+        if not proper(bounds, size, self.empty):
             raise NarrowStripError(f"strips at {bounds} of {size} {self.mesh_dim}: expected one in each")
         return Factor(size, self.mesh_dim, bounds)
+
+    def _continued(self, factor: Factor) -> list[int]:
+        """The bounds between strips as if a map did not end: strips after its last row go on to lag in later maps."""
+        ends = list(factor.bounds[1:-1])
+        inside = [place for place, end in enumerate(ends) if end < factor.size]
+        last = inside[-1] if inside else -1
+        step = round(self.bounds[1] * factor.size / self.bounds[-1])
+        start = ends[last] if inside else 0
+        return [*ends[: last + 1], *(start + step * (place - last) for place in range(last + 1, len(ends)))]
 
     def _is_whole(self, path: str) -> bool:
         return path in self.whole or any(path.startswith(f"{one}.") for one in self.last)
@@ -85,10 +106,17 @@ class Strips:
         with plane.working():
             return plane.to_layout(result, (*result.partition[:dim], (factor,), *result.partition[dim + 1 :]))
 
+    def collect(self, plane: Plane, inputs: tuple[Any, ...], path: str) -> tuple[Any, ...]:
+        """Return a submodule's inputs, with all rows on the last strip, if its path is one of `collected`."""
+        if path not in self.collected:
+            return inputs
+        with plane.working():
+            return tuple(plane.collected(one) if isinstance(one, PlaneTensor) else one for one in inputs)
+
     def _scaled(self, size: int) -> Factor:
         given = self.bounds[-1]
         bounds = tuple(round(bound * size / given) for bound in self.bounds)
-        if size < len(bounds) - 1 or not proper(bounds, size):
+        if not proper(bounds, size, self.empty):
             return Factor(size)
         return Factor(size, self.mesh_dim, bounds)
 

@@ -28,13 +28,12 @@ from halovae.plane.context import without_gradients
 from halovae.plane.cuts import cut_early
 from halovae.plane.hooks import paths, untouched
 from halovae.plane.layout import local_shape
-from halovae.plane.lines import carry_early
 from halovae.plane.passes import chosen, improve
 from halovae.plane.plane import Plane
 from halovae.plane.program import Program
-from halovae.plane.recompute import recompute
 from halovae.plane.repeats import LeakError, Repeats, clean
 from halovae.plane.rules.registry import is_composite, plane_tensors, unwriting, written
+from halovae.plane.strip_graphs import rewrite
 from halovae.plane.strips import Strips
 from halovae.plane.tensor import is_channels_last
 from halovae.plane.values import location, mapped, signature
@@ -92,6 +91,15 @@ class Recorder(TorchDispatchMode):
             result, messages, sent = operators.shape_of(function, args, mesh)
         node = self.graph.call_function(function, tuple(map(self.node, args)))
         node.meta |= {"messages": messages, "sent": sent}
+        self.noted(result, node, False)
+        return result
+
+    def empty(self, func: Any, args: tuple[Any, ...], sizes: Sequence[int], times: Sequence[int]) -> Tensor:
+        """Record a resampling of a map without rows, which PyTorch refuses to compute; each cell becomes `times`."""
+        with _disable_current_modes():
+            result = torch.empty(tuple(sizes), dtype=args[0].dtype, device="meta")
+            node = self.graph.call_function(func, mapped(self.node, mapped(self._twin, args)))
+        node.meta["times"] = tuple(times)
         self.noted(result, node, False)
         return result
 
@@ -352,10 +360,8 @@ def _traced(
             lifted = plane.lift(result)
         bodies, chunked = recorder.finish(lifted.local, repeats)
     with _disable_current_modes(), torch._C.DisableTorchFunction():
-        if strips is not None and strips.early:
-            carry_early(recorder.graph, bodies, mesh)
-        if strips is not None and strips.recompute:
-            recompute(recorder.graph, bodies, mesh)
+        if strips is not None:
+            rewrite(recorder.graph, bodies, mesh, strips, device)
         changes = improve((recorder.graph, *bodies.values()), mesh, passes)
     return Program(
         recorder.graph,

@@ -31,7 +31,9 @@ def handed(sizes: tuple[int, ...], dtype: torch.dtype, last: bool, site: int) ->
         last: whether it is channels last.
         site: as for `hand`.
     """
-    return current().transport.handed(site, lambda: like_handed(sizes, dtype, last)).clone()
+    own: Tensor = current().transport.handed(site, lambda: like_handed(sizes, dtype, last))
+    device = current().device.torch_device
+    return own.clone() if own.device == device or own.is_meta else own.to(device, non_blocking=True)
 
 
 def like_handed(sizes: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:

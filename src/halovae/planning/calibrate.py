@@ -198,6 +198,11 @@ def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
         mesh.transport.exchange("rows", [(peer, mine)], [(peer, theirs)])
 
 
+def _copy(device: Device, size: int) -> None:
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    torch.empty(size, dtype=torch.uint8, device=device.torch_device).copy_(host, non_blocking=True)
+
+
 def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
     """Measure this machine.
 
@@ -228,7 +233,8 @@ def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
             {pair: replace(link, latency=max(link.latency, meeting)) for pair, link in links.items()}
             for links in (exchange, gather)
         )
-    measured = Calibration(device.describe()["device"], device.kind, "measured", single, together, exchange, gather)
+    own = device.describe()["device"], device.kind, "measured", single, together, exchange, gather
+    measured = Calibration(*own, *([] if device.kind == "cpu" else [_link(partial(_copy, device), device)]))
     return mesh.transport.all_values(measured)[0]
 
 

@@ -41,6 +41,7 @@ class Calibration:
         together: the rates of a rank while all compute.
         exchange: the links of ranks that swap borders: "host" for two ranks of one host, "hosts" for ranks of two.
         gather: the same for a rank that collects what all ranks have; its bytes are those of the others.
+        host: the link between the device and the host's pinned memory.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Calibration:
     together: Mapping[str, Rates]
     exchange: Mapping[str, Link]
     gather: Mapping[str, Link]
+    host: Link = Link(20e-6, 1 / 20e9)  # of the order of PCIe 4.0 with 16 lanes
 
     def links(self, hosts: bool) -> dict[str, Link]:
         """Return the links of exchanges and gathers, on one host or on several."""
@@ -81,6 +83,7 @@ class Calibration:
         """
         try:
             data = json.loads(text)
+            data.setdefault("host", asdict(cls.host))  # earlier files have none
             if set(data) != {one.name for one in fields(cls)}:
                 raise ValueError(f"has the fields {', '.join(sorted(data))}")
             for rates in (data["single"], data["together"]):
@@ -89,6 +92,7 @@ class Calibration:
             for links in (data["exchange"], data["gather"]):
                 links.update({pair: Link(**_numbers(one)) for pair, one in links.items()})
                 links["host"]
+            data["host"] = Link(**_numbers(data["host"]))
             return cls(**data)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a calibration: {error}") from error

@@ -74,6 +74,9 @@ class Traced:
         fallbacks: operators that no rule covers; they run replicated.
         random: whether the function draws random numbers.
         waits: whether strips wait for each other.
+        strips: how many strips there are, of those that were asked for; None for at once.
+        left: bytes of the peak that wait for later strips.
+        moved: bytes to and from the host if these wait there, and the number of copies.
     """
 
     cost: Cost
@@ -81,6 +84,9 @@ class Traced:
     fallbacks: tuple[str, ...]
     random: bool
     waits: bool = False
+    strips: InStrips | None = None
+    left: int = 0
+    moved: tuple[int, int] = (0, 0)
 
 
 def cells(shape: Sequence[int], multiple: int) -> tuple[int, int]:
@@ -143,7 +149,7 @@ def traced(
     weights, peaks = 0, []
     for index, (one, times) in enumerate(program.graphs):
         own: WorkByKind = defaultdict(Work)
-        place = index if index < 2 else strips.count - len(program.programs) + index  # type: ignore[union-attr]
+        place = index if index <= program.shared else program.strips.count - len(program.programs) + index
         mesh = Mesh(program.strips.grid, CPU, TracedTransport(place, program.strips.count))
         _, _, weights, highest = _priced(one, mesh, own, compiled, kind)
         peaks.append(highest)
@@ -152,7 +158,10 @@ def traced(
                 for _ in range(times):
                     total[key].add(work)
     cost = Cost(dict(total), 0, 0, weights, program.together(peaks))
-    return Traced(cost, shape_of(program.returns), tuple(program.fallbacks), program.random, program.waits)
+    return Traced(
+        cost, shape_of(program.returns), tuple(program.fallbacks), program.random, program.waits, program.strips,
+        program.left, program.moved,
+    )  # fmt: skip
 
 
 def _priced(program: Program, mesh: Mesh, total: WorkByKind, compiled: bool, kind: str) -> tuple[int, int, int, int]:

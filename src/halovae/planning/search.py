@@ -22,6 +22,7 @@ from halovae.planning.graphs import Traced, cells, traced
 
 _LITTLE = f"more complex, and at most {WORTH:.0%} faster"
 _ADVISED = (2, 4, 8, 16, 32, 64)
+_MOST_STRIPS = 64  # each of the first ones and the last ones is recorded, and more save little
 _SHRUNK = (0.75, 0.5, 0.25, 0.125)
 
 
@@ -59,7 +60,7 @@ class Search:
         self._allowed = allowed
         self._traced: dict[Grid, Traced] = {}
         self._computing: dict[Grid, float] = {}  # seconds for one item, without messages
-        self._in_strips: dict[InStrips, Candidate] = {}
+        self._in_strips: dict[InStrips, Traced] = {}
         self.strips_wait = False  # whether strips that were priced wait for each other, so that they could recompute
 
     def traced(self, grid: Grid) -> Traced:
@@ -94,41 +95,62 @@ class Search:
             NarrowStripError: there are too few rows or cols for them.
             UnplannableError: the decode cannot be traced.
         """
-        if strips not in self._in_strips:
-            found = traced(
+        asked = replace(strips, host=False)
+        if asked not in self._in_strips:
+            self._in_strips[asked] = traced(
                 self._function, self._module, self._shape, self._dtype, Grid(), multiple=self._multiple,
-                compiled=self._compiled, kind="cpu" if self._calibration.device == "cpu" else "meta", strips=strips,
+                compiled=self._compiled, kind="cpu" if self._calibration.device == "cpu" else "meta", strips=asked,
             )  # fmt: skip
-            seconds = self._batch * self._seconds(found.cost, Grid())
-            self.strips_wait = self.strips_wait or found.waits
-            self._in_strips[strips] = Candidate(Grid(), seconds, found.cost.peak, 0, 0, strips=strips)
-        return self._in_strips[strips]
+        found = self._in_strips[asked]
+        assert found.strips is not None
+        self.strips_wait = self.strips_wait or found.waits
+        seconds, peak = self._seconds(found.cost, Grid()), found.cost.peak
+        if strips.host:
+            seconds, peak = seconds + self._calibration.host.seconds(*found.moved), peak - found.left
+        way = replace(found.strips, host=strips.host)
+        return Candidate(Grid(), self._batch * seconds, peak, 0, 0, strips=way)
 
     def strips(self) -> list[Candidate]:
         """Return strips of the longer side on one rank, up to as many as fit, or as make sense.
 
-        If none fits, strips that compute maps again are added, up to as many as fit.
+        If none fits, strips that compute maps again are added, and on an accelerator strips whose lines wait on the
+        host.
         """
-        kept = self._strips(recompute=False)
-        if not kept or kept[-1].fits(self.budget) or not self.strips_wait:
-            return kept
-        again = self._strips(recompute=True)
-        lower = again and min(one.peak or 0 for one in again) < min(one.peak or 0 for one in kept)
-        return [*kept, *again] if lower else kept
+        found = self._strips()
+        if not found or found[-1].fits(self.budget):
+            return found
+        if self.strips_wait:
+            again = self._strips(recompute=True)
+            if again and _least(again) < _least(found):
+                found += again
+        if self.has_host and not found[-1].fits(self.budget):
+            found += self._strips(recompute=found[-1].strips.recompute, host=True)  # type: ignore[union-attr]
+        return found
 
-    def _strips(self, recompute: bool) -> list[Candidate]:
+    @property
+    def has_host(self) -> bool:
+        """Whether the device has memory of its own, so that lines can wait in the host's."""
+        return self._calibration.device not in ("cpu", "mps")
+
+    def _strips(self, recompute: bool = False, host: bool = False) -> list[Candidate]:
         height, width = self._shape[-2:]
         mesh_dim: MeshDim = "rows" if height >= width else "cols"
         found: list[Candidate] = []
-        count, limit = 2, max(height, width) + 1
+        count, limit = 2, min(max(height, width), _MOST_STRIPS) + 1
         while True:
             try:
-                found.append(self.price_strips(InStrips(count, mesh_dim, recompute)))
+                one = self.price_strips(InStrips(count, mesh_dim, recompute, host))
             except UnplannableError:
                 return found
             except NarrowStripError:
                 limit = count
             else:
+                if found and one.strips == found[-1].strips:  # equal strips need more than these, if there are more
+                    if count >= 2 * one.strips.count:  # type: ignore[union-attr]
+                        return found
+                    count = 2 * one.strips.count  # type: ignore[union-attr]
+                    continue
+                found.append(one)
                 if found[-1].fits(self.budget) or (len(found) > 1 and found[-1].peak >= 0.98 * found[-2].peak):  # type: ignore[operator]
                     return found
             last = found[-1].strips.count if found else 1  # type: ignore[union-attr]
@@ -274,6 +296,10 @@ class Search:
             except (UnplannableError, RuntimeError):  # the model does not take every size
                 return None
         return None
+
+
+def _least(candidates: Sequence[Candidate]) -> int:
+    return min(one.peak or 0 for one in candidates)
 
 
 def _cells(grid: Grid, height: int, width: int) -> int:

@@ -11,7 +11,7 @@ from plane.test_trace import recorded
 from torch import Tensor, nn
 
 from halovae import Grid
-from halovae.plane.agreement import message_digests
+from halovae.plane.agreement import digests, messages
 from halovae.plane.program import Program
 
 aten = torch.ops.aten
@@ -100,7 +100,7 @@ def check(module: nn.Module, x: Tensor, grids: tuple[Grid, ...] = GRIDS, atol: f
         for full, program, mesh in recorded(module, x, grid, module):
             torch.testing.assert_close(full, expected, rtol=0, atol=atol * float(expected.abs().max()))
             assert (program.messages, program.bytes_sent) == (mesh.traffic.messages, mesh.traffic.bytes)
-            assert len(message_digests(program, mesh)) <= grid.size  # what ranks compare before they run it
+            assert len(digests(messages(program, mesh))) <= grid.size  # what ranks compare before they run it
             programs.append(program)
     return programs
 

@@ -83,7 +83,9 @@ def fetch_inputs(
         The data, and the index of their first row (or col) in the whole map.
     """
     owned = ranges(result.bounds) if result.mesh_dim is not None else ((0, result.size),)
-    needed = tuple((inputs_of(start, stop),) for start, stop in owned)
+    own = ranges(before.bounds) if before.mesh_dim is not None else ((0, 0),) * len(owned)
+    # A strip without a row of the result needs nothing.
+    needed = tuple((inputs_of(*one) if one[0] < one[1] else own[place],) for place, one in enumerate(owned))
     mesh_dim = result.mesh_dim or before.mesh_dim
     assert mesh_dim is not None
     if result.mesh_dim is None:
@@ -194,7 +196,8 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
         one_cell = _layout_of_one_cell(x.partition, weight.shape, tuple(stride), tuple(padding), mesh_dims)
     if one_cell is not None:  # a kernel of one cell needs no other ranks: the fast path
         plane.note(one_cell)
-        local = known(func).direct(x.local, weight, bias, *args[3:])
+        own = plane.local_sizes(one_cell)
+        local = x.local.new_empty(own) if 0 in own else known(func).direct(x.local, weight, bias, *args[3:])
         return plane.wrap(local, one_cell, strides=channels_last(shape(one_cell)) if last else None)
     spatial = weight.ndim - 2
     if x.ndim != weight.ndim:
@@ -227,9 +230,13 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
             )
         else:
             data, left, factors, kept = windows(plane, x, sizes, kernel, stride, padding, dilation)
-            local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
-            for dim, start, length in kept:
-                local = local.narrow(dim, start, length)
+            extents = [factor.local(plane.coordinates) for factor in factors]
+            if 0 in extents:  # a strip without rows
+                local = data.new_empty((data.shape[0], channels, *extents))
+            else:
+                local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
+                for dim, start, length in kept:
+                    local = local.narrow(dim, start, length)
     layout = (x.partition[0], (Factor(channels),) if channels != 1 else (), *(_dim(factor) for factor in factors))
     plane.note(layout)
     return plane.wrap(local, layout, strides=channels_last(shape(layout)) if last else None)
@@ -357,6 +364,9 @@ def _transposed(
         left[index], extra[index] = 0, 0
         cuts.append((dim, start + p - first * s, needed))
         factors.append(factor)
+    extents = [factor.local(plane.coordinates) for factor in factors]
+    if 0 in extents:
+        return local.new_empty((local.shape[0], weight.shape[1] * groups, *extents)), factors
     result: Tensor = aten.convolution(local, weight, bias, stride, left, dilation, True, extra, groups)
     for dim, start, needed in cuts:
         missing = start + needed - result.shape[dim]
@@ -387,4 +397,5 @@ def pooling(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     sizes = [(x.shape[x.ndim - spatial + i] - k) // s + 1 for i, (k, s) in enumerate(zip(kernel, stride, strict=True))]
     data, left, factors, _ = windows(plane, x, sizes, kernel, stride, [0] * spatial, [1] * spatial)
     layout = (*x.partition[: x.ndim - spatial], *(_dim(factor) for factor in factors))
-    return plane.wrap(func(data, kernel, stride, left, *rest), layout)
+    own = plane.local_sizes(layout)
+    return plane.wrap(data.new_empty(own) if 0 in own else func(data, kernel, stride, left, *rest), layout)

@@ -26,6 +26,7 @@ def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
             before, after = (min(width, 0) for width in widths[2 * at : 2 * at + 2])
             x = x.narrow(x.ndim - 1 - at, -before, x.shape[x.ndim - 1 - at] + before + after)
         return func(x, [max(width, 0) for width in widths], *value, **kwargs)
+    behind: list[tuple[int, int]] = []  # partitioned dims that are padded at their end only, and by how much
     before_padding, layout, pads = x, list(x.partition), list(widths) + [0] * (2 * x.ndim - len(widths))
     for dim in range(x.ndim):
         at = 2 * (x.ndim - 1 - dim)
@@ -40,16 +41,21 @@ def constant(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
             continue
         assert factor.mesh_dim is not None
         size = factor.size + before + after
-        bounds = (0, *(bound + before for bound in factor.bounds[1:-1]), size)
+        bounds = (0, *(size if bound == factor.size else bound + before for bound in factor.bounds[1:-1]), size)
+        if not before:
+            behind.append((dim, after))
         position = plane.coordinates[factor.mesh_dim]
+        start, stop = factor.bounds[position : position + 2]
         if position > 0:
             pads[at] = 0
-        if position < len(factor.bounds) - 2:
+        if not start < stop == factor.size:  # the rank with the last row pads after it
             pads[at + 1] = 0
         layout[dim] = (Factor(size, factor.mesh_dim, bounds),)
     # A rank that pads nothing copies, too: PyTorch returns a new tensor.
     local = func(x.local, pads, *value, **kwargs) if any(pads) else x.local.clone()
     result = plane.wrap(local, tuple(layout))
+    if plane.recorder is not None and plane.strips is not None:
+        plane.recorder.node(local).meta["behind"] = tuple(behind)
     if plane.recorder is not None and not any((*value, *kwargs.values())):
         result.padded = before_padding, tuple(widths), plane.recorder.module
     return result
@@ -77,9 +83,13 @@ def reindexed(
     if result is None:
         result = factor
     assert factor.mesh_dim is not None
-    needed, picks = [], []
+    needed, picks = list[tuple[tuple[int, int], ...]](), list[list[int]]()
     owned = ranges(result.bounds) if result.mesh_dim else ((0, size),) * plane.extents[factor.mesh_dim]
     for start, stop in owned:
+        if start == stop:  # a strip without rows
+            needed.append(((0, 0),))
+            picks.append([])
+            continue
         indices = [source(i) for i in range(start, stop)]
         cuts = [at for at in range(1, len(indices)) if abs(indices[at] - indices[at - 1]) > 1]
         intervals: list[tuple[int, int]] = []
@@ -128,20 +138,24 @@ def _padded(
             layout[dim] = joined((Factor(size),))
             continue
         assert factor.mesh_dim is not None
-        bounds = (0, *(bound + pads[0] for bound in factor.bounds[1:-1]), size)
-        if not proper(bounds, size):
+        cuts = (size if end == factor.size else end and end + pads[0] for end in factor.bounds[1:-1])
+        bounds = (0, *cuts, size)
+        if not proper(bounds, size, empty=not proper(factor.bounds, factor.size)):
             return NotImplemented
-        ends = factor.bounds[1], factor.size - factor.bounds[-2]
+        ends = next(filter(None, factor.bounds)), factor.size - max(end for end in factor.bounds if end < factor.size)
         layout[dim] = (Factor(size, factor.mesh_dim, bounds),)
         if beyond is None or min(pads) < 0 or any(end < pad + beyond for end, pad in zip(ends, pads, strict=True)):
             shared.append(at)
             local[2 * at : 2 * at + 2] = 0, 0
             continue
         position = plane.coordinates[factor.mesh_dim]
-        local[2 * at] *= position == 0
-        local[2 * at + 1] *= position == len(factor.bounds) - 2
-    inner = [x.partition[d] if x.ndim - 1 - d in shared else layout[d] for d in range(x.ndim)]
-    x = plane.wrap(func(x.local, local) if any(local) else x.local.clone(), tuple(inner))
+        start, stop = factor.bounds[position : position + 2]
+        local[2 * at] *= start == 0 < stop
+        local[2 * at + 1] *= start < stop == factor.size
+    own = [x.partition[d] if x.ndim - 1 - d in shared else layout[d] for d in range(x.ndim)]
+    sizes = plane.local_sizes(tuple(own))
+    padded = x.local.new_empty(sizes) if 0 in sizes else func(x.local, local) if any(local) else x.local.clone()
+    x = plane.wrap(padded, tuple(own))
     for at in shared:
         dim, before = x.ndim - 1 - at, widths[2 * at]
         length, (result,) = x.shape[dim], layout[dim]

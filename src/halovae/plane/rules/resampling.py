@@ -55,11 +55,15 @@ def nearest(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         s is None or s == size / x.shape[d] for s, size, d in zip(given, sizes, dims, strict=True)
     ):
         layout, local = list(x.partition), list(x.local.shape)
-        for dim, size in zip(dims, sizes, strict=True):
-            times = size // x.shape[dim]
-            layout[dim] = joined((*x.partition[dim], Factor(times)))
-            local[dim] *= times
-        return plane.wrap(func(x.local, local[-spatial:], *scales), tuple(layout))
+        times = [size // x.shape[dim] for dim, size in zip(dims, sizes, strict=True)]
+        for dim, factor in zip(dims, times, strict=True):
+            layout[dim] = joined((*x.partition[dim], Factor(factor)))
+            local[dim] *= factor
+        if 0 in local and plane.recorder is not None:  # a strip without rows
+            result = plane.recorder.empty(func, (x.local, local[-spatial:], *scales), local, times)
+        else:
+            result = func(x.local, local[-spatial:], *scales)
+        return plane.wrap(result, tuple(layout))
     shift = 0.5 if "exact" in func._schema.name else 0.0
     for dim, size, scale in zip(dims, sizes, given, strict=True):
         length = x.shape[dim]

@@ -216,12 +216,16 @@ def _cut(layout: Layout, strides: tuple[int, ...], dim: int, start: Any, end: An
     assert factor.mesh_dim is not None
     ranks = len(factor.bounds) - 1
     bounds = (0, *(min(max(-(-(bound - start) // step), 0), length) for bound in factor.bounds[1:-1]), length)
-    if not proper(bounds, length):
+    if not proper(bounds, length, empty=not proper(factor.bounds, factor.size)):
         bounds = even(length, ranks) if length >= ranks else ()
     result = Factor(length, factor.mesh_dim, bounds) if bounds else Factor(length)
     kept = list(ranges(bounds)) if bounds else [(0, length)] * ranks
-    needed = tuple(((start + a * step, start + (b - 1) * step + 1),) for a, b in kept)
     owned = ranges(factor.bounds)
+    spans = [
+        (start + a * step, start + (b - 1) * step + 1) if a < b else own[:1] * 2
+        for (a, b), own in zip(kept, owned, strict=True)
+    ]
+    needed = tuple((span,) for span in spans)
     free = all(own[0] <= mine[0] and mine[1] <= own[1] for own, (mine,) in zip(owned, needed, strict=True))
     layout = (*layout[:dim], joined((result,)), *layout[dim + 1 :])
     return _Cut(dim, start, stop, step, strides, layout, False, factor, needed, free)

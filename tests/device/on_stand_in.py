@@ -49,7 +49,7 @@ class Outcome:
 @contextmanager
 def triton() -> Iterator[None]:
     """Use the Triton kernels, as on CUDA devices, in Triton's interpreter."""
-    from halovae.plane import triton_kernels
+    from halovae.kernels import triton_kernels
 
     before, kernels = backends.kernels, stand_in.HostKernels(triton_kernels)
     backends.kernels = lambda kind: None if kind == "meta" else kernels  # type: ignore[assignment]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from halovae.device import metal
 
 ACCELERATORS = ("cuda", "npu", "xpu", "mps")
+HOSTS = ("cpu", "meta")  # no accelerators
 
 # The environment of rank processes on the CPU. glibc keeps freed blocks below a threshold that grows to 32 MiB, which
 # is a usual size of feature maps. With a fixed threshold, feature maps are returned to the system at once (mallopt(3)).

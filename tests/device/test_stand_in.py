@@ -12,6 +12,7 @@ import pytest
 import torch
 from device import on_stand_in, stand_in
 
+from halovae.device import captures
 from halovae.models import zoo
 from halovae.models.zoo import Direction
 
@@ -102,6 +103,35 @@ def test_a_steady_chunk_of_a_clip_never_waits(
     assert CHECK in done.waits[0]
     assert (done.devices, done.on_host) == ({kind}, [])
     assert done.error <= (1 if dtype == torch.uint8 else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        ("AutoencoderKLFlux2", "decode"), ("AutoencoderKLFlux2", "encode"), ("AutoencoderKLQwenImage21", "decode"),
+    ],
+)  # fmt: skip
+def test_captured_graphs_compute_the_values_of_each_call(
+    name: str, direction: Direction, on: Callable[[str], Run]
+) -> None:
+    error, replays, count, eager = on("standin")(on_stand_in.captured, name, direction)
+    assert eager == ""
+    assert error <= on_stand_in.ENTRIES[name].bound
+    assert replays >= 6 - captures.CALLS
+    assert count >= 1
+
+
+def test_a_steady_chunk_is_one_replay_after_warm_up_and_never_waits(on: Callable[[str], Run]) -> None:
+    error, replays, waits = on("standin")(on_stand_in.captured_stream, "wan2.1")
+    assert error <= 1
+    assert replays == 5  # of six chunks: the last one's graph is not among those that warming up captures
+    assert len(waits) == 1
+    assert CHECK in waits[0]
+
+
+def test_within_a_memory_budget_nothing_is_captured(on: Callable[[str], Run]) -> None:
+    error, replays, _ = on("standin")(on_stand_in.captured_stream, "wan2.1", 1 << 33)
+    assert (error <= 1, replays) == (True, 0)
 
 
 @pytest.mark.parametrize("family", ["wan2.1", "wan2.2-5b"])

@@ -78,6 +78,8 @@ def test_a_decoder_reaches_each_kernel_and_equals_the_plain_module(
         assert sharded.report is not None
         assert sharded.report.eager == ""
         programs.append(sharded.report)
+        assert frames is not None
+        assert pictures is not None
         return frames, pictures
 
     results = on_threads(shape, torch.device("cpu"), rank) if shape.size > 1 else [rank(Mesh(shape, x.device))]

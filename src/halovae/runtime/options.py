@@ -107,6 +107,11 @@ class Sharing:
             raise TypeError(f"dtype={self.dtype}: expected a floating dtype or torch.uint8")
 
     @property
+    def captures(self) -> bool:
+        """Whether captured graphs may keep memory between calls."""
+        return self.memory_budget is None
+
+    @property
     def convert(self) -> Callable[[Tensor], Tensor] | None:
         """What each rank does to its pictures before it sends them: uint8 is a quarter of fp32."""
         dtype = self.dtype

@@ -267,8 +267,8 @@ class PlaneCall:
                 return Chunks(self._rounds(x, choice, sharing, static))
             return self._sharded.stream(
                 x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh or self._used(choice.grid),
-                group=sharing.group, gather=sharing.gather, options=static, convert=sharing.convert,
-                leaner=choice.leaner is not None, kernels=choice.kernels, strips=choice.strips,
+                group=sharing.group, gather=sharing.gather, options=static, capture=sharing.captures,
+                convert=sharing.convert, leaner=choice.leaner is not None, kernels=choice.kernels, strips=choice.strips,
             )  # fmt: skip
 
         chunks = started(choice)
@@ -309,7 +309,7 @@ class PlaneCall:
                 part = self._sharded(
                     some, grid=choice.grid, mesh=self._used(choice.grid), group=sharing.group, gather=sharing.gather,
                     options=options, convert=sharing.convert, leaner=choice.leaner is not None, kernels=choice.kernels,
-                    strips=choice.strips,
+                    strips=choice.strips, capture=sharing.captures,
                 )  # fmt: skip
             except RankOutOfMemoryError as error:
                 assert choice.leaner is not None

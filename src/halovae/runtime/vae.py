@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from halovae.device.captures import CALLS, captures
 from halovae.device.kinds import Device
 from halovae.errors import CheckpointError
 from halovae.grid import Grid
@@ -77,7 +78,8 @@ class VAE:
         """Do what only the first decode of a shape does, and decode zeros once. Collective: all ranks call it.
 
         On the CPU it waits for the compiler: the first process on a machine compiles for some seconds, in the
-        background, and until then computes in eager PyTorch. Accelerators choose their kernels for the shape.
+        background, and until then computes in eager PyTorch. Accelerators choose their algorithms for the shape by
+        measuring them, and capture the work as a graph where they have such (`Captures`).
 
         Args:
             shape: of the latents, `[B, C, H, W]` or `[B, C, T, H, W]`.
@@ -93,13 +95,22 @@ class VAE:
             RuntimeWarning: once a process, where nothing can be compiled (no C++ compiler?): calls run in eager
                 PyTorch.
         """
-        begin = time.perf_counter()
+        begin, device = time.perf_counter(), Device(self.device)
         ready(self.device, wait=True)
-        stream = self.stream(torch.zeros(*shape, dtype=self.dtype, device=self.device), **options)
-        for _ in islice(stream, 2):  # the first chunk, and one like all others
-            pass
-        stream.close()
-        Device(self.device).synchronize()
+        zeros = torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+        def decode(chunks: int) -> None:
+            stream = self.stream(zeros, **options)
+            for _ in islice(stream, chunks):
+                pass
+            stream.close()
+
+        with device.choosing():
+            decode(2)  # the first chunk, and one like all others
+        if captures(self.device).allowed and options.get("memory_budget") is None:
+            for _ in range(CALLS + 1):
+                decode(3)  # those that are computed by other graphs than all others, and one of these
+        device.synchronize()
         return time.perf_counter() - begin
 
     def plan(self, shape: Sequence[int], **options: Unpack[DecodeOptions]) -> Decision | None:

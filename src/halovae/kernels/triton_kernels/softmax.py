@@ -69,7 +69,8 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 def _widens(device: torch.device) -> bool:
     """Whether a device's matrix products of half precision can return fp32."""
     try:
-        torch.bmm(*torch.ones(2, 1, 8, 8, dtype=torch.bfloat16, device=device), out_dtype=torch.float32)
+        x = torch.ones(1, 8, 8, dtype=torch.bfloat16, device=device)
+        torch.bmm(x, x, out_dtype=torch.float32)
     except (RuntimeError, TypeError):
         return False
     return True

@@ -83,10 +83,18 @@ def test_simulated_ranks_by_the_npus_rules_equal_diffusers(
     check(done, name, "npu", (name, direction) != NOT_RECORDED)
 
 
-@pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "AutoencoderKLQwenImage21"])
-def test_triton_kernels_are_called_with_tensors_of_the_device_only(name: str, on: Callable[[str], Run]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "grid"),
+    [
+        ("AutoencoderKLFlux2", "standin", "1x1"), ("AutoencoderKLQwenImage21", "standin", "1x1"),
+        ("AutoencoderKLFlux2", "npu", "2x1"),  # contiguous maps
+    ],
+)  # fmt: skip
+def test_triton_kernels_are_called_with_tensors_of_the_device_only(
+    name: str, kind: str, grid: str, on: Callable[[str], Run]
+) -> None:
     pytest.importorskip("triton")
-    check(on("standin")(on_stand_in.call, name, "decode", "1x1", True), name, "standin")
+    check(on(kind)(on_stand_in.call, name, "decode", grid, True), name, kind)
 
 
 @pytest.mark.parametrize("kind", ["standin", "npu"])

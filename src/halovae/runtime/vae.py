@@ -245,7 +245,8 @@ class VAE:
                 call.refuse(sharing, error)
             latents = moved(self.module, latents)
         choice = call.choose(latents, sharing, own)
-        return PictureStream(latents, choice, call.stream(latents, choice, sharing, own), call, call.everyone(sharing))
+        chunks = call.stream(latents, choice, sharing, own)
+        return PictureStream(latents, choice, chunks, call, call.everyone(sharing), sharing.memory_budget is None)
 
     def encode(self, pictures: Tensor, **options: Unpack[EncodeOptions]) -> Tensor | None:
         """Encode pictures or clips.

@@ -116,6 +116,14 @@ def test_nothing_is_captured_where_memory_is_short_and_older_graphs_make_room(po
     assert device.emptied == 1
 
 
+def test_large_work_is_not_captured(pool: tuple[Captures, Any]) -> None:
+    (captures, device), work, owner = pool, Work(), Work()
+    device.free = 16 * module.LARGEST
+    for _ in range(3):
+        run(captures, work, owner, size=module.LARGEST + 1)
+    assert (work.calls, len(captures)) == (6, 0)
+
+
 def test_after_memory_ran_out_all_graphs_go_and_no_more_come(pool: tuple[Captures, Any]) -> None:
     captures, work, owner = pool[0], Work(), Work()
     for _ in range(2):

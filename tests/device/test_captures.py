@@ -116,6 +116,17 @@ def test_nothing_is_captured_where_memory_is_short_and_older_graphs_make_room(po
     assert device.emptied == 1
 
 
+def test_graphs_are_released_where_something_else_needs_their_memory(pool: tuple[Captures, Any]) -> None:
+    (captures, device), work, owner = pool, Work(), Work()
+    assert not captures.release()
+    run(captures, work, owner)
+    run(captures, work, owner)
+    assert captures.release()
+    assert (len(captures), captures.allowed, device.emptied) == (0, True, 1)
+    run(captures, work, owner)  # eagerly: what was released once is not captured again
+    assert (work.calls, len(captures)) == (CALLS + 3, 0)
+
+
 def test_large_work_is_not_captured(pool: tuple[Captures, Any]) -> None:
     (captures, device), work, owner = pool, Work(), Work()
     device.free = 16 * module.LARGEST

@@ -16,6 +16,7 @@ from halovae.distributed.mesh import Mesh
 from halovae.distributed.simulated import on_threads
 from halovae.models import zoo
 from halovae.plane import backends, windows
+from halovae.plane.strip_program import InStrips
 from halovae.runtime.options import Sharing
 
 kernels: Any = pytest.importorskip("halovae.kernels.triton_kernels", exc_type=ImportError)
@@ -112,3 +113,17 @@ def test_sums_are_not_moved_past_other_readers_of_their_memory() -> None:
         found = [node for node in program.nodes() if node.target is windows.convolution]
         assert all("plus" not in node.kwargs for node in found)
         assert windows.added_ in targets(program) or windows.added in targets(program)
+
+
+def test_strips_by_kernels_equal_the_plain_module(counted: Counter[str]) -> None:
+    entry = ENTRIES["AutoencoderKLFlux2"]
+    module = zoo.build(entry, torch.float64)
+    x = torch.randn(1, 8, 18, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sharded = halovae.shard(lambda z: zoo.decode(module, z), module)
+    with torch.no_grad():
+        expected = zoo.decode(module, x)
+        found = sharded(x, strips=InStrips(2, "rows"))
+    assert found is not None
+    assert on_grids.error([found], expected) <= entry.bound
+    assert counted["group_norm"] > 0
+    assert counted["add"] + counted["moments of a sum"] > 0

@@ -94,6 +94,14 @@ class Captures:
         self._allowed = False
         self._graphs.clear()
 
+    def release(self) -> bool:
+        """Drop all graphs, because something else needs their memory. Return whether there were any."""
+        if not self._graphs:
+            return False
+        self._graphs.clear()
+        self._device.module.empty_cache()
+        return True
+
     def _is_due(self, owner: object, key: Hashable) -> bool:
         """Count a call. Whether there were enough eager ones before it, and none that could not be captured."""
         if key not in self._calls:

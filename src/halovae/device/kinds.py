@@ -189,6 +189,14 @@ class Device:
         free, total = self.module.mem_get_info(self.torch_device)
         return int(free), int(total)
 
+    @property
+    def available(self) -> int:
+        """Bytes that tensors could take: free ones, and those of the allocator's unused blocks."""
+        free, _ = self.memory()
+        if self.kind != "cpu":
+            free += self.module.memory_reserved(self.torch_device) - self.module.memory_allocated(self.torch_device)
+        return int(free)
+
     def describe(self) -> dict[str, str]:
         """The device's name and the versions of its software, for reports."""
         described = {"device": self._name(), "torch": torch.__version__, "python": host.python_version()}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halovae.device.captures import captures
 from halovae.device.kinds import Device
 from halovae.distributed.mesh import Mesh
 from halovae.errors import MemoryBudgetError, RankOutOfMemoryError, UnplannableError
@@ -167,10 +168,8 @@ class PlaneCall:
         if isinstance(found, str):
             return False
         (peak, result), device = found, Device(x.device)
-        free = device.memory()[0]
-        if device.kind != "cpu":  # the allocator's unused blocks are free, too
-            free += device.module.memory_reserved(x.device) - device.module.memory_allocated(x.device)
-        return peak * (1 + MARGIN) + result > usable([(free, "")], device.kind)
+        is_short = peak * (1 + MARGIN) + result > usable([(device.available, "")], device.kind)
+        return is_short and (not captures(x.device).release() or self._is_short_of_memory(x, options))
 
     def _planned(self, x: Tensor, sharing: Sharing, options: Mapping[str, Any]) -> Choice:
         """The grid that is predicted to be the fastest of those that fit; all ranks ask together, and decide alike."""

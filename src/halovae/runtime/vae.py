@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from halovae.device.captures import CALLS, captures
+from halovae.device.captures import CALLS, LARGEST, captures
 from halovae.device.kinds import Device
+from halovae.distributed.transport import world_size
 from halovae.errors import CheckpointError
 from halovae.grid import Grid
 from halovae.kernels.native import ready
@@ -107,11 +108,18 @@ class VAE:
 
         with device.choosing():
             decode(2)  # the first chunk, and one like all others
-        if captures(self.device).allowed and options.get("memory_budget") is None:
+        if self._is_captured(zeros, options):
             for _ in range(CALLS + 1):
                 decode(3)  # those that are computed by other graphs than all others, and one of these
         device.synchronize()
         return time.perf_counter() - begin
+
+    def _is_captured(self, latents: Tensor, options: DecodeOptions) -> bool:
+        """Whether decodes of such latents may be captured as graphs."""
+        if not captures(self.device).allowed or options.get("memory_budget") is not None or world_size() > 1:
+            return False
+        peak = self._call("decode").peak(latents, options.get("module_kwargs") or {})
+        return not isinstance(peak, str) and peak[0] <= LARGEST
 
     def plan(self, shape: Sequence[int], **options: Unpack[DecodeOptions]) -> Decision | None:
         """Say how ranks would share a decode, and why, without decoding. Collective: all ranks call it.

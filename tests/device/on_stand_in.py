@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,13 +180,19 @@ def graphs() -> Iterator[None]:
         captures.cache_clear()
 
 
-def captured(name: str, direction: Direction) -> tuple[float, int, int, str]:
+def captured(name: str, direction: Direction, counted: bool = False) -> tuple[float, int, int, str]:
     """Call an entry of the zoo six times, each time with other values, where the device has graphs.
+
+    Args:
+        name: of the entry.
+        direction: which call.
+        counted: whether somebody hears of steps.
 
     Returns:
         The largest error; how often a graph was replayed, and how many there are; and why it was not recorded.
     """
-    with graphs(), torch.no_grad():
+    hearing = halovae.on_each_step(lambda done, total: None) if counted else nullcontext()
+    with graphs(), torch.no_grad(), hearing:
         entry, device = ENTRIES[name], torch.device(stand_in.kind(), 0)
         module = zoo.build(entry, torch.float64)
         own = copy.deepcopy(module).to(device)

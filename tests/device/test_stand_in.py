@@ -137,6 +137,11 @@ def test_a_steady_chunk_is_one_replay_after_warm_up_and_never_waits(on: Callable
     assert CHECK in waits[0]
 
 
+def test_while_steps_are_counted_nothing_is_captured(on: Callable[[str], Run]) -> None:
+    assert on("standin")(on_stand_in.captured, "AutoencoderTiny", "decode")[1:3] == (6 - captures.CALLS, 1)
+    assert on("standin")(on_stand_in.captured, "AutoencoderTiny", "decode", True)[1:3] == (0, 0)
+
+
 def test_within_a_memory_budget_nothing_is_captured(on: Callable[[str], Run]) -> None:
     error, replays, _ = on("standin")(on_stand_in.captured_stream, "wan2.1", 1 << 33)
     assert (error <= 1, replays) == (True, 0)

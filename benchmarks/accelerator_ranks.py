@@ -169,19 +169,21 @@ def rank_of(module: nn.Module, z: Tensor, grid: Grid) -> tuple[Callable[[], Tens
 
 
 def captured(device: Device, replay: Callable[[], Any]) -> Callable[[], Any] | None:
-    """Return `replay` as a CUDA graph; None if it cannot be captured, or there are none."""
-    if device.kind != "cuda":
+    """Return `replay` as a captured graph; None if it cannot be captured, or the device has none."""
+    capture = device.new_capture()
+    if capture is None:
         return None
     replay()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    device.synchronize()
+    graph, recording = capture
     try:
-        with torch.cuda.graph(graph):
+        with recording:
             replay()
     except RuntimeError as error:
-        print(f"no CUDA graph: {error}", flush=True)
+        print(f"no captured graph: {error}", flush=True)
         return None
-    return graph.replay
+    again: Callable[[], Any] = graph.replay
+    return again
 
 
 def _profile(replay: Callable[[], Any]) -> None:

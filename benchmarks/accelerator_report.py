@@ -156,7 +156,7 @@ def _memory(records: list[Record]) -> list[str]:
 
 _SECTIONS = {
     "exactness": _exactness, "anchors": _anchors, "profile": _profile, "rates": _plain, "memory": _memory,
-    "grids": _plain,
+    "grids": _plain, "kernels": _plain,
 }  # fmt: skip
 
 

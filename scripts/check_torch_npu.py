@@ -17,7 +17,7 @@ from pathlib import Path
 # Expressions for torch's module of a device in our sources.
 MODULES = ("module", "_module(name)", "_module(kind)", "utils")
 SOURCES = Path(__file__).parent.parent / "src" / "halovae"
-FILES = ("device/kinds.py", "device/memory.py", "runtime/plane_call.py")
+FILES = ("device/captures.py", "device/copies.py", "device/kinds.py", "device/memory.py", "runtime/plane_call.py")
 
 
 def names_called() -> set[str]:

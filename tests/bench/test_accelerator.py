@@ -33,7 +33,7 @@ def test_a_rehearsal_runs_every_stage_and_writes_the_whole_report(tmp_path: Path
     done = run("--rehearse", "--limit", "600", "-o", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["stages"]) == ["exactness", "anchors", "profile", "rates", "memory", "grids"]
+    assert list(results["stages"]) == ["exactness", "anchors", "profile", "rates", "memory", "grids", "kernels"]
     for stage in results["stages"].values():
         assert stage["records"]
         assert (stage["left"], stage["ending"]) == ([], "")
@@ -46,6 +46,7 @@ def test_a_rehearsal_runs_every_stage_and_writes_the_whole_report(tmp_path: Path
         "aten::",
         "2 of 2",
         "a rank of 2x2",
+        "upsampling into a window",
     ):
         assert text in report
     assert {path.name for path in tmp_path.glob("*.png")} == {"anchors.png", "memory.png"}

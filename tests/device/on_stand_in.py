@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from device import stand_in
+from device.recorded_graph import RecordedGraph, recording
 from samples import latents, reference, vae
 from torch import Tensor, nn
 
 import halovae
 from halovae import VAE
 from halovae.bench import on_grids
+from halovae.device.captures import captures
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.simulated import on_threads
 from halovae.grid import Grid
@@ -50,7 +52,7 @@ class Outcome:
 @contextmanager
 def triton() -> Iterator[None]:
     """Use the Triton kernels, as on CUDA devices, in Triton's interpreter."""
-    from halovae.plane import triton_kernels
+    from halovae.kernels import triton_kernels
 
     before, kernels = backends.kernels, stand_in.HostKernels(triton_kernels)
     backends.kernels = lambda kind: None if kind == "meta" else kernels  # type: ignore[assignment]
@@ -161,6 +163,71 @@ def parallelized(family: str) -> Outcome:
             done.devices.add(found.device.type)
             done.error = max(done.error, float((found.cpu() - expected).abs().max()))
     return done
+
+
+@contextmanager
+def graphs() -> Iterator[None]:
+    """Give the device captured graphs. They note operators, and run them again."""
+    device: Any = getattr(torch, stand_in.kind())
+    names = {f"{stand_in.kind().upper()}Graph": RecordedGraph, "graph": recording}
+    for name, value in names.items():
+        setattr(device, name, value)
+    captures.cache_clear()
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(device, name)
+        captures.cache_clear()
+
+
+def captured(name: str, direction: Direction, counted: bool = False) -> tuple[float, int, int, str]:
+    """Call an entry of the zoo six times, each time with other values, where the device has graphs.
+
+    Args:
+        name: of the entry.
+        direction: which call.
+        counted: whether somebody hears of steps.
+
+    Returns:
+        The largest error; how often a graph was replayed, and how many there are; and why it was not recorded.
+    """
+    hearing = halovae.on_each_step(lambda done, total: None) if counted else nullcontext()
+    with graphs(), torch.no_grad(), hearing:
+        entry, device = ENTRIES[name], torch.device(stand_in.kind(), 0)
+        module = zoo.build(entry, torch.float64)
+        own = copy.deepcopy(module).to(device)
+        sharded = halovae.shard(lambda z: zoo.CALLS[direction](own, z), own, multiple=entry.multiple(direction))
+        x, found = on_grids.example(entry, direction, torch.float64), list[Tensor]()
+        expected = []
+        for step in range(6):
+            z = x * (1 + step / 4)
+            expected.append(zoo.CALLS[direction](module, z))
+            result = sharded(z.to(device))
+            assert result is not None
+            found.append(result)  # read at the end: later calls must not overwrite it
+        error = max(on_grids.error([one.cpu()], truth) for one, truth in zip(found, expected, strict=True))
+        pool = captures(device)
+        assert sharded.report is not None
+        return error, pool.replays, len(pool), sharded.report.eager
+
+
+def captured_stream(family: str, budget: int | None = None) -> tuple[float, int, list[str]]:
+    """Warm up, then stream a clip as pictures where the device has graphs.
+
+    Returns:
+        The largest error in steps of 255, how often a graph was replayed while it streamed, and waits.
+    """
+    with graphs():
+        z, device = latents(family, 6, 4, 5), torch.device(stand_in.kind(), 0)
+        expected = reference(family, z).div(2).add(0.5).clamp(0, 1).mul(255).round()
+        decoder = VAE(copy.deepcopy(vae(family)).to(device))
+        decoder.warmup(z.shape, memory_budget=budget)
+        there, before = z.to(device), captures(device).replays
+        with stand_in.watching() as seen:
+            pieces = [one for one in decoder.stream(there, dtype=torch.uint8, memory_budget=budget) if one is not None]
+        frames = torch.cat(pieces, 2).cpu()
+        return float((frames.float() - expected).abs().max()), captures(device).replays - before, seen.waits
 
 
 def peaks(name: str) -> tuple[int, int]:

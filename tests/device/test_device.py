@@ -44,10 +44,18 @@ def test_a_missing_device_is_refused_with_a_list_of_those_present() -> None:
 def test_on_cuda_algorithms_are_pinned_while_decoding_and_only_then() -> None:
     cudnn = torch.backends.cudnn
     before = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    cuda = Device(torch.device("cuda"))
     for tf32 in (True, False):
         with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
-            with Device(torch.device("cuda")).repeatable():
+            with cuda.repeatable():
                 assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (False, True, tf32)
+            with cuda.choosing():  # while warming up, deterministic algorithms are measured
+                assert cuda.is_choosing
+                with cuda.repeatable():
+                    assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (True, True, tf32)
+            assert not cuda.is_choosing
+            with cuda.repeatable():
+                assert not cudnn.benchmark
             assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
     assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
 
@@ -228,8 +236,9 @@ def names_called() -> set[str]:
 @pytest.mark.parametrize("module", [torch.cuda, torch.xpu, metal], ids=lambda one: one.__name__)
 def test_every_name_that_is_called_on_an_accelerators_module_exists(module: ModuleType) -> None:
     of_npus_only = {"utils", "get_cann_version"}
-    counted_otherwise = {"max_memory_allocated"} if module is metal else set()
-    called = names_called() - of_npus_only - counted_otherwise
+    # Apple's GPUs have no streams, and their memory is counted otherwise.
+    without = {"max_memory_allocated", "Stream", "stream", "current_stream"} if module is metal else set()
+    called = names_called() - of_npus_only - without
     assert {"mem_get_info", "memory_reserved", "memory_allocated", "Event"} <= called
     assert [name for name in sorted(called) if not hasattr(module, name)] == []
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from device import on_stand_in, stand_in
 
+from halovae.device import captures
 from halovae.models import zoo
 from halovae.models.zoo import Direction
 
@@ -82,10 +83,18 @@ def test_simulated_ranks_by_the_npus_rules_equal_diffusers(
     check(done, name, "npu", (name, direction) != NOT_RECORDED)
 
 
-@pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "AutoencoderKLQwenImage21"])
-def test_triton_kernels_are_called_with_tensors_of_the_device_only(name: str, on: Callable[[str], Run]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "grid"),
+    [
+        ("AutoencoderKLFlux2", "standin", "1x1"), ("AutoencoderKLQwenImage21", "standin", "1x1"),
+        ("AutoencoderKLFlux2", "npu", "2x1"),  # contiguous maps
+    ],
+)  # fmt: skip
+def test_triton_kernels_are_called_with_tensors_of_the_device_only(
+    name: str, kind: str, grid: str, on: Callable[[str], Run]
+) -> None:
     pytest.importorskip("triton")
-    check(on("standin")(on_stand_in.call, name, "decode", "1x1", True), name, "standin")
+    check(on(kind)(on_stand_in.call, name, "decode", grid, True), name, kind)
 
 
 @pytest.mark.parametrize("kind", ["standin", "npu"])
@@ -102,6 +111,40 @@ def test_a_steady_chunk_of_a_clip_never_waits(
     assert CHECK in done.waits[0]
     assert (done.devices, done.on_host) == ({kind}, [])
     assert done.error <= (1 if dtype == torch.uint8 else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        ("AutoencoderKLFlux2", "decode"), ("AutoencoderKLFlux2", "encode"), ("AutoencoderKLQwenImage21", "decode"),
+    ],
+)  # fmt: skip
+def test_captured_graphs_compute_the_values_of_each_call(
+    name: str, direction: Direction, on: Callable[[str], Run]
+) -> None:
+    error, replays, count, eager = on("standin")(on_stand_in.captured, name, direction)
+    assert eager == ""
+    assert error <= on_stand_in.ENTRIES[name].bound
+    assert replays >= 6 - captures.CALLS
+    assert count >= 1
+
+
+def test_a_steady_chunk_is_one_replay_after_warm_up_and_never_waits(on: Callable[[str], Run]) -> None:
+    error, replays, waits = on("standin")(on_stand_in.captured_stream, "wan2.1")
+    assert error <= 1
+    assert replays == 5  # of six chunks: the last one's graph is not among those that warming up captures
+    assert len(waits) == 1
+    assert CHECK in waits[0]
+
+
+def test_while_steps_are_counted_nothing_is_captured(on: Callable[[str], Run]) -> None:
+    assert on("standin")(on_stand_in.captured, "AutoencoderTiny", "decode")[1:3] == (6 - captures.CALLS, 1)
+    assert on("standin")(on_stand_in.captured, "AutoencoderTiny", "decode", True)[1:3] == (0, 0)
+
+
+def test_within_a_memory_budget_nothing_is_captured(on: Callable[[str], Run]) -> None:
+    error, replays, _ = on("standin")(on_stand_in.captured_stream, "wan2.1", 1 << 33)
+    assert (error <= 1, replays) == (True, 0)
 
 
 @pytest.mark.parametrize("family", ["wan2.1", "wan2.2-5b"])

@@ -145,7 +145,7 @@ def _run(job: _Job) -> None:
     if rank > 0:
         pieces.join()
     else:
-        write(pieces, paths, job.fps, job.frames)
+        write(pieces.on_host(), paths, job.fps, job.frames)
     report = pieces.shared_report()
     if rank == 0:
         print_report(report, paths, job.report)

@@ -157,7 +157,7 @@ def _run(job: _Job) -> None:
         pieces = generator.decoder.stream(latents, dtype=torch.uint8, denormalize=True, memory_budget=job.memory_budget)
         paths = outputs(job.output, len(latents))
         if first:
-            write(pieces, paths, job.fps, prompt.frames)
+            write(pieces.on_host(), paths, job.fps, prompt.frames)
         else:
             pieces.join()
         report = pieces.shared_report()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform as host
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from halovae.device import metal
 
 ACCELERATORS = ("cuda", "npu", "xpu", "mps")
+HOSTS = ("cpu", "meta")  # no accelerators
 
 # The environment of rank processes on the CPU. glibc keeps freed blocks below a threshold that grows to 32 MiB, which
 # is a usual size of feature maps. With a fixed threshold, feature maps are returned to the system at once (mallopt(3)).
@@ -33,6 +36,8 @@ INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME", "hccl"
 # Convolutions of larger maps have failed on Ascend 910B ("Conv2D" errors in the VAE at 720p, sgl-project/sglang#27853).
 # The limit is not published. This is a quarter of 1280 x 720, to be replaced by a measurement.
 NPU_CONVOLUTION_CELLS = 1280 * 720 // 4
+
+_choosing: ContextVar[bool] = ContextVar("halovae_choosing", default=False)
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,43 @@ class Device:
     def repeatable(self) -> Iterator[None]:
         """Make results repeatable bit for bit: use deterministic algorithms, chosen without benchmarking.
 
+        Within `choosing`, cuDNN measures the deterministic ones. It keeps the fastest of each shape for later calls.
         torch's setting of TF32 for fp32 convolutions stays as it is.
         """
         if self.kind == "cuda":
             cudnn = torch.backends.cudnn
-            with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32):
+            measured, tf32 = self.is_choosing, cudnn.allow_tf32
+            with cudnn.flags(enabled=True, benchmark=measured, deterministic=True, allow_tf32=tf32):
                 yield
         else:
             yield
+
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Let this thread's calls within the context choose algorithms by measuring them."""
+        before = self.is_choosing
+        _choosing.set(True)
+        try:
+            yield
+        finally:
+            _choosing.set(before)
+
+    @property
+    def is_choosing(self) -> bool:
+        """Whether this thread is within `choosing`."""
+        return _choosing.get()
+
+    def new_capture(self) -> tuple[Any, AbstractContextManager[Any]] | None:
+        """Return a new graph of queued work, and the context that captures it; None if the device has none."""
+        module = None if self.kind in HOSTS else _module(self.kind)
+        made = getattr(module, f"{self.kind.upper()}Graph", None)  # CUDAGraph, NPUGraph, XPUGraph
+        context = getattr(module, "graph", None)
+        if made is None or context is None:
+            return None
+        graph = made()
+        # What other threads do on the device is none of the capture's business.
+        how = {"capture_error_mode": "thread_local"} if _takes(context, "capture_error_mode") else {}
+        return graph, context(graph, **how)
 
     def layout(self, ndim: int = 5) -> torch.memory_format:
         """The memory format of feature maps and weights with `ndim` dims: channels last where that exists."""
@@ -154,6 +188,14 @@ class Device:
             return host_memory.available, host_memory.total
         free, total = self.module.mem_get_info(self.torch_device)
         return int(free), int(total)
+
+    @property
+    def available(self) -> int:
+        """Bytes that tensors could take: free ones, and those of the allocator's unused blocks."""
+        free, _ = self.memory()
+        if self.kind != "cpu":
+            free += self.module.memory_reserved(self.torch_device) - self.module.memory_allocated(self.torch_device)
+        return int(free)
 
     def describe(self) -> dict[str, str]:
         """The device's name and the versions of its software, for reports."""
@@ -176,6 +218,14 @@ def _module(kind: str) -> Any:
     """torch's module for an accelerator; None if it is not installed or has no device. torch itself loads torch_npu."""
     module = metal if kind == "mps" else getattr(torch, kind, None)
     return module if isinstance(module, ModuleType) and module.is_available() else None
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Whether a function or class takes an argument of this name."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def _loopback() -> str:

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.device.kinds import Device
 from halovae.distributed.transport import Scope
 from halovae.plane import backends
-from halovae.plane.context import current, current_kernels, empty_along, kind_of
+from halovae.plane.context import current, current_kernels, kind_of
 from halovae.plane.moments import moments, together
 from halovae.plane.tensor import is_channels_last
 
@@ -18,10 +19,10 @@ def whole_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor
 
     PyTorch's own (2.13, CPU) has 3e-4 (128 channels, 9 x 128 x 128 cells, a mean of 3 deviations), and takes as long.
     """
+    if (fused := backends.kernels(x.device.type)) is not None and backends.takes(x):
+        return _normalized(x, fused.moments(x, None, groups), weight, bias, eps)
     if not is_channels_last(x):
         return F.group_norm(x, groups, weight, bias, eps)
-    if (fused := backends.kernels(x.device.type)) is not None:
-        return _normalized(x, fused.moments(x, None, groups), weight, bias, eps)
     if kind_of(x) != "cpu" or x.dtype.itemsize < 4:
         return F.group_norm(x, groups, weight, bias, eps)
     if len(x) == 1:
@@ -79,7 +80,7 @@ def normalized_groups(
     x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> Tensor:
     """GroupNorm of a rank's shard `[N, C, *]` with the statistics that `combined` found."""
-    if backends.kernels(x.device.type) is not None and is_channels_last(x):
+    if backends.kernels(x.device.type) is not None and backends.takes(x):
         return _normalized(x, found, weight, bias, eps)
     return _by_batch_norm(x, found, groups, weight, bias, eps)
 
@@ -97,7 +98,10 @@ def _by_batch_norm(
     return result.view(x.shape)
 
 
-def statistics(x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...], shift: Tensor | None = None) -> Tensor:
+def statistics(
+    x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...], shift: Tensor | None = None,
+    plus: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return variance and mean `[2, N, groups]` of the groups of a map over all ranks' shards, in fp32 at least.
 
     Args:
@@ -106,13 +110,14 @@ def statistics(x: Tensor, groups: int, scope: Scope, counts: tuple[int, ...], sh
         scope: the ranks that have shards.
         counts: number of values of one group on each of these ranks; empty if this rank has all of them.
         shift: `[C]`, added to the map first, on devices with kernels of our own.
+        plus: of the map's shape, also only there: the sum of all three replaces the map first.
     """
     norms = current_kernels(x)[0].norms
-    own = moments(x, groups, torch.promote_types(x.dtype, torch.float32), shift, norms)
+    own = moments(x, groups, torch.promote_types(x.dtype, torch.float32), shift, norms, plus)
     return together(gather(own, scope, len(counts)), counts) if counts else own
 
 
 def _normalized(x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    out = empty_along(x, 1, x.shape[1], last=True)
+    out = torch.empty_like(x, memory_format=Device(x.device).layout(x.ndim))
     backends.kernels(x.device.type).group_norm(x, None, found, weight, bias, eps, False, out)
     return out

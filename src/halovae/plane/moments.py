@@ -18,7 +18,8 @@ _VALUES_ON_CPU, _VALUES = 2**18, 2**24
 
 
 def moments(
-    x: Tensor, groups: int, dtype: torch.dtype, shift: Tensor | None = None, norms: Norms | None = None
+    x: Tensor, groups: int, dtype: torch.dtype, shift: Tensor | None = None, norms: Norms | None = None,
+    plus: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return variance and mean `[2, N, groups]`, some groups at a time to avoid a wide copy of the whole map.
 
@@ -28,10 +29,11 @@ def moments(
         dtype: of the result, and to compute in.
         shift: `[C]`, added to the map before; only used by Triton kernels.
         norms: single-loop norms to use on the CPU.
+        plus: of the map's shape; the sum replaces the map before; only used by Triton kernels.
     """
     fused = backends.kernels(x.device.type)
-    if fused is not None and (shift is not None or is_channels_last(x)):
-        result: Tensor = fused.moments(x, shift, groups)
+    if fused is not None and backends.takes(x):
+        result: Tensor = fused.moments(x, shift, groups, plus)
         return result
     if x.device.type == "cpu" and is_channels_last(x):
         cells = x.movedim(1, -1)

@@ -1,4 +1,4 @@
-"""Normalize and activate maps into the next convolution's input: by Triton on CUDA devices, else by PyTorch."""
+"""Normalize and activate maps into the next convolution's input: by Triton where it is, else by PyTorch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.device.kinds import HOSTS, Device
 from halovae.distributed.transport import Scope
 from halovae.kernels.native import Norms
 from halovae.plane import backends, context, group_norms
@@ -25,7 +26,7 @@ _VALUES = 2**18  # values of a map that are normalized at once
 
 def write(
     x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
-    out: Tensor, found: Tensor | None = None,
+    out: Tensor, found: Tensor | None = None, plus: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Normalize and activate a map into memory.
 
@@ -36,10 +37,11 @@ def write(
         beta: the norm's bias, shaped as `gamma`; on accelerators not for a norm over channels.
         norm: None for no norm.
         silu: whether SiLU follows.
-        out: of the map's shape and dtype, channels last; may be a view of a larger map.
+        out: of the map's shape and dtype; may be a view of a larger map.
         found: GroupNorm's variance and mean `[2, N, groups]`, if they are known.
+        plus: of the map's shape and dtype. The sum with it, and with `shift`, replaces the map before.
     """
-    writer(x, shift, gamma, beta, norm, silu, found)(WHOLE, out)
+    writer(x, shift, gamma, beta, norm, silu, found, plus)(WHOLE, out)
 
 
 def writer(
@@ -50,16 +52,24 @@ def writer(
     norm: Norm | None,
     silu: bool,
     found: Tensor | None = None,
+    plus: Tensor | None = None,
 ) -> Callable[[Part, Tensor], None]:
     """Return a function that normalizes and activates a part of a map into memory, as `write` does.
 
     GroupNorm's statistics, of all ranks' shards, are computed before this returns, unless they are already `found`.
+    With `plus`, each cell must be in one part.
     """
     fused = backends.kernels(x.device.type)
+    if plus is not None and (fused is None or found is not None or not fused.adds(x, plus)):
+        sum_of(x, plus, shift, x)
+        plus = shift = None
     if fused is not None and norm is not None and len(norm) == 4:
         groups, eps, scope, counts = norm
-        moments = group_norms.statistics(x, groups, scope, counts, shift) if found is None else found
-        return lambda part, out: fused.group_norm(x[part], shift, moments[:, part[0]], gamma, beta, eps, silu, out)
+        moments = group_norms.statistics(x, groups, scope, counts, shift, plus) if found is None else found
+        left = shift if plus is None else None
+        return lambda part, out: fused.group_norm(x[part], left, moments[:, part[0]], gamma, beta, eps, silu, out)
+    if fused is not None and plus is not None:
+        return lambda part, out: fused.norm_of_cells(x[part], shift, gamma, norm, silu, out, plus[part])
     if fused is not None:
         return lambda part, out: fused.norm_of_cells(x[part], shift, gamma, norm, silu, out)
     x = x if shift is None else x + per_channel(shift, x)
@@ -84,17 +94,23 @@ def writer(
 
 def activated(
     x: Tensor, shift: Tensor | None, gamma: Tensor | None, beta: Tensor | None, norm: Norm | None, silu: bool,
-    spare: bool, found: Tensor | None = None,
+    spare: bool, found: Tensor | None = None, plus: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Normalize and activate a map into new memory, or in place if the map is `spare` and that is not slower."""
+    """Normalize and activate a map into new memory, or in place if the map is `spare` and that is not slower.
+
+    With `plus`, the sum of the map, `plus`, and `shift` replaces the map first.
+    """
     fused = backends.kernels(x.device.type) is not None
+    if plus is not None and not fused:
+        sum_of(x, plus, shift, x)
+        plus = shift = None
     if shift is not None and not fused:
         x, shift, spare = x + per_channel(shift, x), None, True
-    if norm is None and shift is None:
+    if norm is None and shift is None and plus is None:
         return F.silu(x, inplace=spare) if silu else x
     if fused or norm is None or len(norm) == 3:
         out = x if spare and is_dense(x) else empty_like(x)
-        write(x, shift, gamma, beta, norm, silu, out, found)
+        write(x, shift, gamma, beta, norm, silu, out, found, plus)
         return out
     if spare and context.kind_of(x) == "cpu" and (x.is_meta or is_channels_last(x)):
         write(x, None, gamma, beta, norm, silu, x, found)
@@ -177,9 +193,9 @@ def _loops(x: Tensor, out: Tensor) -> tuple[Norms | None, Tensor, Tensor]:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Allocate a map, channels last."""
-    if x.device.type not in ("cpu", "meta"):
-        return context.empty_along(x, 1, x.shape[1], last=True)
+    """Allocate a map, channels last where the device has that."""
+    if x.device.type not in HOSTS:
+        return torch.empty_like(x, memory_format=Device(x.device).layout(x.ndim))
     return context.empty_map(x, x.shape)
 
 
@@ -229,14 +245,14 @@ def is_dense(x: Tensor) -> bool:
     return x.is_meta or x.is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
-def sum_of(x: Tensor, y: Tensor | None, bias: Tensor, out: Tensor) -> Tensor:
-    """Add two maps of one shape and a bias `[C]` into `out`, which may be one of the maps."""
+def sum_of(x: Tensor, y: Tensor | None, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Add two maps of one shape and a bias `[C]`, where they are given, into `out`, which may be one of the maps."""
     fused = backends.kernels(x.device.type)
-    if fused is not None and all(map(is_dense, (x, out) if y is None else (x, y, out))):
+    if fused is not None and bias is not None and fused.adds(*((x, out) if y is None else (x, y, out))):
         fused.add(x, y, bias, out)
         return out
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = x.to(wide) + per_channel(bias, x)
+    total = x.to(wide) if bias is None else x.to(wide) + per_channel(bias, x)
     return out.copy_(total if y is None else total + y)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from halovae.device.captures import Captures, captures
 from halovae.device.regions import region
 from halovae.distributed.mesh import Mesh
 from halovae.kernels.halves import convolution, has_units, multiplied
@@ -81,15 +82,7 @@ class Program:
         Returns:
             This rank's shard of the result, in the layout `returns`.
         """
-        if self.chunked is None:
-            pool = BufferPool(local.device)
-            with self._running(mesh, pool, kernels):
-                whole: Tensor = (self._interpreter().run if _profiling() else self._module)(local, *extras)
-            return _unshared(whole, pool)
-        whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
-        for start, chunk in self._emitted(local, mesh, extras, kernels):
-            whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
-        return whole
+        return self._whole(local, mesh, extras, kernels, None)
 
     def chunks(
         self, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER
@@ -105,10 +98,34 @@ class Program:
         Yields:
             Where along `chunked` a chunk begins, and this rank's shard of it. One chunk, unless the program `streams`.
         """
+        return self.captured(None, local, mesh, *extras, kernels=kernels)
+
+    def captured(
+        self, captures: Captures | None, local: Tensor, mesh: Mesh, *extras: Tensor, kernels: Kernels = EAGER
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Run the graph as `chunks` does, with captured graphs of work that repeats."""
         if not self.streams:
-            yield 0, self(local, mesh, *extras, kernels=kernels)
+            yield 0, self._whole(local, mesh, extras, kernels, captures)
         else:
-            yield from self._emitted(local, mesh, extras, kernels)
+            yield from self._emitted(local, mesh, extras, kernels, captures)
+
+    def _whole(
+        self, local: Tensor, mesh: Mesh, extras: Sequence[Tensor], kernels: Kernels, captures: Captures | None
+    ) -> Tensor:
+        if self.chunked is None:
+            pool = BufferPool(local.device)
+            run: Any = self._interpreter().run if _profiling() else self._module
+            with self._running(mesh, pool, kernels):
+                if captures is None or _profiling():
+                    result: Tensor = run(local, *extras)
+                else:
+                    inputs = [local, *extras]
+                    result = captures.run(self, self._places(), self.peak, lambda given: run(*given), inputs)
+            return _unshared(result, pool)
+        whole = local.new_empty([local_extent(dim, self.coordinates) for dim in self.returns], dtype=self.dtype)
+        for start, chunk in self._emitted(local, mesh, extras, kernels, captures):
+            whole.narrow(self.chunked, start, chunk.shape[self.chunked]).copy_(chunk)
+        return whole
 
     def layout_of(self, chunk: Tensor) -> Layout:
         """The layout of a chunk of the result, of which `chunk` is this rank's shard."""
@@ -117,13 +134,29 @@ class Program:
             layout[self.chunked] = (Factor(chunk.shape[self.chunked]),)
         return tuple(layout)
 
-    def _interpreter(self) -> fx.Interpreter:
-        return (_Regions if _profiling() else fx.Interpreter)(self._module)
+    def _interpreter(self, captures: Captures | None = None) -> fx.Interpreter:
+        if _profiling():
+            return _Regions(self._module)
+        if captures is None:
+            return fx.Interpreter(self._module)
+        places = self._places()
+        return _Captured(
+            self._module, lambda name, body, given: captures.run(self, (name, places), self.peak, body, given)
+        )
+
+    def _places(self) -> tuple[Any, ...]:
+        """Return where weights lie, which a captured graph reads, and how the device multiplies fp32."""
+        attributes = self._attributes.values()
+        return (
+            tuple(one.data_ptr() for one in attributes),
+            torch.backends.cudnn.allow_tf32,
+            torch.get_float32_matmul_precision(),
+        )
 
     def _emitted(
-        self, local: Tensor, mesh: Mesh, extras: Sequence[Tensor], kernels: Kernels
+        self, local: Tensor, mesh: Mesh, extras: Sequence[Tensor], kernels: Kernels, captures: Captures | None
     ) -> Iterator[tuple[int, Tensor]]:
-        run = self._interpreter()
+        run = self._interpreter(captures)
         run.args_iter = iter((local, *extras))
         nodes = iter(self._module.graph.nodes)
         pool = BufferPool(local.device)
@@ -187,6 +220,14 @@ class Program:
         return peak(self.graph, self.bodies)
 
 
+def captures_for(program: Program, mesh: Mesh) -> Captures | None:
+    """Return the device's captured graphs if a program may use them: one rank, nothing random, nobody who counts."""
+    if mesh.grid.size > 1 or mesh.transport.shared_device or program.random or program.writes or steps.is_heard():
+        return None
+    found = captures(mesh.device.torch_device)
+    return found if found.allowed else None
+
+
 def _lowered(graph: fx.Graph) -> fx.Graph:
     """Replace operators that are slow in PyTorch: half precision, 3-D convolutions, padding, joining. Count steps."""
     lowered = fx.Graph()
@@ -226,6 +267,17 @@ class _Regions(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return _Regions(self.fetch_attr(target)).run(*args, **kwargs)
+
+
+class _Captured(fx.Interpreter):
+    """Calls the graphs of a program by a function of their name, themselves, and their inputs in a box."""
+
+    def __init__(self, module: fx.GraphModule, call: Callable[[str, Any, list[Tensor]], Any]) -> None:
+        super().__init__(module)
+        self._call = call
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._call(target, self.fetch_attr(target), *args)
 
 
 def _until_chunk(run: fx.Interpreter, nodes: Iterator[fx.Node]) -> tuple[int, Tensor] | None:

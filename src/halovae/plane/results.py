@@ -37,6 +37,7 @@ class ShardOptions(TypedDict, total=False):
     leaner: bool
     kernels: Kernels | None
     strips: InStrips | None
+    capture: bool
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from halovae.kernels import winograd
-from halovae.plane import context
+from halovae.plane import backends, context
 from halovae.plane.operators import Cut
 from halovae.plane.rings import Edges, exchange, outermost
 
@@ -98,6 +98,25 @@ class RowBlocks(winograd.RowBlocks):
                 cols[..., target, 1].copy_(rows[..., 3 * at, 0])
                 cols[..., target, 2].copy_(rows[..., 3 * at, width - 1])
 
+    def surround(self, window: Tensor) -> None:
+        """Write the ring of the map upsampled by two, along dims that are cut, after the exchange has ended.
+
+        Args:
+            window: `[N, C, 2H, 2W]`, with one cell more at both ends of dims that are cut.
+        """
+        repeat = backends.kernels(window.device.type).upsample
+        (above, beside), corners = ((dim in self._borders) for dim in (_ROWS, _COLS)), len(self._borders) == 2
+        for at, place in enumerate((slice(0, 1), slice(-1, None))):
+            side = slice(3 * at, 3 * at + 1)
+            if above:
+                inner = window[..., place, 1:-1] if beside else window[..., place, :]
+                repeat(self._borders[_ROWS][:, :, 0, side], (1, 2), inner)
+            if beside:
+                cols = self._borders[_COLS][:, :, 0, :, side]
+                repeat(cols[..., 1:-1, :], (2, 1), window[..., 1:-1, place] if above else window[..., place])
+                for row in (slice(0, 1), slice(-1, None)) if corners else ():
+                    window[..., row, place].copy_(cols[..., row, :])
+
     def write(self, item: int, start: int, rows: slice, block: Tensor) -> None:
         """Write some rows of a row block `[C, T, L, W + 2]` that begins at the row `start` of an item's window.
 
@@ -136,3 +155,35 @@ class RowBlocks(winograd.RowBlocks):
                 side.zero_()
         for border, inner in repeated:
             border.copy_(inner)
+
+
+def upsampled_window(x: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, list[int]]:
+    """Upsample a map by two, with other ranks' cells around it, by a kernel that writes each cell once.
+
+    Halos travel at the low resolution while the map is upsampled.
+
+    Args:
+        x: the map, `[N, C, H, W]`.
+        cuts: the dims of `x` along which this rank needs halos.
+
+    Returns:
+        The map with one cell more at both ends of dims that are cut, and the padding by zeros of rows and cols that a
+        convolution of it needs.
+    """
+
+    def interior(items: slice, rows: slice, cols: slice, out: Tensor) -> None:
+        out[:, :, 0].copy_(x[items, :, rows, cols])
+
+    blocks = RowBlocks(interior, x, 1, 0, 0, slice(1), cuts, None)
+    cut = {dim - x.ndim for dim, *_ in cuts}
+    finish = blocks.start()
+    try:
+        rows, cols = (2 * x.shape[dim] + 2 * (dim in cut) for dim in (_ROWS, _COLS))
+        _, pool = context.current_kernels(x)
+        window = pool.empty((*x.shape[:2], 1, rows, cols), x.dtype)[:, :, 0]
+        inner = window[..., 1:-1, :] if _ROWS in cut else window
+        backends.kernels(x.device.type).upsample(x, (2, 2), inner[..., 1:-1] if _COLS in cut else inner)
+    finally:
+        finish()  # also after an error: other ranks' messages are under way
+    blocks.surround(window)
+    return window, [int(dim not in cut) for dim in (_ROWS, _COLS)]

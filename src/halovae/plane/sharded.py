@@ -8,6 +8,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Unpack
 
+from halovae.device.captures import captures
 from halovae.device.kinds import Stopwatch
 from halovae.distributed.mesh import Mesh, Traffic, mesh_for, mesh_over
 from halovae.distributed.out_of_memory import is_out_of_memory
@@ -31,7 +33,7 @@ from halovae.plane.keys import WeightsDigest, device_of, hooked, module_key, set
 from halovae.plane.layout import Layout, extent
 from halovae.plane.passes import chosen
 from halovae.plane.plane import Plane
-from halovae.plane.program import Program
+from halovae.plane.program import Program, captures_for
 from halovae.plane.results import Chunks, Gather, ShardOptions, ShardReport, check_result, gathered, warn_of_fallbacks
 from halovae.plane.steps import begin_steps
 from halovae.plane.stored import Identity, stored_or_traced
@@ -111,6 +113,7 @@ class Sharded:
         leaner: bool = False,
         kernels: Kernels | None = None,
         strips: InStrips | None = None,
+        capture: bool = True,
     ) -> Chunks:
         """Call the function on all ranks, and yield its result in chunks. Collective: all ranks take all chunks.
 
@@ -130,6 +133,7 @@ class Sharded:
                 the function was recorded and draws no random numbers.
             kernels: the kernels for the CPU; None for compiled ones if all ranks have them by now, else eager ones.
             strips: a rank that has all rows and cols computes them in strips; the result is then one chunk.
+            capture: whether captured graphs, which keep memory, may queue the work of one rank.
 
         Yields:
             Chunks along the dim of the concatenation, mostly frames; None on the ranks that receive nothing. One chunk
@@ -198,7 +202,7 @@ class Sharded:
         if idle and isinstance(program, Program) and not program.random:
             steps: Iterator[tuple[Tensor, Layout] | None] = iter([None] * max(1, len(program.starts)))
         else:
-            steps = self._steps(program, plane, mine, rest, options, kernels, convert)
+            steps = self._steps(program, plane, mine, rest, options, kernels, convert, capture)
         late = None if isinstance(program, StripProgram) else convert
 
         def send(own: Tensor, layout: Layout, at: Plane) -> Tensor | None:
@@ -258,6 +262,8 @@ class Sharded:
                             full = None if send is None else send(own, layout, plane)
                             del own
                 except (MemoryError, RuntimeError) as error:
+                    if is_out_of_memory(error):
+                        captures(mesh.device.torch_device).clear()
                     if everyone is None or count == total or not is_out_of_memory(error):
                         raise
                     traceback.clear_frames(error.__traceback__)  # frees the tensors of its frames
@@ -281,27 +287,15 @@ class Sharded:
             eager = str(program)
         sizes = tuple(map(extent, layout))
         self.report = ShardReport(
-            (sizes[0] // items[mesh.item].size * x.shape[0], *sizes[1:]),
-            mesh.grid,
-            eager,
-            chunked,
-            recorded,
-            (clock,),
-            (traffic.waiting,),
-            traffic.calls,
-            traffic.messages,
-            traffic.bytes,
-            dict(source.fallbacks),
-            sum(source.gathered.values()) / max(1, source.computed),
-            peak,
-            passes,
-            is_compiled,
-        )
+            (sizes[0] // items[mesh.item].size * x.shape[0], *sizes[1:]), mesh.grid, eager, chunked, recorded,
+            (clock,), (traffic.waiting,), traffic.calls, traffic.messages, traffic.bytes, dict(source.fallbacks),
+            sum(source.gathered.values()) / max(1, source.computed), peak, passes, is_compiled,
+        )  # fmt: skip
         warn_of_fallbacks(source.fallbacks, source.gathered, source.computed)
 
     def _steps(
         self, program: Program | TraceError, plane: Plane, x: Tensor, extras: Sequence[Tensor], options: dict[str, Any],
-        kernels: Kernels, convert: Callable[[Tensor], Tensor] | None,
+        kernels: Kernels, convert: Callable[[Tensor], Tensor] | None, capture: bool,
     ) -> Iterator[tuple[Tensor, Layout]]:  # fmt: skip
         """Yield this rank's shard of each chunk of the result, and its layout."""
         if not isinstance(program, Program):
@@ -312,8 +306,11 @@ class Sharded:
         local = plane.scatter(x, self._multiple).local
         local = local.clone() if program.writes else local  # the caller's tensor stays unchanged
         begin, how = 0, {"convert": convert} if isinstance(program, StripProgram) else {}
+        found, chunks = captures_for(program, plane.mesh) if capture and not how else None, program.chunks
+        if found is not None:
+            chunks = partial(program.captured, found)
         begin_steps(program.steps)
-        for start, chunk in program.chunks(local, plane.mesh, *extras, kernels=kernels, **how):
+        for start, chunk in chunks(local, plane.mesh, *extras, kernels=kernels, **how):
             if program.streams and program.chunked is not None:
                 assert start == begin
                 begin += chunk.shape[program.chunked]

@@ -40,6 +40,11 @@ def on_each_step(function: Callable[[int, int], None]) -> Iterator[None]:
         _listener.reset(before)
 
 
+def is_heard() -> bool:
+    """Whether a caller hears of steps."""
+    return _listener.get() is not None
+
+
 def begin_steps(total: int) -> None:
     """Begin to count the steps of a call."""
     if (listener := _listener.get()) is not None:

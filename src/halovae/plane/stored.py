@@ -39,7 +39,7 @@ from halovae.plane.trace import RECORDING
 
 LIMIT = 256 * 2**20  # bytes of all files
 LARGEST = 64 * 2**20  # bytes of one graph's constants
-_FORMAT = 6
+_FORMAT = 7
 _FIELDS = ("chunked", "takes", "returns", "dtype", "random", "writes", "changes", "received", "computed")
 _NAMED = {  # values of PyTorch's own types, by name
     str(value): value

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halovae.device.kinds import Device
 from halovae.kernels import halves, winograd
 from halovae.kernels.schemes import PLAIN, UPSAMPLING
 from halovae.plane import backends, context, operators, rings
 from halovae.plane.norms import Cells, Norm, activated, empty_like, is_dense, sum_of, write, writer
 from halovae.plane.operators import Cut
 from halovae.plane.rings import Edges
-from halovae.plane.row_blocks import RowBlocks
+from halovae.plane.row_blocks import RowBlocks, upsampled_window
 
 aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ def convolution(
     zeros: int = 0, past: Tensor | None = None, keep: Tensor | None = None, shift: Tensor | None = None,
     gamma: Tensor | None = None, beta: Tensor | None = None, norm: Norm | None = None, silu: bool = False,
     spare: bool = False, repeats: tuple[int, int] = (0, 0), edges: Edges | None = None, onto: Tensor | None = None,
-    found: Tensor | None = None, beyond: tuple[int, int, int, int] = (0, 0, 0, 0),
+    found: Tensor | None = None, beyond: tuple[int, int, int, int] = (0, 0, 0, 0), plus: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Normalize and activate a map, then convolve it with stride 1.
 
@@ -55,6 +56,7 @@ def convolution(
         onto: of the result's shape. The sum of both is written to it and returned.
         found: GroupNorm's variance and mean `[2, N, groups]`, if they are known.
         beyond: how many rows and cols of `x`, 0 or 1 at the top, bottom, left and right, lie outside of the result.
+        plus: of the shape of `x`. The sum with it, and with `shift`, replaces `x` before. Later operators may read it.
 
     Returns:
         This rank's shard of the result, `[N, C', *]`.
@@ -75,11 +77,14 @@ def convolution(
     copied = past is not None or zeros > 0 or (bool(cuts) and (fused or not early))
     windowed = by_winograd or edges is not None or any(repeats) or (copied and (fused or kind == "cpu"))
     if not windowed:
-        x = activated(x, shift, gamma, beta, norm, silu, spare, found)
+        x = activated(x, shift, gamma, beta, norm, silu, spare, found, plus)
         if keep is not None:
             keep.copy_(x[:, :, frames - keep.shape[2] :])
         return _summed(onto, _within(_direct(_after(zeros, past, x), weight, bias, padding, cuts, early), beyond))
-    normalized = writer(maps, shift, gamma, beta, norm, silu, found)
+    if plus is not None and by_winograd:  # it reads rows several times
+        x, plus, shift = sum_of(x, plus, shift, x), None, None
+    plus = plus if plus is None or plus.ndim == 5 else plus.unsqueeze(2)
+    normalized = writer(maps, shift, gamma, beta, norm, silu, found, plus)
 
     def interior(items: slice, rows: slice, cols: slice, out: Tensor) -> None:
         rows, cols = _shifted(rows, top, height), _shifted(cols, left, width)
@@ -156,6 +161,9 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, cuts: 
     by_winograd = winograd.is_profitable(UPSAMPLING, weight, items * height * width, kernels, context.kind_of(x))
     if not by_winograd and not cuts:
         return _plain(upsampled(x, (2, 2)), weight, bias, (1, 1))
+    if not by_winograd and backends.kernels(x.device.type) is not None and backends.takes(x):
+        larger, padding = upsampled_window(x, cuts)
+        return _plain(larger, weight, bias, padding)
     if not by_winograd:
         for dim, mesh_dim, bounds, needed, *_ in cuts:
             x = operators.fetch(x, dim, mesh_dim, bounds, needed)
@@ -277,10 +285,12 @@ def kept(weight: Tensor, shape: Sequence[int]) -> Tensor:
 def upsampled(x: Tensor, factors: tuple[int, ...]) -> Tensor:
     """Repeat each frame, row and col of a map `[N, C, *]` by the factors."""
     fused = backends.kernels(x.device.type)
-    if fused is not None:
-        larger: Tensor = fused.upsampled(x, factors)
-        return larger
-    return F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="nearest")
+    if fused is None or not backends.takes(x):
+        return F.interpolate(x, scale_factor=tuple(map(float, factors)), mode="nearest")
+    sizes = *x.shape[:2], *(size * factor for size, factor in zip(x.shape[2:], factors, strict=True))
+    larger = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=Device(x.device).layout(x.ndim))
+    fused.upsample(x, factors, larger)
+    return larger
 
 
 def added(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
@@ -333,7 +343,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
     fused = backends.kernels(x.device.type)
     # The result of a channels-last map is channels last, too. On the CPU, a small map is worth the copy.
     if fused is not None or (context.kind_of(x) == "cpu" and 4 * x.shape[1] <= weight.shape[0]):
-        x = x.contiguous(memory_format=torch.channels_last if spatial == 2 else torch.channels_last_3d)
+        x = x.contiguous(memory_format=Device(x.device).layout(x.ndim))
     late = bias if fused is None else None
     result = halves.convolved(x, weight, late, padding or [0] * spatial, [1] * spatial, 1)
     if fused is not None and bias is not None:  # PyTorch's kernel that adds cuDNN's biases is half as fast

@@ -16,6 +16,7 @@ from halovae.distributed.mesh import Mesh, mesh_for, mesh_over
 from halovae.distributed.transport import world_size
 from halovae.grid import Grid
 from halovae.kernels.native import Kernels
+from halovae.plane import backends
 from halovae.plane.results import Gather
 from halovae.plane.strip_program import InStrips
 from halovae.planning.decision import Decision
@@ -106,6 +107,11 @@ class Sharing:
             raise TypeError(f"dtype={self.dtype}: expected a floating dtype or torch.uint8")
 
     @property
+    def captures(self) -> bool:
+        """Whether captured graphs may keep memory between calls."""
+        return self.memory_budget is None
+
+    @property
     def convert(self) -> Callable[[Tensor], Tensor] | None:
         """What each rank does to its pictures before it sends them: uint8 is a quarter of fp32."""
         dtype = self.dtype
@@ -116,7 +122,11 @@ class Sharing:
 
 def _converted(own: Tensor, dtype: torch.dtype) -> Tensor:
     """Pictures in [-1, 1] as contiguous `dtype`."""
+    fused = backends.kernels(own.device.type)
     with region("conversion"):
+        if dtype == torch.uint8 and fused is not None and backends.takes(own):
+            frames: Tensor = fused.as_bytes(own)
+            return frames
         if dtype == torch.uint8:
             own = own.float().clamp(-1, 1).add_(1).mul_(127.5).round_()
         return own.to(dtype, memory_format=torch.contiguous_format)

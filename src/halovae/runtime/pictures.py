@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from halovae.device.copies import HostCopies
 from halovae.device.memory import Memory, MemoryMeter
 from halovae.distributed.mesh import Mesh
 from halovae.plane.results import Chunks, ShardReport
@@ -29,14 +30,17 @@ class PictureStream(Iterator["Tensor | None"]):
         chunks: its result.
         call: what makes them.
         everyone: the mesh of all ranks.
+        ahead: whether `on_host` may decode a chunk while the one before it is still on the device.
 
     Attributes:
         latents: what is decoded.
     """
 
-    def __init__(self, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall, everyone: Mesh) -> None:
+    def __init__(
+        self, latents: Tensor, choice: Choice, chunks: Chunks, call: PlaneCall, everyone: Mesh, ahead: bool = True
+    ) -> None:
         self.latents, self._choice, self._call = latents, choice, call
-        self._chunks = chunks
+        self._chunks, self._ahead = chunks, ahead
         self._mesh = everyone
         self._memory = MemoryMeter(self._mesh.device, by_thread=self._mesh.transport.shared_device)
         # Of the whole decode, once it has ended. Its seconds are read when asked for, since that waits for the device.
@@ -51,6 +55,22 @@ class PictureStream(Iterator["Tensor | None"]):
             if self._taken is None and taken is not None:
                 self._taken = taken, self._memory.read(), self._call.fell_back
             raise
+
+    def on_host(self) -> Iterator[Tensor | None]:
+        """Yield the frames in the host's memory. On an accelerator, a chunk is copied while the next one is decoded.
+
+        The copy runs on a stream of its own. So each chunk is yielded after the next one was queued, unless the decode
+        has a memory budget: two chunks would then be on the device. All ranks may call this, or take chunks directly.
+        """
+        copies = HostCopies(self._mesh.device)
+        started: list[Callable[[], Tensor | None]] = []
+        for chunk in self:
+            started.append(_nothing if chunk is None else copies.start(chunk))
+            del chunk
+            if len(started) > (copies.beside and self._ahead):
+                yield started.pop(0)()
+        while started:
+            yield started.pop(0)()
 
     def close(self) -> None:
         """Decode no further."""
@@ -95,3 +115,7 @@ class PictureStream(Iterator["Tensor | None"]):
     def shared_report(self) -> DecodeReport:
         """What every rank took; all ranks ask for it, and all get it."""
         return replace(self.report, ranks=tuple(self._mesh.transport.all_values(self.report.ranks[0])))
+
+
+def _nothing() -> None:
+    """Stands for a chunk that this rank does not receive."""

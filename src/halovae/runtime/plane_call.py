@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halovae.device.captures import captures
 from halovae.device.kinds import Device
 from halovae.distributed.mesh import Mesh
 from halovae.errors import MemoryBudgetError, RankOutOfMemoryError, UnplannableError
@@ -167,10 +168,8 @@ class PlaneCall:
         if isinstance(found, str):
             return False
         (peak, result), device = found, Device(x.device)
-        free = device.memory()[0]
-        if device.kind != "cpu":  # the allocator's unused blocks are free, too
-            free += device.module.memory_reserved(x.device) - device.module.memory_allocated(x.device)
-        return peak * (1 + MARGIN) + result > usable([(free, "")], device.kind)
+        is_short = peak * (1 + MARGIN) + result > usable([(device.available, "")], device.kind)
+        return is_short and (not captures(x.device).release() or self._is_short_of_memory(x, options))
 
     def _planned(self, x: Tensor, sharing: Sharing, options: Mapping[str, Any]) -> Choice:
         """The grid that is predicted to be the fastest of those that fit; all ranks ask together, and decide alike."""
@@ -267,8 +266,8 @@ class PlaneCall:
                 return Chunks(self._rounds(x, choice, sharing, static))
             return self._sharded.stream(
                 x, *tensors.values(), grid=choice.grid, mesh=sharing.mesh or self._used(choice.grid),
-                group=sharing.group, gather=sharing.gather, options=static, convert=sharing.convert,
-                leaner=choice.leaner is not None, kernels=choice.kernels, strips=choice.strips,
+                group=sharing.group, gather=sharing.gather, options=static, capture=sharing.captures,
+                convert=sharing.convert, leaner=choice.leaner is not None, kernels=choice.kernels, strips=choice.strips,
             )  # fmt: skip
 
         chunks = started(choice)
@@ -309,7 +308,7 @@ class PlaneCall:
                 part = self._sharded(
                     some, grid=choice.grid, mesh=self._used(choice.grid), group=sharing.group, gather=sharing.gather,
                     options=options, convert=sharing.convert, leaner=choice.leaner is not None, kernels=choice.kernels,
-                    strips=choice.strips,
+                    strips=choice.strips, capture=sharing.captures,
                 )  # fmt: skip
             except RankOutOfMemoryError as error:
                 assert choice.leaner is not None

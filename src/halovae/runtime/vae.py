@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from halovae.device.captures import CALLS, LARGEST, captures
 from halovae.device.kinds import Device
+from halovae.distributed.transport import world_size
 from halovae.errors import CheckpointError
 from halovae.grid import Grid
 from halovae.kernels.native import ready
@@ -77,7 +79,8 @@ class VAE:
         """Do what only the first decode of a shape does, and decode zeros once. Collective: all ranks call it.
 
         On the CPU it waits for the compiler: the first process on a machine compiles for some seconds, in the
-        background, and until then computes in eager PyTorch. Accelerators choose their kernels for the shape.
+        background, and until then computes in eager PyTorch. Accelerators choose their algorithms for the shape by
+        measuring them, and capture the work as a graph where they have such (`Captures`).
 
         Args:
             shape: of the latents, `[B, C, H, W]` or `[B, C, T, H, W]`.
@@ -93,14 +96,30 @@ class VAE:
             RuntimeWarning: once a process, where nothing can be compiled (no C++ compiler?): calls run in eager
                 PyTorch.
         """
-        begin = time.perf_counter()
+        begin, device = time.perf_counter(), Device(self.device)
         ready(self.device, wait=True)
-        stream = self.stream(torch.zeros(*shape, dtype=self.dtype, device=self.device), **options)
-        for _ in islice(stream, 2):  # the first chunk, and one like all others
-            pass
-        stream.close()
-        Device(self.device).synchronize()
+        zeros = torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+        def decode(chunks: int) -> None:
+            stream = self.stream(zeros, **options)
+            for _ in islice(stream, chunks):
+                pass
+            stream.close()
+
+        with device.choosing():
+            decode(2)  # the first chunk, and one like all others
+        if self._is_captured(zeros, options):
+            for _ in range(CALLS + 1):
+                decode(3)  # those that are computed by other graphs than all others, and one of these
+        device.synchronize()
         return time.perf_counter() - begin
+
+    def _is_captured(self, latents: Tensor, options: DecodeOptions) -> bool:
+        """Whether decodes of such latents may be captured as graphs."""
+        if not captures(self.device).allowed or options.get("memory_budget") is not None or world_size() > 1:
+            return False
+        peak = self._call("decode").peak(latents, options.get("module_kwargs") or {})
+        return not isinstance(peak, str) and peak[0] <= LARGEST
 
     def plan(self, shape: Sequence[int], **options: Unpack[DecodeOptions]) -> Decision | None:
         """Say how ranks would share a decode, and why, without decoding. Collective: all ranks call it.
@@ -234,7 +253,8 @@ class VAE:
                 call.refuse(sharing, error)
             latents = moved(self.module, latents)
         choice = call.choose(latents, sharing, own)
-        return PictureStream(latents, choice, call.stream(latents, choice, sharing, own), call, call.everyone(sharing))
+        chunks = call.stream(latents, choice, sharing, own)
+        return PictureStream(latents, choice, chunks, call, call.everyone(sharing), sharing.memory_budget is None)
 
     def encode(self, pictures: Tensor, **options: Unpack[EncodeOptions]) -> Tensor | None:
         """Encode pictures or clips.

@@ -17,7 +17,7 @@ from halovae.kernels import winograd
 from halovae.plane import constants, group_norms, passes, windows
 
 # Passes that change nothing in a `Block`.
-UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "margins", "products", "residuals")
+UNUSED = ("biases", "channels-last", "copies", "dead-taps", "frames", "margins", "products", "residuals", "sums")
 
 
 @pytest.mark.parametrize("name", [*passes.PASSES, "all"])

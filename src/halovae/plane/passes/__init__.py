@@ -24,6 +24,7 @@ from halovae.plane.passes import (
     norms,
     products,
     residuals,
+    sums,
     upsampling,
 )
 from halovae.plane.passes.graphs import writes
@@ -42,6 +43,7 @@ PASSES: dict[str, Callable[[fx.Graph, Mesh], int]] = {
     "biases": biases.run,
     "in-place": in_place.run,
     "residuals": residuals.run,
+    "sums": sums.run,
 }
 
 

@@ -293,8 +293,8 @@ def test_any_encoder_with_attention_at_its_end(kinds: list[str], height: int, wi
         elif kind == "behind":
             layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(16, 16, 3, 2)]
         else:
-            mode = "reflect" if kind == "reflect" else "zeros"
-            layers.append(nn.Conv2d(16, 16, 3, 2 if kind == "down" else 1, padding=1, padding_mode=mode))
+            stride = 2 if kind == "down" else 1
+            layers.append(nn.Conv2d(16, 16, 3, stride, 1, padding_mode="reflect" if kind == "reflect" else "zeros"))
     module = nn.Sequential(*layers, Attention(16), nn.Conv2d(16, 4, 3, padding=1)).double().eval().requires_grad_(False)
     x = torch.randn(1, 3, height, width, dtype=torch.float64)
     try:

@@ -36,7 +36,7 @@ class HostCopies:
         if module is None or not self.beside:
             return x.cpu
         self._stream.wait_stream(module.current_stream(self._device))
-        host, ended = _pinned(x), module.Event()
+        host, ended = pinned(x), module.Event()
         with module.stream(self._stream):
             host.copy_(x, non_blocking=True)
             ended.record(self._stream)
@@ -51,9 +51,9 @@ class HostCopies:
         return wait
 
 
-def _pinned(x: Tensor) -> Tensor:
-    """Return memory of the host for a copy; not pinned where that is not allowed."""
+def pinned(x: Tensor) -> Tensor:
+    """Return memory of the host for a copy, laid out alike; not pinned where that is not allowed."""
     try:
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        return torch.empty_like(x, device="cpu", pin_memory=True)
     except RuntimeError:
-        return torch.empty(x.shape, dtype=x.dtype)
+        return torch.empty_like(x, device="cpu")

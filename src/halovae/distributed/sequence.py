@@ -7,13 +7,14 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from halovae.device.copies import pinned
+from halovae.device.kinds import HOSTS
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Scope, Transport, Value, members
 from halovae.grid import Grid
@@ -165,21 +166,6 @@ class SequenceTransport(Transport):
 
     def _left(self, x: Tensor) -> Tensor:
         """What waits of a tensor. Copies that do not block are done in the order of the device's stream."""
-        if not self._line.host or x.device.type == "cpu":
+        if not self._line.host or x.device.type in HOSTS:
             return x
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        last = x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
-        kept = torch.empty(
-            x.shape, dtype=x.dtype, pin_memory=_pins(),
-            memory_format=formats[x.ndim] if last else torch.contiguous_format,
-        )  # fmt: skip
-        return kept.copy_(x, non_blocking=True)
-
-
-@cache
-def _pins() -> bool:
-    """Whether the host's memory can be pinned for a device."""
-    try:
-        return torch.empty(1, pin_memory=True).is_pinned()
-    except RuntimeError:
-        return False
+        return pinned(x).copy_(x, non_blocking=True)

@@ -187,9 +187,8 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
     weight, bias = plain(weight), plain(bias)
     if not isinstance(x, PlaneTensor) or isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
         return NotImplemented
-    last = is_channels_last(x) or is_channels_last(
-        weight
-    )  # then the result is, too, on devices with channels-last maps
+    # The result is channels last, too, on devices with such maps.
+    last = is_channels_last(x) or is_channels_last(weight)
     one_cell = None
     if not transposed:
         mesh_dims = tuple(plane.extents)

@@ -25,8 +25,9 @@ lint: .venv/.installed
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# Two workers, each with ranks of its own: servers and ranks wait more than they compute.
 test: lint docs
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: .venv/.installed
 	$(BIN)/pytest -m slow --timeout 3600

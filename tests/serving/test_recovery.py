@@ -74,7 +74,7 @@ def test_a_job_that_runs_beside_one_that_ends_the_ranks_loses_nothing(model: Pat
 
 
 def test_ranks_that_fall_silent_are_restarted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halovae.serving.dispatch._SILENCE", 0.5)
+    monkeypatch.setattr("halovae.serving.replicas.SILENCE", 0.5)
     restarts = Restarts()
     with served(model, tmp_path, stub=False, restart=restarts, stall_timeout=0.5):
         Rank(tmp_path)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 Kind = Literal["video", "image"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
-Cause = Literal["ranks", "stall", "front"]  # what can interrupt a running job
+# What can interrupt a running job: the end of its ranks, their stalling, the front's end, the loss of their host.
+Cause = Literal["ranks", "stall", "front", "host"]
 REQUEUED: dict[str, Any] = {"status": "queued", "started": None}  # the changes to a job that waits again
 TRIES = 3  # interruptions by one cause, with nothing else running, after which a job fails
 
@@ -121,8 +122,10 @@ def interrupted(job: Job, cause: Cause, only: bool) -> dict[str, Any]:
     """Return the changes to a job that was interrupted.
 
     It counts against a job only if nothing else ran. From now on the job runs alone, so that it shows whose fault it
-    is.
+    is. The loss of a host is no job's fault.
     """
+    if cause == "host":
+        return REQUEUED
     counts = dict(job.interrupted)
     if only:
         counts[cause] = counts.get(cause, 0) + 1

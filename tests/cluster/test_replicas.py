@@ -111,11 +111,13 @@ def test_jobs_that_wait_for_a_moment_only_add_no_replica() -> None:
 
 def test_idle_replicas_are_ended_one_by_one_but_for_the_least() -> None:
     rule = Scaling(2, 5, idle=60)
-    assert rule.idle_one(100.0, 0, {"0": 0.0, "1": 0.0, "2": 41.0, "10": 0.0}) == "10"
-    assert rule.idle_one(100.0, 0, {"0": 0.0, "1": 99.0, "2": 41.0}) == "0"
-    assert rule.idle_one(100.0, 0, {"0": 99.0, "1": 99.0, "2": 41.0}) is None
-    assert rule.idle_one(100.0, 1, {"0": 0.0, "1": 0.0, "2": 0.0}) is None  # a job waits
-    assert rule.idle_one(100.0, 0, {"0": 0.0, "1": 0.0}) is None
+    ready = {"0", "1", "2", "10"}
+    assert rule.idle_one(100.0, 0, {"0": 0.0, "1": 0.0, "2": 41.0, "10": 0.0}, ready) == "10"
+    assert rule.idle_one(100.0, 0, {"0": 0.0, "1": 0.0, "2": 41.0, "10": 0.0}, {"2", "10"}) == "1"
+    assert rule.idle_one(100.0, 0, {"0": 0.0, "1": 99.0, "2": 41.0}, ready) == "0"
+    assert rule.idle_one(100.0, 0, {"0": 99.0, "1": 99.0, "2": 41.0}, ready) is None
+    assert rule.idle_one(100.0, 1, {"0": 0.0, "1": 0.0, "2": 0.0}, ready) is None  # a job waits
+    assert rule.idle_one(100.0, 0, {"0": 0.0, "1": 0.0}, ready) is None
 
 
 # A front with replicas, over the true channel: TCP, encrypted, with files that travel.
@@ -205,7 +207,7 @@ def test_jobs_of_a_lost_host_are_made_elsewhere_and_it_counts_against_none(model
         assert [one["completed"] for one in table(url)] == [4, 0]
         text = httpx.get(f"{url}/metrics").text
         assert 'halovae_jobs_completed_total{kind="video"} 4.0' in text
-        assert 'halovae_replica_completed{replica="0"} 4.0' in text
+        assert 'halovae_replica_completed_total{replica="0"} 4.0' in text
         assert 'halovae_replica_ready{replica="1"} 0.0' in text
 
 

@@ -257,7 +257,9 @@ class Dispatcher:
                 await self._receive(message["attempt"], attempt, message)
             elif not attempt.over:
                 self._advance(message["attempt"], attempt, kind, message)
-                replica.completed += kind == "finished"
+                if kind == "finished":
+                    replica.completed += 1
+                    self._metrics.replica_completed.labels(replica.name).inc()
         elif kind in ("finished", "failed", "cancelled") and message["attempt"] in replica.removed:
             await self._remove_files(replica.removed.pop(message["attempt"]))
         if kind == "finished" and message.get("first", True) and job is not None:
@@ -284,6 +286,7 @@ class Dispatcher:
         await self.lose(replica)
         if replica.since:
             self._metrics.restarts.inc()
+            self._metrics.replica_restarts.labels(replica.name).inc()
             replica.restarts += 1
         replica.since, replica.peer = message["since"], peer
         replica.used = replica.advanced = time.monotonic()

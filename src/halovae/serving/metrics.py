@@ -59,15 +59,16 @@ class Metrics:
         self._disk = Gauge("halovae_disk_free_bytes", "Free space for jobs and results", registry=registry)
         self._jobs = Gauge("halovae_jobs", "Jobs by status", ["status"], registry=registry)
         self._ready = Gauge("halovae_ranks_ready", "Whether the ranks are ready", registry=registry)
-        self._replica_ready, self._replica_jobs, self._replica_completed, self._replica_restarts = (
-            Gauge(f"halovae_replica_{name}", text, ["replica"], registry=registry)
-            for name, text in (
-                ("ready", "Whether a replica's ranks are ready"),
-                ("jobs", "Jobs that a replica has"),
-                ("completed", "Jobs that a replica has completed"),
-                ("restarts", "Times that a replica's ranks were restarted"),
-            )
+        self.replica_completed = Counter(
+            "halovae_replica_completed", "Jobs that a replica has completed", ["replica"], registry=registry
         )
+        self.replica_restarts = Counter(
+            "halovae_replica_restarts", "Times that a replica's ranks were restarted", ["replica"], registry=registry
+        )
+        self._replica_ready = Gauge(
+            "halovae_replica_ready", "Whether a replica's ranks are ready", ["replica"], registry=registry
+        )
+        self._replica_jobs = Gauge("halovae_replica_jobs", "Jobs that a replica has", ["replica"], registry=registry)
 
     def decoded(self, kind: Kind, decode: dict[str, Any]) -> None:
         """Observe the decode of a batch. `decode` is as `decoding.summary` returns it."""
@@ -93,11 +94,9 @@ class Metrics:
         for status in statuses:
             self._jobs.labels(status).set(await jobs.read(JobTable.count, status))
         self._ready.set(ready)
-        for gauge in (self._replica_ready, self._replica_jobs, self._replica_completed, self._replica_restarts):
+        for gauge in (self._replica_ready, self._replica_jobs):
             gauge.clear()  # of replicas that were ended
         for name, replica in replicas.items():
             self._replica_ready.labels(name).set(replica.ready)
             self._replica_jobs.labels(name).set(loads[name])
-            self._replica_completed.labels(name).set(replica.completed)
-            self._replica_restarts.labels(name).set(replica.restarts)
         return generate_latest(self._registry)

@@ -201,6 +201,7 @@ def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: C
     os.setsid()  # Ctrl-C reaches every process of the terminal, and the front lets running jobs end
     threading.Thread(target=end_with_parent, daemon=True).start()
     logs.configure(ranks.log_format, ranks.log_level)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Ray prints the logs of nodes that are lost
     try:
         ray_cluster.connect(settings.address)
         interface = settings.interface

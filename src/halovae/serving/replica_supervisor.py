@@ -82,7 +82,7 @@ class ReplicaSupervisor:
                 wanted.append(self.replicas[name])
         unused = {one.name: one.used for one in wanted if not busy.get(one.name)}
         used = {one.name: unused.get(one.name, now) for one in wanted}
-        if (idle := self._scaling.idle_one(now, waiting, used)) is not None:
+        if (idle := self._scaling.idle_one(now, waiting, used, {one.name for one in ready})) is not None:
             log.info("replica %s is ended: it has had no job for %g s", idle, self._settings.idle)
             self.replicas[idle].wanted = False
         names = frozenset(one.name for one in self.replicas.values() if one.wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from halovae.serving.replicas import AHEAD
@@ -16,7 +16,7 @@ class Scaling:
 
     Once jobs have been waiting for `PATIENCE` seconds, there is one replica for each `AHEAD` of them besides those
     that are ready, but at most `most`. While no job waits, a replica that has had none for `idle` seconds is ended,
-    one at a time, the highest number first, but `least` stay.
+    one at a time, but `least` stay: first those that are not ready, and of these the highest number.
 
     Args:
         least, most: how many replicas there are.
@@ -46,14 +46,16 @@ class Scaling:
             wanted = max(wanted, ready - (-waiting // AHEAD))
         return min(self.most, wanted)
 
-    def idle_one(self, now: float, waiting: int, used: Mapping[str, float]) -> str | None:
+    def idle_one(self, now: float, waiting: int, used: Mapping[str, float], ready: Collection[str]) -> str | None:
         """The replica to end; None for none.
 
         Args:
             now: the time, in seconds.
             waiting: jobs that no replica has.
             used: when each replica last had a job or began to start, by its number.
+            ready: the numbers of those that are ready.
         """
         if waiting or len(used) <= self.least:
             return None
-        return next((name for name in sorted(used, key=int, reverse=True) if now - used[name] >= self.idle), None)
+        in_order = sorted(used, key=lambda name: (name in ready, -int(name)))
+        return next((name for name in in_order if now - used[name] >= self.idle), None)

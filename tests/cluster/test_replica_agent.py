@@ -1,13 +1,23 @@
 """The agent of replicas: when it starts ranks again, and when it gives up."""
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import zmq
+from serving.stub_ranks import rank_settings
 
 from halovae.distributed.ray_cluster import RankGroup, State
-from halovae.serving import replica_agent
-from halovae.serving.replica_agent import Changed, End, GiveUp, Keeper, Wish, variables
+from halovae.serving import replica_agent, replica_supervisor
+from halovae.serving.replica_agent import NO_CLUSTER, Changed, End, GiveUp, Joined, Keeper, Wish, variables
+from halovae.serving.replica_supervisor import ReplicaSupervisor
+from halovae.serving.replicas import Replica
+from halovae.serving.settings import ReplicaSettings
+from halovae.serving.supervisor import GAVE_UP, RanksLost
 
 
 @dataclass
@@ -180,3 +190,94 @@ def test_ranks_get_no_secrets() -> None:
         "X": "1",
     }
     assert variables(environment) == {"HALOVAE_TIMEOUT": "9"}
+
+
+# The front's side, over agents that the test plays.
+
+Life = Callable[[Connection, ReplicaSupervisor], int]  # what an agent does; returns its exit code
+
+
+def unjoined(front: Connection, _: ReplicaSupervisor) -> int:
+    front.send("--ray-address auto: Ray cannot be used: no cluster")
+    return NO_CLUSTER
+
+
+def joined(front: Connection, _: ReplicaSupervisor) -> int:
+    """Join, and crash."""
+    front.send(Joined("127.0.0.1", "CPU"))
+    return 1
+
+
+def working(front: Connection, supervisor: ReplicaSupervisor) -> int:
+    """Join, have ranks that are ready, and crash."""
+    front.send(Joined("127.0.0.1", "CPU"))
+    front.send(Changed("0", "running", "a-host"))
+    supervisor.replicas["0"].is_ready = True
+    return 1
+
+
+def vain(front: Connection, _: ReplicaSupervisor) -> int:
+    front.send(Joined("127.0.0.1", "CPU"))
+    front.send("ValueError: no model")
+    return GAVE_UP
+
+
+def run_agents(lives: list[Life], model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
+    """Run a supervisor over agents with these lives. Return why it ended, and the replicas whose ranks were lost."""
+    lost: list[str] = []
+
+    class Agent:
+        exitcode: int | None = None
+        alive = 2  # turns of the supervisor's loop that are left
+
+        def __init__(self, target: object, args: tuple[Any, ...], name: str) -> None:
+            self.front = args[2]
+
+        def start(self) -> None:
+            self.exitcode = lives.pop(0)(self.front, supervisor)
+
+        def is_alive(self) -> bool:
+            self.alive -= 1
+            return self.alive > 0
+
+    async def lose(replica: Replica) -> None:
+        lost.append(f"{replica.name} {replica.cause}")
+        replica.lose()
+
+    async def run() -> None:
+        socket = zmq.Context.instance().socket(zmq.ROUTER)
+        supervisor.open(socket, lose)
+        try:
+            await supervisor.run()
+        finally:
+            socket.close(0)
+
+    supervisor = ReplicaSupervisor(ReplicaSettings(1, 1, 1, str(model)), rank_settings(model, output))
+    monkeypatch.setattr(supervisor._context, "Process", Agent)
+    for module, name, value in ((replica_supervisor, "_CHECK", 0.0), (replica_supervisor, "_LONGEST", 0.0)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr("halovae.serving.supervisor._PAUSES", (0.0, 0.0))
+    with pytest.raises(RanksLost) as given_up:
+        asyncio.run(run())
+    assert not lives
+    return str(given_up.value), lost
+
+
+@pytest.fixture(scope="module")
+def model(models: Callable[[str], Path]) -> Path:
+    return models("wan2.1")
+
+
+@pytest.mark.parametrize(
+    ("lives", "reason", "losses"),
+    [
+        ([unjoined], "--ray-address auto: Ray cannot be used: no cluster", 1),
+        ([vain], "ValueError: no model", 1),
+        ([joined], "exit status 1", 1),
+        ([working, unjoined, unjoined, unjoined, working, vain], "ValueError: no model", 6),  # the cluster came back
+    ],
+)
+def test_a_cluster_that_was_there_is_waited_for_and_all_else_is_given_up(
+    lives: list[Life], reason: str, losses: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_agents([*lives], model, tmp_path, monkeypatch) == (reason, ["0 host"] * losses)

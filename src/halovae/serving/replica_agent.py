@@ -24,6 +24,7 @@ from halovae.serving.settings import RankSettings, ReplicaSettings
 from halovae.serving.supervisor import GAVE_UP, Backoff
 
 log = logging.getLogger(__name__)
+NO_CLUSTER = 4  # the exit code of an agent that cannot join the cluster
 _CHECK = 0.2  # seconds between two checks
 _LONGEST = 30.0  # seconds until ranks that were not ready are started again, while others are
 _SCARCE = 30.0  # seconds without room after which the log says what is missing
@@ -191,7 +192,7 @@ def serve_as_replica(settings: RankSettings, model: str, revision: str | None, l
 
 
 def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: Connection) -> None:
-    """Keep the replicas running that the front wants. Exit with `GAVE_UP` if that is in vain.
+    """Keep the replicas running that the front wants. Exit with `GAVE_UP` or `NO_CLUSTER` if that is in vain.
 
     Args:
         settings: of the replicas.
@@ -211,7 +212,7 @@ def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: C
         door: Door = front.recv()
     except Exception as error:
         front.send(f"--ray-address {settings.address}: Ray cannot be used: {ray_cluster.said(str(error))}")
-        sys.exit(GAVE_UP)
+        sys.exit(NO_CLUSTER)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray's own handler came with it
     starts = time.time()
 

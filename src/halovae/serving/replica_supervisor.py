@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from halovae.serving.replica_agent import Changed, Door, End, Joined, Wish, watch_over_replicas
+from halovae.serving.replica_agent import NO_CLUSTER, Changed, Door, End, Joined, Wish, watch_over_replicas
 from halovae.serving.replicas import Replica
 from halovae.serving.scaling import Scaling
 from halovae.serving.settings import RankSettings, ReplicaSettings
@@ -24,6 +24,7 @@ from halovae.serving.supervisor import GAVE_UP, Backoff, RanksLost
 
 log = logging.getLogger(__name__)
 _CHECK = 0.1  # seconds between two checks
+_LONGEST = 30.0  # seconds until a lost cluster is looked for again
 
 
 class ReplicaSupervisor:
@@ -108,36 +109,42 @@ class ReplicaSupervisor:
         """Start the agent, and restart it whenever it ends.
 
         Raises:
-            RanksLost: the ranks, or Ray, ended before any ranks were ready.
+            RanksLost: Ray cannot be used, or ranks ended before they were ready, at the first start or several times in
+                a row.
         """
         await self._opened.wait()
-        backoff = Backoff()
+        backoff, has_joined = Backoff(), False
         while True:
-            ours, theirs = self._context.Pipe()
-            self._process = self._context.Process(
-                target=watch_over_replicas, args=(self._settings, self._ranks, theirs), name="agent"
-            )
-            begin, self._reason = time.monotonic(), ""
-            were_ready = False
-            self._process.start()
-            theirs.close()
-            while self._process.is_alive():
-                await self._hear(ours)
-                were_ready = were_ready or any(one.is_ready for one in self.replicas.values())
-                await asyncio.sleep(_CHECK)
-            await self._hear(ours)
-            reason = self._reason or f"exit status {self._process.exitcode}"
-            self._agent = self._told = None
-            for replica in self.replicas.values():
+            begin, were_ready = time.monotonic(), await self._run_agent()
+            code = self._process.exitcode if self._process is not None else None
+            reason = self._reason or f"exit status {code}"
+            has_joined = has_joined or bool(self._endpoint)
+            for replica in [*self.replicas.values()]:
                 await self._note(replica, Changed(replica.name, "ended", reason=reason, lost_host=True))
-            if self._process.exitcode == GAVE_UP and not were_ready:
-                raise RanksLost(reason)
-            pause = backoff.pause(were_ready, time.monotonic() - begin)
+            pause = None if code == GAVE_UP else backoff.pause(were_ready, time.monotonic() - begin)
+            if code == NO_CLUSTER and has_joined:
+                pause = _LONGEST  # it may come back
             if pause is None:
                 raise RanksLost(reason)
-            backoff = Backoff(True) if were_ready else backoff
             log.warning("the replicas' agent ended (%s), and is restarted in %.1f s", reason, pause)
             await asyncio.sleep(pause)
+
+    async def _run_agent(self) -> bool:
+        """Run an agent until it ends. Return whether any ranks were ready."""
+        ours, theirs = self._context.Pipe()
+        self._process = self._context.Process(
+            target=watch_over_replicas, args=(self._settings, self._ranks, theirs), name="agent"
+        )
+        self._reason, were_ready = "", False
+        self._process.start()
+        theirs.close()
+        while self._process.is_alive():
+            await self._hear(ours)
+            were_ready = were_ready or any(one.is_ready for one in self.replicas.values())
+            await asyncio.sleep(_CHECK)
+        await self._hear(ours)
+        self._agent = self._told = None
+        return were_ready
 
     async def _hear(self, agent: Connection) -> None:
         """Take all messages of the agent."""

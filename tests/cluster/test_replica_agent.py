@@ -245,7 +245,7 @@ def run_agents(lives: list[Life], model: Path, output: Path, monkeypatch: pytest
         replica.lose()
 
     async def run() -> None:
-        socket = zmq.Context.instance().socket(zmq.ROUTER)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         supervisor.open(socket, lose)
         try:
             await supervisor.run()

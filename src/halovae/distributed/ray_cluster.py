@@ -37,10 +37,10 @@ def connect(address: str | None) -> None:
         ConnectionError: no cluster is there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its log files have the rest
     alone = address is None and "RAY_ADDRESS" not in os.environ
     if alone:  # Ray's own switch for "one host only": all its ports are then on loopback
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its log files have the rest
     import ray
 
     if ray.is_initialized():

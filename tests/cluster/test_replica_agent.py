@@ -273,7 +273,7 @@ def model(models: Callable[[str], Path]) -> Path:
     [
         ([unjoined], "--ray-address auto: Ray cannot be used: no cluster", 1),
         ([vain], "ValueError: no model", 1),
-        ([joined], "exit status 1", 1),
+        ([joined], "Ray ended the agent, exit status 1", 1),
         ([working, unjoined, unjoined, unjoined, working, vain], "ValueError: no model", 6),  # the cluster came back
     ],
 )

@@ -292,10 +292,18 @@ def test_replicas_come_with_the_queue_and_go_with_it(
             one.held.clear()
         assert [finished(url, video)["status"] for video in videos] == ["completed"] * 12
         until(lambda: replicas.sent[-1].names == frozenset("0"))  # type: ignore[union-attr]
+        old = replicas.link("2", tmp_path / "old", since=replicas.replicas["2"].since)
         for name in "12":
             replicas.tell(name, "ended")
         wait_for(url, "ready")
-        assert finished(url, submitted(url))["status"] == "completed"
+        first.held.set()
+        videos = [submitted(url) for _ in range(12)]
+        wait_for(url, "ready", "placing", "placing")
+        StubRanks(old)  # of a replica that was ended, and whose number is used again
+        time.sleep(1.5)  # longer than a beat
+        assert [one["state"] for one in table(url)] == ["ready", "placing", "placing"]
+        first.held.clear()
+        assert finished(url, videos[-1])["status"] == "completed"
 
 
 def test_ranks_of_a_replica_that_make_no_progress_are_replaced(model: Path, tmp_path: Path) -> None:

@@ -243,29 +243,33 @@ class RankGroup:
         """Go on as far as that takes no waiting, and return the state."""
         import ray
 
-        if self.state == "ended":
-            return self.state
         try:
-            if self.state == "placing" and ray.util.placement_group_table(self._group)["state"] == "CREATED":
+            if self._verdict is not None:
+                self._judge()
+            elif self.state == "placing" and ray.util.placement_group_table(self._group)["state"] == "CREATED":
                 self._start()
-            if self.state == "starting" and self._have_answered([*self._seating, self._meeting]):
+            elif self.state == "starting" and self._have_answered([*self._seating, self._meeting]):
                 self._run()
-            if self.state == "running" and self._verdict is None:
+            elif self.state == "running":
                 for ended in ray.wait(self._runs, num_returns=1, timeout=0)[0]:
                     ray.get(ended)
                     self.end("a rank returned")
-            elif self._verdict is not None and not ray.wait([self._verdict], timeout=0)[0]:
-                if time.monotonic() > self._verdict_until:
-                    self.lost_host = True
-                    self.end(f"its host {self.host} cannot be reached")
-            elif self._verdict is not None:
-                ray.get(self._verdict)
-                self.end("a rank returned")
         except ray.exceptions.ActorUnavailableError:  # of a lost host, or of a process that has just ended
             self._ask()
         except ray.exceptions.RayError as error:
             self._fail(error)
         return self.state
+
+    def _judge(self) -> None:
+        """End the group once it is known what became of the rank that cannot be reached."""
+        import ray
+
+        if ray.wait([self._verdict], timeout=0)[0]:
+            ray.get(self._verdict)
+            self.end("a rank returned")
+        elif time.monotonic() > self._verdict_until:
+            self.lost_host = True
+            self.end(f"its host {self.host} cannot be reached")
 
     def _ask(self) -> None:
         """Ask Ray what became of a rank that cannot be reached."""
@@ -327,7 +331,7 @@ class RankGroup:
         """End all ranks at once, and give their devices back."""
         import ray
 
-        self.state, self.reason = "ended", reason
+        self.state, self.reason, self._verdict = "ended", reason, None
         for one in self._actors:
             ray.kill(one)
         ray.util.remove_placement_group(self._group)

@@ -25,6 +25,7 @@ import zmq
 _NAME_BYTES = 8  # of a digest
 BEAT = 1.0  # seconds between signs of life
 _NAP = 20  # milliseconds for which a message may wait to be sent
+MOST_UNREAD = 64  # messages that each side of a connection between hosts holds
 _CHUNK = 2**20  # bytes of a file that one message holds
 _CHUNKS = 8  # that may wait to be sent
 
@@ -130,6 +131,7 @@ class RemoteLink:
         return self.token
 
     def secure(self, socket: zmq.Socket[Any]) -> None:
+        socket.sndhwm = MOST_UNREAD
         socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
         socket.curve_serverkey = self.key
 

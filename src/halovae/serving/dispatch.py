@@ -284,12 +284,10 @@ class Dispatcher:
         if replica is None:
             return None
         await self.lose(replica)
-        if replica.since:
+        replica.take(peer, message["since"])
+        if replica.restarts:
             self._metrics.restarts.inc()
             self._metrics.replica_restarts.labels(replica.name).inc()
-            replica.restarts += 1
-        replica.since, replica.peer = message["since"], peer
-        replica.used = replica.advanced = time.monotonic()
         await self._send(replica, {"kind": "welcome", "token": self.fleet.token})
         return replica
 

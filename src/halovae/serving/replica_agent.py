@@ -50,11 +50,12 @@ class Changed(NamedTuple):
 
 
 class Door(NamedTuple):
-    """How ranks reach the front: an endpoint, its token, and its public key."""
+    """How ranks reach the front: an endpoint, its token, and its public key. Earlier ranks began by `since`."""
 
     endpoint: str
     token: str
     key: bytes
+    since: float
 
 
 class Wish(NamedTuple):
@@ -214,7 +215,7 @@ def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: C
         front.send(f"--ray-address {settings.address}: Ray cannot be used: {ray_cluster.said(str(error))}")
         sys.exit(NO_CLUSTER)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray's own handler came with it
-    starts = time.time()
+    starts = door.since
 
     def start(name: str) -> RankGroup:
         nonlocal starts

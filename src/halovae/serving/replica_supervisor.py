@@ -16,6 +16,7 @@ from typing import Any
 
 import zmq
 
+from halovae.serving.channel import MOST_UNREAD
 from halovae.serving.replica_agent import NO_CLUSTER, Changed, Door, End, Joined, Wish, watch_over_replicas
 from halovae.serving.replicas import Replica
 from halovae.serving.scaling import Scaling
@@ -40,7 +41,10 @@ class ReplicaSupervisor:
     def __init__(self, settings: ReplicaSettings, ranks: RankSettings) -> None:
         self._settings, self._ranks = settings, ranks
         self._scaling = Scaling(settings.least, settings.most, settings.idle)
-        self.replicas = {str(number): Replica(str(number), state="placing") for number in range(settings.least)}
+        self.replicas: dict[str, Replica] = {}
+        self._since: dict[str, float] = {}  # when the last ranks of replicas that were ended had started
+        for number in range(settings.least):
+            self._add(str(number))
         self.token = secrets.token_hex(16)
         self._public, self._secret = zmq.curve_keypair()
         self._socket: zmq.Socket[Any] | None = None
@@ -57,6 +61,7 @@ class ReplicaSupervisor:
     def open(self, socket: zmq.Socket[Any], lose: Callable[[Replica], Awaitable[None]]) -> None:
         """Take the socket. It listens once the agent knows by which address the cluster's hosts reach this one."""
         self._lose = lose
+        socket.rcvhwm = MOST_UNREAD
         socket.curve_server, socket.curve_secretkey, socket.curve_publickey = True, self._secret, self._public
         self._socket = socket
         self._opened.set()
@@ -79,13 +84,14 @@ class ReplicaSupervisor:
         for name in map(str, range(self._settings.most)):
             if len(wanted) < count and name not in self.replicas:
                 log.info("replica %s is started: %d job(s) wait", name, waiting)
-                self.replicas[name] = Replica(name, state="placing")
-                wanted.append(self.replicas[name])
+                wanted.append(self._add(name))
         unused = {one.name: one.used for one in wanted if not busy.get(one.name)}
         used = {one.name: unused.get(one.name, now) for one in wanted}
         if (idle := self._scaling.idle_one(now, waiting, used, {one.name for one in ready})) is not None:
             log.info("replica %s is ended: it has had no job for %g s", idle, self._settings.idle)
             self.replicas[idle].wanted = False
+            if self.replicas[idle].state == "ended":  # nothing is left to be ended
+                self._drop(idle)
         names = frozenset(one.name for one in self.replicas.values() if one.wanted)
         wish = Wish(names, frozenset(one.name for one in ready if one.wanted))
         if wish != self._told and self._send(wish):
@@ -93,6 +99,14 @@ class ReplicaSupervisor:
 
     def close(self) -> None:
         pass
+
+    def _add(self, name: str) -> Replica:
+        """Add a replica. Ranks of an earlier one of this name are not taken for its own."""
+        self.replicas[name] = Replica(name, state="placing", since=self._since.get(name, 0.0))
+        return self.replicas[name]
+
+    def _drop(self, name: str) -> None:
+        self._since[name] = self.replicas.pop(name).since
 
     # The agent.
 
@@ -117,7 +131,7 @@ class ReplicaSupervisor:
         while True:
             begin, were_ready = time.monotonic(), await self._run_agent()
             code = self._process.exitcode if self._process is not None else None
-            reason = self._reason or f"exit status {code}"
+            reason = self._reason or f"Ray ended the agent, exit status {code}"
             has_joined = has_joined or bool(self._endpoint)
             for replica in [*self.replicas.values()]:
                 await self._note(replica, Changed(replica.name, "ended", reason=reason, lost_host=True))
@@ -152,7 +166,8 @@ class ReplicaSupervisor:
             while agent.poll():
                 message = agent.recv()
                 if isinstance(message, Joined):
-                    agent.send(Door(self._listen(message.address), self.token, self._public))
+                    latest = max([*self._since.values(), *(one.since for one in self.replicas.values()), 0.0])
+                    agent.send(Door(self._listen(message.address), self.token, self._public, latest))
                     self._agent, self._settings = agent, replace(self._settings, device=message.device)
                 elif isinstance(message, Changed):
                     if message.name in self.replicas:
@@ -184,7 +199,7 @@ class ReplicaSupervisor:
             replica.cause = "host"
         await self._lose(replica)
         if not replica.wanted:
-            del self.replicas[replica.name]
+            self._drop(replica.name)
 
     def stop(self) -> None:
         """End the replicas."""

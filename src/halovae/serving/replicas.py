@@ -41,7 +41,7 @@ class Replica:
         host: the name of rank 0's host, once it is known.
         changed: when the state changed (`time.monotonic`).
         used: when the replica last had an attempt.
-        completed: how many attempts it has completed, and `restarts`: how often its ranks were restarted.
+        completed: how many attempts it has completed, and `starts`: how often ranks have started.
         wanted: whether it gets jobs, or will be ended.
     """
 
@@ -59,13 +59,18 @@ class Replica:
     changed: float = field(default_factory=time.monotonic)
     used: float = field(default_factory=time.monotonic)
     completed: int = 0
-    restarts: int = 0
+    starts: int = 0
     wanted: bool = True
 
     @property
     def ready(self) -> bool:
         """Whether its ranks work on attempts."""
         return self.is_ready and self.wanted and time.monotonic() - self.heard < SILENCE
+
+    @property
+    def restarts(self) -> int:
+        """How often its ranks were restarted."""
+        return max(0, self.starts - 1)
 
     @property
     def shown(self) -> str:
@@ -102,6 +107,11 @@ class Replica:
             return 0.0
         self.advanced = now
         return timeout
+
+    def take(self, peer: bytes, since: float) -> None:
+        """Note that other ranks have started."""
+        self.peer, self.since, self.starts = peer, since, self.starts + 1
+        self.used = self.advanced = time.monotonic()
 
     def lose(self) -> None:
         """Note that its ranks have ended."""

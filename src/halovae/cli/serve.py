@@ -111,8 +111,9 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         error = watching.exception() if watching.done() else None
         watching.cancel()
         if isinstance(error, RanksLost):
-            where = "" if str(error).startswith("--") else f"--model-path {ranks.model}: "
-            raise ValueError(f"{where}the ranks ended before they were ready: {error}")
+            if str(error).startswith("--"):  # of another option
+                raise ValueError(str(error))
+            raise ValueError(f"--model-path {ranks.model}: the ranks ended before they were ready: {error}")
         if error is not None:
             failures.append(f"the supervision of the ranks ended ({error!r})")
 

@@ -212,7 +212,8 @@ def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: C
         front.send(Joined(address, device))
         door: Door = front.recv()
     except Exception as error:
-        front.send(f"--ray-address {settings.address}: Ray cannot be used: {ray_cluster.said(str(error))}")
+        where = "--replicas" if settings.address is None else f"--ray-address {settings.address}"
+        front.send(f"{where}: Ray cannot be used: {ray_cluster.said(str(error))}")
         sys.exit(NO_CLUSTER)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray's own handler came with it
     starts = door.since

@@ -15,6 +15,7 @@ fail.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sqlite3
 import statistics
@@ -119,6 +120,7 @@ def run_replicas(home: Path, replicas: int, kills: bool, jobs: int, clients: int
     with sqlite3.connect(server.output / "jobs.sqlite") as database:
         rows = list(database.execute("SELECT json_extract(spec, '$.text'), attempts, interrupted FROM jobs"))
     prompts = Counter(text for text, _, _ in rows)
+    interrupted = sum("host" in json.loads(counts or "{}") for _, _, counts in rows)
     lost = sum(one["status"] == "lost" for one in results) + jobs - len(prompts)
     twice = len(rows) - len(prompts) + max(0, round(completed) - jobs)
     statuses = Counter(one["status"] for one in results)
@@ -129,8 +131,8 @@ def run_replicas(home: Path, replicas: int, kills: bool, jobs: int, clients: int
         f"on each, {clients} clients with one job each at a time.\n",
         f"- {jobs} jobs in {seconds:.0f} s: {dict(statuses)}",
         f"- lost: {lost}; made twice: {twice}; broken files: {broken}",
-        f"- attempts beyond the first: {sum(attempts for _, attempts, _ in rows) - jobs}; interruptions that count "
-        f"against a job: {sum(text not in (None, '{}') for _, _, text in rows)}",
+        f"- attempts beyond the first: {sum(attempts for _, attempts, _ in rows) - jobs}, of {interrupted} jobs that "
+        "the lost node had",
         f"- jobs by replica: {', '.join(str(one['completed']) for one in shown)}; restarts: "
         f"{', '.join(str(one['restarts']) for one in shown)}",
     ]

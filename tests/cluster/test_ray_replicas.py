@@ -72,7 +72,7 @@ def test_replicas_come_and_go_and_a_lost_node_loses_and_doubles_no_job(
         assert [server.ended(video)["status"] for video in videos] == ["completed"] * 24
         assert running  # when the node was lost
         jobs = [job_on_disk(tmp_path / "out", video) for video in videos]
-        assert [job.interrupted for job in jobs] == [{}] * 24
+        assert not any(job.alone or job.interrupted.keys() - {"host"} for job in jobs)
         assert 24 <= sum(job.attempts for job in jobs) <= 28
         assert 'halovae_jobs_completed_total{kind="video"} 24.0' in httpx.get(f"{server.url}/metrics").text
         first, *others = (media.read_clip(tmp_path / f"out/results/{video}-0.mp4")[0].int() for video in videos)

@@ -18,7 +18,7 @@ from serving.stub_ranks import StubRanks, rank_settings, served
 
 from halovae.serving import results, scaling
 from halovae.serving.attempts import RunningAttempt
-from halovae.serving.jobs import Job
+from halovae.serving.jobs import HOSTS, Job, interrupted
 from halovae.serving.replica_agent import End, Wish
 from halovae.serving.replicas import Replica, Turn, room
 from halovae.serving.scaling import Scaling
@@ -201,8 +201,8 @@ def test_jobs_of_a_lost_host_are_made_elsewhere_and_it_counts_against_none(model
         first.held.clear()
         assert [finished(url, video)["status"] for video in videos] == ["completed"] * 4
         kept = [job_on_disk(tmp_path / "out", video) for video in videos]
-        assert [one.interrupted for one in kept] == [{}] * 4
-        assert sorted(one.attempts for one in kept) == [1, 1, 1, 2]
+        assert sorted((one.attempts, one.interrupted.get("host", 0)) for one in kept) == [(1, 0)] * 3 + [(2, 1)]
+        assert not any(one.alone or one.interrupted.keys() - {"host"} for one in kept)
         assert len(first.seen) == 4
         assert [one["completed"] for one in table(url)] == [4, 0]
         text = httpx.get(f"{url}/metrics").text
@@ -225,6 +225,22 @@ def test_a_job_that_ends_its_ranks_is_found_out_as_on_one_host(model: Path, tmp_
         replicas.tell("0", "ended", "a rank ended")
         assert finished(url, video)["error"]["code"] == "interrupted"
         assert table(url)[0]["restarts"] == 2
+
+
+def test_a_job_that_loses_one_host_after_the_other_is_given_up() -> None:
+    """Such as one that takes all memory of its pod."""
+    fatal, beside = job(), job()
+    for count in range(1, HOSTS):
+        changes = interrupted(fatal, "host", only=count > 1)
+        assert (changes["status"], changes["alone"]) == ("queued", count > 1)
+        fatal = replace(fatal, interrupted=changes["interrupted"], alone=changes["alone"])
+    given_up = interrupted(fatal, "host", only=True)
+    assert (given_up["status"], given_up["error_code"]) == ("failed", "interrupted")
+    assert given_up["error_message"].startswith(f"the host was lost {HOSTS} times while only this job was running")
+    for _ in range(2 * HOSTS):
+        changes = interrupted(beside, "host", only=False)
+        assert changes["status"] == "queued"
+        beside = replace(beside, interrupted=changes["interrupted"])
 
 
 def test_earlier_ranks_and_strangers_are_not_heard(model: Path, tmp_path: Path) -> None:

@@ -358,7 +358,8 @@ class Dispatcher:
             timeout = replica.stalled(now, busy, self._front.stall_timeout)
             reason = f"the ranks made no progress for {timeout:g} s (--stall-timeout)"
             if timeout and self.fleet.restart(replica, reason, timeout):
-                replica.cause, replica.is_ready = "stall", False
+                replica.cause = "stall"
+                replica.lose()  # what they still say does not count
         if self.fleet.elastic and not self.draining:
             sent = sum(attempt.stage == "waiting" and not attempt.over for attempt in self._attempts.values())
             self.fleet.follow(await self.jobs.read(JobTable.count, "queued") - sent, self.loads())

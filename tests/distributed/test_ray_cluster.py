@@ -15,6 +15,7 @@ from halovae.distributed.ray_cluster import (
     RankActor,
     Seat,
     address_of,
+    connect,
     device_of,
     environments,
     process_folder,
@@ -75,6 +76,18 @@ def test_an_interface_is_named_with_those_that_a_host_has() -> None:
     assert address_of("lo") == "127.0.0.1"
     with pytest.raises(ValueError, match="eth77: .* has no such network interface .* here: .*lo"):
         address_of("eth77")
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", "nothing answers at 127.0.0.1:1 "),
+        ("127.0.0.1:port", "127.0.0.1:port: expected auto, HOST, or HOST:PORT"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_named_at_once(address: str, words: str) -> None:
+    with pytest.raises(ConnectionError, match=words):
+        connect(address)
 
 
 def test_folders_of_processes_that_ended_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

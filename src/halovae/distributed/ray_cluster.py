@@ -23,6 +23,8 @@ State = Literal["placing", "starting", "running", "ended"]
 # Resources of Ray that are devices, and the variable by which their driver shows a process some of them.
 _DEVICES = {"GPU": "CUDA_VISIBLE_DEVICES", "NPU": "ASCEND_RT_VISIBLE_DEVICES"}
 _PREFIX = "halovae-rank-"
+_PORT = 6379  # of Ray's head, where an address names none
+_REACH = 10.0  # seconds for a cluster to answer
 _MOST = 500  # characters of a reason
 _VERDICT = 5.0  # seconds for Ray to say what became of a rank that cannot be reached
 
@@ -36,11 +38,15 @@ def connect(address: str | None) -> None:
     Raises:
         ConnectionError: no cluster is there.
     """
+    if address not in (None, "auto") and "://" not in str(address):
+        address = _listening(str(address))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its log files have the rest
     alone = address is None and "RAY_ADDRESS" not in os.environ
     if alone:  # Ray's own switch for "one host only": all its ports are then on loopback
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    else:
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")  # of 40 s each, to reach a cluster that is gone
     import ray
 
     if ray.is_initialized():
@@ -48,9 +54,22 @@ def connect(address: str | None) -> None:
     if alone:
         ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         return
-    if address not in (None, "auto") and ":" not in str(address):
-        address = f"{address}:6379"
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _listening(address: str) -> str:
+    """Return HOST:PORT of an address where something listens. Ray itself tries for minutes before it says so."""
+    if address.count(":") > 1:  # of IPv6
+        return address
+    host, _, port = address.partition(":")
+    number = int(port) if port.isdigit() else _PORT
+    if port and not port.isdigit():
+        raise ConnectionError(f"{address}: expected auto, HOST, or HOST:PORT")
+    try:
+        socket.create_connection((host, number), timeout=_REACH).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers at {host}:{number} ({error})") from error
+    return f"{host}:{number}"
 
 
 def address_of(interface: str) -> str:

@@ -25,7 +25,7 @@ from halovae.cluster.journal import Journal
 from halovae.cluster.rules import Rules, parse_buckets
 from halovae.cluster.run import allowed
 from halovae.cluster.sources import listed, whole_path
-from halovae.cluster.writing import NAMES, damage
+from halovae.cluster.writing import NAMES, damage, read_samples
 from halovae.io import latents as latents_file
 from halovae.io import media
 
@@ -378,6 +378,25 @@ def test_shards_hold_what_files_of_samples_hold(
     assert {line["file"] for line in lines} == {path.name for path in (tmp_path / "many").glob(f"*{suffix}")}
     for name in {line["file"] for line in lines}:
         assert list(damage([line for line in lines if line["file"] == name], str(tmp_path / "many"))) == []
+
+
+@pytest.mark.parametrize("format_", ["safetensors", "parquet", "webdataset"])
+def test_files_hold_the_deviation_beside_the_mean_if_both_are_asked_for(
+    clips: Path, tmp_path: Path, facts: Facts, wan: Path, format_: str
+) -> None:
+    (clips / "bad.mp4").write_text("bad")
+    out = tmp_path / "out"
+    run_here(str(clips), str(out), Rules(facts), EncodeRows(4, model=str(wan), store="both"), format_=format_)
+    lines = lines_of(out)
+    assert [line["name"] for line in lines_of(out, "rejected.jsonl")] == ["bad.mp4"]
+    for name in {line["file"] for line in lines}:
+        assert list(damage([line for line in lines if line["file"] == name], str(out))) == []
+        for line, tensors in read_samples((out / name).read_bytes(), Path(name).suffix):
+            moments = halovae.load(wan).encode(pictures_of(Path(line["source"])))
+            assert moments is not None
+            mean, log_variance = moments[0].chunk(2)
+            assert (tensors["latents"] - mean).abs().max() <= 1e-5
+            assert (tensors["std"] - (log_variance.clamp(-30, 20) / 2).exp()).abs().max() <= 1e-5
 
 
 def test_parquet_has_a_column_for_bytes_shape_and_dtype(

@@ -21,9 +21,10 @@ from PIL import Image
 from halovae.io import media
 from halovae.pipelines.specs import Pipeline
 from halovae.serving.app import make_app
-from halovae.serving.channel import RankChannel, SocketFolder
+from halovae.serving.channel import Link, RankChannel, SocketFolder
 from halovae.serving.http_server import HttpServer
 from halovae.serving.limits import Limits
+from halovae.serving.replicas import Fleet
 from halovae.serving.settings import FrontSettings, RankSettings
 
 DECODE = {
@@ -46,9 +47,9 @@ def free_port() -> int:
 class StubRanks(threading.Thread):
     """Serves attempts like rank 0. While `held` is set, it stays at the first step; if `fails`, attempts fail."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, link: Path | Link) -> None:
         super().__init__(daemon=True)
-        self.channel = RankChannel(output)
+        self.channel = RankChannel(link)
         self.channel.ready = True
         self.held = threading.Event()
         self.fails = False
@@ -75,10 +76,12 @@ class StubRanks(threading.Thread):
             self.channel.send("denoised", attempt["attempt"], seconds=0.1)
             width, height = (min(side, 64) for side in attempt["prompt"]["size"])  # however much a fuzzer asks for
             frames = torch.zeros(3, min(attempt["prompt"]["frames"], 5), height, width, dtype=torch.uint8)
-            for path in attempt["paths"]:
-                sink = media.Sink(Path(path), attempt["fps"])
+            paths = [self.channel.place(path) for path in attempt["paths"]]
+            for path in paths:
+                sink = media.Sink(path, attempt["fps"])
                 sink.write(frames)
                 sink.close(whole=True)
+            self.channel.deliver(attempt["attempt"], paths)
             self.channel.send("progress", attempt["attempt"], stage="decoding", done=frames.shape[1])
             self.channel.send("finished", attempt["attempt"], decode=DECODE)
 
@@ -86,25 +89,34 @@ class StubRanks(threading.Thread):
 class Rank:
     """Rank 0 as the front knows it, for tests that send each message themselves."""
 
-    def __init__(self, output: Path, token: str | None = None, patience: float = 60.0) -> None:
+    def __init__(
+        self, output: Path, token: str | None = None, patience: float = 60.0, replica: str | None = None
+    ) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVTIMEO, round(1000 * patience))
         folder = SocketFolder(output)
         self._socket.connect(folder.endpoint)
         self.token = folder.current_token() if token is None else token
-        self.send("beat", ready=True, token=self.token, since=time.monotonic())
+        name = {} if replica is None else {"replica": replica}
+        self.send("beat", ready=True, token=self.token, since=time.monotonic(), **name)
         assert self.receive()["kind"] == "welcome"
 
-    def send(self, kind: str, **facts: Any) -> None:
-        self._socket.send(json.dumps({"kind": kind, **facts}).encode())
+    def send(self, kind: str, *data: bytes, **facts: Any) -> None:
+        self._socket.send_multipart([json.dumps({"kind": kind, **facts}).encode(), *data])
 
     def receive(self) -> dict[str, Any]:
         try:
-            message: dict[str, Any] = json.loads(self._socket.recv())
+            text, *data = self._socket.recv_multipart()
         except zmq.Again:
             raise AssertionError("the front sent nothing") from None
-        return message
+        return {**json.loads(text), **({"data": data} if data else {})}
+
+    def start(self) -> str:
+        """Begin the next attempt, and return its id."""
+        attempt = str(self.receive()["attempt"])
+        self.send("started", attempt=attempt)
+        return attempt
 
 
 @contextmanager
@@ -148,7 +160,8 @@ def front_settings(model: Path, **options: Any) -> FrontSettings:
 @contextmanager
 def served(
     model: Path, output: Path, stub: bool = True,
-    restart: Callable[[str, float], bool] = lambda reason, seconds: False, drain: float = 0.0, **options: Any,
+    restart: Callable[[str, float], bool] = lambda reason, seconds: False, drain: float = 0.0,
+    fleet: Fleet | None = None, **options: Any,
 ) -> Iterator[tuple[str, StubRanks | None]]:  # fmt: skip
     """Run a front for a model's folder, and yield its URL and its stub ranks; None without `stub`.
 
@@ -157,7 +170,7 @@ def served(
     output.mkdir(exist_ok=True)
     ranks = rank_settings(model, output)
     front = front_settings(model, **options)
-    app = make_app(ranks, front, restart=restart)
+    app = make_app(ranks, front, restart=restart, fleet=fleet)
     server = HttpServer(app, drain, lambda text: None, host=front.host, port=front.port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -479,7 +479,7 @@ def test_ranks_that_end_before_they_are_ready_are_given_up(
     received, reasons = multiprocessing.Pipe(duplex=False)
     with pytest.raises(SystemExit) as gave_up:
         supervisor._watch_over(2, settings, ready, False, reasons)
-    assert gave_up.value.code == supervisor._GAVE_UP
+    assert gave_up.value.code == supervisor.GAVE_UP
     assert started == [2] * expected
     assert received.recv() == "a rank failed"
 

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from halovae.cli.main import app
+from halovae.cli.serve_checks import parse_replicas
 from halovae.serving.metrics import Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -98,3 +99,29 @@ def test_the_ray_job_uses_options_that_exist_and_the_version_that_is_tested() ->
     images = {one["image"] for group in groups for one in group["template"]["spec"]["containers"]}
     assert len(images) == 1  # all nodes need the same halovae and the same Ray
     assert cluster["rayVersion"] == version("ray")
+
+
+def test_the_server_on_kuberay_uses_options_that_exist_and_what_it_declares(options: set[str]) -> None:
+    documents = [*yaml.safe_load_all((DEPLOY / "kuberay-serve.yaml").read_text())]
+    secret, claim, service, policy, cluster = documents
+    groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    head, worker = (one["template"]["spec"] for one in groups)
+    (front,), (rank,) = head["containers"], worker["containers"]
+    command = shlex.split(front["args"][0].partition("exec ")[2])
+    assert command[:2] == ["halovae", "serve"]
+    assert given(command) <= options
+    assert front["image"] == rank["image"]
+    assert cluster["spec"]["rayVersion"] == version("ray")
+    values = dict(word.split("=", 1) for word in command if "=" in word)
+    assert int(values["--num-gpus"]) == int(rank["resources"]["limits"]["nvidia.com/gpu"])
+    assert parse_replicas(values["--replicas"]) == (groups[1]["minReplicas"], groups[1]["maxReplicas"])
+    assert head["terminationGracePeriodSeconds"] > float(values["--drain-timeout"])
+    assert int(values["--port"]) == front["ports"][0]["containerPort"]
+    assert service["spec"]["ports"][0]["targetPort"] == front["ports"][0]["name"]
+    labels = {"ray.io/cluster": cluster["metadata"]["name"]}  # as KubeRay sets them
+    assert service["spec"]["selector"] == {**labels, "ray.io/node-type": "head"}
+    assert policy["spec"]["podSelector"]["matchLabels"] == labels
+    assert [rule["ports"] for rule in policy["spec"]["ingress"] if "from" not in rule] == [[{"port": "http"}]]
+    assert head["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert values["--output-dir"].startswith(front["volumeMounts"][0]["mountPath"])
+    assert front["env"][0]["valueFrom"]["secretKeyRef"]["name"] == secret["metadata"]["name"]

@@ -242,7 +242,10 @@ def test_the_decode_of_a_batch_is_measured_once(model: Path, tmp_path: Path) -> 
 
 def test_one_attempt_of_a_batch_is_named_the_first(tmp_path: Path) -> None:
     sent: list[dict[str, Any]] = []
-    channel = SimpleNamespace(cancelled={"b"}, send=lambda kind, attempt, **facts: sent.append({"kind": kind, **facts}))
+    channel = SimpleNamespace(
+        cancelled={"b"}, deliver=lambda *_: None,
+        send=lambda kind, attempt, **facts: sent.append({"kind": kind, **facts}),
+    )  # fmt: skip
     writer = Writer(cast(RankChannel, channel))
     prompt = Prompt(text="a", size=(64, 48), frames=1, steps=2, seed=0, negative=None, guidance=None)
     batch = Batch([Attempt(name, prompt, (), 16.0) for name in "bac"])

@@ -74,7 +74,7 @@ def test_a_job_that_runs_beside_one_that_ends_the_ranks_loses_nothing(model: Pat
 
 
 def test_ranks_that_fall_silent_are_restarted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halovae.serving.dispatch._SILENCE", 0.5)
+    monkeypatch.setattr("halovae.serving.replicas.SILENCE", 0.5)
     restarts = Restarts()
     with served(model, tmp_path, stub=False, restart=restarts, stall_timeout=0.5):
         Rank(tmp_path)
@@ -92,6 +92,25 @@ def test_ranks_that_do_not_let_go_of_a_cancelled_job_are_restarted(model: Path, 
         while not restarts.reasons:
             rank.send("beat", ready=True, token=rank.token, since=0.0)
             time.sleep(0.1)
+
+
+def test_what_ranks_say_while_they_are_ended_does_not_count(model: Path, tmp_path: Path) -> None:
+    """Else the next ones would have to be as quick as ranks that are ready, and would be ended while they load."""
+    restarts = Restarts()
+    with served(model, tmp_path, stub=False, restart=restarts, stall_timeout=1.0) as (url, _):
+        rank = Rank(tmp_path)
+        video = submitted(url)
+        attempt = rank.start()
+        until(lambda: bool(restarts.reasons))
+        rank.send("beat", ready=True, token=rank.token, since=0.0)
+        rank.send("finished", attempt=attempt, decode=DECODE)
+        time.sleep(2.5)
+        assert len(restarts.reasons) == 1
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        rank = Rank(tmp_path)
+        until(lambda: job_on_disk(tmp_path, video).interrupted == {"stall": 1})
+        rank.send("finished", attempt=rank.start(), decode=DECODE)
+        assert finished(url, video)["status"] == "completed"
 
 
 def test_ranks_that_are_starting_are_not_restarted(model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from serving import certificates
 from typer.testing import CliRunner
 
-from halovae.cli import serve, serve_options
+from halovae.cli import common, serve, serve_options
 from halovae.cli.main import app
 from halovae.cli.serve_options import ServeOptions
 from halovae.grid import Grid
 from halovae.serving import logs
 from halovae.serving.limits import Limits
-from halovae.serving.settings import FrontSettings, RankSettings
+from halovae.serving.settings import FrontSettings, RankSettings, ReplicaSettings
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +156,9 @@ REACHED: dict[str, tuple[list[str], str, object]] = {
     "log_prompts": (["--log-prompts"], "front.log_prompts", True),
     "expire_after": (["--expire-after", "0.5"], "front.expire_after", 1800),
     "max_output": (["--max-output", "1MiB"], "front.max_output", 2**20),
+    "replicas": (["--replicas", "2"], "front.replicas.least", 2),
+    "ray_address": (["--replicas", "2", "--ray-address", "10.0.0.1"], "front.replicas.address", "10.0.0.1"),
+    "replica_idle": (["--replicas", "2", "--replica-idle", "9.5"], "front.replicas.idle", 9.5),
 }
 
 
@@ -235,6 +239,13 @@ def test_a_revision_reaches_the_hub(model: Path, started: list[Any], monkeypatch
         (["--max-n", "11"], "--max-n"),
         (["--drain-timeout", "-1"], "--drain-timeout"),
         (["--revision", "main"], "no revisions"),
+        (["--replicas", "0"], "--replicas 0: expected a number of 1 or more, such as 2, or LEAST:MOST, such as 1:8"),
+        (["--replicas", "3:2"], "--replicas 3:2: expected"),
+        (["--replicas", "1:"], "--replicas 1:: expected"),
+        (["--replicas", "-1:2"], "--replicas -1:2: expected"),
+        (["--replicas", "two"], "--replicas two: expected"),
+        (["--ray-address", "auto"], "--ray-address auto without --replicas: give both"),
+        (["--replicas", "2", "--interface", "eth77"], "--interface eth77: "),
     ],
 )
 def test_what_cannot_work_is_refused(options: list[str], words: str, model: Path, started: list[Any]) -> None:
@@ -321,6 +332,42 @@ def test_an_interface_is_used_by_ranks_of_several_hosts(
     assert len(started) == 1
 
 
+def test_replicas_get_the_model_as_each_host_finds_it(model: Path, started: list[Any]) -> None:
+    status, output = served(model, "--replicas", "1:8", "--num-gpus", "4", "--interface", "lo")
+    assert status == 0, output
+    ((ranks, front, _),) = started
+    assert front.replicas == ReplicaSettings(1, 8, 4, str(model), interface="lo")
+    assert ranks.ulysses == 4
+
+
+def test_replicas_are_not_for_torchrun(model: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    status, output = served(model, "--replicas", "2")
+    assert (status, started) == (2, [])
+    assert "--replicas 2, but torchrun has started this" in output
+
+
+def test_replicas_without_ray_say_what_to_install(
+    model: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "find_spec", lambda name: None if name == "ray" else find_spec(name))
+    status, output = served(model, "--replicas", "2")
+    assert (status, started) == (2, [])
+    assert "--replicas 2 needs pip install 'halovae[ray]' (no module ray)" in output
+    assert served(model)[0] == 0
+
+
+def test_a_front_never_imports_ray() -> None:
+    """Also not with replicas: their agent does, in a process of its own."""
+    script = (
+        "import sys, halovae.cli.serve, halovae.serving.app, halovae.serving.replica_supervisor;"
+        "print([name for name in sys.modules if name.split('.')[0] == 'ray'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_certificates_reach_the_front(model: Path, started: list[Any], tmp_path: Path) -> None:
     certificate, key, _ = certificates.made(tmp_path)
     status, output = served(model, "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
@@ -362,7 +409,10 @@ def test_the_key_is_not_among_the_words_of_the_front_that_a_rank_starts(
 
 def test_the_help_shows_options_in_groups() -> None:
     shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
-    titles = [shown.find(f" {title} ") for title in ("Who gets in", "Network", "Limits", "Operation", "Files")]
+    titles = [
+        shown.find(f" {title} ") for title in ("Replicas", "Who gets in", "Network", "Limits", "Operation", "Files")
+    ]
     assert -1 not in titles
     assert titles == sorted(titles)
-    assert titles[0] < shown.find("--api-key-file") < titles[1] < shown.find("--admin-port") < titles[2]
+    assert titles[0] < shown.find("--ray-address") < titles[1] < shown.find("--api-key-file") < titles[2]
+    assert titles[2] < shown.find("--admin-port") < titles[3]

@@ -280,14 +280,17 @@ def _shown(inputs: int) -> Iterator[Callable[[run.Progress], None]]:
         yield on_progress
 
 
-def _report(progress: run.Progress, output: str) -> Table:
+def _report(progress: run.Progress, output: str) -> Table | str:
+    """A table of what the stages took, with a summary; the summary alone if there was nothing to do."""
     names = {"read": "reading", "decode": "decoding files", "encode": "the model", "write": "writing"}
     rate = progress.frames / progress.seconds if progress.seconds else 0.0
-    table = Table(
-        title=f"{output}: {progress.before + progress.samples:,} samples ({progress.samples:,} new), "
-        f"{progress.rejected:,} rejected, of {progress.inputs:,} inputs",
-        title_justify="left",
+    summary = (
+        f"{output}: {progress.before + progress.samples:,} samples ({progress.samples:,} new), "
+        f"{progress.rejected:,} rejected, of {progress.inputs:,} inputs"
     )
+    if not progress.seconds:
+        return summary
+    table = Table(title=summary, title_justify="left")
     for column in ("stage", "workers", "busy (s)", "busy"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in run.STAGES:
@@ -297,6 +300,6 @@ def _report(progress: run.Progress, output: str) -> Table:
         bound = names.get(progress.bound, "no stage: workers waited, most of all for Ray to start them")
         table.caption = (
             f"{progress.frames:,} frames in {progress.seconds:,.1f} s: {rate:,.1f} frames/s, "
-            f"{rate / max(1, progress.encoders):,.1f} by each of {progress.encoders} encoders; bound by {bound}"
+            f"{rate / max(1, progress.encoders):,.1f} by each of {progress.encoders} actors; bound by {bound}"
         )
     return table

@@ -37,17 +37,20 @@ _CHECK = 2.0  # seconds between two checks that the front, or the agent, is stil
 def serve(options: ServeOptions) -> None:
     """Serve videos and pictures over an HTTP API like OpenAI's, and on a page at /.
 
-    On several hosts, run it under torchrun on each, with the same options and without --num-gpus.
+    On several hosts, run it under torchrun on each, with the same options and without --num-gpus; or give --replicas,
+    and Ray starts groups of ranks on the hosts of its cluster.
     """
     with errors_shown():
         needed = (
             "diffusers", "transformers", "fastapi", "fastapi_offline", "uvicorn", "zmq", "httpx", "structlog", "limits",
         )  # fmt: skip
         check_installed("serve", *needed, extra="diffusers,serve")
+        if options.replicas is not None:
+            check_installed(f"--replicas {options.replicas}", "ray", extra="ray")
         from halovae.serving import logs
 
         os.umask(0o077)  # jobs, results, and secrets are for this user only
-        if options.interface is not None and _AGENT not in os.environ:
+        if options.interface is not None and _AGENT not in os.environ and options.replicas is None:
             parsed("--interface", options.interface, use_interface)
         ranks, front = options.settings()
         logs.configure(ranks.log_format, ranks.log_level)
@@ -61,6 +64,7 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
     """Run the front. With `start`, also start this many ranks; otherwise end when the agent of the ranks ends."""
     from halovae.serving.app import make_app
     from halovae.serving.http_server import HttpServer, listening
+    from halovae.serving.replica_supervisor import ReplicaSupervisor
     from halovae.serving.supervisor import RanksLost, Supervisor
     from halovae.serving.table import opened
 
@@ -75,9 +79,16 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         failures.append(reason)
         server.should_exit = True
 
-    supervisor = Supervisor(start, ranks) if start is not None else None
+    supervisor: Supervisor | ReplicaSupervisor | None = None
+    if front.replicas is not None:
+        supervisor = ReplicaSupervisor(front.replicas, ranks)
+        app = make_app(ranks, front, give_up, fleet=supervisor)
+    elif start is not None:
+        supervisor = Supervisor(start, ranks)
+        app = make_app(ranks, front, give_up, supervisor.restart)
+    else:
+        app = make_app(ranks, front, give_up, _kill_ranks)
     watch = supervisor.run if supervisor is not None else _agent_gone
-    app = make_app(ranks, front, give_up, _kill_ranks if supervisor is None else supervisor.restart)
     in_json = ranks.log_format == "json"
 
     def tell(text: str) -> None:
@@ -100,6 +111,8 @@ def _run_front(ranks: RankSettings, front: FrontSettings, start: int | None) -> 
         error = watching.exception() if watching.done() else None
         watching.cancel()
         if isinstance(error, RanksLost):
+            if str(error).startswith("--"):  # of another option
+                raise ValueError(str(error))
             raise ValueError(f"--model-path {ranks.model}: the ranks ended before they were ready: {error}")
         if error is not None:
             failures.append(f"the supervision of the ranks ended ({error!r})")

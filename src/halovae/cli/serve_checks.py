@@ -171,3 +171,10 @@ def parse_warmup(text: str) -> tuple[int, int, int]:
     if not frames.isdigit() or int(frames) < 1:
         raise ValueError("expected WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES")
     return *parse_size(size), int(frames)
+
+
+def parse_replicas(text: str) -> tuple[int, int]:
+    least, colon, most = text.partition(":")
+    if not (least.isdigit() and (most.isdigit() or not colon)) or int(least) < 1 or int(most or least) < int(least):
+        raise ValueError("expected a number of 1 or more, such as 2, or LEAST:MOST, such as 1:8")
+    return int(least), int(most or least)

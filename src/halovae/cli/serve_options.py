@@ -20,25 +20,28 @@ from halovae.cli.serve_checks import (
     parse_grid,
     parse_hosts,
     parse_origins,
+    parse_replicas,
     parse_root,
     parse_warmup,
     webhook_of,
 )
 from halovae.distributed.launch import under_torchrun
+from halovae.distributed.ray_cluster import address_of
 from halovae.distributed.transport import world_size
 from halovae.pipelines.specs import Pipeline, find_pipeline
 from halovae.runtime.options import Mode
 
 if TYPE_CHECKING:
     from halovae.serving.limits import Limits
-    from halovae.serving.settings import FrontSettings, LogFormat, LogLevel, RankSettings
+    from halovae.serving.settings import FrontSettings, LogFormat, LogLevel, RankSettings, ReplicaSettings
 
 _VAE_MODES: dict[str, Mode] = {"auto": "auto", "on": "parallel", "off": "single"}
 _LOG_FORMATS: dict[str, LogFormat] = {"text": "text", "json": "json"}
 _LOG_LEVELS: dict[str, LogLevel] = {"debug": "debug", "info": "info", "warning": "warning", "error": "error"}
 # Options by their group in the help.
-_access, _network, _limits, _operation, _files = (
-    partial(typer.Option, rich_help_panel=group) for group in ("Who gets in", "Network", "Limits", "Operation", "Files")
+_replicas, _access, _network, _limits, _operation, _files = (
+    partial(typer.Option, rich_help_panel=group)
+    for group in ("Replicas", "Who gets in", "Network", "Limits", "Operation", "Files")
 )
 
 
@@ -51,7 +54,9 @@ class ServeOptions:
         str | None,
         typer.Option(help="Branch, tag, or commit of a hub id. Only a commit always names the same files."),
     ] = None
-    num_gpus: Annotated[int | None, typer.Option(min=1, help="How many ranks to start here.", show_default="1")] = None
+    num_gpus: Annotated[
+        int | None, typer.Option(min=1, help="How many ranks to start here, or in each replica.", show_default="1")
+    ] = None
     sp_degree: Annotated[
         int | None,
         typer.Option(min=1, help="Ranks that share the transformer's sequence: all, or 1.", show_default="all"),
@@ -85,6 +90,21 @@ class ServeOptions:
         str | None,
         typer.Option(help="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES to generate before the first request."),
     ] = None
+
+    replicas: Annotated[
+        str | None,
+        _replicas(
+            help="Groups of --num-gpus ranks on a Ray cluster: a number, or LEAST:MOST, which follows the queue.",
+            show_default="one group, without Ray",
+        ),
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        _replicas(help="A Ray cluster: auto, HOST, or HOST:PORT.", show_default="RAY_ADDRESS, or this host alone"),
+    ] = None
+    replica_idle: Annotated[
+        float, _replicas(min=0.001, help="Seconds without a job after which a replica above LEAST is ended.")
+    ] = 300.0
 
     api_key: Annotated[
         str | None,
@@ -153,7 +173,7 @@ class ServeOptions:
     interface: Annotated[
         str | None,
         _network(
-            help="Network interface that ranks of several hosts share, such as eth1.",
+            help="Network interface that ranks of several hosts share, such as eth1; also of replicas and this server.",
             show_default="what GLOO_SOCKET_IFNAME and the like name",
         ),
     ] = None
@@ -211,6 +231,10 @@ class ServeOptions:
     @property
     def ranks(self) -> int:
         """How many ranks there are."""
+        if under_torchrun() and self.replicas is not None:
+            raise ValueError(
+                f"--replicas {self.replicas}, but torchrun has started this: Ray places ranks, omit torchrun"
+            )
         ranks = self.num_gpus or (world_size() if under_torchrun() else 1)
         if under_torchrun() and ranks != world_size():
             raise ValueError(f"--num-gpus {ranks}, but torchrun has started {world_size()} ranks: omit it")
@@ -245,6 +269,7 @@ class ServeOptions:
             "root_path": parsed("--root-path", self.root_path, parse_root),
             "webhook": webhook_of(self.webhook_url, self.webhook_secret_file),
             "max_output": parsed("--max-output", self.max_output, parse_bytes) if self.max_output else None,
+            "replicas": self._replicas(ranks),
         }
         has_keys = key is not None or self.api_key_file is not None
         if self.private_endpoints and not has_keys:
@@ -289,6 +314,21 @@ class ServeOptions:
             **{name: getattr(self, name) for name in _SAME},
             **front,
         )  # fmt: skip
+
+    def _replicas(self, ranks: int) -> ReplicaSettings | None:
+        from halovae.serving.settings import ReplicaSettings
+
+        if self.replicas is None:
+            if self.ray_address is not None:
+                raise ValueError(f"--ray-address {self.ray_address} without --replicas: give both")
+            return None
+        least, most = parsed("--replicas", self.replicas, parse_replicas)
+        if self.interface is not None:
+            parsed("--interface", self.interface, address_of)
+        model = str(Path(self.model_path).absolute()) if Path(self.model_path).is_dir() else self.model_path
+        return ReplicaSettings(
+            least, most, ranks, model, self.revision, self.ray_address, self.interface, self.replica_idle
+        )
 
     def _limits(self) -> Limits:
         from halovae.serving.limits import Limits

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -20,6 +20,7 @@ from halovae.cluster.reading import Row, read
 from halovae.cluster.rules import Rules
 from halovae.cluster.sources import Item, Listing
 from halovae.cluster.writing import NAMES, Output, damage, write
+from halovae.distributed import ray_cluster
 from halovae.errors import HalovaeError
 
 _BLOCK = 8  # inputs that one task reads, one after the other
@@ -118,31 +119,10 @@ def reading_cpus(nodes: Sequence[float]) -> float:
 
 
 def connect(address: str | None) -> None:
-    """Start Ray on this host, on loopback, or join a cluster.
-
-    Args:
-        address: of a cluster: HOST, HOST:PORT, or "auto"; None for `RAY_ADDRESS`, or this host alone.
-
-    Raises:
-        ConnectionError: no cluster is there.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    alone = address is None and "RAY_ADDRESS" not in os.environ
-    if alone:  # Ray's own switch for "one host only": all its ports are then on loopback
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its log files have the rest
-    import ray
-    import ray.data  # sets up its log, which is silenced here
-
+    """Join a cluster, or start Ray on this host, as `ray_cluster.connect` does, with Ray Data's log silenced."""
+    ray_cluster.connect(address)
+    import_module("ray.data")  # sets up its log
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if ray.is_initialized():
-        return
-    if alone:
-        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        return
-    if address not in (None, "auto") and ":" not in str(address):
-        address = f"{address}:6379"
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 @dataclass(frozen=True)

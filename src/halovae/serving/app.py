@@ -25,6 +25,7 @@ from halovae.serving.guards import BodyDeadline, Heads, HostGuard
 from halovae.serving.keys import Keys
 from halovae.serving.metrics import Metrics
 from halovae.serving.rates import Rates
+from halovae.serving.replicas import Fleet, OneGroup
 from halovae.serving.settings import FrontSettings, RankSettings
 from halovae.serving.signatures import Signatures
 from halovae.serving.store import JobStore
@@ -58,7 +59,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def make_app(
     ranks: RankSettings, front: FrontSettings, fail: Callable[[str], object] = lambda reason: None,
-    restart: Callable[[str, float], bool] = lambda reason, seconds: False,
+    restart: Callable[[str, float], bool] = lambda reason, seconds: False, fleet: Fleet | None = None,
 ) -> FastAPI:  # fmt: skip
     """Make the server's front. It works with any ranks that connect to its endpoint.
 
@@ -68,6 +69,7 @@ def make_app(
         fail: called with a reason when the front can no longer work. It must end the server.
         restart: ends all ranks that are older than some seconds, for a reason, so that others start. Returns whether it
             did.
+        fleet: several groups of ranks; None for one, which `restart` ends.
 
     Raises:
         ValueError: the file of keys or the rate is not valid.
@@ -86,7 +88,8 @@ def make_app(
                 return b"data: " + json.dumps({"id": job_id, "gone": True}).encode() + b"\n\n"
             return event_of(dispatcher, job)
 
-        dispatcher = app.state.dispatcher = Dispatcher(jobs, ranks, front, metrics, restart, render)
+        groups = fleet or OneGroup(ranks.output, restart)
+        dispatcher = app.state.dispatcher = Dispatcher(jobs, ranks, front, metrics, groups, render)
         await dispatcher.start()
         tasks = app.state.tasks = [
             asyncio.create_task(dispatcher.run(), name="the dispatcher"),

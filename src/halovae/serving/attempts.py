@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from halovae.serving.jobs import Job, JobSpec
 
@@ -29,6 +31,7 @@ class RunningAttempt:
     """An attempt that the ranks have.
 
     Attributes:
+        replica: the name of the group of ranks that has it.
         stage: "waiting", "denoising" or "decoding".
         done: steps that are done over all results of the job, or decoded frames.
         over: whether the attempt has ended, though its end is not on disk yet.
@@ -36,6 +39,7 @@ class RunningAttempt:
     """
 
     job: Job
+    replica: str = ""
     stage: Stage = "waiting"
     done: int = 0
     preview: Drawn | None = None
@@ -47,6 +51,12 @@ class RunningAttempt:
     def runs(self) -> bool:
         """Whether the ranks work on it."""
         return self.stage != "waiting" and not self.over
+
+    @property
+    def work(self) -> int:
+        """All of its denoising, in pixels x frames x steps."""
+        spec = self.job.spec
+        return spec.size[0] * spec.size[1] * spec.frames * spec.steps * spec.count
 
     def begin(self, stage: Stage) -> None:
         """Begin a stage."""
@@ -67,6 +77,23 @@ class RunningAttempt:
         if self.stage == "denoising":
             return _DENOISING * self.done // (spec.steps * spec.count)
         return 0 if self.stage == "waiting" else _DENOISING + (99 - _DENOISING) * self.done // spec.frames
+
+
+def as_message(attempt_id: str, job: Job, paths: Sequence[Path], away: bool) -> dict[str, Any]:
+    """Return the message that sends ranks an attempt.
+
+    Args:
+        attempt_id: the attempt's id.
+        job: what to make.
+        paths: where the front wants the results.
+        away: whether the ranks may be on another host, and get the bytes of input pictures, not their paths.
+    """
+    spec = asdict(job.spec)
+    prompt = {name: spec[name] for name in spec.keys() - {"count", "fps", "preview_every", "asked"}}
+    return {
+        "kind": "attempt", "attempt": attempt_id, "prompt": {**prompt, "images": ()} if away else prompt,
+        "fps": job.spec.fps, "preview_every": job.spec.preview_every, "paths": [str(path) for path in paths],
+    }  # fmt: skip
 
 
 class Progress:

@@ -9,9 +9,8 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,22 @@ import zmq
 import zmq.asyncio
 
 from halovae.serving import results
-from halovae.serving.attempts import Drawn, Progress, RunningAttempt
-from halovae.serving.channel import BEAT, SocketFolder
+from halovae.serving.attempts import Drawn, Progress, RunningAttempt, as_message
+from halovae.serving.channel import BEAT
 from halovae.serving.events import Events, Render
-from halovae.serving.jobs import REQUEUED, Cause, Job, JobSpec, failed, interrupted
+from halovae.serving.files import why_unwritten
+from halovae.serving.jobs import REQUEUED, Job, failed, interrupted
 from halovae.serving.metrics import Metrics
 from halovae.serving.outcomes import Outcomes
 from halovae.serving.recovery import recover
+from halovae.serving.replicas import Fleet, Newcomers, Replica, Turn
 from halovae.serving.settings import FrontSettings, RankSettings
 from halovae.serving.store import JobStore
 from halovae.serving.table import JobTable
 
 log = logging.getLogger(__name__)
-_SILENCE = 10 * BEAT  # seconds without a message after which ranks count as gone
-_AHEAD = 2  # attempts that ranks hold before denoising ends: the current one and the next
 _EXPIRED = 1000  # jobs that one sweep removes at most
 _PATIENCE = 5.0  # seconds for which the server's end waits for another process that writes to the database
-_LOADING = 1800.0  # seconds for which ranks may be starting
-_STRANGERS = 100  # processes of which the log says that they were turned away
 
 
 class Draining(Exception):
@@ -45,35 +42,30 @@ class Draining(Exception):
 
 
 class Dispatcher:
-    """Takes jobs, gives them to the ranks in turn, and keeps their results. For the event loop's thread only.
+    """Takes jobs, gives them to replicas in turn, and keeps their results. For the event loop's thread only.
 
     Args:
         jobs: the jobs on disk.
         ranks: the ranks' settings.
         front: the front's settings.
         metrics: what is counted.
-        restart: ends all ranks that are older than some seconds, so that others start. Called with the reason and these
-            seconds when the ranks make no progress.
+        fleet: the groups of ranks.
         render: returns the event of a job that changed.
     """
 
     def __init__(
         self, jobs: JobStore, ranks: RankSettings, front: FrontSettings, metrics: Metrics,
-        restart: Callable[[str, float], bool], render: Render,
+        fleet: Fleet, render: Render,
     ) -> None:  # fmt: skip
-        self.jobs, self._ranks, self._front, self._metrics, self._restart = jobs, ranks, front, metrics, restart
+        self.jobs, self._ranks, self._front, self._metrics, self.fleet = jobs, ranks, front, metrics, fleet
         self.events = Events(render)
         self.progress = Progress()
         self.draining = self.closed = False
         self._attempts: dict[str, RunningAttempt] = {}
-        self._removed: dict[str, Job] = {}  # by attempt id, until the ranks have ended the attempt
         self._changing = asyncio.Lock()  # held while a job's status or its place with the ranks changes
         self._outcomes = Outcomes(jobs, ranks.results, metrics, self.events, self._attempts, self._changing)
-        self._peer: bytes | None = None
-        self._since = 0.0  # when the present ranks started; earlier ones that still live are not heard
-        self._ready, self._strangers = False, set[bytes]()
-        self._heard = self._advanced = self._turned = time.monotonic()
-        self._cause: Cause = "ranks"  # why the present ranks will have ended
+        self._newcomers = Newcomers()
+        self._turned = time.monotonic()
         self.inputs = ranks.output / ".inputs"
         self._planned = ranks.output / ".ending"  # exists while the server ends because it was asked to
 
@@ -82,8 +74,7 @@ class Dispatcher:
         await recover(self.jobs, self._ranks, self.inputs, self._planned)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._folder = SocketFolder(self._ranks.output, front=True)
-        self._socket.bind(self._folder.endpoint)
+        self.fleet.open(self._socket, self.lose)
 
     @property
     def expire_after(self) -> float:
@@ -93,7 +84,16 @@ class Dispatcher:
     @property
     def ready(self) -> bool:
         """Whether there are ranks that work on jobs."""
-        return self._ready and time.monotonic() - self._heard < _SILENCE and not self.draining
+        return not self.draining and any(replica.ready for replica in self.fleet.replicas.values())
+
+    def attempts_of(self, replica: Replica) -> list[RunningAttempt]:
+        """Return the attempts that a replica has, also those whose end is not on disk yet."""
+        return [attempt for attempt in self._attempts.values() if attempt.replica == replica.name]
+
+    def loads(self) -> dict[str, int]:
+        """Return how many jobs each replica has, by name."""
+        replicas = self.fleet.replicas.values()
+        return {one.name: sum(not attempt.over for attempt in self.attempts_of(one)) for one in replicas}
 
     async def run(self) -> None:
         """Receive messages from the ranks and write them to disk, forever."""
@@ -102,8 +102,8 @@ class Dispatcher:
             if await self._socket.poll(round(1000 * (BEAT if wait is None else min(BEAT, wait)))):
                 parts = await self._socket.recv_multipart()
                 try:
-                    peer, message = parts
-                    await self._take(peer, json.loads(message))
+                    peer, message, *data = parts
+                    await self._take(peer, {**json.loads(message), "data": data})
                 except Exception:  # a failure of one job must not end the others
                     log.exception("a message from the ranks could not be handled")
             if self._outcomes.wait == 0:
@@ -129,7 +129,7 @@ class Dispatcher:
             for attempt_id, attempt in list(self._attempts.items()):
                 if attempt.stage == "waiting" and not attempt.over:
                     del self._attempts[attempt_id]
-                    await self._send({"kind": "cancel", "attempt": attempt_id})
+                    await self._send(self.fleet.replicas[attempt.replica], {"kind": "cancel", "attempt": attempt_id})
         while time.monotonic() < until and self.run_count:
             await asyncio.sleep(0.05)
 
@@ -153,7 +153,7 @@ class Dispatcher:
                     await self.jobs.write_patiently(left, JobTable.update, attempt.job, **REQUEUED)
             self._planned.unlink(missing_ok=True)
         self._socket.close()
-        self._folder.remove()
+        self.fleet.close()
 
     def running(self, job: Job) -> RunningAttempt | None:
         """Return the job's attempt that the ranks have, if there is one."""
@@ -211,8 +211,9 @@ class Dispatcher:
             if attempt.job.id == job.id:
                 del self._attempts[attempt_id]
                 if not attempt.over:
-                    self._removed[attempt_id] = job
-                    await self._send({"kind": "cancel", "attempt": attempt_id})
+                    replica = self.fleet.replicas[attempt.replica]
+                    replica.removed[attempt_id] = job
+                    await self._send(replica, {"kind": "cancel", "attempt": attempt_id})
 
     async def expire(self) -> None:
         """Delete ended jobs that are too old, and the oldest ones while all files together are too large."""
@@ -233,57 +234,82 @@ class Dispatcher:
         """Return the paths of a job's results, whether they exist yet or not."""
         return [self._ranks.results / name for name in job.names()]
 
-    async def _send(self, message: dict[str, Any]) -> None:
-        if self._peer is not None:
-            await self._socket.send_multipart([self._peer, json.dumps(message).encode()])
+    async def _send(self, replica: Replica, message: dict[str, Any], data: Sequence[bytes] = ()) -> None:
+        if replica.peer is not None:
+            await self._socket.send_multipart([replica.peer, json.dumps(message).encode(), *data])
 
     async def _take(self, peer: bytes, message: dict[str, Any]) -> None:
         kind = message["kind"]
-        if kind == "beat" and peer != self._peer and message["since"] > self._since:
-            if not self._folder.knows(message.get("token")):
-                if peer not in self._strangers and len(self._strangers) < _STRANGERS:
-                    self._strangers.add(peer)
-                    log.error("a process that does not know this server's token was turned away")
-                return
-            self._since = message["since"]
-            await self._greet(peer)
-        if peer != self._peer:
+        replica = next((one for one in self.fleet.replicas.values() if one.peer == peer), None)
+        if kind == "beat" and replica is None:
+            replica = await self._welcomed(peer, message)
+        if replica is None:
             return  # from ranks that have been replaced
-        self._heard = time.monotonic()
+        replica.heard = time.monotonic()
         if kind == "beat":
-            self._ready = bool(message["ready"])
+            replica.hear_beat(bool(message["ready"]))
             return
-        self._advanced = time.monotonic()
+        replica.advanced = replica.used = time.monotonic()
         attempt = self._attempts.get(message["attempt"])
-        job = self._removed.get(message["attempt"]) if attempt is None else attempt.job
-        if attempt is not None:
-            self._advance(message["attempt"], attempt, kind, message)
-        elif kind in ("finished", "failed", "cancelled") and message["attempt"] in self._removed:
-            await anyio.to_thread.run_sync(results.remove, self._ranks.results, self._removed.pop(message["attempt"]))
+        job = replica.removed.get(message["attempt"]) if attempt is None else attempt.job
+        if attempt is not None and attempt.replica == replica.name:
+            if kind == "file":
+                await self._receive(message["attempt"], attempt, message)
+            elif not attempt.over:
+                self._advance(message["attempt"], attempt, kind, message)
+                if kind == "finished":
+                    replica.completed += 1
+                    self._metrics.replica_completed.labels(replica.name).inc()
+        elif kind in ("finished", "failed", "cancelled") and message["attempt"] in replica.removed:
+            await self._remove_files(replica.removed.pop(message["attempt"]))
         if kind == "finished" and message.get("first", True) and job is not None:
             self._metrics.decoded(job.kind, message["decode"])
 
-    async def _greet(self, peer: bytes) -> None:
-        """Welcome new ranks, and retry the jobs that earlier ranks had."""
-        if self._peer is not None:
+    async def _receive(self, attempt_id: str, attempt: RunningAttempt, message: dict[str, Any]) -> None:
+        """Write a piece of a result that was made on another host. If that fails, so does the attempt."""
+        if attempt.over:
+            return
+        path, (data,) = self.paths(attempt.job)[message["index"]], message["data"]
+        try:
+            await anyio.to_thread.run_sync(results.receive, path, data, message["first"], message["last"])
+        except OSError as error:
+            self._outcomes.end(attempt_id, failed(*why_unwritten(error)))
+
+    async def _remove_files(self, job: Job) -> None:
+        await anyio.to_thread.run_sync(results.remove, self._ranks.results, job, self.fleet.away)
+
+    async def _welcomed(self, peer: bytes, message: dict[str, Any]) -> Replica | None:
+        """Take new ranks, and return their replica; None if they are not taken. Earlier ranks' jobs are retried."""
+        replica = self._newcomers.replica_of(self.fleet, peer, message)
+        if replica is None:
+            return None
+        await self.lose(replica)
+        replica.take(peer, message["since"])
+        if replica.restarts:
             self._metrics.restarts.inc()
-        self._peer, self._ready = peer, False
-        await self._send({"kind": "welcome", "token": self._folder.token})
-        had = {attempt_id: attempt for attempt_id, attempt in self._attempts.items() if not attempt.over}
+            self._metrics.replica_restarts.labels(replica.name).inc()
+        await self._send(replica, {"kind": "welcome", "token": self.fleet.token})
+        return replica
+
+    async def lose(self, replica: Replica) -> None:
+        """Retry the jobs that a replica's ranks had, which have ended."""
+        replica.lose()
+        had = {key: attempt for key, attempt in self._attempts.items() if attempt.replica == replica.name}
+        had = {key: attempt for key, attempt in had.items() if not attempt.over}
         running = [attempt_id for attempt_id, attempt in had.items() if attempt.runs]
         # The oldest one may have ended rank 0 before it could say that it has begun.
         suspects = running or [*had][:1]
         for attempt_id, attempt in had.items():
             if attempt_id in suspects:
-                only = len(suspects) == 1 and not self._removed
-                changes = REQUEUED if self.draining else interrupted(attempt.job, self._cause, only)
+                only = len(suspects) == 1 and not replica.removed
+                changes = REQUEUED if self.draining else interrupted(attempt.job, replica.cause, only)
                 self._outcomes.end(attempt_id, changes)
             else:
                 del self._attempts[attempt_id]
-        self._cause = "ranks"
-        for job in self._removed.values():
-            await anyio.to_thread.run_sync(results.remove, self._ranks.results, job)
-        self._removed.clear()
+        replica.cause = "ranks"
+        for job in replica.removed.values():
+            await self._remove_files(job)
+        replica.removed.clear()
 
     def _advance(self, attempt_id: str, attempt: RunningAttempt, kind: str, message: dict[str, Any]) -> None:
         """Apply a message about an attempt. Progress is visible at once, the job's status only once it is written."""
@@ -314,9 +340,11 @@ class Dispatcher:
 
     async def _watch(self) -> None:
         """End jobs that run for too long, and ranks that make no progress."""
-        now, limits, timeout = time.monotonic(), self._front.limits, self._front.stall_timeout
+        now, limits = time.monotonic(), self._front.limits
+        replicas = [*self.fleet.replicas.values()]
         if now - self._turned > 3 * BEAT:  # this process was stopped: what the ranks sent meanwhile is still unread
-            self._heard = self._advanced = now
+            for replica in replicas:
+                replica.heard = replica.advanced = now
         self._turned = now
         running = [attempt for attempt in self._attempts.values() if attempt.runs]
         if limits.job_seconds is not None:
@@ -325,45 +353,46 @@ class Dispatcher:
                     message = f"the job ran for more than {limits.job_seconds:g} s (--job-timeout)"
                     with suppress(sqlite3.OperationalError):  # tried again a moment later
                         await self.cancel(attempt.job, "timeout", message)
-        busy = bool(self._removed) or not all(attempt.over for attempt in self._attempts.values())
-        if not self._ready:  # they are starting
-            timeout = max(timeout, _LOADING)
-        elif not busy and now - self._heard < _SILENCE:
-            self._advanced = now
-        if now - self._advanced > timeout:
-            self._advanced = now
-            if self._restart(f"the ranks made no progress for {timeout:g} s (--stall-timeout)", timeout):
-                self._cause, self._ready = "stall", False
+        for replica in replicas:
+            busy = bool(replica.removed) or not all(attempt.over for attempt in self.attempts_of(replica))
+            timeout = replica.stalled(now, busy, self._front.stall_timeout)
+            reason = f"the ranks made no progress for {timeout:g} s (--stall-timeout)"
+            if timeout and self.fleet.restart(replica, reason, timeout):
+                replica.cause = "stall"
+                replica.lose()  # what they still say does not count
+        if self.fleet.elastic and not self.draining:
+            sent = sum(attempt.stage == "waiting" and not attempt.over for attempt in self._attempts.values())
+            self.fleet.follow(await self.jobs.read(JobTable.count, "queued") - sent, self.loads())
 
     async def _pump(self) -> None:
-        """Send the ranks as many waiting jobs as they have room for."""
+        """Send the replicas as many waiting jobs as they have room for."""
         if not self.ready:
             return
         async with self._changing:
-            most = _AHEAD + 2 * self._ranks.decode_batch
-            ahead = sum(
-                attempt.stage in ("waiting", "denoising") for attempt in self._attempts.values() if not attempt.over
-            )
-            room = min(_AHEAD - ahead, most - len(self._attempts))
-            if room <= 0:
+            ready = [replica for replica in self.fleet.replicas.values() if replica.ready]
+            turn = Turn(ready, {one.name: self.attempts_of(one) for one in ready}, self._ranks.decode_batch)
+            if not turn.room:
                 return
             sent = {attempt.job.id for attempt in self._attempts.values()}
             try:
-                queued = await self.jobs.read(JobTable.of, "queued", limit=len(sent) + room)
+                queued = await self.jobs.read(JobTable.of, "queued", limit=len(sent) + turn.room + len(ready))
             except sqlite3.OperationalError as error:  # the next beat of the ranks calls this again
                 return log.warning("the jobs cannot be read (%s)", error)
-            for job in [job for job in queued if job.id not in sent][: room if self.ready else 0]:
-                busy = [attempt for attempt in self._attempts.values() if not attempt.over]
-                if busy and (job.alone or any(attempt.job.alone for attempt in busy)):
-                    return
-                attempt_id = uuid.uuid4().hex
-                self._attempts[attempt_id] = RunningAttempt(job)
-                await self._send(
-                    {"kind": "attempt", "attempt": attempt_id, "prompt": _prompt(job.spec), "fps": job.spec.fps,
-                     "preview_every": job.spec.preview_every, "paths": [str(path) for path in self.paths(job)]}
-                )  # fmt: skip
+            for job in [job for job in queued if job.id not in sent] if self.ready else ():
+                replica = turn.place(job)
+                if replica is not None:
+                    await self._start(job, replica)
 
-
-def _prompt(spec: JobSpec) -> dict[str, Any]:
-    fields = asdict(spec)
-    return {name: fields[name] for name in fields.keys() - {"count", "fps", "preview_every", "asked"}}
+    async def _start(self, job: Job, replica: Replica) -> None:
+        """Send a replica an attempt at a job."""
+        attempt_id, pictures = uuid.uuid4().hex, list[bytes]()
+        try:
+            if self.fleet.away:
+                pictures = await anyio.to_thread.run_sync(results.inputs, job)
+        except OSError as error:
+            log.error("an input picture cannot be read: %s", error)
+            self._attempts[attempt_id] = RunningAttempt(job, replica.name)
+            return self._outcomes.end(attempt_id, failed("input_lost", "an input picture is gone"))
+        if replica.ready:  # it may have been lost meanwhile
+            self._attempts[attempt_id] = RunningAttempt(job, replica.name)
+            await self._send(replica, as_message(attempt_id, job, self.paths(job), self.fleet.away), pictures)

@@ -30,7 +30,7 @@ from halovae.runtime.options import DecodeOptions
 from halovae.runtime.vae import VAE
 from halovae.serving import logs
 from halovae.serving.broadcast import IDLE, RankZeroBroadcast
-from halovae.serving.channel import RankChannel
+from halovae.serving.channel import Link, RankChannel
 from halovae.serving.decoding import Decoding, summary, survived
 from halovae.serving.files import Attempt, Batch, Writer
 from halovae.serving.settings import RankSettings
@@ -42,16 +42,17 @@ class Cancelled(Exception):
     """The front has cancelled the attempt."""
 
 
-def serve_as_rank(settings: RankSettings, ready: Event | None = None) -> None:
+def serve_as_rank(settings: RankSettings, ready: Event | None = None, link: Link | None = None) -> None:
     """Work on the front's attempts until the process is ended.
 
     Args:
         settings: the same on all ranks.
         ready: an event to set once attempts can be worked on.
+        link: how rank 0 reaches the front; None for a front on this host.
     """
     logs.configure(settings.log_format, settings.log_level)
     is_rank_zero = int(os.environ.get("RANK", "0")) == 0
-    channel = RankChannel(settings.output) if is_rank_zero else None
+    channel = RankChannel(link or settings.output) if is_rank_zero else None
     begin = time.monotonic()
     generator = Generator(
         settings.model, settings.dtype, settings.vae_dtype, settings.ulysses, settings.ring, settings.offload,
@@ -139,7 +140,7 @@ class Engine:
             except queue.Empty:
                 return None
             try:
-                self._held = _attempt_from(message)
+                self._held = _attempt_from(message, self._channel)
             except OSError as error:
                 log.error("an input picture cannot be read: %s", error)
                 self._channel.send("failed", message["attempt"], code="input_lost", message="an input picture is gone")
@@ -243,13 +244,13 @@ class Engine:
         return watch
 
 
-def _attempt_from(message: dict[str, Any]) -> Attempt:
+def _attempt_from(message: dict[str, Any], channel: RankChannel) -> Attempt:
     prompt = message["prompt"]
-    images = tuple(Path(path).read_bytes() for path in prompt["images"])
+    images = (*message["pictures"], *(Path(path).read_bytes() for path in prompt["images"]))
     return Attempt(
         message["attempt"],
         Prompt(**{**prompt, "size": tuple(prompt["size"]), "images": images}),
-        tuple(Path(path) for path in message["paths"]),
+        tuple(channel.place(path) for path in message["paths"]),
         message["fps"],
         message["preview_every"],
     )

@@ -50,6 +50,13 @@ class Batch:
     dropped: set[str] = field(default_factory=set)  # ids of attempts that were cancelled or could not be written
 
 
+def why_unwritten(error: Exception) -> tuple[str, str]:
+    """The code and the message of a job whose result cannot be written, without the server's paths."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return "disk_full" if full else "cannot_write", f"the result cannot be written: {reason}"
+
+
 class Writer(threading.Thread):
     """Writes frames as they come, and reports the progress and end of each attempt to the front. Runs on rank 0."""
 
@@ -97,12 +104,8 @@ class Writer(threading.Thread):
                 media.discard(path)
             if not isinstance(error, OSError):
                 logging.getLogger(__name__).exception("attempt %s cannot be written", attempt.id)
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            reason = getattr(error, "strerror", None) or type(error).__name__  # without the server's paths
-            self._channel.send(
-                "failed", attempt.id, code="disk_full" if full else "cannot_write",
-                message=f"the result cannot be written: {reason}",
-            )  # fmt: skip
+            code, message = why_unwritten(error)
+            self._channel.send("failed", attempt.id, code=code, message=message)
 
     def _open(self, batch: Batch, attempt: Attempt) -> None:
         sinks = batch.sinks[attempt.id] = []
@@ -118,6 +121,7 @@ class Writer(threading.Thread):
         for sink in batch.sinks[attempt.id]:
             sink.close(whole=True)
         del batch.sinks[attempt.id]
+        self._channel.deliver(attempt.id, attempt.paths)
         # The figures are of the whole batch: the front observes them once.
         self._channel.send("finished", attempt.id, decode=decode, first=not batch.finished)
         batch.finished = True

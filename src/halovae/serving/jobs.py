@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 Kind = Literal["video", "image"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
-Cause = Literal["ranks", "stall", "front"]  # what can interrupt a running job
+# What can interrupt a running job: the end of its ranks, their stalling, the front's end, the loss of their host.
+Cause = Literal["ranks", "stall", "front", "host"]
 REQUEUED: dict[str, Any] = {"status": "queued", "started": None}  # the changes to a job that waits again
 TRIES = 3  # interruptions by one cause, with nothing else running, after which a job fails
+HOSTS = 5  # the same, of hosts that were lost
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,17 @@ def interrupted(job: Job, cause: Cause, only: bool) -> dict[str, Any]:
     """Return the changes to a job that was interrupted.
 
     It counts against a job only if nothing else ran. From now on the job runs alone, so that it shows whose fault it
-    is.
+    is. Hosts are lost without any job's fault; only a job that loses one after the other is suspected.
     """
     counts = dict(job.interrupted)
-    if only:
+    if only or cause == "host":
         counts[cause] = counts.get(cause, 0) + 1
-        if counts[cause] >= TRIES:
-            words = {"ranks": "a rank ended", "stall": "the ranks stalled", "front": "the server ended"}[cause]
-            message = f"{words} {TRIES} times while only this job was running: it is not tried again"
-            return {**failed("interrupted", message), "interrupted": counts}
-    return {**REQUEUED, "interrupted": counts, "alone": True}
+    if only and counts[cause] >= (HOSTS if cause == "host" else TRIES):
+        words = {
+            "ranks": "a rank ended", "stall": "the ranks stalled", "front": "the server ended",
+            "host": "the host was lost",
+        }[cause]  # fmt: skip
+        message = f"{words} {counts[cause]} times while only this job was running: it is not tried again"
+        return {**failed("interrupted", message), "interrupted": counts}
+    alone = job.alone or cause != "host" or counts["host"] > 1
+    return {**REQUEUED, "interrupted": counts, "alone": alone}

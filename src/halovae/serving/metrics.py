@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from halovae.serving.jobs import Kind, Status
+from halovae.serving.replicas import Replica
 from halovae.serving.store import JobStore
 from halovae.serving.table import JobTable
 
@@ -57,6 +59,16 @@ class Metrics:
         self._disk = Gauge("halovae_disk_free_bytes", "Free space for jobs and results", registry=registry)
         self._jobs = Gauge("halovae_jobs", "Jobs by status", ["status"], registry=registry)
         self._ready = Gauge("halovae_ranks_ready", "Whether the ranks are ready", registry=registry)
+        self.replica_completed = Counter(
+            "halovae_replica_completed", "Jobs that a replica has completed", ["replica"], registry=registry
+        )
+        self.replica_restarts = Counter(
+            "halovae_replica_restarts", "Times that a replica's ranks were restarted", ["replica"], registry=registry
+        )
+        self._replica_ready = Gauge(
+            "halovae_replica_ready", "Whether a replica's ranks are ready", ["replica"], registry=registry
+        )
+        self._replica_jobs = Gauge("halovae_replica_jobs", "Jobs that a replica has", ["replica"], registry=registry)
 
     def decoded(self, kind: Kind, decode: dict[str, Any]) -> None:
         """Observe the decode of a batch. `decode` is as `decoding.summary` returns it."""
@@ -74,10 +86,17 @@ class Metrics:
         """Show how much space is free for a folder."""
         self._disk.set_function(lambda: shutil.disk_usage(folder).free)
 
-    async def text(self, jobs: JobStore, ready: bool) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+    async def text(
+        self, jobs: JobStore, ready: bool, replicas: Mapping[str, Replica], loads: Mapping[str, int]
+    ) -> bytes:
+        """Return all metrics in Prometheus' text format. `loads`: how many jobs each replica has."""
         statuses: tuple[Status, ...] = ("queued", "in_progress", "completed", "failed")
         for status in statuses:
             self._jobs.labels(status).set(await jobs.read(JobTable.count, status))
         self._ready.set(ready)
+        for gauge in (self._replica_ready, self._replica_jobs):
+            gauge.clear()  # of replicas that were ended
+        for name, replica in replicas.items():
+            self._replica_ready.labels(name).set(replica.ready)
+            self._replica_jobs.labels(name).set(loads[name])
         return generate_latest(self._registry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from halovae.serving import errors
 from halovae.serving.access import Dispatching, authorized, front_of, key_name
 from halovae.serving.guards import Heads, HostGuard
 from halovae.serving.jobs import Status
+from halovae.serving.replicas import Replica
 from halovae.serving.settings import FrontSettings
 from halovae.serving.table import JobTable
 
@@ -49,20 +51,37 @@ async def readyz(request: Request) -> JSONResponse:
 async def health(
     request: Request, dispatcher: Dispatching, name: Annotated[str | None, Depends(key_name)]
 ) -> JSONResponse:
-    """200 while ranks are ready; 503 while they are starting. With keys, only their holders see the model and jobs."""
+    """200 while ranks are ready; 503 while they are starting. With keys, only their holders see the rest.
+
+    That is the model, the jobs, and the replicas.
+    """
     body: dict[str, Any] = {"status": "ready" if dispatcher.ready else "starting"}
     on_admin_port = request.app is not request.app.state.described
     if request.app.state.shows_details or on_admin_port or name is not None:
         statuses: tuple[Status, ...] = ("queued", "in_progress")
         body["model"] = front_of(request).name
         body["jobs"] = {status: await dispatcher.jobs.read(JobTable.count, status) for status in statuses}
+        if dispatcher.fleet.elastic:
+            replicas = sorted(dispatcher.fleet.replicas.values(), key=lambda replica: int(replica.name))
+            body["replicas"] = [_describe(replica, dispatcher.loads()[replica.name]) for replica in replicas]
     return JSONResponse(body, 200 if dispatcher.ready else 503, None if dispatcher.ready else {"Retry-After": "5"})
+
+
+def _describe(replica: Replica, jobs: int) -> dict[str, Any]:
+    """A replica for operators. `seconds`: for how long it has been in its state; `jobs`: how many it has."""
+    return {
+        "name": replica.name, "state": replica.shown, "host": replica.host, "jobs": jobs,
+        "completed": replica.completed, "restarts": replica.restarts,
+        "seconds": round(time.monotonic() - replica.changed), "reason": replica.reason,
+    }  # fmt: skip
 
 
 @_figures.get("/metrics")
 async def metrics(request: Request, dispatcher: Dispatching) -> Response:
     """Metrics for Prometheus."""
-    text = await request.app.state.metrics.text(dispatcher.jobs, dispatcher.ready)
+    text = await request.app.state.metrics.text(
+        dispatcher.jobs, dispatcher.ready, dispatcher.fleet.replicas, dispatcher.loads()
+    )
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from halovae.io.media import discard
+from halovae.io.media import discard, partial_of
 from halovae.serving.jobs import Job
 from halovae.serving.table import as_json, from_json
 
@@ -52,7 +52,7 @@ def note(results: Path, job: Job, changes: dict[str, Any]) -> dict[str, Any]:
     sizes = [path.stat().st_size for name in changes["files"] if (path := results / name).is_file()]
     changes = {**changes, "bytes": sum(sizes)}
     path = results / f"{job.id}.json"
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     try:
         partial.write_text(as_json(replace(job, **changes)))
         partial.replace(path)
@@ -79,17 +79,41 @@ def noted(results: Path) -> Iterator[Job]:
             yield replace(job, spec=replace(job.spec, images=()))
 
 
+def receive(path: Path, data: bytes, first: bool, last: bool) -> None:
+    """Write the next piece of a result that was made on another host. The last one gives the file its name.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = partial_of(path)
+    with partial.open("wb" if first else "ab") as file:
+        file.write(data)
+    if last:
+        partial.replace(path)
+
+
 def forget(results: Path, job: Job) -> None:
     """Remove a job's note, so that the job is not taken over once the database does not know it."""
     (results / f"{job.id}.json").unlink(missing_ok=True)
 
 
-def remove(results: Path, job: Job) -> None:
-    """Remove a job's note, its results, and its input pictures."""
+def remove(results: Path, job: Job, partial: bool = False) -> None:
+    """Remove a job's note, its results, and its input pictures; with `partial`, also results that are not whole."""
     forget(results, job)
     drop_inputs(job)
     for name in job.names():
         discard(results / name)
+        if partial:
+            discard(partial_of(results / name))
+
+
+def inputs(job: Job) -> list[bytes]:
+    """Return a job's input pictures.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    return [Path(path).read_bytes() for path in job.spec.images]
 
 
 def drop_inputs(job: Job) -> None:

@@ -73,6 +73,32 @@ class Webhook:
 
 
 @dataclass(frozen=True)
+class ReplicaSettings:
+    """Groups of ranks that Ray places.
+
+    Attributes:
+        least, most: how many groups there are; their number follows the queue.
+        ranks: of each group.
+        model: the pipeline as the user named it: each host looks for it.
+        revision: of a hub id.
+        address: Ray's, as of `ray_cluster.connect`.
+        interface: the network interface that hosts share; None for the one by which Ray's nodes reach each other.
+        idle: seconds without a job after which a group is ended, if there are more than `least`.
+        device: the resource of Ray that a rank takes; None for the cluster's.
+    """
+
+    least: int
+    most: int
+    ranks: int
+    model: str
+    revision: str | None = None
+    address: str | None = None
+    interface: str | None = None
+    idle: float = 300.0
+    device: str | None = None
+
+
+@dataclass(frozen=True)
 class FrontSettings:
     """The settings that only the front needs.
 
@@ -100,6 +126,7 @@ class FrontSettings:
         max_connections: connections at a time.
         log_prompts: whether the log holds prompts.
         webhook: told of each job that ends; None for nobody.
+        replicas: groups of ranks that Ray places; None for one group without Ray.
     """
 
     name: str
@@ -126,6 +153,7 @@ class FrontSettings:
     max_connections: int = 1000
     log_prompts: bool = False
     webhook: Webhook | None = None
+    replicas: ReplicaSettings | None = None
 
     def url(self, of_all: str = "localhost") -> str:
         """Return the URL of the page. `of_all` is the host's name where the server listens on all addresses."""

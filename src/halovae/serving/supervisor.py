@@ -29,7 +29,7 @@ _CHECK = 0.2  # seconds between two checks
 # Starts in a row that may end before the ranks are ready, once they have been ready: something may kill them as they
 # load.
 _TRIES = 5
-_GAVE_UP = 3  # the agent's exit code
+GAVE_UP = 3  # the agent's exit code
 _LEAVE = 2.0  # seconds for ranks to end by themselves when their agent is killed
 
 
@@ -95,7 +95,7 @@ class Supervisor:
                     reason = reasons.recv()
                 except EOFError:
                     break
-            pause = None if code == _GAVE_UP else backoff.pause(self._ready.is_set(), time.monotonic() - begin)
+            pause = None if code == GAVE_UP else backoff.pause(self._ready.is_set(), time.monotonic() - begin)
             if pause is None:
                 raise RanksLost(reason)
             has_been_ready = has_been_ready or self._ready.is_set()
@@ -147,7 +147,7 @@ def _kill(agent: psutil.Process) -> None:
 
 
 def _watch_over(ranks: int, settings: RankSettings, ready: Event, have_been_ready: bool, reasons: Connection) -> None:
-    """Keep ranks running. Exit with `_GAVE_UP` if they end before they are ready, as `Backoff` says."""
+    """Keep ranks running. Exit with `GAVE_UP` if they end before they are ready, as `Backoff` says."""
     os.setsid()  # Ctrl-C reaches every process of the terminal, and the front lets running jobs end
     threading.Thread(target=end_with_parent, daemon=True).start()
     backoff = Backoff(have_been_ready)
@@ -162,6 +162,6 @@ def _watch_over(ranks: int, settings: RankSettings, ready: Event, have_been_read
             reasons.send((str(error).strip() or repr(error)).splitlines()[-1][:500])
         pause = backoff.pause(ready.is_set(), time.monotonic() - begin)
         if pause is None:
-            sys.exit(_GAVE_UP)
+            sys.exit(GAVE_UP)
         ready.clear()
         time.sleep(pause)

@@ -362,9 +362,25 @@ async function follow() {
 }
 addEventListener("online", () => wake());
 document.addEventListener("visibilitychange", () => { if (!document.hidden) wake(); });
+// Groups of ranks on a Ray cluster. The server says nothing of them if there are none.
+function replicas(found) {
+  $("replicas").hidden = !found.length;
+  const rows = $("replicas").querySelector("tbody");
+  while (rows.rows.length > found.length) rows.deleteRow(-1);
+  for (const [index, one] of found.entries()) {
+    const row = rows.rows[index] ?? rows.insertRow();
+    const state = one.state === "ready" || !one.reason ? one.state : `${one.state} (${one.reason})`;
+    row.dataset.state = one.state;
+    const texts = [one.name, state, one.host, one.jobs, one.completed, one.restarts];
+    for (const [column, text] of texts.entries()) show(row.cells[column] ?? row.insertCell(), String(text));
+  }
+}
 async function health() {
   try {
-    starting = (await (await fetch(`${ROOT}/health`)).json()).status !== "ready";
+    const headers = form.key.value ? { Authorization: "Bearer " + form.key.value } : {};
+    const found = await (await fetch(`${ROOT}/health`, { headers })).json();
+    starting = found.status !== "ready";
+    replicas(found.replicas ?? []);
     tell();
   } catch { /* follow() says so */ }
 }

@@ -197,26 +197,29 @@ def draw_plans(curves: Mapping[str, Sequence[tuple[int, float, float]]], title: 
 def draw_frontier(points: Sequence[tuple[str, float, float]], title: str, path: Path) -> None:
     """Draw predicted seconds over peak GiB of one device: `(way, seconds, GiB)`.
 
-    Ways are labeled that no other way beats in both.
+    Ways that no other way beats in both are labeled by how many strips they have.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     figure.suptitle(title, fontsize=9)
     axes, labeled = figure.subplots(), set[tuple[float, float]]()
+    kinds: dict[str, list[tuple[float, float]]] = {}
     for name, seconds, gib in points:
-        label, cols = name.removeprefix("1x1 in ").replace("1x1", "at once"), "cols" in name
-        color = "C2" if "recomputing" in name else "C1" if "strips" in name else "C0"
-        axes.plot([gib], [seconds], "s" if cols else "o", color=color)
+        count, _, kind = name.removeprefix("1x1 in ").partition(" ")
+        kinds.setdefault(kind or "at once", []).append((gib, seconds))
         place = seconds, gib
-        if place in labeled or any((s, g) != place and s <= seconds and g <= gib for _, s, g in points):
+        if not kind or place in labeled or any((s, g) != place and s <= seconds and g <= gib for _, s, g in points):
             continue
         labeled.add(place)
-        offset, side = ((-6, -3), "right") if cols else ((6, 3) if gib < points[0][2] else (-6, 8), "left")
-        axes.annotate(
-            label, (gib, seconds), xytext=offset, ha=side if gib < points[0][2] else "right",
-            textcoords="offset points", fontsize=7,
+        axes.annotate(count, (gib, seconds), xytext=(0, 6), ha="center", textcoords="offset points", fontsize=7)
+    for kind, places in kinds.items():
+        color = "C0" if kind == "at once" else "C2" if "recomputing" in kind else "C1"
+        axes.plot(
+            *zip(*places, strict=True), "s" if "cols" in kind else "o", color=color, label=kind,
+            fillstyle="none" if "host" in kind else "full",
         )  # fmt: skip
+    axes.legend(fontsize=7)
     axes.set_xlabel("peak memory besides weights and the result (GiB)")
     axes.set_ylabel("time (s)")
     axes.set_xlim(left=0)

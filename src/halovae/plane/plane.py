@@ -345,6 +345,12 @@ class Plane:
             found = self._local_sizes[layout] = local_shape(layout, self.coordinates)
         return found
 
+    def blank(self, like: Tensor, layout: Layout) -> Tensor | None:
+        """Return this rank's shard if it is a strip without rows of a map, which many operators refuse; else None."""
+        if self.strips is None or 0 not in self.local_sizes(layout) or 0 in shape(layout):
+            return None
+        return like.new_empty(self.local_sizes(layout))
+
     def note(self, layout: Layout) -> None:
         """Remember the bounds of a map, so that buffers of its size get them too."""
         if len(layout) >= 3 and (is_partitioned(layout[-2]) or is_partitioned(layout[-1])):

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 InputRange = Callable[[int, int], tuple[int, int]]  # the range of inputs that a range of outputs depends on
 # Edges are computed twice if a map has at least this many rows (or cols) for each one of a halo; and, on the CPU, where
-# every call lays out the weights again, at least this many values for each weight; on other devices, where a few small
-# operators take longer than copying a small map, at least this many values.
+# every call lays out the weights again, this many values for each weight; on other devices, where a few small operators
+# take longer than copying a small map, this many values.
 # (docs/plane.md, docs/benchmarks/accelerator.md)
 _EXTENT_TO_HALO, _MAP_TO_WEIGHTS, _LARGE_MAP = 8, 16, 2**24
 
@@ -195,8 +195,8 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
         one_cell = _layout_of_one_cell(x.partition, weight.shape, tuple(stride), tuple(padding), mesh_dims)
     if one_cell is not None:  # a kernel of one cell needs no other ranks: the fast path
         plane.note(one_cell)
-        own = plane.local_sizes(one_cell)
-        local = x.local.new_empty(own) if 0 in own else known(func).direct(x.local, weight, bias, *args[3:])
+        local = plane.blank(x.local, one_cell)
+        local = known(func).direct(x.local, weight, bias, *args[3:]) if local is None else local
         return plane.wrap(local, one_cell, strides=channels_last(shape(one_cell)) if last else None)
     spatial = weight.ndim - 2
     if x.ndim != weight.ndim:
@@ -229,10 +229,8 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
             )
         else:
             data, left, factors, kept = windows(plane, x, sizes, kernel, stride, padding, dilation)
-            extents = [factor.local(plane.coordinates) for factor in factors]
-            if 0 in extents:  # a strip without rows
-                local = data.new_empty((data.shape[0], channels, *extents))
-            else:
+            local = plane.blank(data, (x.partition[0], (Factor(channels),), *map(_dim, factors)))
+            if local is None:
                 local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
                 for dim, start, length in kept:
                     local = local.narrow(dim, start, length)
@@ -363,9 +361,9 @@ def _transposed(
         left[index], extra[index] = 0, 0
         cuts.append((dim, start + p - first * s, needed))
         factors.append(factor)
-    extents = [factor.local(plane.coordinates) for factor in factors]
-    if 0 in extents:
-        return local.new_empty((local.shape[0], weight.shape[1] * groups, *extents)), factors
+    channels = (Factor(weight.shape[1] * groups),)
+    if (blank := plane.blank(local, (x.partition[0], channels, *map(_dim, factors)))) is not None:
+        return blank, factors
     result: Tensor = aten.convolution(local, weight, bias, stride, left, dilation, True, extra, groups)
     for dim, start, needed in cuts:
         missing = start + needed - result.shape[dim]
@@ -396,5 +394,5 @@ def pooling(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     sizes = [(x.shape[x.ndim - spatial + i] - k) // s + 1 for i, (k, s) in enumerate(zip(kernel, stride, strict=True))]
     data, left, factors, _ = windows(plane, x, sizes, kernel, stride, [0] * spatial, [1] * spatial)
     layout = (*x.partition[: x.ndim - spatial], *(_dim(factor) for factor in factors))
-    own = plane.local_sizes(layout)
-    return plane.wrap(data.new_empty(own) if 0 in own else func(data, kernel, stride, left, *rest), layout)
+    blank = plane.blank(data, layout)
+    return plane.wrap(func(data, kernel, stride, left, *rest) if blank is None else blank, layout)

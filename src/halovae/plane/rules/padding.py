@@ -153,8 +153,9 @@ def _padded(
         local[2 * at] *= start == 0 < stop
         local[2 * at + 1] *= start < stop == factor.size
     own = [x.partition[d] if x.ndim - 1 - d in shared else layout[d] for d in range(x.ndim)]
-    sizes = plane.local_sizes(tuple(own))
-    padded = x.local.new_empty(sizes) if 0 in sizes else func(x.local, local) if any(local) else x.local.clone()
+    padded = plane.blank(x.local, tuple(own))
+    if padded is None:
+        padded = func(x.local, local) if any(local) else x.local.clone()
     x = plane.wrap(padded, tuple(own))
     for at in shared:
         dim, before = x.ndim - 1 - at, widths[2 * at]

@@ -59,7 +59,7 @@ def nearest(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         for dim, factor in zip(dims, times, strict=True):
             layout[dim] = joined((*x.partition[dim], Factor(factor)))
             local[dim] *= factor
-        if 0 in local and plane.recorder is not None:  # a strip without rows
+        if plane.recorder is not None and plane.blank(x.local, tuple(layout)) is not None:
             result = plane.recorder.empty(func, (x.local, local[-spatial:], *scales), local, times)
         else:
             result = func(x.local, local[-spatial:], *scales)

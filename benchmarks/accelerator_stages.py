@@ -161,6 +161,9 @@ def _compared(device: Device, entry: Entry, direction: Direction, dtype: torch.d
         return found
 
     again: list[Any] = []
+    if os.environ.get("HALOVAE_CAPTURE") != "1":
+        os.environ["HALOVAE_CAPTURE"] = "1"
+        captures.cache_clear()
     pool = captures(there)
     replays = pool.replays
     results = on_threads(grid, there, rank) if grid.size > 1 else [rank(Mesh(grid, there))]

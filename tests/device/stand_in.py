@@ -14,6 +14,7 @@ device. Registration is for good, and once per process: `install` is called in p
 
 from __future__ import annotations
 
+import os
 import threading
 import traceback
 import types
@@ -314,6 +315,9 @@ class _Event:
     def query(self) -> bool:
         return True
 
+    def wait(self, stream: Any = None) -> None:
+        """A queue waits, and not the host."""
+
     def synchronize(self) -> None:
         wait("Event.synchronize")
 
@@ -356,6 +360,7 @@ def install(kind: str) -> None:
         kind: its type's name. With "npu" halovae follows that device's rules.
     """
     _State.kind = kind
+    os.environ["HALOVAE_CAPTURE"] = "1"
     _setup_privateuseone_for_python_backend(kind, _module(kind))
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(_run, "PrivateUse1")

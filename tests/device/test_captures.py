@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,11 @@ class FakeDevice:
     def _empty(self) -> None:
         self.emptied += 1
 
+    on_current_stream = staticmethod(nullcontext)
+
+    def event(self) -> Any:
+        return None
+
     def new_capture(self) -> Any:
         graph = RecordedGraph()
         return graph, recording(graph, capture_error_mode="thread_local")
@@ -52,7 +58,8 @@ class Work:
 
 
 @pytest.fixture
-def pool() -> Iterator[tuple[Captures, Any]]:
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Captures, Any]]:
+    monkeypatch.setenv("HALOVAE_CAPTURE", "1")
     device: Any = FakeDevice()
     yield Captures(device), device
     recording.broken = False
@@ -194,10 +201,21 @@ def test_a_call_beside_another_threads_is_eager(pool: tuple[Captures, Any]) -> N
     assert (work.calls, len(captures)) == (6, 1)
 
 
-def test_the_host_has_no_graphs_and_a_variable_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_was_captured_in_inference_mode_is_replayed_outside_of_it(pool: tuple[Captures, Any]) -> None:
+    captures, work, owner = pool[0], Work(), Work()
+    with torch.inference_mode():
+        for _ in range(2):
+            run(captures, work, owner)
+    run(captures, work, owner)
+    assert (work.calls, len(captures)) == (CALLS + 1, 1)
+
+
+def test_the_host_has_no_graphs_and_a_variable_turns_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Device(torch.device("cpu")).new_capture() is None
     assert not module.captures(torch.device("cpu")).allowed
     assert Device(torch.device("cuda")).new_capture() is None or torch.cuda.is_available()
-    monkeypatch.setenv("HALOVAE_CAPTURE", "0")
     device: Any = FakeDevice()
+    monkeypatch.delenv("HALOVAE_CAPTURE", raising=False)
     assert not Captures(device).allowed
+    monkeypatch.setenv("HALOVAE_CAPTURE", "1")
+    assert Captures(device).allowed

@@ -33,7 +33,8 @@ _KNOWN = 256  # keys that are counted
 class Captures:
     """A bounded pool of captured graphs on one device. The least recently used graph goes first.
 
-    Nothing is captured where the device has no such graphs, after memory ran out, or with `HALOVAE_CAPTURE=0`.
+    Nothing is captured unless `HALOVAE_CAPTURE=1` asks for it, where the device has no such graphs, or after memory ran
+    out.
 
     Args:
         device: the device.
@@ -48,7 +49,7 @@ class Captures:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._calls: OrderedDict[Hashable, int] = OrderedDict()
         self._lock = threading.Lock()  # a graph's own memory serves one call at a time
-        self._allowed = os.environ.get("HALOVAE_CAPTURE") != "0" and device.new_capture() is not None
+        self._allowed = os.environ.get("HALOVAE_CAPTURE") == "1" and device.new_capture() is not None
 
     @property
     def allowed(self) -> bool:
@@ -92,13 +93,15 @@ class Captures:
     def clear(self) -> None:
         """Drop all graphs, and capture no more: memory ran out."""
         self._allowed = False
-        self._graphs.clear()
+        with self._lock:
+            self._graphs.clear()
 
     def release(self) -> bool:
         """Drop all graphs, because something else needs their memory. Return whether there were any."""
-        if not self._graphs:
-            return False
-        self._graphs.clear()
+        with self._lock:
+            if not self._graphs:
+                return False
+            self._graphs.clear()
         self._device.module.empty_cache()
         return True
 
@@ -137,7 +140,7 @@ class Captures:
         return graph
 
     def _fits(self, size: int) -> bool:
-        held = sum(one.size for one in self._graphs.values())
+        held = sum(one.size for one in list(self._graphs.values()))  # an owner's end drops graphs at any moment
         return held + size <= SHARE * (self._device.memory()[0] + held)
 
 
@@ -152,19 +155,27 @@ class _Graph:
         self, device: Device, size: int, function: Callable[[list[Tensor]], Any], inputs: Sequence[Tensor]
     ) -> None:
         self.size = size
-        self._inputs = [one.clone() for one in inputs]
-        capture = device.new_capture()
-        assert capture is not None
-        self._graph, recording = capture
-        with recording:
-            self._results = function([*self._inputs])
+        with torch.inference_mode(False):  # later calls may run outside of inference mode, and write to these
+            self._inputs = [one.clone() for one in inputs]
+            capture = device.new_capture()
+            assert capture is not None
+            self._graph, recording = capture
+            with device.on_current_stream(), recording, torch.no_grad():
+                self._results = function([*self._inputs])
+        self._copied = device.event()
 
     def replay(self, inputs: Sequence[Tensor]) -> Any:
         """Queue the work for other inputs, and return copies of its results: the next replay overwrites them."""
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
-        self._graph.replay()
-        return tree_map_only(torch.Tensor, torch.clone, self._results)
+        if self._copied is not None:
+            self._copied.wait()  # a call on another stream may still read the graph's memory
+        with torch.no_grad():
+            for own, given in zip(self._inputs, inputs, strict=True):
+                own.copy_(given)
+            self._graph.replay()
+            results = tree_map_only(torch.Tensor, torch.clone, self._results)
+        if self._copied is not None:
+            self._copied.record()
+        return results
 
 
 @cache

@@ -167,8 +167,28 @@ class Device:
             return None
         graph = made()
         # What other threads do on the device is none of the capture's business.
-        how = {"capture_error_mode": "thread_local"} if _takes(context, "capture_error_mode") else {}
+        how: dict[str, Any] = {"capture_error_mode": "thread_local"} if _takes(context, "capture_error_mode") else {}
+        if hasattr(module, "Stream"):  # else it captures what the device queues that was current the first time
+            how["stream"] = module.Stream(self.torch_device)
         return graph, context(graph, **how)
+
+    @contextmanager
+    def on_current_stream(self) -> Iterator[None]:
+        """Make this device the current one, and restore its current stream at the end, even after a failed capture."""
+        module = self.module
+        if not hasattr(module, "set_stream"):
+            yield
+            return
+        with module.device(self.torch_device):
+            before = module.current_stream(self.torch_device)
+            try:
+                yield
+            finally:
+                module.set_stream(before)
+
+    def event(self) -> Any:
+        """Return an event of the device's queue; None if it has none."""
+        return self.module.Event() if hasattr(self.module, "Event") else None
 
     def layout(self, ndim: int = 5) -> torch.memory_format:
         """The memory format of feature maps and weights with `ndim` dims: channels last where that exists."""

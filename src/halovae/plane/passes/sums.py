@@ -53,8 +53,13 @@ def run(graph: fx.Graph, mesh: Mesh) -> int:
 
 
 def _is_next(node: fx.Node, total: fx.Node) -> bool:
-    """Whether nothing between a sum and the convolution that reads it uses the sum's memory, or its terms'."""
+    """Whether nothing between a sum and the convolution that reads it uses the sum's memory, or its terms'.
+
+    Nor may the convolution itself read them in another way: it would do so before they are summed.
+    """
     memories = {root(one) for one in total.all_input_nodes}
+    if sum(root(one) in memories for one in node.all_input_nodes) > 1:
+        return False
     between = total.next
     while between is not node:
         views = isinstance(between.target, OpOverload) and returns_view(between.target)

@@ -554,3 +554,93 @@ def test_strips_see_the_same_constants_and_whole_maps(how: str, count: int) -> N
     if how == "written":  # a copy of a whole map would not see what is written to the map
         assert not any(node.target is whole_maps.hand for node in found.nodes())
     torch.testing.assert_close(run(found, x), expected, rtol=0, atol=1e-12)
+
+
+class Gated(nn.Module):
+    """Multiplies a map by what the last strip would collect for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(*[nn.Conv2d(3 if not at else 16, 16, 3, 2, 1) for at in range(3)])
+        self.gate = Gate(16)
+        self.out = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return self.out(x * self.gate(x))
+
+
+class Gate(nn.Module):
+    """One value for each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv(x.mean((2, 3), keepdim=True)))
+
+
+class Banded(nn.Module):
+    """Uses a constant of which only strips in the middle have values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[-2], device=x.device)
+        return x * (rows - x.shape[-2] // 2).abs().lt(3).view(-1, 1)
+
+
+class Pooled(nn.Module):
+    """Pools with an odd window."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, 1)
+
+
+class Resampled(nn.Module):
+    """Resamples by a fraction, so that strips own unequal numbers of rows, or by so little that nothing changes."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=self.factor)
+
+
+@pytest.mark.parametrize("count", [2, 4, 7, 16])
+@pytest.mark.parametrize(
+    "last",
+    [
+        Gated(),
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Gate(8)),
+        Banded(),
+        Pooled(),
+        Resampled(1.25),
+        Resampled(1.01),
+    ],
+    ids=["gated", "gate", "banded", "pooled", "resampled", "copied"],
+)
+def test_strips_equal_one_call_or_are_refused(last: nn.Module, count: int) -> None:
+    module = nn.Sequential(*[nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)], last)
+    module = module.double().eval().requires_grad_(False)
+    x = torch.randn(1, 3, 64, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    try:
+        found = recorded(module, module, x, InStrips(count, "rows"))
+    except NarrowStripError:
+        assert not isinstance(last, Banded | Pooled)  # these can be cut
+        return
+    torch.testing.assert_close(run(found, x), module(x), rtol=0, atol=1e-12)
+
+
+def test_a_map_that_two_strips_wait_for_is_kept_for_both() -> None:
+    def work(mesh: Mesh) -> None:
+        if mesh.rank == 0:
+            mesh.transport.start("rows", [], [(3, own := torch.empty(1))])()
+            mesh.transport.hand(0, own)
+        elif mesh.rank == 3:
+            mesh.transport.start("rows", [(0, torch.ones(1))], [])()
+            mesh.transport.handed(0, lambda: torch.empty(1))
+        else:
+            assert mesh.transport.handed(0, lambda: torch.empty(1)) == 1
+
+    in_sequence(Grid(rows=4), CPU, work)

@@ -168,23 +168,38 @@ class Device:
         graph = made()
         # What other threads do on the device is none of the capture's business.
         how: dict[str, Any] = {"capture_error_mode": "thread_local"} if _takes(context, "capture_error_mode") else {}
-        if hasattr(module, "Stream"):  # else it captures what the device queues that was current the first time
+        if module is not None and hasattr(
+            module, "Stream"
+        ):  # else it captures what the device queues that was current the first time
             how["stream"] = module.Stream(self.torch_device)
         return graph, context(graph, **how)
+
+    def queue(self) -> Any:
+        """This thread's current stream of the device; None if it has no streams."""
+        current = None if self.kind in HOSTS else getattr(self.module, "current_stream", None)
+        return current and current(self.torch_device)
+
+    @contextmanager
+    def queuing(self, queue: Any) -> Iterator[None]:
+        """Let this thread queue work on another thread's stream."""
+        if queue is None:
+            yield
+            return
+        with self.module.device(self.torch_device), self.module.stream(queue):
+            yield
 
     @contextmanager
     def on_current_stream(self) -> Iterator[None]:
         """Make this device the current one, and restore its current stream at the end, even after a failed capture."""
-        module = self.module
-        if not hasattr(module, "set_stream"):
+        before = self.queue()
+        if before is None:
             yield
             return
-        with module.device(self.torch_device):
-            before = module.current_stream(self.torch_device)
+        with self.module.device(self.torch_device):
             try:
                 yield
             finally:
-                module.set_stream(before)
+                self.module.set_stream(before)
 
     def event(self) -> Any:
         """Return an event of the device's queue; None if it has none."""

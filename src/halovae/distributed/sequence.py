@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from halovae.device.copies import pinned
-from halovae.device.kinds import HOSTS
+from halovae.device.kinds import HOSTS, Device
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Scope, Transport, Value, members
 from halovae.grid import Grid
@@ -33,12 +33,15 @@ def in_sequence(grid: Grid, device: torch.device, function: Callable[[Mesh], Non
         BaseException: what the first rank that failed raised.
     """
     line = _Line(grid, host)
+    own = Device(device)
+    queue = own.queue()
     modes = _get_current_dispatch_mode_stack()  # they belong to this thread; what counts its tensors counts all ranks'
 
     def work(rank: int) -> None:
         try:
             line.wait(rank, lambda: True)
             with ExitStack() as stack:
+                stack.enter_context(own.queuing(queue))
                 for mode in modes:
                     stack.enter_context(mode)
                 function(Mesh(grid, device, SequenceTransport(line, rank)))
@@ -155,9 +158,9 @@ class SequenceTransport(Transport):
 
     def handed(self, site: int, blank: Callable[[], Tensor]) -> Tensor:
         maps, index = self._line.maps[site], self._line.read[site, self.rank]
-        self._line.read[site, self.rank] += 1
         if len(maps) <= index:
             self._line.wait(self.rank, lambda: len(maps) > index)
+        self._line.read[site, self.rank] += 1  # after the wait: the last one to read a map frees it
         found = maps[index]
         assert found is not None
         if all(self._line.read[site, other] > index for other in range(1, self.world)):

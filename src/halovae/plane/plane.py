@@ -74,6 +74,8 @@ class Plane:
         self.inside = 0
         self._seen: dict[tuple[int, ...], Layout] = {}
         self._local_sizes: dict[Layout, tuple[int, ...]] = {}
+        self.cuts = set[Bounds]()  # of all maps of a strip
+        self.placed = False  # whether a strip has its own part of a constant
         self._handed: dict[int, tuple[Tensor, Tensor]] = {}  # whole maps by id, and what strips read in their place
 
     @property
@@ -115,6 +117,8 @@ class Plane:
         self, local: Tensor, layout: Layout, frozen: str = "", strides: tuple[int, ...] | None = None
     ) -> PlaneTensor:
         """Return a plane tensor of which `local` is this rank's shard; contiguous, unless it has other `strides`."""
+        if self.strips is not None:
+            self.cuts.update(factor.bounds for _, factor in partitioned(layout))
         return made(local, layout, self, frozen, strides)
 
     def scatter(self, x: Tensor, multiple: int = 1) -> PlaneTensor:
@@ -308,6 +312,7 @@ class Plane:
         if len(factors) > 1:
             local = local.flatten(dim, dim + len(factors) - 1)
         if self.recorder is not None:
+            self.placed = self.placed or self.recorder.is_constant(x.local)
             kept = [(one.size, one.bounds[self.coordinates[one.mesh_dim]] if one.mesh_dim else 0,
                      one.local(self.coordinates)) for one in factors]  # fmt: skip
             cuts.note(self.recorder.node(local), self.recorder.node(x.local), dim, kept)

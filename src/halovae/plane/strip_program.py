@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.sequence import in_sequence
 from halovae.distributed.transport import Transport
+from halovae.errors import TraceError
 from halovae.grid import Grid
 from halovae.kernels.native import EAGER, Kernels
 from halovae.plane import group_norms, operators, whole_maps
@@ -208,7 +209,12 @@ def record_strips(record: Record, device: torch.device, size: int, strips: InStr
     def of(place: int, layout: Strips, passes: tuple[str, ...] | None = None) -> Program:
         count = len(layout.bounds) - 1
         grid = InStrips(count, layout.mesh_dim).grid
-        return record(Mesh(grid, device, _alone(place, count)), layout, passes)
+        try:
+            return record(Mesh(grid, device, _alone(place, count)), layout, passes)
+        except (TraceError, NarrowStripError):
+            raise
+        except (RuntimeError, ValueError, IndexError, ArithmeticError, AssertionError) as error:  # of few rows, or none
+            raise NarrowStripError(f"strip {place} of {count} cannot be recorded: {error}") from error
 
     probe = of(0, Strips(strips.mesh_dim, (0, size - 1, size)), ())
     if probe.random:
@@ -240,11 +246,15 @@ def _recorded(
     if any(map(writes, (probe.graph, *probe.bodies.values()))) and layout.whole:
         raise NarrowStripError("the function writes in place, and strips read copies of whole maps")
     strips = replace(strips, count=len(layout.bounds) - 1)
+    if layout.collected and any(map(writes, (probe.graph, *probe.bodies.values()))):
+        raise NarrowStripError("the function writes in place, and not all strips compute its end")
     programs, shared = _of_all(of, layout, strips.count)
     if any(not _same_lines(one, programs[shared]) for one in programs):  # borders are padded by their own operators
         programs, shared = _of_all(of, replace(layout, early=False), strips.count)
     if layout.whole and not any(node.target in _PARTS for node in programs[0].nodes()):
         raise NarrowStripError("every strip would compute all of this function")
+    if layout.collected and sole(programs[0].returns[strips.dim]) is not None:
+        raise NarrowStripError("strips return parts of a result that depends on what the last strip collects")
     found = StripProgram(strips, programs, shared)
     if layout.empty and found.waits:
         raise NarrowStripError("strips of this function wait for each other, so each needs rows")
@@ -270,15 +280,17 @@ def _of_all(of: Callable[[int, Strips], Program], layout: Strips, count: int) ->
             break
         last.insert(0, one)
     shared = len(first) - 1
-    if not _is_even(first[-1], range(shared, count - len(last))):
+    if count > len(first) + len(last) and not _is_even(first[-1], range(shared, count - len(last))):
         return [of(place, layout) for place in range(count)], count - 1
     return [*first, *last], shared
 
 
 def _is_even(program: Program, places: range) -> bool:
-    """Whether these strips own equal numbers of rows of all maps that lines belong to."""
-    cuts: list[Any] = [node.args[3] for node in program.nodes() if node.target is operators.fetch]
-    return all(len({bounds[place + 1] - bounds[place] for place in places}) == 1 for bounds in cuts)
+    """Whether these strips own equal numbers of rows of all maps, and none of constants that differ between rows."""
+    about = next(reversed(program.graph.nodes)).meta
+    return not about["placed"] and all(
+        len({bounds[place + 1] - bounds[place] for place in places}) == 1 for bounds in about["cuts"]
+    )
 
 
 def _same_lines(one: Program, other: Program) -> bool:

@@ -79,7 +79,7 @@ class Strips:
             bounds = (0, *(end if end == size or end >= _LEAST else 0 for end in ends), size)
         else:
             bounds = (0, *map(complete, before.bounds[1:-1]), size)
-        if not proper(bounds, size, self.empty):
+        if size == 1 or not proper(bounds, size, self.empty):
             raise NarrowStripError(f"strips at {bounds} of {size} {self.mesh_dim}: expected one in each")
         return Factor(size, self.mesh_dim, bounds)
 
@@ -116,7 +116,7 @@ class Strips:
     def _scaled(self, size: int) -> Factor:
         given = self.bounds[-1]
         bounds = tuple(round(bound * size / given) for bound in self.bounds)
-        if not proper(bounds, size, self.empty):
+        if size == 1 or not proper(bounds, size, self.empty):
             return Factor(size)
         return Factor(size, self.mesh_dim, bounds)
 

@@ -361,6 +361,7 @@ def _traced(
         bodies, chunked = recorder.finish(lifted.local, repeats)
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         if strips is not None:
+            next(reversed(recorder.graph.nodes)).meta |= {"cuts": tuple(sorted(plane.cuts)), "placed": plane.placed}
             rewrite(recorder.graph, bodies, mesh, strips, device)
         changes = improve((recorder.graph, *bodies.values()), mesh, passes)
     return Program(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from halovae.device.copies import pinned
 from halovae.device.kinds import Device, cache_folder
 from halovae.distributed.mesh import Mesh
 from halovae.distributed.transport import Link
@@ -199,8 +200,8 @@ def _exchange(mesh: Mesh, pair: tuple[int, int], size: int) -> None:
 
 
 def _copy(device: Device, size: int) -> None:
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    torch.empty(size, dtype=torch.uint8, device=device.torch_device).copy_(host, non_blocking=True)
+    x = torch.empty(size // 2, dtype=torch.uint8, device=device.torch_device)
+    x.copy_(pinned(x).copy_(x, non_blocking=True), non_blocking=True)
 
 
 def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
@@ -234,7 +235,7 @@ def measure(mesh: Mesh, dtype: torch.dtype, kernels: Kernels) -> Calibration:
             for links in (exchange, gather)
         )
     own = device.describe()["device"], device.kind, "measured", single, together, exchange, gather
-    measured = Calibration(*own, *([] if device.kind == "cpu" else [_link(partial(_copy, device), device)]))
+    measured = Calibration(*own, *([] if device.kind in ("cpu", "mps") else [_link(partial(_copy, device), device)]))
     return mesh.transport.all_values(measured)[0]
 
 

@@ -187,12 +187,9 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
     weight, bias = plain(weight), plain(bias)
     if not isinstance(x, PlaneTensor) or isinstance(weight, PlaneTensor) or isinstance(bias, PlaneTensor):
         return NotImplemented
-    # The result is channels last, too, on devices with such maps.
-    last = is_channels_last(x) or is_channels_last(weight)
-    one_cell = None
-    if not transposed:
-        mesh_dims = tuple(plane.extents)
-        one_cell = _layout_of_one_cell(x.partition, weight.shape, tuple(stride), tuple(padding), mesh_dims)
+    last = is_channels_last(x) or is_channels_last(weight)  # then the result is, too, on devices with such maps
+    about = weight.shape, tuple(stride), tuple(padding), tuple(plane.extents)
+    one_cell = None if transposed else _layout_of_one_cell(x.partition, *about)
     if one_cell is not None:  # a kernel of one cell needs no other ranks: the fast path
         plane.note(one_cell)
         local = plane.blank(x.local, one_cell)
@@ -232,8 +229,7 @@ def convolution(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str
             local = plane.blank(data, (x.partition[0], (Factor(channels),), *map(_dim, factors)))
             if local is None:
                 local = func(data, weight, bias, stride, left, dilation, False, output_padding, groups, *rest)
-                for dim, start, length in kept:
-                    local = local.narrow(dim, start, length)
+                local = _narrowed(local, kept)
     layout = (x.partition[0], (Factor(channels),) if channels != 1 else (), *(_dim(factor) for factor in factors))
     plane.note(layout)
     return plane.wrap(local, layout, strides=channels_last(shape(layout)) if last else None)
@@ -316,6 +312,12 @@ def _layout_of_one_cell(
     return (layout[0], replicated_dim(weight[0]), *layout[2:])
 
 
+def _narrowed(x: Tensor, kept: Sequence[tuple[int, int, int]]) -> Tensor:
+    for place in kept:
+        x = x.narrow(*place)
+    return x
+
+
 def _dim(factor: Factor) -> tuple[Factor, ...]:
     return (factor,) if factor.size != 1 else ()
 
@@ -392,7 +394,7 @@ def pooling(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     dims = [dim for dim in range(x.ndim - spatial, x.ndim) if sole(x.partition[dim]) is None]
     x = plane.replicate(x, dims)
     sizes = [(x.shape[x.ndim - spatial + i] - k) // s + 1 for i, (k, s) in enumerate(zip(kernel, stride, strict=True))]
-    data, left, factors, _ = windows(plane, x, sizes, kernel, stride, [0] * spatial, [1] * spatial)
+    data, left, factors, kept = windows(plane, x, sizes, kernel, stride, [0] * spatial, [1] * spatial)
     layout = (*x.partition[: x.ndim - spatial], *(_dim(factor) for factor in factors))
-    blank = plane.blank(data, layout)
-    return plane.wrap(func(data, kernel, stride, left, *rest) if blank is None else blank, layout)
+    local = plane.blank(data, layout)
+    return plane.wrap(_narrowed(func(data, kernel, stride, left, *rest), kept) if local is None else local, layout)

@@ -70,6 +70,8 @@ def nearest(plane: Plane, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         # PyTorch computes this ratio in fp32 (UpSample.h, area_pixel_compute_scale).
         ratio = torch.tensor(1.0 / scale if scale else length / size, dtype=torch.float32)
         source = [min(math.floor((i + shift) * ratio), length - 1) for i in range(size)]
+        if shift == 0 and size in (length, 2 * length):  # whatever the scale is (UpSample.h, nearest_idx)
+            source = [i * length // size for i in range(size)]
         x = reindexed(plane, x, dim, size, source.__getitem__, result_factor(plane, x, dim, size))
     return x
 

@@ -216,7 +216,7 @@ def _cut(layout: Layout, strides: tuple[int, ...], dim: int, start: Any, end: An
     assert factor.mesh_dim is not None
     ranks = len(factor.bounds) - 1
     bounds = (0, *(min(max(-(-(bound - start) // step), 0), length) for bound in factor.bounds[1:-1]), length)
-    if not proper(bounds, length, empty=not proper(factor.bounds, factor.size)):
+    if length == 1 or not proper(bounds, length, empty=not proper(factor.bounds, factor.size)):
         bounds = even(length, ranks) if length >= ranks else ()
     result = Factor(length, factor.mesh_dim, bounds) if bounds else Factor(length)
     kept = list(ranges(bounds)) if bounds else [(0, length)] * ranks

@@ -237,7 +237,8 @@ def names_called() -> set[str]:
 def test_every_name_that_is_called_on_an_accelerators_module_exists(module: ModuleType) -> None:
     of_npus_only = {"utils", "get_cann_version"}
     # Apple's GPUs have no streams, and their memory is counted otherwise.
-    without = {"max_memory_allocated", "Stream", "stream", "current_stream"} if module is metal else set()
+    streams = {"Stream", "stream", "current_stream", "set_stream", "device"}
+    without = {"max_memory_allocated", *streams} if module is metal else set()
     called = names_called() - of_npus_only - without
     assert {"mem_get_info", "memory_reserved", "memory_allocated", "Event"} <= called
     assert [name for name in sorted(called) if not hasattr(module, name)] == []

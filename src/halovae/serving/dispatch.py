@@ -276,7 +276,7 @@ class Dispatcher:
             self._outcomes.end(attempt_id, failed(*why_unwritten(error)))
 
     async def _remove_files(self, job: Job) -> None:
-        await anyio.to_thread.run_sync(results.remove, self._ranks.results, job, self.fleet.away)
+        await anyio.to_thread.run_sync(results.try_to_remove, self._ranks.results, job, self.fleet.away)
 
     async def _welcomed(self, peer: bytes, message: dict[str, Any]) -> Replica | None:
         """Take new ranks, and return their replica; None if they are not taken. Earlier ranks' jobs are retried."""
@@ -294,6 +294,7 @@ class Dispatcher:
     async def lose(self, replica: Replica) -> None:
         """Retry the jobs that a replica's ranks had, which have ended."""
         replica.lose()
+        gone, replica.removed = replica.removed, {}  # before any pause: another call may come meanwhile
         had = {key: attempt for key, attempt in self._attempts.items() if attempt.replica == replica.name}
         had = {key: attempt for key, attempt in had.items() if not attempt.over}
         running = [attempt_id for attempt_id, attempt in had.items() if attempt.runs]
@@ -301,15 +302,14 @@ class Dispatcher:
         suspects = running or [*had][:1]
         for attempt_id, attempt in had.items():
             if attempt_id in suspects:
-                only = len(suspects) == 1 and not replica.removed
+                only = len(suspects) == 1 and not gone
                 changes = REQUEUED if self.draining else interrupted(attempt.job, replica.cause, only)
                 self._outcomes.end(attempt_id, changes)
             else:
                 del self._attempts[attempt_id]
         replica.cause = "ranks"
-        for job in replica.removed.values():
+        for job in gone.values():
             await self._remove_files(job)
-        replica.removed.clear()
 
     def _advance(self, attempt_id: str, attempt: RunningAttempt, kind: str, message: dict[str, Any]) -> None:
         """Apply a message about an attempt. Progress is visible at once, the job's status only once it is written."""

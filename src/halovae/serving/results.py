@@ -107,6 +107,14 @@ def remove(results: Path, job: Job, partial: bool = False) -> None:
             discard(partial_of(results / name))
 
 
+def try_to_remove(results: Path, job: Job, partial: bool = False) -> None:
+    """Remove a job's files as `remove` does; if that fails, the log says so."""
+    try:
+        remove(results, job, partial)
+    except OSError:
+        log.exception("the files of %s could not be removed", job.id)
+
+
 def inputs(job: Job) -> list[bytes]:
     """Return a job's input pictures.
 

@@ -49,9 +49,10 @@ class Kept:
     groups: dict[str, list[Group]] = field(default_factory=dict)
     told: list[Changed] = field(default_factory=list)
     refused: str = ""
+    have_been_ready: bool = False
 
     def __post_init__(self) -> None:
-        self.keeper = Keeper(self.start, self.told.append, lambda: self.now)
+        self.keeper = Keeper(self.start, self.told.append, self.have_been_ready, lambda: self.now)
 
     def start(self, name: str) -> RankGroup:
         if self.refused:
@@ -125,6 +126,16 @@ def test_the_first_ranks_that_end_before_they_are_ready_are_given_up() -> None:
     kept.groups["1"][0].lose("ValueError: no such model")
     with pytest.raises(GiveUp, match="no such model"):
         kept.keeper.advance()
+
+
+def test_ranks_of_an_agent_that_was_restarted_are_tried_again() -> None:
+    """Its cluster has just come back: ranks that cannot load at once need not be in vain."""
+    kept = Kept(have_been_ready=True)
+    kept.wish("0")
+    kept.lose_again("0", 4)
+    assert kept.starts == {"0": 5}
+    with pytest.raises(GiveUp, match="out of memory"):
+        kept.lose_again("0", 1)
 
 
 def test_a_host_that_is_lost_while_ranks_load_gives_nothing_up() -> None:
@@ -222,9 +233,16 @@ def vain(front: Connection, _: ReplicaSupervisor) -> int:
     return GAVE_UP
 
 
-def run_agents(lives: list[Life], model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
-    """Run a supervisor over agents with these lives. Return why it ended, and the replicas whose ranks were lost."""
+def run_agents(
+    lives: list[Life], model: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, list[str], list[bool]]:
+    """Run a supervisor over agents with these lives.
+
+    Returns:
+        why it ended, the replicas whose ranks were lost, and what each agent was told: whether ranks were ready before
+    """
     lost: list[str] = []
+    had_ready: list[bool] = []
 
     class Agent:
         exitcode: int | None = None
@@ -232,6 +250,7 @@ def run_agents(lives: list[Life], model: Path, output: Path, monkeypatch: pytest
 
         def __init__(self, target: object, args: tuple[Any, ...], name: str) -> None:
             self.front = args[2]
+            had_ready.append(args[3])
 
         def start(self) -> None:
             self.exitcode = lives.pop(0)(self.front, supervisor)
@@ -260,7 +279,7 @@ def run_agents(lives: list[Life], model: Path, output: Path, monkeypatch: pytest
     with pytest.raises(RanksLost) as given_up:
         asyncio.run(run())
     assert not lives
-    return str(given_up.value), lost
+    return str(given_up.value), lost, had_ready
 
 
 @pytest.fixture(scope="module")
@@ -280,4 +299,6 @@ def model(models: Callable[[str], Path]) -> Path:
 def test_a_cluster_that_was_there_is_waited_for_and_all_else_is_given_up(
     lives: list[Life], reason: str, losses: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run_agents([*lives], model, tmp_path, monkeypatch) == (reason, ["0 host"] * losses)
+    given_up, lost, had_ready = run_agents([*lives], model, tmp_path, monkeypatch)
+    assert (given_up, lost) == (reason, ["0 host"] * losses)
+    assert had_ready == [False, *(working in lives[:count] for count in range(1, len(lives)))]

@@ -94,17 +94,19 @@ class Keeper:
     Args:
         start: starts the ranks of a replica by its name.
         tell: called with what changed.
+        have_been_ready: whether ranks of an earlier keeper were ready. The first ones must be: the next start would
+            fail too.
         clock: the time, in seconds.
     """
 
     def __init__(
         self, start: Callable[[str], RankGroup], tell: Callable[[Changed], object],
-        clock: Callable[[], float] = time.monotonic,
+        have_been_ready: bool = False, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._start, self._tell, self._clock = start, tell, clock
         self._kept: dict[str, _Kept] = {}
         self._ready: frozenset[str] = frozenset()
-        self._have_been_ready = False
+        self._have_been_ready = have_been_ready
 
     def take(self, message: Wish | End) -> None:
         """Do what the front wants."""
@@ -192,13 +194,16 @@ def serve_as_replica(settings: RankSettings, model: str, revision: str | None, l
     serve_as_rank(replace(settings, model=find_pipeline(model, revision)), link=link)
 
 
-def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: Connection) -> None:
+def watch_over_replicas(
+    settings: ReplicaSettings, ranks: RankSettings, front: Connection, have_been_ready: bool
+) -> None:
     """Keep the replicas running that the front wants. Exit with `GAVE_UP` or `NO_CLUSTER` if that is in vain.
 
     Args:
         settings: of the replicas.
         ranks: of their ranks.
         front: gets `Joined`, `Changed`, and, as text, the last reason. It sends a `Door`, and then `Wish` and `End`.
+        have_been_ready: whether ranks of an earlier agent were ready.
     """
     os.setsid()  # Ctrl-C reaches every process of the terminal, and the front lets running jobs end
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -227,7 +232,7 @@ def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: C
             settings.model, settings.revision, link,
         )  # fmt: skip
 
-    keeper = Keeper(start, front.send)
+    keeper = Keeper(start, front.send, have_been_ready)
     try:
         while True:
             keeper.advance()

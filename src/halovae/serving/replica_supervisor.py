@@ -54,7 +54,7 @@ class ReplicaSupervisor:
         self._process: BaseProcess | None = None
         self._agent: Connection | None = None  # once it has the door
         self._told: Wish | None = None
-        self._reason = ""
+        self._reason, self._have_been_ready = "", False
 
     # What the dispatcher calls.
 
@@ -147,7 +147,9 @@ class ReplicaSupervisor:
         """Run an agent until it ends. Return whether any ranks were ready."""
         ours, theirs = self._context.Pipe()
         self._process = self._context.Process(
-            target=watch_over_replicas, args=(self._settings, self._ranks, theirs), name="agent"
+            target=watch_over_replicas,
+            args=(self._settings, self._ranks, theirs, self._have_been_ready),
+            name="agent",
         )
         self._reason, were_ready = "", False
         self._process.start()
@@ -158,6 +160,7 @@ class ReplicaSupervisor:
             await asyncio.sleep(_CHECK)
         await self._hear(ours)
         self._agent = self._told = None
+        self._have_been_ready = self._have_been_ready or were_ready
         return were_ready
 
     async def _hear(self, agent: Connection) -> None:

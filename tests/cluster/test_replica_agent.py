@@ -54,11 +54,11 @@ class Kept:
     def __post_init__(self) -> None:
         self.keeper = Keeper(self.start, self.told.append, self.have_been_ready, lambda: self.now)
 
-    def start(self, name: str) -> RankGroup:
+    def start(self, name: str) -> tuple[RankGroup, float]:
         if self.refused:
             raise ValueError(self.refused)
         self.groups.setdefault(name, []).append(Group())
-        return cast(RankGroup, self.groups[name][-1])
+        return cast(RankGroup, self.groups[name][-1]), self.now
 
     def wish(self, names: str, ready: str = "") -> None:
         self.keeper.take(Wish(frozenset(names), frozenset(ready)))
@@ -107,7 +107,10 @@ def test_ranks_of_a_lost_host_are_placed_elsewhere_at_once() -> None:
     kept.after(0.2)
     kept.after(0.2)
     assert kept.starts == {"0": 1, "1": 2}
-    assert kept.told == [Changed("1", "ended", "a-host", "its host was lost", True), Changed("1", "placing")]
+    assert kept.told == [
+        Changed("1", "ended", "a-host", "its host was lost", True),
+        Changed("1", "placing", since=kept.now),
+    ]
 
 
 def test_ranks_that_end_are_started_after_a_pause() -> None:

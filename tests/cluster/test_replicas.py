@@ -261,6 +261,24 @@ def test_earlier_ranks_and_strangers_are_not_heard(model: Path, tmp_path: Path) 
         assert table(url)[0]["restarts"] == 0
 
 
+def test_ranks_that_are_said_to_have_ended_after_others_were_heard_take_these_nothing(
+    model: Path, tmp_path: Path
+) -> None:
+    with fronted(model, tmp_path / "out", least=1, most=1) as (url, replicas):
+        replicas.start("0", tmp_path / "old")
+        wait_for(url, "ready")
+        since = replicas.replicas["0"].since
+        replicas.start("0", tmp_path / "new")
+        until(lambda: table(url)[0]["restarts"] == 1)
+        wait_for(url, "ready")
+        replicas.tell("0", "ended", "its host cannot be reached", lost_host=True, since=since)
+        wait_for(url, "ready")
+        assert replicas.replicas["0"].peer is not None
+        assert replicas.replicas["0"].cause == "ranks"
+        replicas.tell("0", "ended", "its host cannot be reached", since=replicas.replicas["0"].since)
+        wait_for(url, "ended")
+
+
 def test_a_result_that_the_front_cannot_write_fails_its_job_only(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

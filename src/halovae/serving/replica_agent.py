@@ -40,13 +40,14 @@ class Joined(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """A replica's ranks have changed their state, as of `RankGroup`."""
+    """A replica's ranks have changed their state, as of `RankGroup`. They started at `since`; 0.0 for none."""
 
     name: str
     state: State
     host: str = ""
     reason: str = ""
     lost_host: bool = False
+    since: float = 0.0
 
 
 class Door(NamedTuple):
@@ -82,6 +83,7 @@ class _Kept:
 
     backoff: Backoff
     group: RankGroup | None = None
+    since: float = 0.0
     state: State = "ended"
     began: float = 0.0
     next_start: float = 0.0
@@ -92,7 +94,7 @@ class Keeper:
     """Keeps replicas running, as far as that takes no waiting.
 
     Args:
-        start: starts the ranks of a replica by its name.
+        start: starts the ranks of a replica by its name. Returns them, and when they started, as the front knows it.
         tell: called with what changed.
         have_been_ready: whether ranks of an earlier keeper were ready. The first ones must be: the next start would
             fail too.
@@ -100,7 +102,7 @@ class Keeper:
     """
 
     def __init__(
-        self, start: Callable[[str], RankGroup], tell: Callable[[Changed], object],
+        self, start: Callable[[str], tuple[RankGroup, float]], tell: Callable[[Changed], object],
         have_been_ready: bool = False, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._start, self._tell, self._clock = start, tell, clock
@@ -118,10 +120,10 @@ class Keeper:
         self._ready = message.ready
         self._have_been_ready = self._have_been_ready or bool(message.ready)
         for name in self._kept.keys() - message.names:
-            group = self._kept.pop(name).group
-            if group is not None:
-                group.end("it is not needed any more")
-            self._tell(Changed(name, "ended"))
+            kept = self._kept.pop(name)
+            if kept.group is not None:
+                kept.group.end("it is not needed any more")
+            self._tell(Changed(name, "ended", since=kept.since))
         for name in sorted(message.names - self._kept.keys(), key=int):
             self._kept[name] = _Kept(Backoff(True))
 
@@ -143,21 +145,22 @@ class Keeper:
                 log.warning("replica %s waits for room in the cluster: it needs %s", name, kept.group.wants)
             if state != kept.state:
                 kept.state = state
-                told = Changed(name, state, kept.group.host, kept.group.reason, kept.group.lost_host)
+                told = Changed(name, state, kept.group.host, kept.group.reason, kept.group.lost_host, kept.since)
                 self._tell(told)
                 if state == "ended":
                     self._ended(name, kept, kept.group, now)
 
     def _begin(self, name: str, kept: _Kept, now: float) -> None:
         try:
-            kept.group, kept.state, kept.began = self._start(name), "placing", now
+            kept.group, kept.since = self._start(name)
         except ValueError as error:
             if not self._have_been_ready:
                 raise GiveUp(str(error)) from error
             kept.next_start = now + _LONGEST  # hosts may come back
             self._tell(Changed(name, "ended", reason=str(error), lost_host=True))
             return
-        self._tell(Changed(name, "placing"))
+        kept.state, kept.began = "placing", now
+        self._tell(Changed(name, "placing", since=kept.since))
 
     def _ended(self, name: str, kept: _Kept, group: RankGroup, now: float) -> None:
         were_ready = name in self._ready
@@ -223,14 +226,15 @@ def watch_over_replicas(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray's own handler came with it
     starts = door.since
 
-    def start(name: str) -> RankGroup:
+    def start(name: str) -> tuple[RankGroup, float]:
         nonlocal starts
         starts = max(time.time(), starts + 1e-3)  # also if the clock is set back
         link = RemoteLink(door.endpoint, door.token, door.key, name, starts)
-        return RankGroup(
+        group = RankGroup(
             settings.ranks, device, settings.interface, variables(os.environ), serve_as_replica, ranks,
             settings.model, settings.revision, link,
         )  # fmt: skip
+        return group, starts
 
     keeper = Keeper(start, front.send, have_been_ready)
     try:

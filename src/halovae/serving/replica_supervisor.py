@@ -192,6 +192,8 @@ class ReplicaSupervisor:
         return self._endpoint
 
     async def _note(self, replica: Replica, change: Changed) -> None:
+        if 0.0 < change.since < replica.since:  # others have followed them, and were heard first
+            return
         replica.became(change.state, change.reason)
         replica.host = change.host or replica.host
         if change.state != "ended":

@@ -147,7 +147,7 @@ class Dispatcher:
             while (wait := self._outcomes.wait) is not None and time.monotonic() < until:
                 await asyncio.sleep(wait)
                 await self._outcomes.write()
-            for attempt in self._attempts.values():
+            for attempt in [*self._attempts.values()]:
                 if attempt.runs:
                     left = max(0.0, until - time.monotonic())
                     await self.jobs.write_patiently(left, JobTable.update, attempt.job, **REQUEUED)

@@ -181,10 +181,18 @@ def test_the_front_ends_ranks_that_others_follow() -> None:
     assert kept.told[0] == Changed("0", "ended", "a-host", "no progress")
 
 
-def test_hosts_that_are_too_small_are_said_at_the_start_and_waited_for_later() -> None:
+def test_hosts_that_are_too_small_are_waited_for_and_at_the_start_not_for_ever() -> None:
     kept = Kept(refused="--num-gpus 16: too wide")
+    kept.wish("0")
+    assert kept.told == [Changed("0", "placing", reason="--num-gpus 16: too wide")]
+    kept.after(replica_agent._COMING)  # such as a pod's, which takes minutes
     with pytest.raises(GiveUp, match="too wide"):
-        kept.wish("0")
+        kept.after(replica_agent._SOON)
+    kept = Kept(refused="--num-gpus 16: too wide")
+    kept.wish("0")
+    kept.refused = ""
+    kept.after(replica_agent._SOON)
+    assert kept.starts == {"0": 1}
     kept = ready("0")
     kept.refused = "--num-gpus 16: too wide"
     kept.groups["0"][0].lose("its host was lost", host=True)

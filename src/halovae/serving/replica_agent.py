@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 NO_CLUSTER = 4  # the exit code of an agent that cannot join the cluster
 _CHECK = 0.2  # seconds between two checks
 _LONGEST = 30.0  # seconds until ranks that were not ready are started again, while others are
+_SOON = 5.0  # seconds until it is looked again for hosts that have not joined yet
+_COMING = 600.0  # seconds from the start for which hosts that are large enough may still join the cluster
 _SCARCE = 30.0  # seconds without room after which the log says what is missing
 # Variables of the front that ranks get. None of them holds a secret: Ray shows them.
 _PASSED = ("HALOVAE_CACHE", "HALOVAE_CALIBRATION", "HALOVAE_GRAPHS", "HALOVAE_PASSES", "HALOVAE_TIMEOUT")
@@ -108,7 +110,7 @@ class Keeper:
         self._start, self._tell, self._clock = start, tell, clock
         self._kept: dict[str, _Kept] = {}
         self._ready: frozenset[str] = frozenset()
-        self._have_been_ready = have_been_ready
+        self._have_been_ready, self._began = have_been_ready, clock()
 
     def take(self, message: Wish | End) -> None:
         """Do what the front wants."""
@@ -131,7 +133,7 @@ class Keeper:
         """Look after all replicas.
 
         Raises:
-            GiveUp: ranks ended before they were ready, and none ever were.
+            GiveUp: ranks ended before they were ready, and none ever were; or hosts are too small, and no others came.
         """
         for name, kept in self._kept.items():
             now = self._clock()
@@ -155,11 +157,18 @@ class Keeper:
             kept.group, kept.since = self._start(name)
         except ValueError as error:
             if not self._have_been_ready:
-                raise GiveUp(str(error)) from error
+                if now - self._began > _COMING:
+                    raise GiveUp(str(error)) from error
+                if kept.says_scarce:
+                    kept.says_scarce = False
+                    log.warning("replica %s waits for hosts to join the cluster: %s", name, error)
+                kept.next_start = now + _SOON
+                self._tell(Changed(name, "placing", reason=str(error)))
+                return
             kept.next_start = now + _LONGEST  # hosts may come back
             self._tell(Changed(name, "ended", reason=str(error), lost_host=True))
             return
-        kept.state, kept.began = "placing", now
+        kept.state, kept.began, kept.says_scarce = "placing", now, True
         self._tell(Changed(name, "placing", since=kept.since))
 
     def _ended(self, name: str, kept: _Kept, group: RankGroup, now: float) -> None:

@@ -308,6 +308,28 @@ def test_pieces_of_a_file_make_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.mp4").read_bytes() == b"abcdef"
 
 
+def test_a_full_disk_keeps_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    results.receive(tmp_path / "a.mp4", b"abc", first=True, last=False)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        results.receive(tmp_path / "a.mp4", b"def", first=False, last=True)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_ranks_that_are_lost_leave_no_part_of_a_file(model: Path, tmp_path: Path) -> None:
+    with fronted(model, tmp_path / "out", least=1, most=1) as (url, replicas):
+        held(replicas, "0", tmp_path / "0")
+        video = submitted(url)
+        until(lambda: runs(url, video))
+        results.receive(tmp_path / f"out/results/{video}-0.mp4", b"abc", first=True, last=False)
+        replicas.tell("0", "ended", "a rank ended")
+        until(lambda: shown(url, video)["status"] == "queued")
+        assert not [*(tmp_path / "out/results").glob(".*.partial")]
+
+
 def test_replicas_come_with_the_queue_and_go_with_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ class Dispatcher:
         self.draining = self.closed = False
         self._attempts: dict[str, RunningAttempt] = {}
         self._changing = asyncio.Lock()  # held while a job's status or its place with the ranks changes
-        self._outcomes = Outcomes(jobs, ranks.results, metrics, self.events, self._attempts, self._changing)
+        self._outcomes = Outcomes(jobs, ranks.results, metrics, self.events, self._attempts, self._changing, fleet.away)
         self._newcomers = Newcomers()
         self._turned = time.monotonic()
         self.inputs = ranks.output / ".inputs"
@@ -188,7 +188,7 @@ class Dispatcher:
             await anyio.to_thread.run_sync(results.forget, self._ranks.results, job)
             await self.jobs.write(JobTable.delete, job.id)
             await self._withdraw(job)
-        await anyio.to_thread.run_sync(results.remove, self._ranks.results, job)
+        await anyio.to_thread.run_sync(results.remove, self._ranks.results, job, self.fleet.away)
         self.events.publish(job)
         await self._pump()
 
@@ -221,7 +221,7 @@ class Dispatcher:
         expired = await self.jobs.read(JobTable.expired, before, self._front.max_output, _EXPIRED)
         for job in expired:
             try:  # files first: a job that is not in the database would be taken over again
-                await anyio.to_thread.run_sync(results.remove, self._ranks.results, job)
+                await anyio.to_thread.run_sync(results.remove, self._ranks.results, job, self.fleet.away)
                 await self.jobs.write(JobTable.delete, job.id)
                 self.events.publish(job)
             except OSError:

@@ -65,7 +65,7 @@ class Dispatcher:
         self._changing = asyncio.Lock()  # held while a job's status or its place with the ranks changes
         self._outcomes = Outcomes(jobs, ranks.results, metrics, self.events, self._attempts, self._changing, fleet.away)
         self._newcomers = Newcomers()
-        self._turned = time.monotonic()
+        self._turned, self._followed = time.monotonic(), 0.0
         self.inputs = ranks.output / ".inputs"
         self._planned = ranks.output / ".ending"  # exists while the server ends because it was asked to
 
@@ -360,7 +360,8 @@ class Dispatcher:
             if timeout and self.fleet.restart(replica, reason, timeout):
                 replica.cause = "stall"
                 replica.lose()  # what they still say does not count
-        if self.fleet.elastic and not self.draining:
+        if self.fleet.elastic and not self.draining and now - self._followed >= BEAT:
+            self._followed = now
             sent = sum(attempt.stage == "waiting" and not attempt.over for attempt in self._attempts.values())
             self.fleet.follow(await self.jobs.read(JobTable.count, "queued") - sent, self.loads())
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -32,6 +32,8 @@ _COMING = 600.0  # seconds from the start for which hosts that are large enough 
 _SCARCE = 30.0  # seconds without room after which the log says what is missing
 # Variables of the front that ranks get. None of them holds a secret: Ray shows them.
 _PASSED = ("HALOVAE_CACHE", "HALOVAE_CALIBRATION", "HALOVAE_GRAPHS", "HALOVAE_PASSES", "HALOVAE_TIMEOUT")
+
+_SECRETS = ("HALOVAE_API_KEY", "HALOVAE_WEBHOOK_SECRET")  # which the front needs, and no process of Ray
 
 
 class Joined(NamedTuple):
@@ -217,6 +219,7 @@ def watch_over_replicas(
         front: gets `Joined`, `Changed`, and, as text, the last reason. It sends a `Door`, and then `Wish` and `End`.
         have_been_ready: whether ranks of an earlier agent were ready.
     """
+    forget_secrets(os.environ)
     os.setsid()  # Ctrl-C reaches every process of the terminal, and the front lets running jobs end
     threading.Thread(target=end_with_parent, daemon=True).start()
     logs.configure(ranks.log_format, ranks.log_level)
@@ -256,6 +259,12 @@ def watch_over_replicas(
         sys.exit(GAVE_UP)
     finally:
         keeper.end()
+
+
+def forget_secrets(environment: MutableMapping[str, str]) -> None:
+    """Remove the front's secrets: processes of a Ray that is started here inherit the environment."""
+    for name in _SECRETS:
+        environment.pop(name, None)
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:

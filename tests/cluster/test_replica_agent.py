@@ -11,9 +11,21 @@ import pytest
 import zmq
 from serving.stub_ranks import rank_settings
 
+from halovae.cli import serve_checks
 from halovae.distributed.ray_cluster import RankGroup, State
-from halovae.serving import replica_agent, replica_supervisor
-from halovae.serving.replica_agent import NO_CLUSTER, Changed, End, GiveUp, Joined, Keeper, Wish, variables
+from halovae.serving import channel, replica_agent, replica_supervisor
+from halovae.serving.channel import RemoteLink
+from halovae.serving.replica_agent import (
+    NO_CLUSTER,
+    Changed,
+    End,
+    GiveUp,
+    Joined,
+    Keeper,
+    Wish,
+    forget_secrets,
+    variables,
+)
 from halovae.serving.replica_supervisor import ReplicaSupervisor
 from halovae.serving.replicas import Replica
 from halovae.serving.settings import ReplicaSettings
@@ -214,6 +226,12 @@ def test_ranks_get_no_secrets() -> None:
     assert variables(environment) == {"HALOVAE_TIMEOUT": "9"}
 
 
+def test_processes_of_ray_inherit_no_secrets() -> None:
+    environment = {serve_checks.KEY: "k", serve_checks.WEBHOOK_SECRET: "s", "PATH": "/bin"}
+    forget_secrets(environment)
+    assert environment == {"PATH": "/bin"}
+
+
 # The front's side, over agents that the test plays.
 
 Life = Callable[[Connection, ReplicaSupervisor], int]  # what an agent does; returns its exit code
@@ -296,6 +314,29 @@ def run_agents(
 @pytest.fixture(scope="module")
 def model(models: Callable[[str], Path]) -> Path:
     return models("wan2.1")
+
+
+def test_a_rank_0_that_connects_again_is_heard_before_the_loss_is_noticed(model: Path, tmp_path: Path) -> None:
+    async def lose(replica: Replica) -> None:
+        raise AssertionError
+
+    async def opened() -> ReplicaSupervisor:
+        supervisor = ReplicaSupervisor(ReplicaSettings(1, 1, 1, str(model)), rank_settings(model, tmp_path))
+        supervisor.open(front, lose)
+        return supervisor
+
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    with context.socket(zmq.ROUTER) as front, context.socket(zmq.DEALER) as first, context.socket(zmq.DEALER) as again:
+        supervisor = asyncio.run(opened())
+        link = RemoteLink(supervisor._listen("127.0.0.1"), supervisor.token, supervisor._public, "0", 1.0)
+        for number, rank in enumerate((first, again)):
+            rank.linger, rank.identity = 0, b"rank 0"
+            link.secure(rank)
+            assert rank.get(zmq.HEARTBEAT_IVL) == front.get(zmq.HEARTBEAT_IVL) == channel._PROBE
+            rank.connect(link.endpoint)
+            rank.send(str(number).encode())
+            assert front.poll(5000)
+            assert front.recv_multipart() == [b"rank 0", str(number).encode()]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from halovae.serving.channel import MOST_UNREAD
+from halovae.serving.channel import MOST_UNREAD, notice_loss
 from halovae.serving.replica_agent import NO_CLUSTER, Changed, Door, End, Joined, Wish, watch_over_replicas
 from halovae.serving.replicas import Replica
 from halovae.serving.scaling import Scaling
@@ -62,6 +62,8 @@ class ReplicaSupervisor:
         """Take the socket. It listens once the agent knows by which address the cluster's hosts reach this one."""
         self._lose = lose
         socket.rcvhwm = MOST_UNREAD
+        notice_loss(socket)
+        socket.router_handover = True  # a rank 0 that connects again has the same identity
         socket.curve_server, socket.curve_secretkey, socket.curve_publickey = True, self._secret, self._public
         self._socket = socket
         self._opened.set()

@@ -39,9 +39,9 @@ class Replicas(ReplicaSupervisor):
         self.sent.append(message)
         return True
 
-    def tell(self, name: str, state: State, reason: str = "", lost_host: bool = False) -> None:
+    def tell(self, name: str, state: State, reason: str = "", lost_host: bool = False, since: float = 0.0) -> None:
         """Say that a replica's ranks changed their state."""
-        change = Changed(name, state, "a-host", reason, lost_host)
+        change = Changed(name, state, "a-host", reason, lost_host, since)
         asyncio.run_coroutine_threadsafe(self._note(self.replicas[name], change), self._loop).result(20)
 
     def link(self, name: str, folder: Path, **changes: Any) -> RemoteLink:

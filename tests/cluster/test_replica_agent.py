@@ -11,9 +11,21 @@ import pytest
 import zmq
 from serving.stub_ranks import rank_settings
 
+from halovae.cli import serve_checks
 from halovae.distributed.ray_cluster import RankGroup, State
-from halovae.serving import replica_agent, replica_supervisor
-from halovae.serving.replica_agent import NO_CLUSTER, Changed, End, GiveUp, Joined, Keeper, Wish, variables
+from halovae.serving import channel, replica_agent, replica_supervisor
+from halovae.serving.channel import RemoteLink
+from halovae.serving.replica_agent import (
+    NO_CLUSTER,
+    Changed,
+    End,
+    GiveUp,
+    Joined,
+    Keeper,
+    Wish,
+    forget_secrets,
+    variables,
+)
 from halovae.serving.replica_supervisor import ReplicaSupervisor
 from halovae.serving.replicas import Replica
 from halovae.serving.settings import ReplicaSettings
@@ -49,15 +61,16 @@ class Kept:
     groups: dict[str, list[Group]] = field(default_factory=dict)
     told: list[Changed] = field(default_factory=list)
     refused: str = ""
+    have_been_ready: bool = False
 
     def __post_init__(self) -> None:
-        self.keeper = Keeper(self.start, self.told.append, lambda: self.now)
+        self.keeper = Keeper(self.start, self.told.append, self.have_been_ready, lambda: self.now)
 
-    def start(self, name: str) -> RankGroup:
+    def start(self, name: str) -> tuple[RankGroup, float]:
         if self.refused:
             raise ValueError(self.refused)
         self.groups.setdefault(name, []).append(Group())
-        return cast(RankGroup, self.groups[name][-1])
+        return cast(RankGroup, self.groups[name][-1]), self.now
 
     def wish(self, names: str, ready: str = "") -> None:
         self.keeper.take(Wish(frozenset(names), frozenset(ready)))
@@ -106,7 +119,10 @@ def test_ranks_of_a_lost_host_are_placed_elsewhere_at_once() -> None:
     kept.after(0.2)
     kept.after(0.2)
     assert kept.starts == {"0": 1, "1": 2}
-    assert kept.told == [Changed("1", "ended", "a-host", "its host was lost", True), Changed("1", "placing")]
+    assert kept.told == [
+        Changed("1", "ended", "a-host", "its host was lost", True),
+        Changed("1", "placing", since=kept.now),
+    ]
 
 
 def test_ranks_that_end_are_started_after_a_pause() -> None:
@@ -125,6 +141,16 @@ def test_the_first_ranks_that_end_before_they_are_ready_are_given_up() -> None:
     kept.groups["1"][0].lose("ValueError: no such model")
     with pytest.raises(GiveUp, match="no such model"):
         kept.keeper.advance()
+
+
+def test_ranks_of_an_agent_that_was_restarted_are_tried_again() -> None:
+    """Its cluster has just come back: ranks that cannot load at once need not be in vain."""
+    kept = Kept(have_been_ready=True)
+    kept.wish("0")
+    kept.lose_again("0", 4)
+    assert kept.starts == {"0": 5}
+    with pytest.raises(GiveUp, match="out of memory"):
+        kept.lose_again("0", 1)
 
 
 def test_a_host_that_is_lost_while_ranks_load_gives_nothing_up() -> None:
@@ -167,10 +193,18 @@ def test_the_front_ends_ranks_that_others_follow() -> None:
     assert kept.told[0] == Changed("0", "ended", "a-host", "no progress")
 
 
-def test_hosts_that_are_too_small_are_said_at_the_start_and_waited_for_later() -> None:
+def test_hosts_that_are_too_small_are_waited_for_and_at_the_start_not_for_ever() -> None:
     kept = Kept(refused="--num-gpus 16: too wide")
+    kept.wish("0")
+    assert kept.told == [Changed("0", "placing", reason="--num-gpus 16: too wide")]
+    kept.after(replica_agent._COMING)  # such as a pod's, which takes minutes
     with pytest.raises(GiveUp, match="too wide"):
-        kept.wish("0")
+        kept.after(replica_agent._SOON)
+    kept = Kept(refused="--num-gpus 16: too wide")
+    kept.wish("0")
+    kept.refused = ""
+    kept.after(replica_agent._SOON)
+    assert kept.starts == {"0": 1}
     kept = ready("0")
     kept.refused = "--num-gpus 16: too wide"
     kept.groups["0"][0].lose("its host was lost", host=True)
@@ -190,6 +224,12 @@ def test_ranks_get_no_secrets() -> None:
         "X": "1",
     }
     assert variables(environment) == {"HALOVAE_TIMEOUT": "9"}
+
+
+def test_processes_of_ray_inherit_no_secrets() -> None:
+    environment = {serve_checks.KEY: "k", serve_checks.WEBHOOK_SECRET: "s", "PATH": "/bin"}
+    forget_secrets(environment)
+    assert environment == {"PATH": "/bin"}
 
 
 # The front's side, over agents that the test plays.
@@ -222,9 +262,16 @@ def vain(front: Connection, _: ReplicaSupervisor) -> int:
     return GAVE_UP
 
 
-def run_agents(lives: list[Life], model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
-    """Run a supervisor over agents with these lives. Return why it ended, and the replicas whose ranks were lost."""
+def run_agents(
+    lives: list[Life], model: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, list[str], list[bool]]:
+    """Run a supervisor over agents with these lives.
+
+    Returns:
+        why it ended, the replicas whose ranks were lost, and what each agent was told: whether ranks were ready before
+    """
     lost: list[str] = []
+    had_ready: list[bool] = []
 
     class Agent:
         exitcode: int | None = None
@@ -232,6 +279,7 @@ def run_agents(lives: list[Life], model: Path, output: Path, monkeypatch: pytest
 
         def __init__(self, target: object, args: tuple[Any, ...], name: str) -> None:
             self.front = args[2]
+            had_ready.append(args[3])
 
         def start(self) -> None:
             self.exitcode = lives.pop(0)(self.front, supervisor)
@@ -260,12 +308,35 @@ def run_agents(lives: list[Life], model: Path, output: Path, monkeypatch: pytest
     with pytest.raises(RanksLost) as given_up:
         asyncio.run(run())
     assert not lives
-    return str(given_up.value), lost
+    return str(given_up.value), lost, had_ready
 
 
 @pytest.fixture(scope="module")
 def model(models: Callable[[str], Path]) -> Path:
     return models("wan2.1")
+
+
+def test_a_rank_0_that_connects_again_is_heard_before_the_loss_is_noticed(model: Path, tmp_path: Path) -> None:
+    async def lose(replica: Replica) -> None:
+        raise AssertionError
+
+    async def opened() -> ReplicaSupervisor:
+        supervisor = ReplicaSupervisor(ReplicaSettings(1, 1, 1, str(model)), rank_settings(model, tmp_path))
+        supervisor.open(front, lose)
+        return supervisor
+
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    with context.socket(zmq.ROUTER) as front, context.socket(zmq.DEALER) as first, context.socket(zmq.DEALER) as again:
+        supervisor = asyncio.run(opened())
+        link = RemoteLink(supervisor._listen("127.0.0.1"), supervisor.token, supervisor._public, "0", 1.0)
+        for number, rank in enumerate((first, again)):
+            rank.linger, rank.identity = 0, b"rank 0"
+            link.secure(rank)
+            assert rank.get(zmq.HEARTBEAT_IVL) == front.get(zmq.HEARTBEAT_IVL) == channel._PROBE
+            rank.connect(link.endpoint)
+            rank.send(str(number).encode())
+            assert front.poll(5000)
+            assert front.recv_multipart() == [b"rank 0", str(number).encode()]
 
 
 @pytest.mark.parametrize(
@@ -280,4 +351,6 @@ def model(models: Callable[[str], Path]) -> Path:
 def test_a_cluster_that_was_there_is_waited_for_and_all_else_is_given_up(
     lives: list[Life], reason: str, losses: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run_agents([*lives], model, tmp_path, monkeypatch) == (reason, ["0 host"] * losses)
+    given_up, lost, had_ready = run_agents([*lives], model, tmp_path, monkeypatch)
+    assert (given_up, lost) == (reason, ["0 host"] * losses)
+    assert had_ready == [False, *(working in lives[:count] for count in range(1, len(lives)))]

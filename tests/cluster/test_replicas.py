@@ -261,6 +261,24 @@ def test_earlier_ranks_and_strangers_are_not_heard(model: Path, tmp_path: Path) 
         assert table(url)[0]["restarts"] == 0
 
 
+def test_ranks_that_are_said_to_have_ended_after_others_were_heard_take_these_nothing(
+    model: Path, tmp_path: Path
+) -> None:
+    with fronted(model, tmp_path / "out", least=1, most=1) as (url, replicas):
+        replicas.start("0", tmp_path / "old")
+        wait_for(url, "ready")
+        since = replicas.replicas["0"].since
+        replicas.start("0", tmp_path / "new")
+        until(lambda: table(url)[0]["restarts"] == 1)
+        wait_for(url, "ready")
+        replicas.tell("0", "ended", "its host cannot be reached", lost_host=True, since=since)
+        wait_for(url, "ready")
+        assert replicas.replicas["0"].peer is not None
+        assert replicas.replicas["0"].cause == "ranks"
+        replicas.tell("0", "ended", "its host cannot be reached", since=replicas.replicas["0"].since)
+        wait_for(url, "ended")
+
+
 def test_a_result_that_the_front_cannot_write_fails_its_job_only(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +306,28 @@ def test_pieces_of_a_file_make_the_file(tmp_path: Path) -> None:
     results.receive(tmp_path / "a.mp4", b"def", first=False, last=True)
     assert [*tmp_path.iterdir()] == [tmp_path / "a.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == b"abcdef"
+
+
+def test_a_full_disk_keeps_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    results.receive(tmp_path / "a.mp4", b"abc", first=True, last=False)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        results.receive(tmp_path / "a.mp4", b"def", first=False, last=True)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_ranks_that_are_lost_leave_no_part_of_a_file(model: Path, tmp_path: Path) -> None:
+    with fronted(model, tmp_path / "out", least=1, most=1) as (url, replicas):
+        held(replicas, "0", tmp_path / "0")
+        video = submitted(url)
+        until(lambda: runs(url, video))
+        results.receive(tmp_path / f"out/results/{video}-0.mp4", b"abc", first=True, last=False)
+        replicas.tell("0", "ended", "a rank ended")
+        until(lambda: shown(url, video)["status"] == "queued")
+        assert not [*(tmp_path / "out/results").glob(".*.partial")]
 
 
 def test_replicas_come_with_the_queue_and_go_with_it(

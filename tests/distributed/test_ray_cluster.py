@@ -104,6 +104,27 @@ def test_folders_of_processes_that_ended_are_removed(tmp_path: Path, monkeypatch
     assert {*tmp_path.iterdir()} == {first, second, other}
 
 
+def test_folders_of_other_users_neither_stop_a_start_nor_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    strange = {tmp_path / f"halovae-rank-{name}" for name in ("1x-y", f"{2**80}-y", "²-y")}
+    for folder in strange:
+        folder.mkdir()
+    first = process_folder()
+    assert {*tmp_path.iterdir()} == {first, *strange}
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    left = tmp_path / f"halovae-rank-{done.pid}-abc"
+    left.mkdir()
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "getuid", lambda: left.stat().st_uid + 1)
+        second = process_folder()
+    assert left.exists()
+    third = process_folder()
+    assert {*tmp_path.iterdir()} == {first, second, third, *strange}
+
+
 RANK = """
 import json, sys, torch, torch.distributed as dist
 from halovae.distributed.ray_cluster import RankActor

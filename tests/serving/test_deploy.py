@@ -114,6 +114,8 @@ def test_the_server_on_kuberay_uses_options_that_exist_and_what_it_declares(opti
     assert cluster["spec"]["rayVersion"] == version("ray")
     values = dict(word.split("=", 1) for word in command if "=" in word)
     assert int(values["--num-gpus"]) == int(rank["resources"]["limits"]["nvidia.com/gpu"])
+    (waited_for,) = re.findall(r"get\('GPU', 0\) < (\d+)", front["args"][0])
+    assert waited_for == values["--num-gpus"]  # a front that starts before them takes CPUs
     assert parse_replicas(values["--replicas"]) == (groups[1]["minReplicas"], groups[1]["maxReplicas"])
     assert head["terminationGracePeriodSeconds"] > float(values["--drain-timeout"])
     assert int(values["--port"]) == front["ports"][0]["containerPort"]

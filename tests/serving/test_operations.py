@@ -21,6 +21,9 @@ from halovae.serving import connections, guards
 from halovae.serving.app import make_app
 from halovae.serving.channel import RankChannel
 from halovae.serving.files import Attempt, Batch, Writer
+from halovae.serving.metrics import Metrics
+from halovae.serving.replicas import Replica
+from halovae.serving.store import JobStore
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,14 @@ def until_ready(url: str) -> None:
     while httpx.get(f"{url}/readyz").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.anyio
+async def test_metrics_show_a_replica_that_was_added_as_they_were_read(tmp_path: Path) -> None:
+    jobs = JobStore(tmp_path / "jobs.sqlite")
+    text = await Metrics().text(jobs, True, {"0": Replica("0")}, loads={})
+    jobs.close()
+    assert b'halovae_replica_jobs{replica="0"} 0.0' in text
 
 
 def test_a_server_that_is_ending_lives_but_is_not_ready(model: Path, tmp_path: Path) -> None:

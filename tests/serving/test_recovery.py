@@ -25,9 +25,12 @@ from halovae.serving import channel, events, table
 from halovae.serving.broadcast import RankZeroBroadcast
 from halovae.serving.channel import RankChannel
 from halovae.serving.decoding import Decoding
+from halovae.serving.dispatch import Dispatcher
 from halovae.serving.files import Attempt, Batch, Writer
 from halovae.serving.jobs import TRIES, Job
+from halovae.serving.metrics import Metrics
 from halovae.serving.outcomes import Outcomes
+from halovae.serving.replicas import OneGroup
 from halovae.serving.results import noted
 from halovae.serving.store import JobStore
 from halovae.serving.table import JobTable, OtherVersion, QueueFull, opened
@@ -92,6 +95,47 @@ def test_ranks_that_do_not_let_go_of_a_cancelled_job_are_restarted(model: Path, 
         while not restarts.reasons:
             rank.send("beat", ready=True, token=rank.token, since=0.0)
             time.sleep(0.1)
+
+
+def test_files_that_cannot_be_removed_keep_no_new_ranks_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with served(model, tmp_path, stub=False) as (url, _):
+        rank = Rank(tmp_path)
+        cancelled = submitted(url)
+        rank.start()
+        until(partial(runs, url, cancelled))
+        httpx.post(f"{url}/v1/videos/{cancelled}/cancel").raise_for_status()
+        monkeypatch.setattr("halovae.serving.results.remove", stuck)
+        rank = Rank(tmp_path, patience=10)
+        video = submitted(url)
+        rank.send("finished", attempt=rank.start(), decode=DECODE)
+        assert finished(url, video)["status"] == "completed"
+
+
+@pytest.mark.anyio
+async def test_ranks_that_are_lost_twice_at_once_end_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the dispatcher hears new ranks while their supervisor says that the earlier ones have ended."""
+
+    async def render(job: str) -> bytes:
+        return job.encode()
+
+    removed, ranks, fleet = list[str](), rank_settings(model, tmp_path), OneGroup(tmp_path, lambda *_: False)
+    monkeypatch.setattr("halovae.serving.results.remove", lambda folder, job, partial: removed.append(job.id))
+    jobs = JobStore(tmp_path / "jobs.sqlite")
+    dispatcher = Dispatcher(jobs, ranks, front_settings(model), Metrics(), fleet, render)
+    replica = fleet.replicas["0"]
+    replica.removed = {str(number): Job.new("video", "tiny", SPEC) for number in range(3)}
+    expected = sorted(job.id for job in replica.removed.values())
+    await asyncio.gather(dispatcher.lose(replica), dispatcher.lose(replica))
+    assert sorted(removed) == expected
+    assert not replica.removed
+    jobs.close()
 
 
 def test_what_ranks_say_while_they_are_ended_does_not_count(model: Path, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +25,7 @@ State = Literal["placing", "starting", "running", "ended"]
 # Resources of Ray that are devices, and the variable by which their driver shows a process some of them.
 _DEVICES = {"GPU": "CUDA_VISIBLE_DEVICES", "NPU": "ASCEND_RT_VISIBLE_DEVICES"}
 _PREFIX = "halovae-rank-"
+_FOLDER = re.compile(rf"{_PREFIX}([0-9]{{1,7}})-.*")  # with the number of a process
 _PORT = 6379  # of Ray's head, where an address names none
 _REACH = 10.0  # seconds for a cluster to answer
 _MOST = 500  # characters of a reason
@@ -109,9 +112,11 @@ def process_folder() -> Path:
     Ray ends its processes without notice, so that they cannot remove their own.
     """
     home = Path(tempfile.gettempdir())
-    for left in home.glob(f"{_PREFIX}[0-9]*-*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(_PREFIX).partition("-")[0])):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in home.glob(f"{_PREFIX}*"):
+        process = _FOLDER.fullmatch(left.name)  # any user may make folders of any name here
+        with suppress(FileNotFoundError):  # another process has just removed it
+            if process and left.lstat().st_uid == os.getuid() and not psutil.pid_exists(int(process[1])):
+                shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
 
 

@@ -26,6 +26,8 @@ _NAME_BYTES = 8  # of a digest
 BEAT = 1.0  # seconds between signs of life
 _NAP = 20  # milliseconds for which a message may wait to be sent
 MOST_UNREAD = 64  # messages that each side of a connection between hosts holds
+_PROBE = 2000  # milliseconds between two probes of a connection between hosts
+_LOST = 10_000  # milliseconds without an answer after which it counts as lost
 _CHUNK = 2**20  # bytes of a file that one message holds
 _CHUNKS = 8  # that may wait to be sent
 
@@ -111,6 +113,11 @@ class SocketFolder:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def notice_loss(socket: zmq.Socket[Any]) -> None:
+    """Have a socket between hosts end connections over which nothing comes any more, so that rank 0 connects again."""
+    socket.heartbeat_ivl, socket.heartbeat_timeout = _PROBE, _LOST
+
+
 @dataclass(frozen=True)
 class RemoteLink:
     """How a rank 0 that Ray has placed reaches the front, as `Link` says: by TCP, encrypted (CURVE).
@@ -132,6 +139,7 @@ class RemoteLink:
 
     def secure(self, socket: zmq.Socket[Any]) -> None:
         socket.sndhwm = MOST_UNREAD
+        notice_loss(socket)
         socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
         socket.curve_serverkey = self.key
 

@@ -63,9 +63,9 @@ class Dispatcher:
         self.draining = self.closed = False
         self._attempts: dict[str, RunningAttempt] = {}
         self._changing = asyncio.Lock()  # held while a job's status or its place with the ranks changes
-        self._outcomes = Outcomes(jobs, ranks.results, metrics, self.events, self._attempts, self._changing)
+        self._outcomes = Outcomes(jobs, ranks.results, metrics, self.events, self._attempts, self._changing, fleet.away)
         self._newcomers = Newcomers()
-        self._turned = time.monotonic()
+        self._turned, self._followed = time.monotonic(), 0.0
         self.inputs = ranks.output / ".inputs"
         self._planned = ranks.output / ".ending"  # exists while the server ends because it was asked to
 
@@ -147,7 +147,7 @@ class Dispatcher:
             while (wait := self._outcomes.wait) is not None and time.monotonic() < until:
                 await asyncio.sleep(wait)
                 await self._outcomes.write()
-            for attempt in self._attempts.values():
+            for attempt in [*self._attempts.values()]:
                 if attempt.runs:
                     left = max(0.0, until - time.monotonic())
                     await self.jobs.write_patiently(left, JobTable.update, attempt.job, **REQUEUED)
@@ -188,7 +188,7 @@ class Dispatcher:
             await anyio.to_thread.run_sync(results.forget, self._ranks.results, job)
             await self.jobs.write(JobTable.delete, job.id)
             await self._withdraw(job)
-        await anyio.to_thread.run_sync(results.remove, self._ranks.results, job)
+        await anyio.to_thread.run_sync(results.remove, self._ranks.results, job, self.fleet.away)
         self.events.publish(job)
         await self._pump()
 
@@ -221,7 +221,7 @@ class Dispatcher:
         expired = await self.jobs.read(JobTable.expired, before, self._front.max_output, _EXPIRED)
         for job in expired:
             try:  # files first: a job that is not in the database would be taken over again
-                await anyio.to_thread.run_sync(results.remove, self._ranks.results, job)
+                await anyio.to_thread.run_sync(results.remove, self._ranks.results, job, self.fleet.away)
                 await self.jobs.write(JobTable.delete, job.id)
                 self.events.publish(job)
             except OSError:
@@ -276,7 +276,7 @@ class Dispatcher:
             self._outcomes.end(attempt_id, failed(*why_unwritten(error)))
 
     async def _remove_files(self, job: Job) -> None:
-        await anyio.to_thread.run_sync(results.remove, self._ranks.results, job, self.fleet.away)
+        await anyio.to_thread.run_sync(results.try_to_remove, self._ranks.results, job, self.fleet.away)
 
     async def _welcomed(self, peer: bytes, message: dict[str, Any]) -> Replica | None:
         """Take new ranks, and return their replica; None if they are not taken. Earlier ranks' jobs are retried."""
@@ -294,6 +294,7 @@ class Dispatcher:
     async def lose(self, replica: Replica) -> None:
         """Retry the jobs that a replica's ranks had, which have ended."""
         replica.lose()
+        gone, replica.removed = replica.removed, {}  # before any pause: another call may come meanwhile
         had = {key: attempt for key, attempt in self._attempts.items() if attempt.replica == replica.name}
         had = {key: attempt for key, attempt in had.items() if not attempt.over}
         running = [attempt_id for attempt_id, attempt in had.items() if attempt.runs]
@@ -301,15 +302,14 @@ class Dispatcher:
         suspects = running or [*had][:1]
         for attempt_id, attempt in had.items():
             if attempt_id in suspects:
-                only = len(suspects) == 1 and not replica.removed
+                only = len(suspects) == 1 and not gone
                 changes = REQUEUED if self.draining else interrupted(attempt.job, replica.cause, only)
                 self._outcomes.end(attempt_id, changes)
             else:
                 del self._attempts[attempt_id]
         replica.cause = "ranks"
-        for job in replica.removed.values():
+        for job in gone.values():
             await self._remove_files(job)
-        replica.removed.clear()
 
     def _advance(self, attempt_id: str, attempt: RunningAttempt, kind: str, message: dict[str, Any]) -> None:
         """Apply a message about an attempt. Progress is visible at once, the job's status only once it is written."""
@@ -360,7 +360,8 @@ class Dispatcher:
             if timeout and self.fleet.restart(replica, reason, timeout):
                 replica.cause = "stall"
                 replica.lose()  # what they still say does not count
-        if self.fleet.elastic and not self.draining:
+        if self.fleet.elastic and not self.draining and now - self._followed >= BEAT:
+            self._followed = now
             sent = sum(attempt.stage == "waiting" and not attempt.over for attempt in self._attempts.values())
             self.fleet.follow(await self.jobs.read(JobTable.count, "queued") - sent, self.loads())
 

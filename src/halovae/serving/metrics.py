@@ -98,5 +98,5 @@ class Metrics:
             gauge.clear()  # of replicas that were ended
         for name, replica in replicas.items():
             self._replica_ready.labels(name).set(replica.ready)
-            self._replica_jobs.labels(name).set(loads[name])
+            self._replica_jobs.labels(name).set(loads.get(name, 0))  # 0: added meanwhile
         return generate_latest(self._registry)

@@ -45,14 +45,15 @@ class Outcomes:
         events: told of each change.
         attempts: the attempts that the ranks have, by id. One whose end is written is removed.
         changing: held while a change is written.
+        away: whether ranks may be on other hosts, so that this process writes their files.
     """
 
     def __init__(
         self, jobs: JobStore, folder: Path, metrics: Metrics, events: Events, attempts: dict[str, RunningAttempt],
-        changing: asyncio.Lock,
+        changing: asyncio.Lock, away: bool = False,
     ) -> None:  # fmt: skip
         self._jobs, self._folder, self._metrics, self._events = jobs, folder, metrics, events
-        self._attempts, self._changing = attempts, changing
+        self._attempts, self._changing, self._away = attempts, changing, away
         self._pending: deque[_PendingWrite] = deque()
         self._pause, self._next_try = _PAUSES[0], 0.0
 
@@ -83,6 +84,8 @@ class Outcomes:
                 attempt = self._attempts.get(attempt_id)
                 if attempt is not None:  # None if its job was removed meanwhile
                     try:
+                        if last and self._away:  # before another attempt may write these files
+                            await anyio.to_thread.run_sync(self._drop_partial, attempt.job)
                         await self._store(attempt.job, changes)
                     except sqlite3.OperationalError as error:
                         if self._pause == _PAUSES[0]:
@@ -119,6 +122,13 @@ class Outcomes:
             results.drop_inputs(job)
         except OSError:
             log.exception("the input pictures of %s could not be removed", job.id)
+
+    def _drop_partial(self, job: Job) -> None:
+        """Remove what an attempt that has ended leaves of files that are not whole."""
+        try:
+            results.drop_partial(self._folder, job)
+        except OSError:
+            log.exception("files of %s that are not whole could not be removed", job.id)
 
     def _noted(self, job: Job, changes: dict[str, Any]) -> dict[str, Any]:
         """Write a note of a completed job beside its results. A job is completed without it, too.

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -27,9 +27,13 @@ log = logging.getLogger(__name__)
 NO_CLUSTER = 4  # the exit code of an agent that cannot join the cluster
 _CHECK = 0.2  # seconds between two checks
 _LONGEST = 30.0  # seconds until ranks that were not ready are started again, while others are
+_SOON = 5.0  # seconds until it is looked again for hosts that have not joined yet
+_COMING = 600.0  # seconds from the start for which hosts that are large enough may still join the cluster
 _SCARCE = 30.0  # seconds without room after which the log says what is missing
 # Variables of the front that ranks get. None of them holds a secret: Ray shows them.
 _PASSED = ("HALOVAE_CACHE", "HALOVAE_CALIBRATION", "HALOVAE_GRAPHS", "HALOVAE_PASSES", "HALOVAE_TIMEOUT")
+
+_SECRETS = ("HALOVAE_API_KEY", "HALOVAE_WEBHOOK_SECRET")  # which the front needs, and no process of Ray
 
 
 class Joined(NamedTuple):
@@ -40,13 +44,14 @@ class Joined(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """A replica's ranks have changed their state, as of `RankGroup`."""
+    """A replica's ranks have changed their state, as of `RankGroup`. They started at `since`; 0.0 for none."""
 
     name: str
     state: State
     host: str = ""
     reason: str = ""
     lost_host: bool = False
+    since: float = 0.0
 
 
 class Door(NamedTuple):
@@ -82,6 +87,7 @@ class _Kept:
 
     backoff: Backoff
     group: RankGroup | None = None
+    since: float = 0.0
     state: State = "ended"
     began: float = 0.0
     next_start: float = 0.0
@@ -92,19 +98,21 @@ class Keeper:
     """Keeps replicas running, as far as that takes no waiting.
 
     Args:
-        start: starts the ranks of a replica by its name.
+        start: starts the ranks of a replica by its name. Returns them, and when they started, as the front knows it.
         tell: called with what changed.
+        have_been_ready: whether ranks of an earlier keeper were ready. The first ones must be: the next start would
+            fail too.
         clock: the time, in seconds.
     """
 
     def __init__(
-        self, start: Callable[[str], RankGroup], tell: Callable[[Changed], object],
-        clock: Callable[[], float] = time.monotonic,
+        self, start: Callable[[str], tuple[RankGroup, float]], tell: Callable[[Changed], object],
+        have_been_ready: bool = False, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._start, self._tell, self._clock = start, tell, clock
         self._kept: dict[str, _Kept] = {}
         self._ready: frozenset[str] = frozenset()
-        self._have_been_ready = False
+        self._have_been_ready, self._began = have_been_ready, clock()
 
     def take(self, message: Wish | End) -> None:
         """Do what the front wants."""
@@ -116,10 +124,10 @@ class Keeper:
         self._ready = message.ready
         self._have_been_ready = self._have_been_ready or bool(message.ready)
         for name in self._kept.keys() - message.names:
-            group = self._kept.pop(name).group
-            if group is not None:
-                group.end("it is not needed any more")
-            self._tell(Changed(name, "ended"))
+            kept = self._kept.pop(name)
+            if kept.group is not None:
+                kept.group.end("it is not needed any more")
+            self._tell(Changed(name, "ended", since=kept.since))
         for name in sorted(message.names - self._kept.keys(), key=int):
             self._kept[name] = _Kept(Backoff(True))
 
@@ -127,7 +135,7 @@ class Keeper:
         """Look after all replicas.
 
         Raises:
-            GiveUp: ranks ended before they were ready, and none ever were.
+            GiveUp: ranks ended before they were ready, and none ever were; or hosts are too small, and no others came.
         """
         for name, kept in self._kept.items():
             now = self._clock()
@@ -141,21 +149,29 @@ class Keeper:
                 log.warning("replica %s waits for room in the cluster: it needs %s", name, kept.group.wants)
             if state != kept.state:
                 kept.state = state
-                told = Changed(name, state, kept.group.host, kept.group.reason, kept.group.lost_host)
+                told = Changed(name, state, kept.group.host, kept.group.reason, kept.group.lost_host, kept.since)
                 self._tell(told)
                 if state == "ended":
                     self._ended(name, kept, kept.group, now)
 
     def _begin(self, name: str, kept: _Kept, now: float) -> None:
         try:
-            kept.group, kept.state, kept.began = self._start(name), "placing", now
+            kept.group, kept.since = self._start(name)
         except ValueError as error:
             if not self._have_been_ready:
-                raise GiveUp(str(error)) from error
+                if now - self._began > _COMING:
+                    raise GiveUp(str(error)) from error
+                if kept.says_scarce:
+                    kept.says_scarce = False
+                    log.warning("replica %s waits for hosts to join the cluster: %s", name, error)
+                kept.next_start = now + _SOON
+                self._tell(Changed(name, "placing", reason=str(error)))
+                return
             kept.next_start = now + _LONGEST  # hosts may come back
             self._tell(Changed(name, "ended", reason=str(error), lost_host=True))
             return
-        self._tell(Changed(name, "placing"))
+        kept.state, kept.began, kept.says_scarce = "placing", now, True
+        self._tell(Changed(name, "placing", since=kept.since))
 
     def _ended(self, name: str, kept: _Kept, group: RankGroup, now: float) -> None:
         were_ready = name in self._ready
@@ -192,14 +208,18 @@ def serve_as_replica(settings: RankSettings, model: str, revision: str | None, l
     serve_as_rank(replace(settings, model=find_pipeline(model, revision)), link=link)
 
 
-def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: Connection) -> None:
+def watch_over_replicas(
+    settings: ReplicaSettings, ranks: RankSettings, front: Connection, have_been_ready: bool
+) -> None:
     """Keep the replicas running that the front wants. Exit with `GAVE_UP` or `NO_CLUSTER` if that is in vain.
 
     Args:
         settings: of the replicas.
         ranks: of their ranks.
         front: gets `Joined`, `Changed`, and, as text, the last reason. It sends a `Door`, and then `Wish` and `End`.
+        have_been_ready: whether ranks of an earlier agent were ready.
     """
+    forget_secrets(os.environ)
     os.setsid()  # Ctrl-C reaches every process of the terminal, and the front lets running jobs end
     threading.Thread(target=end_with_parent, daemon=True).start()
     logs.configure(ranks.log_format, ranks.log_level)
@@ -218,16 +238,17 @@ def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: C
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray's own handler came with it
     starts = door.since
 
-    def start(name: str) -> RankGroup:
+    def start(name: str) -> tuple[RankGroup, float]:
         nonlocal starts
         starts = max(time.time(), starts + 1e-3)  # also if the clock is set back
         link = RemoteLink(door.endpoint, door.token, door.key, name, starts)
-        return RankGroup(
+        group = RankGroup(
             settings.ranks, device, settings.interface, variables(os.environ), serve_as_replica, ranks,
             settings.model, settings.revision, link,
         )  # fmt: skip
+        return group, starts
 
-    keeper = Keeper(start, front.send)
+    keeper = Keeper(start, front.send, have_been_ready)
     try:
         while True:
             keeper.advance()
@@ -238,6 +259,12 @@ def watch_over_replicas(settings: ReplicaSettings, ranks: RankSettings, front: C
         sys.exit(GAVE_UP)
     finally:
         keeper.end()
+
+
+def forget_secrets(environment: MutableMapping[str, str]) -> None:
+    """Remove the front's secrets: processes of a Ray that is started here inherit the environment."""
+    for name in _SECRETS:
+        environment.pop(name, None)
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:

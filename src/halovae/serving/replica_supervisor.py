@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from halovae.serving.channel import MOST_UNREAD
+from halovae.serving.channel import MOST_UNREAD, notice_loss
 from halovae.serving.replica_agent import NO_CLUSTER, Changed, Door, End, Joined, Wish, watch_over_replicas
 from halovae.serving.replicas import Replica
 from halovae.serving.scaling import Scaling
@@ -54,7 +54,7 @@ class ReplicaSupervisor:
         self._process: BaseProcess | None = None
         self._agent: Connection | None = None  # once it has the door
         self._told: Wish | None = None
-        self._reason = ""
+        self._reason, self._have_been_ready = "", False
 
     # What the dispatcher calls.
 
@@ -62,6 +62,8 @@ class ReplicaSupervisor:
         """Take the socket. It listens once the agent knows by which address the cluster's hosts reach this one."""
         self._lose = lose
         socket.rcvhwm = MOST_UNREAD
+        notice_loss(socket)
+        socket.router_handover = True  # a rank 0 that connects again has the same identity
         socket.curve_server, socket.curve_secretkey, socket.curve_publickey = True, self._secret, self._public
         self._socket = socket
         self._opened.set()
@@ -147,7 +149,9 @@ class ReplicaSupervisor:
         """Run an agent until it ends. Return whether any ranks were ready."""
         ours, theirs = self._context.Pipe()
         self._process = self._context.Process(
-            target=watch_over_replicas, args=(self._settings, self._ranks, theirs), name="agent"
+            target=watch_over_replicas,
+            args=(self._settings, self._ranks, theirs, self._have_been_ready),
+            name="agent",
         )
         self._reason, were_ready = "", False
         self._process.start()
@@ -158,6 +162,7 @@ class ReplicaSupervisor:
             await asyncio.sleep(_CHECK)
         await self._hear(ours)
         self._agent = self._told = None
+        self._have_been_ready = self._have_been_ready or were_ready
         return were_ready
 
     async def _hear(self, agent: Connection) -> None:
@@ -189,6 +194,8 @@ class ReplicaSupervisor:
         return self._endpoint
 
     async def _note(self, replica: Replica, change: Changed) -> None:
+        if 0.0 < change.since < replica.since:  # others have followed them, and were heard first
+            return
         replica.became(change.state, change.reason)
         replica.host = change.host or replica.host
         if change.state != "ended":

@@ -82,14 +82,20 @@ def noted(results: Path) -> Iterator[Job]:
 def receive(path: Path, data: bytes, first: bool, last: bool) -> None:
     """Write the next piece of a result that was made on another host. The last one gives the file its name.
 
+    A file of which a piece cannot be written is removed.
+
     Raises:
         OSError: it cannot be written.
     """
     partial = partial_of(path)
-    with partial.open("wb" if first else "ab") as file:
-        file.write(data)
-    if last:
-        partial.replace(path)
+    try:
+        with partial.open("wb" if first else "ab") as file:
+            file.write(data)
+        if last:
+            partial.replace(path)
+    except OSError:
+        discard(partial)
+        raise
 
 
 def forget(results: Path, job: Job) -> None:
@@ -103,8 +109,26 @@ def remove(results: Path, job: Job, partial: bool = False) -> None:
     drop_inputs(job)
     for name in job.names():
         discard(results / name)
-        if partial:
-            discard(partial_of(results / name))
+    if partial:
+        drop_partial(results, job)
+
+
+def drop_partial(results: Path, job: Job) -> None:
+    """Remove what is there of a job's results that are not whole.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    for name in job.names():
+        discard(partial_of(results / name))
+
+
+def try_to_remove(results: Path, job: Job, partial: bool = False) -> None:
+    """Remove a job's files as `remove` does; if that fails, the log says so."""
+    try:
+        remove(results, job, partial)
+    except OSError:
+        log.exception("the files of %s could not be removed", job.id)
 
 
 def inputs(job: Job) -> list[bytes]:
